@@ -1,0 +1,113 @@
+"""Word embeddings of adaptive width, and sinusoidal positions."""
+
+import torch
+from torch import Tensor, nn
+
+from lib.errors import InputError
+
+
+def cluster_bounds(n_token: int, cutoffs: list[int]) -> list[tuple[int, int]]:
+    """Half-open id ranges of the vocabulary's clusters: [0, c_1), [c_1, c_2), ..., [c_n, n_token).
+
+    Raises:
+        InputError: cutoffs not rising, or not inside the vocabulary.
+    """
+    edges = [0, *cutoffs, n_token]
+    if any(low >= high for low, high in zip(edges, edges[1:], strict=False)):
+        raise InputError(
+            f"cutoffs {list(cutoffs)} do not split a vocabulary of {n_token} words: they must "
+            f"rise and lie strictly between 0 and {n_token}"
+        )
+    return list(zip(edges[:-1], edges[1:], strict=True))
+
+
+def cluster_widths(d_embed: int, div_val: int, n_clusters: int) -> list[int]:
+    """Embedding width of each cluster: d_embed // div_val^i."""
+    widths = [d_embed // div_val**i for i in range(n_clusters)]
+    if div_val < 1 or widths[-1] < 1:
+        raise InputError(
+            f"div_val {div_val} leaves no width for the last of {n_clusters} clusters of a "
+            f"d_embed of {d_embed}: lower --div_val or give fewer cutoffs"
+        )
+    return widths
+
+
+class AdaptiveEmbedding(nn.Module):
+    """Adaptive input embedding (Baevski and Auli 2018, arXiv 1809.10853), times sqrt(d_proj).
+
+    With ``div_val`` 1 there is one table of width ``d_embed``, projected only if that differs
+    from ``d_proj``; otherwise cluster i has a table of width d_embed // div_val^i and always a
+    projection.
+
+    Args:
+        n_token: vocabulary size.
+        d_embed: width of the first cluster.
+        d_proj: width of the output.
+        cutoffs: first id of every cluster but the first.
+        div_val: how much each cluster is narrower than the one before.
+    """
+
+    def __init__(
+        self, n_token: int, d_embed: int, d_proj: int, cutoffs: list[int], div_val: int = 1
+    ):
+        super().__init__()
+        self.n_token, self.d_embed, self.d_proj = n_token, d_embed, d_proj
+        self.div_val = div_val
+        bounds = cluster_bounds(n_token, cutoffs)
+        widths = cluster_widths(d_embed, div_val, len(bounds))
+        self.bounds = bounds if div_val > 1 else [(0, n_token)]
+        self.emb_layers = nn.ModuleList(
+            nn.Embedding(high - low, width)
+            for (low, high), width in zip(self.bounds, widths, strict=False)
+        )
+        self.emb_projs = nn.ModuleList()
+        if div_val > 1 or d_embed != d_proj:
+            self.emb_projs.extend(
+                nn.Linear(layer.embedding_dim, d_proj, bias=False) for layer in self.emb_layers
+            )
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids of any shape -> embeddings (*ids.shape, d_proj)."""
+        _check_ids(ids, self.n_token)
+        if len(self.bounds) == 1:
+            out = self.emb_layers[0](ids)
+            out = self.emb_projs[0](out) if self.emb_projs else out
+        else:
+            flat = ids.reshape(-1)
+            out = self.emb_layers[0].weight.new_zeros(len(flat), self.d_proj)
+            for i, (low, high) in enumerate(self.bounds):
+                rows = ((flat >= low) & (flat < high)).nonzero().squeeze(1)
+                part = self.emb_projs[i](self.emb_layers[i](flat[rows] - low))
+                out = out.index_copy(0, rows, part.to(out.dtype))
+            out = out.view(*ids.shape, self.d_proj)
+        return out * self.d_proj**0.5
+
+
+class PositionalEmbedding(nn.Module):
+    """Sinusoids of the distances K-1, ..., 0: features [sin(p w); cos(p w)], w_k = 10000^(-2k/d).
+
+    All sines stand before all cosines, as in Transformer-XL (arXiv 1901.02860).
+    """
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        if d_model % 2:
+            raise InputError(f"d_model is {d_model}, but sinusoidal positions need an even number")
+        # A persistent buffer: it is part of the published state dicts.
+        self.register_buffer("inv_freq", 10000 ** (-torch.arange(0.0, d_model, 2.0) / d_model))
+
+    def forward(self, length: int) -> Tensor:
+        """Features (1, length, d_model); row t belongs to the distance length - 1 - t."""
+        positions = torch.arange(
+            length - 1, -1, -1, device=self.inv_freq.device, dtype=self.inv_freq.dtype
+        )
+        angles = positions[:, None] * self.inv_freq  # (K, d/2)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)[None]
+
+
+def _check_ids(ids: Tensor, n_token: int) -> None:
+    # On a GPU the check would synchronise; there the embedding's own assertion fires.
+    if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < n_token:
+        raise InputError(
+            f"token ids run from {ids.min()} to {ids.max()}, but the vocabulary has {n_token} words"
+        )

@@ -1,0 +1,127 @@
+"""Perplexities of unigram and bigram models: the scale on which to read a neural one.
+
+A network that has learnt nothing beyond word frequencies scores the unigram perplexity; one that
+uses its context must beat the bigram. Both models predict every token of a text but the first,
+as ``LMOrderedIterator`` with one stream does, so the figures are comparable.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from lib.errors import InputError
+
+UNIGRAM_SMOOTHING = 0.01  # added to each count, so that an unseen word has some probability
+
+
+def unigram_perplexity(train: torch.Tensor, test: torch.Tensor, n_token: int) -> float:
+    """Perplexity of word frequencies: p(w) = (c(w) + 0.01) / (N + 0.01 n_token).
+
+    The constant leaves the maximum-likelihood estimate practically as it is and keeps a word
+    that training lacks from having probability zero.
+
+    Args:
+        train: 1-d LongTensor of ids below ``n_token``; N is its length, c(w) counts w in it.
+        test: 1-d LongTensor of at least two ids; ``test[1:]`` is predicted.
+        n_token: size of the vocabulary.
+
+    Raises:
+        InputError: an id outside the vocabulary, or a text of fewer than two tokens.
+    """
+    train_ids, test_ids = _ids(train, n_token), _ids(test, n_token)
+    counts = np.bincount(train_ids, minlength=n_token) + UNIGRAM_SMOOTHING
+    return _perplexity((counts / counts.sum())[test_ids[1:]])
+
+
+def kneser_ney_bigram_perplexity(
+    train: torch.Tensor, test: torch.Tensor, n_token: int, discount: float | None = None
+) -> float:
+    """Perplexity of the interpolated Kneser-Ney bigram model on ``test[1:]``.
+
+    Arguments and errors are those of ``KneserNeyBigram`` and ``unigram_perplexity``.
+    """
+    model = KneserNeyBigram(train, n_token, discount)
+    test_ids = _ids(test, n_token)
+    return _perplexity(model.probability(test_ids[:-1], test_ids[1:]))
+
+
+class KneserNeyBigram:
+    """Interpolated Kneser-Ney bigram model.
+
+    With c(h, w) the count of w after h, c(h) their sum over w, N(h) the number of different words
+    after h, N(w) the number of different words before w, and N the number of different pairs:
+
+        p(w | h) = max(c(h, w) - D, 0) / c(h) + D N(h) / c(h) p_cont(w)
+        p_cont(w) = max(N(w) - D, 0) / N + D V / N / n_token
+
+    where V counts the words with N(w) > 0. After a history that was never seen, p = p_cont. Both
+    lines sum to one over the vocabulary, and every word has mass.
+
+    Sources: Kneser & Ney 1995, "Improved backing-off for m-gram language modeling"; the
+    interpolated form and D = n1 / (n1 + 2 n2), with n1 and n2 the numbers of pairs seen once and
+    twice: Chen & Goodman 1999, "An empirical study of smoothing techniques for language modeling".
+
+    Args:
+        train: 1-d LongTensor of at least two ids below ``n_token``.
+        n_token: size of the vocabulary.
+        discount: D in (0, 1]; None estimates it as above (0.5 if no pair was seen once, where the
+            estimate would be 0 and leave unseen pairs without mass).
+
+    Raises:
+        InputError: an id outside the vocabulary, fewer than two tokens, or a discount outside
+            (0, 1].
+    """
+
+    def __init__(self, train: torch.Tensor, n_token: int, discount: float | None = None):
+        ids = _ids(train, n_token)
+        self.n_token = n_token
+        # A pair is one number, h * n_token + w: sorting finds equal ones, bisection looks them up.
+        pairs, counts = np.unique(ids[:-1] * n_token + ids[1:], return_counts=True)
+        if discount is None:
+            once, twice = int((counts == 1).sum()), int((counts == 2).sum())
+            discount = once / (once + 2 * twice) if once else 0.5
+        if not 0 < discount <= 1:
+            raise InputError(f"discount is {discount}: give a number above 0 and at most 1")
+        self.discount = discount
+        self._pairs, self._pair_counts = pairs, counts
+        self._history_counts = np.bincount(ids[:-1], minlength=n_token)
+        self._followers = np.bincount(pairs // n_token, minlength=n_token)
+        predecessors = np.bincount(pairs % n_token, minlength=n_token)
+        spare = discount * np.count_nonzero(predecessors)
+        self._continuation = np.maximum(predecessors - discount, 0) + spare / n_token
+        self._continuation /= len(pairs)
+
+    def probability(self, history: np.ndarray, word: np.ndarray) -> np.ndarray:
+        """p(word | history), element by element.
+
+        Args:
+            history, word: int64 arrays of ids below ``n_token``, of the same shape (n,).
+
+        Returns:
+            float64 array (n,).
+        """
+        pair = history * self.n_token + word
+        place = np.minimum(np.searchsorted(self._pairs, pair), len(self._pairs) - 1)
+        pair_count = np.where(self._pairs[place] == pair, self._pair_counts[place], 0)
+        total = self._history_counts[history]
+        seen = np.maximum(total, 1)  # no division by zero: unseen histories are replaced below
+        direct = np.maximum(pair_count - self.discount, 0) / seen
+        backoff = np.where(total > 0, self.discount * self._followers[history] / seen, 1.0)
+        return direct + backoff * self._continuation[word]
+
+
+def _ids(tokens: torch.Tensor, n_token: int) -> np.ndarray:
+    ids = tokens.numpy()
+    if ids.size < 2:
+        raise InputError(f"the text has {ids.size} tokens: give at least 2, one to predict")
+    if ids.min() < 0 or ids.max() >= n_token:
+        raise InputError(
+            f"token ids go from {ids.min()} to {ids.max()}, outside the vocabulary of "
+            f"n_token={n_token} words: encode the text with the vocabulary it is scored under"
+        )
+    return ids
+
+
+def _perplexity(probabilities: np.ndarray) -> float:
+    return math.exp(-float(np.log(probabilities).mean()))

@@ -1,0 +1,224 @@
+"""The command line of train_transformer.py."""
+
+import argparse
+import difflib
+import sys
+
+from lib.errors import InputError
+from lib.solvers import SOLVERS
+
+DATASETS = ("wt103", "wt2", "ptb", "enwik8", "text8", "demo")
+DEFAULT_DATA = "../data/wikitext-103"
+# Where get_data.sh (and the embedded corpus) puts each set, relative to DEQ-Sequence.
+FOLDERS = {
+    "wt2": "data/wikitext-2",
+    "ptb": "data/penn",
+    "enwik8": "data/enwik8",
+    "text8": "data/text8",
+    "demo": "data/demo",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, name the nearest known flag, and leave with exit code 2."""
+
+    def error(self, message: str):
+        raise InputError(message)
+
+    def parse_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else list(args)
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+            hint = f": did you mean {near[0]}?" if near else " (see --help)"
+            raise InputError(f"unknown flag {unknown[0]}{hint}")
+        return found
+
+
+def build_parser() -> Parser:
+    """All flags with the published defaults."""
+    parser = Parser(
+        prog="train_transformer.py",
+        description="Train or evaluate a DEQ-Transformer language model.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _data_flags(parser.add_argument_group("data"))
+    _model_flags(parser.add_argument_group("model"))
+    _solver_flags(parser.add_argument_group("equilibrium"))
+    _training_flags(parser.add_argument_group("training"))
+    _run_flags(parser.add_argument_group("run"))
+    return parser
+
+
+def _data_flags(group) -> None:
+    add = group.add_argument
+    add("--data", default=DEFAULT_DATA, help="data folder (other sets: data/<set>)")
+    add("--dataset", default="wt103", choices=DATASETS, help="demo needs no download")
+    add("--batch_size", type=int, default=60, help="sequences per step")
+    add("--batch_chunk", type=int, default=1, help="parts of a batch, for less memory")
+    add("--eval_batch_size", type=int, default=10, help="sequences in evaluation")
+    add("--tgt_len", type=int, default=150, help="segment length in training")
+    add("--eval_tgt_len", type=int, default=150, help="segment length in evaluation")
+    add("--mem_len", type=int, default=150, help="positions of memory")
+    add("--varlen", action="store_true", help="vary the segment length in training")
+
+
+def _model_flags(group) -> None:
+    add = group.add_argument
+    add("--n_layer", type=int, default=12, help="stacked applications of f in pre-training")
+    add("--eval_n_layer", type=int, default=12, help="the same in evaluation")
+    add("--n_head", type=int, default=10, help="attention heads")
+    add("--d_head", type=int, default=50, help="channels per head")
+    add("--d_embed", type=int, default=-1, help="embedding width; -1 is d_model")
+    add("--d_model", type=int, default=500, help="n_head * d_head")
+    add("--d_inner", type=int, default=8000, help="feed-forward width")
+    add("--dropout", type=float, default=0.0, help="variational dropout")
+    add("--dropatt", type=float, default=0.0, help="dropout of attention weights")
+    add("--init", default="normal", choices=("normal", "uniform"), help="of the weights")
+    add("--emb_init", default="normal", choices=("normal", "uniform"), help="of embeddings")
+    add("--init_range", type=float, default=0.05, help="U(-init_range, init_range)")
+    add("--emb_init_range", type=float, default=0.01, help="the same for embeddings")
+    add("--init_std", type=float, default=0.01, help="N(0, init_std)")
+    add("--proj_init_std", type=float, default=0.01, help="N(0, .) for projections")
+    add("--local_size", type=int, default=0, help="how far a query sees back; 0 is all")
+    add("--same_length", action="store_true", help="every query sees mem_len keys")
+    add("--attn_type", type=int, default=0, choices=(0,), help="relative, as published")
+    add("--not_tied", action="store_true", help="output tables of their own")
+    add("--adaptive", action="store_true", help="adaptive embedding and softmax")
+    add("--cutoffs", type=int, nargs="+", help="with --adaptive: first id of each cluster")
+    add("--div_val", type=int, default=1, help="narrowing from cluster to cluster")
+    add("--pre_lnorm", action="store_true", help="layer norm before the blocks")
+    add("--wnorm", action="store_true", help="weight normalisation")
+
+
+def _solver_flags(group) -> None:
+    add = group.add_argument
+    names = sorted(SOLVERS)
+    add("--f_solver", default="anderson", choices=names, help="forward solver")
+    add("--b_solver", default="broyden", choices=[*names, "None"], help="None: as forward")
+    add("--stop_mode", default="rel", choices=("abs", "rel"), help="of the forward solver")
+    add("--f_thres", type=int, default=40, help="forward threshold")
+    add("--b_thres", type=int, default=40, help="backward threshold")
+    add("--rand_f_thres_delta", type=int, default=0, help="f_thres varies by [-delta, 0]")
+    add("--pretrain_steps", type=int, default=0, help="stacked steps before equilibrium")
+    add("--jac_loss_weight", type=float, default=0.0, help="of the Jacobian loss")
+    add("--jac_loss_freq", type=float, default=0.0, help="share of steps that use it")
+    add("--jac_incremental", type=int, default=0, help="steps per 0.1 more weight; 0 never")
+    add("--spectral_radius_mode", action="store_true", help="report it in evaluation")
+
+
+def _training_flags(group) -> None:
+    add = group.add_argument
+    optimisers = ("Adam", "SGD", "Adagrad", "RMSprop", "RAdam")
+    schedules = ("cosine", "inv_sqrt", "dev_perf", "constant")
+    add("--optim", default="Adam", choices=optimisers, help="optimiser")
+    add("--lr", type=float, default=0.00025, help="peak learning rate")
+    add("--scheduler", default="cosine", choices=schedules, help="after the warm-up")
+    add("--warmup_step", type=int, default=0, help="steps of linear warm-up")
+    add("--decay_rate", type=float, default=0.5, help="dev_perf: factor")
+    add("--lr_min", type=float, default=0.0, help="dev_perf: lower bound")
+    add("--patience", type=int, default=0, help="dev_perf: evaluations without gain")
+    add("--eta_min", type=float, default=0.0, help="cosine: last learning rate")
+    add("--weight_decay", type=float, default=0.0, help="of the optimiser")
+    add("--clip", type=float, default=0.25, help="gradient norm; 0 does not clip")
+    add("--clip_nonemb", action="store_true", help="clip all but the embeddings")
+    add("--max_step", type=int, default=200000, help="updates in all")
+    add("--start_train_steps", type=int, default=0, help="count steps from here, with --load")
+    add("--amp", default="none", choices=("none", "bf16"), help="mixed precision")
+
+
+def _run_flags(group) -> None:
+    add = group.add_argument
+    add("--seed", type=int, default=1111, help="of all random choices")
+    add("--cuda", action="store_true", help="use the GPU (without one: the CPU, and a warning)")
+    add("--multi_gpu", action="store_true", help="DataParallel over all GPUs")
+    add("--gpu0_bsz", type=int, default=-1, help="sequences on GPU 0; -1 is an even share")
+    add("--num_threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
+    add("--eval", action="store_true", help="evaluate --load, or the best weights of the run")
+    add("--load", default="", help="weights to start from or to evaluate")
+    add("--log-interval", type=int, default=200, help="steps between log lines")
+    add("--eval-interval", type=int, default=4000, help="steps between evaluations")
+    add("--save-interval", type=int, default=0, help="steps between checkpoints; 0: evaluations")
+    add("--max_eval_steps", type=int, default=-1, help="batches per evaluation; -1 is all")
+    add("--work_dir", default="LM-TFM", help="runs lie in <work_dir>-<dataset>/<name>")
+    add("--name", default="N/A", help="of the run; N/A is a time stamp")
+    add("--restart", action="store_true", help="continue from the run's checkpoint")
+    add("--restart_dir", default="", help="the run to continue (default: that of --name)")
+    add("--debug", action="store_true", help="write no files")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and resolve: derived values in place, combinations that cannot work refused.
+
+    Raises:
+        InputError: naming the flag, its value, and what is accepted.
+    """
+    args = build_parser().parse_args(argv)
+    if args.dataset in FOLDERS and args.data == DEFAULT_DATA:
+        args.data = FOLDERS[args.dataset]
+    if args.d_embed == -1:
+        args.d_embed = args.d_model
+    if args.same_length:
+        if args.mem_len < 1 or args.local_size not in (0, args.mem_len):
+            raise InputError("--same_length needs --mem_len above 0 and no other --local_size")
+        args.local_size = args.mem_len  # the same thing: every query sees its last mem_len keys
+    if args.cutoffs is not None and not args.adaptive:
+        raise InputError("--cutoffs has no effect without --adaptive: add it")
+    if args.restart and args.name == "N/A" and not args.restart_dir:
+        raise InputError("--restart needs --restart_dir, or the --name of the run to continue")
+    if args.eval and not args.load and args.name == "N/A":
+        raise InputError("--eval needs --load WEIGHTS, or the --name of a run with weights")
+    _check_ranges(args)
+    return args
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
+    at_least = {
+        0: "warmup_step max_step start_train_steps pretrain_steps jac_incremental mem_len "
+        "rand_f_thres_delta local_size num_threads save_interval patience lr weight_decay clip",
+        1: "n_layer eval_n_layer n_head d_head d_embed d_model d_inner div_val batch_size "
+        "batch_chunk eval_batch_size tgt_len eval_tgt_len f_thres b_thres log_interval "
+        "eval_interval",
+    }
+    for low, names in at_least.items():
+        for name in names.split():
+            if getattr(args, name) < low:
+                raise InputError(
+                    f"{_flag(name)} is {getattr(args, name)}, but must be {low} or more"
+                )
+    for name in ("dropout", "dropatt"):
+        if not 0 <= getattr(args, name) < 1:
+            raise InputError(f"--{name} is {getattr(args, name)}, but must be in [0, 1)")
+    if not 0 <= args.jac_loss_freq <= 1:
+        raise InputError(f"--jac_loss_freq is {args.jac_loss_freq}, but must be in [0, 1]")
+    if not 0 < args.decay_rate < 1:
+        raise InputError(f"--decay_rate is {args.decay_rate}, but must be in (0, 1)")
+    if args.batch_size % args.batch_chunk:
+        raise InputError(
+            f"--batch_chunk {args.batch_chunk} does not divide --batch_size {args.batch_size}"
+        )
+    if args.gpu0_bsz >= 0 and args.gpu0_bsz > args.batch_size:
+        raise InputError(f"--gpu0_bsz {args.gpu0_bsz} exceeds --batch_size {args.batch_size}")
+
+
+def _flag(name: str) -> str:
+    dashed = name in ("log_interval", "eval_interval", "save_interval")
+    return "--" + (name.replace("_", "-") if dashed else name)
+
+
+def cutoffs_for(args: argparse.Namespace, n_token: int) -> list[int]:
+    """First word ids of the vocabulary's clusters: given, published, or in the same shares.
+
+    The published cutoffs are for WikiText-103; a smaller vocabulary is cut at the same shares of
+    its size.
+    """
+    if not args.adaptive:
+        return []
+    if args.cutoffs is not None:
+        return args.cutoffs  # the model refuses those beyond the vocabulary
+    published, size = [20000, 40000, 200000], 267735
+    if args.dataset == "wt103" and n_token > published[-1]:
+        return published
+    return sorted({c * n_token // size for c in published} - {0, n_token})

@@ -1,0 +1,126 @@
+"""Projected adaptive softmax (Grave et al. 2016, arXiv 1609.04309; Dai et al. 2019)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deq_sequence.embedding import AdaptiveEmbedding, cluster_bounds, cluster_widths
+from lib.errors import InputError
+
+
+class ProjectedAdaptiveLogSoftmax(nn.Module):
+    """Negative log-likelihoods under a softmax in clusters of falling frequency.
+
+    The head covers the words of cluster 0 and one entry per further cluster; the entry of
+    cluster i is number -i, counted from the end. A word of cluster i > 0 has
+
+        log p(word) = head[-i] + log_softmax(cluster i)[word]
+
+    where the hidden state is projected by the transpose of projection 0 for the head and of
+    projection i for cluster i. With ``div_val`` 1 one table serves all clusters and there are
+    projections only if ``d_embed`` differs from ``d_proj``.
+
+    Args:
+        n_token, d_embed, d_proj, cutoffs, div_val: as for :class:`AdaptiveEmbedding`.
+    """
+
+    def __init__(
+        self, n_token: int, d_embed: int, d_proj: int, cutoffs: list[int], div_val: int = 1
+    ):
+        super().__init__()
+        self.n_token, self.d_embed, self.d_proj, self.div_val = n_token, d_embed, d_proj, div_val
+        self.bounds = cluster_bounds(n_token, cutoffs)
+        self.n_clusters = len(self.bounds) - 1  # beside the head
+        widths = cluster_widths(d_embed, div_val, len(self.bounds))
+        if self.n_clusters:
+            self.cluster_weight = nn.Parameter(torch.zeros(self.n_clusters, d_embed))
+            self.cluster_bias = nn.Parameter(torch.zeros(self.n_clusters))
+        if div_val == 1:
+            self.out_layers = nn.ModuleList([nn.Linear(d_embed, n_token)])
+        else:
+            self.out_layers = nn.ModuleList(
+                nn.Linear(width, high - low)
+                for (low, high), width in zip(self.bounds, widths, strict=True)
+            )
+        self.out_projs = nn.ModuleList()
+        if div_val > 1 or d_embed != d_proj:
+            self.out_projs.extend(nn.Linear(width, d_proj, bias=False) for width in widths)
+
+    def tie(self, embedding: AdaptiveEmbedding, weights: bool, projections: list[bool]) -> None:
+        """Share parameters with the input embedding; a tie is one Parameter under two names.
+
+        Args:
+            embedding: the embedding, made with the same sizes.
+            weights: tie every output table to its embedding table.
+            projections: tie projection i; missing entries are False. With ``div_val`` 1 all are
+                tied to the embedding's single projection.
+        """
+        if len(projections) > len(self.bounds):
+            raise InputError(
+                f"tie_projs has {len(projections)} entries for {len(self.bounds)} clusters"
+            )
+        if weights:
+            for out, emb in zip(self.out_layers, embedding.emb_layers, strict=True):
+                out.weight = emb.weight
+        if self.out_projs:
+            for i, tied in enumerate(projections):
+                if tied:
+                    source = embedding.emb_projs[0 if self.div_val == 1 else i]
+                    self.out_projs[i].weight = source.weight
+
+    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """-log p(target), in the order of the tokens.
+
+        Args:
+            hidden: (N, d_proj).
+            target: (N,) word ids.
+
+        Returns:
+            (N,) in nats.
+        """
+        if len(hidden) != len(target):
+            raise InputError(f"{len(hidden)} hidden states for {len(target)} targets")
+        head_target = target
+        members = []
+        for i, (low, high) in enumerate(self.bounds[1:], start=1):
+            inside = (target >= low) & (target < high)
+            head_target = torch.where(inside, self._entry(i), head_target)
+            members.append(inside.nonzero().squeeze(1))
+        nll = F.cross_entropy(self._head_logits(hidden), head_target, reduction="none")
+        for i, rows in enumerate(members, start=1):
+            logits = self._logits(i, hidden[rows])
+            tail = F.cross_entropy(logits, target[rows] - self.bounds[i][0], reduction="none")
+            nll = nll.index_add(0, rows, tail.to(nll.dtype))
+        return nll
+
+    def log_prob(self, hidden: Tensor) -> Tensor:
+        """Log-probabilities of all words, (N, d_proj) -> (N, n_token)."""
+        head = F.log_softmax(self._head_logits(hidden), dim=1)
+        parts = [head[:, : self.bounds[0][1]]]
+        for i in range(1, self.n_clusters + 1):
+            entry = head[:, self._entry(i), None]
+            parts.append(entry + F.log_softmax(self._logits(i, hidden), dim=1))
+        return torch.cat(parts, dim=1)
+
+    def _entry(self, cluster: int) -> int:
+        """Column of the head that stands for a cluster: cluster 1 is the last."""
+        return self.bounds[0][1] + self.n_clusters - cluster
+
+    def _table(self, i: int) -> tuple[Tensor, Tensor]:
+        if self.div_val > 1:
+            return self.out_layers[i].weight, self.out_layers[i].bias
+        low, high = self.bounds[i]
+        return self.out_layers[0].weight[low:high], self.out_layers[0].bias[low:high]
+
+    def _project(self, i: int, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.out_projs[i].weight.t()) if self.out_projs else hidden
+
+    def _logits(self, i: int, hidden: Tensor) -> Tensor:
+        return F.linear(self._project(i, hidden), *self._table(i))
+
+    def _head_logits(self, hidden: Tensor) -> Tensor:
+        weight, bias = self._table(0)
+        if self.n_clusters:
+            weight = torch.cat([weight, self.cluster_weight])
+            bias = torch.cat([bias, self.cluster_bias])
+        return F.linear(self._project(0, hidden), weight, bias)

@@ -1,0 +1,91 @@
+"""Reading the text files of a corpus, and writing files whole or not at all."""
+
+import os
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from lib.errors import InputError
+
+_PROBE = 4096  # bytes that tell whether a file holds byte values written as numbers
+_BYTE_NUMBERS = frozenset(b"%d" % value for value in range(256))
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """Stream the lines of a UTF-8 text file.
+
+    Raises:
+        InputError: a line that is not UTF-8; names file and line number.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError:
+                raise InputError(
+                    f"{path}, line {number}: not UTF-8 text: convert the file, for instance with "
+                    f"iconv -t utf-8"
+                ) from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes that a character data set's file stands for.
+
+    Either the file holds them as they are, or it was prepared for Transformer-XL, which wrote the
+    bytes as decimal numbers separated by spaces, except the newline, which stands for itself.
+    The first 4 KiB tell which.
+
+    Raises:
+        InputError: a file that begins as numbers and goes on as something else.
+    """
+    raw = Path(path).read_bytes()
+    if not _starts_as_numbers(raw):
+        return raw
+    # A newline after a space is a symbol; right after a number it only ends a line of the file.
+    text = (b" " + raw).replace(b" \n", b" 10 ")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", DeprecationWarning)  # numpy's sign of unparsed text
+            values = np.fromstring(text, dtype=np.int16, sep=" ")
+    except (DeprecationWarning, ValueError):
+        values = np.array([-1])
+    if values.min() < 0 or values.max() > 255:
+        raise InputError(
+            f"{path} begins as byte values written as numbers but goes on otherwise: "
+            f"give raw text, or numbers from 0 to 255 throughout"
+        )
+    return values.astype(np.uint8).tobytes()
+
+
+def _starts_as_numbers(raw: bytes) -> bool:
+    numbers = raw[:_PROBE].split()
+    if len(raw) > _PROBE:
+        numbers = numbers[:-1]  # the cut may go through a number
+    return len(numbers) > 1 and _BYTE_NUMBERS.issuperset(numbers)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a binary file that takes the place of ``path`` once the block has ended well.
+
+    The bytes go to a temporary file in the same folder, are flushed to the disk, and are renamed
+    over ``path``: whoever reads sees the old file or the whole new one, also after a crash.
+
+    Raises:
+        OSError: the folder cannot be written to; ``path`` is untouched.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,138 @@
+"""The two-way map between symbols (words, or bytes) and token ids."""
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from lib.errors import InputError
+
+EOS = "<eos>"
+UNK = "<unk>"
+
+
+class Vocab:
+    """A vocabulary of words: count lines, ``build``, then encode and decode.
+
+    A line is stripped and split at white space, and ``<eos>`` ends every line (a blank line is a
+    lone ``<eos>``). Id 0 is ``<eos>``, which is not counted; then come the words by falling count,
+    ties in first-seen order. These are the rules of Transformer-XL (Dai et al. 2019,
+    arXiv 1901.02860), so ids agree with the published weights.
+
+    Attributes:
+        idx2sym: list of str, the symbol of each id.
+        sym2idx: dict of str to int, its inverse.
+    """
+
+    def __init__(self, *, lower_case: bool = False):
+        self.lower_case = lower_case
+        self.counter: Counter = Counter()
+        self._set_symbols([])
+
+    @classmethod
+    def from_symbols(cls, idx2sym: list[str], *, lower_case: bool = False) -> "Vocab":
+        """The vocabulary whose ids are the positions in ``idx2sym``: what a cache restores."""
+        vocab = cls(lower_case=lower_case)
+        vocab._set_symbols(idx2sym)
+        return vocab
+
+    def __len__(self) -> int:
+        return len(self.idx2sym)
+
+    def count(self, lines: Iterable[str]) -> None:
+        """Add the words of ``lines`` to the counts; ids change at the next ``build`` only."""
+        for line in lines:
+            self.counter.update(self._split(line))
+
+    def build(self) -> None:
+        """Give out the ids from the counts so far."""
+        # most_common keeps first-seen order among equal counts. A literal <eos> in the text is
+        # the end-of-line symbol, not a second entry.
+        words = (word for word, _ in self.counter.most_common() if word != EOS)
+        self._set_symbols([EOS, *words])
+
+    def encode(self, lines: Iterable[str], source: str = "text") -> torch.Tensor:
+        """Token ids of ``lines``, a 1-d LongTensor with one ``<eos>`` per line.
+
+        A word that is not in the vocabulary becomes ``<unk>`` if that is a word of it.
+
+        Args:
+            lines: the text, a line at a time (a file of any size is streamed).
+            source: where the text comes from, for the error message.
+
+        Raises:
+            InputError: an unknown word and no ``<unk>``; names word, source and line.
+        """
+        ids = array("i")  # 4 bytes a token: a list would need 36 for each of 103 million
+        lookup, unk = self.sym2idx, self.sym2idx.get(UNK)
+        for number, line in enumerate(lines, start=1):
+            try:
+                ids.fromlist([lookup[word] for word in self._split(line)])
+            except KeyError as error:
+                if unk is None:
+                    raise InputError(
+                        f"{source}, line {number}: the word {error.args[0]!r} is not in the "
+                        f"vocabulary, which has no {UNK} to stand for it: "
+                        f"write {UNK} for rare words in the training text"
+                    ) from None
+                ids.fromlist([lookup.get(word, unk) for word in self._split(line)])
+            ids.append(lookup[EOS])
+        return torch.from_numpy(np.asarray(ids)).long()
+
+    def decode(self, ids: torch.Tensor | Iterable[int]) -> list[str]:
+        """Symbols of token ids (any 1-d tensor or iterable of ints).
+
+        Raises:
+            InputError: an id outside ``[0, len(self))``.
+        """
+        ids = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+        for i in ids:
+            if not 0 <= i < len(self):  # a negative id would silently count from the end
+                raise InputError(f"token id {i} is outside the vocabulary of {len(self)} symbols")
+        return [self.idx2sym[i] for i in ids]
+
+    def _split(self, line: str) -> list[str]:
+        return (line.lower() if self.lower_case else line).split()
+
+    def _set_symbols(self, idx2sym: list[str]) -> None:
+        self.idx2sym = list(idx2sym)
+        self.sym2idx = {symbol: i for i, symbol in enumerate(self.idx2sym)}
+
+
+class ByteVocab(Vocab):
+    """A vocabulary of bytes, for the character data sets enwik8 and text8.
+
+    Ids go by falling count, ties in first-seen order; there is no ``<eos>``. The symbol of a byte
+    is the str of one character with that code point (latin-1), so ``"".join(vocab.decode(ids))``
+    followed by ``.encode("latin-1")`` gives the bytes back.
+    """
+
+    def count(self, blocks: Iterable[bytes]) -> None:
+        """Add the bytes of ``blocks`` to the counts; ids change at the next ``build`` only."""
+        for block in blocks:
+            self.counter.update(block)
+
+    def build(self) -> None:
+        """Give out the ids from the counts so far."""
+        self._set_symbols([chr(byte) for byte, _ in self.counter.most_common()])
+
+    def encode(self, blocks: Iterable[bytes], source: str = "text") -> torch.Tensor:
+        """Token ids of ``blocks``, a 1-d LongTensor with one id per byte.
+
+        Raises:
+            InputError: a byte that is not in the vocabulary; names byte, source and position.
+        """
+        raw = b"".join(blocks)
+        table = np.full(256, -1, dtype=np.int64)
+        for i, symbol in enumerate(self.idx2sym):
+            table[ord(symbol)] = i
+        ids = table[np.frombuffer(raw, dtype=np.uint8)]
+        if ids.size and ids.min() < 0:
+            position = int(ids.argmin())
+            raise InputError(
+                f"{source}, byte {position}: the byte {raw[position]:#04x} does not occur in the "
+                f"training text: make all three files from one source"
+            )
+        return torch.from_numpy(ids)

@@ -1,0 +1,111 @@
+"""Files of tensors: atomic saving, safe loading, and weights that must match their model."""
+
+import os
+import pickle
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lib.errors import InputError
+
+# Prefixes that wrappers leave on the keys of published files.
+_WRAPPERS = ("module.", "model.")
+
+
+def save_atomic(obj, path: str | Path) -> None:
+    """Write ``obj`` (tensors and plain containers) so that ``path`` is never half a file.
+
+    The bytes go to a temporary file in the same folder, reach the disk, and only then take the
+    name: a kill or a full disk leaves what was there.
+    """
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(obj, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load(path: str | Path, map_location="cpu"):
+    """Read a file of tensors and plain containers; code in it is refused, never run.
+
+    Raises:
+        InputError: the file is missing, truncated, damaged, not such a file, or holds code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no file {path}: give the path of a saved checkpoint or weights file")
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) or "GLOBAL" in str(error):
+            raise InputError(
+                f"{path} holds Python objects besides tensors, which could run code: it was not "
+                "loaded; save its state_dict() instead"
+            ) from error
+        raise InputError(_damaged(path)) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
+        raise InputError(_damaged(path)) from error
+
+
+def _damaged(path: Path) -> str:
+    return f"{path} is not a readable checkpoint (truncated or damaged): use another copy of it"
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a state dict file into ``model``: published weights, or a checkpoint of ours.
+
+    The file may be a bare state dict, or a dict that holds one under 'model' or 'state_dict'; a
+    leading "module." or "model." of wrappers is taken off the keys.
+
+    Raises:
+        InputError: unreadable file, keys or shapes that differ (all are listed), NaN or Inf.
+    """
+    content = load(path)
+    for name in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise InputError(f"{path} holds no state dict: expected a mapping of names to tensors")
+    load_state(model, content, str(path))
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load a state dict by key and shape, or refuse it as a whole with the list of differences."""
+    state = strip_wrappers(state, model)
+    expected = model.state_dict()
+    problems = [f"missing {key}" for key in expected if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    if problems:
+        raise InputError(f"the weights in {source} do not fit this model: {'; '.join(problems)}")
+    bad = [key for key, value in state.items() if not _is_finite(value)]
+    if bad:
+        raise InputError(f"the weights in {source} are not finite: {', '.join(bad)}")
+    model.load_state_dict(state)
+
+
+def strip_wrappers(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Take prefixes of wrappers off the keys, unless the model itself has such a module."""
+    children = dict(model.named_children())
+    for prefix in _WRAPPERS:
+        if prefix[:-1] in children:
+            continue
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key[len(prefix) :]: value for key, value in state.items()}
+    return state
+
+
+def _is_finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or value.is_meta or bool(torch.isfinite(value).all())

@@ -1,0 +1,344 @@
+r"""The DEQ wrapper: find z* = f(z*), re-attach it to autograd, report what the solvers did.
+
+Forward, a solver runs without autograd and f is applied once more at its result, so that one
+evaluation of f is all that backward keeps, however many iterations the solver ran. Backward, by
+the implicit function theorem,
+
+    dL/dtheta = y' df/dtheta,      y' = dL/dz' (I - J)^-1,    J = df/dz at z*
+
+where y is the fixed point of y -> J'y + dL/dz and is found by a solver too (Bai, Kolter and
+Koltun 2019, arXiv 1909.01377).
+
+Example (a layer of a notebook's own)::
+
+    >>> import torch
+    >>> from lib.deq import DEQ
+    >>> deq = DEQ(f_solver="anderson", b_solver="broyden")
+    >>> weight = torch.tensor(0.5, requires_grad=True)
+    >>> x = torch.ones(1, 3)
+    >>> solution = deq(lambda z: torch.tanh(weight * z + x), torch.zeros(1, 3))
+    >>> solution.z.sum().backward()
+    >>> deq.stats.backward.last["rel_residual"] < 1e-3
+    True
+
+A list of tensors is one state: pass ``deq(f, list2vec(z0_list))`` and let f begin with
+``vec2list`` and end with ``list2vec``, or hand the list over as it is: then f maps a list to a
+list and the result is a list.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lib.errors import InputError
+from lib.jacobian import jac_loss_estimate, power_method
+from lib.layer_utils import list2vec, vec2list
+from lib.solvers import get_solver
+
+# An adjoint this far from its equation gives a gradient that is mostly wrong (y = 0 has 1.0).
+POOR_ADJOINT = 0.5
+
+
+class DEQWarning(RuntimeWarning):
+    """A solve that ended badly enough to spoil the result or its gradient."""
+
+
+@dataclass
+class PassStats:
+    """Running statistics of the solves of one pass; a few numbers, however long the run."""
+
+    solves: int = 0
+    nfe: int = 0
+    abs_residual: float = 0.0
+    rel_residual: float = 0.0
+    broken: int = 0  # prot_break, or a sample that f made non-finite
+    last: dict = field(default_factory=dict)
+
+    def add(self, solution: dict) -> None:
+        index = solution["nstep"]
+        # A user's own solver may return fewer keys than ours.
+        self.last = {
+            "nfe": solution.get("nfe", len(solution["abs_trace"])),
+            "abs_residual": float(solution["abs_trace"][index]),
+            "rel_residual": float(solution["rel_trace"][index]),
+            "broken": bool(solution.get("prot_break", False)) or not _all_finite(solution),
+        }
+        self.solves += 1
+        self.nfe += self.last["nfe"]
+        self.abs_residual += self.last["abs_residual"]
+        self.rel_residual += self.last["rel_residual"]
+        self.broken += self.last["broken"]
+
+    def means(self) -> dict[str, float]:
+        """Mean nfe and residuals since the last reset, and the count of broken solves."""
+        n = max(self.solves, 1)
+        return {
+            "nfe": self.nfe / n,
+            "abs_residual": self.abs_residual / n,
+            "rel_residual": self.rel_residual / n,
+            "broken": self.broken,
+        }
+
+
+@dataclass
+class SolverStats:
+    """Statistics of both passes. Shared by DataParallel replicas, which copy the reference."""
+
+    forward: PassStats = field(default_factory=PassStats)
+    backward: PassStats = field(default_factory=PassStats)
+
+    def reset(self) -> None:
+        self.forward, self.backward = PassStats(), PassStats()
+
+
+@dataclass
+class Equilibrium:
+    """What one forward solve gives.
+
+    z is the state to go on with (f(z*) with the implicit gradient in training, the value of z*
+    in evaluation); z_star the solver's result, detached; solution the solver's dict (None for
+    a stacked network); jac_loss a scalar; sradius (B, 1). Where they were not asked for, the
+    last two are zeros.
+    """
+
+    z: Tensor | list[Tensor]
+    z_star: Tensor | list[Tensor]
+    jac_loss: Tensor
+    sradius: Tensor
+    solution: dict | None
+
+
+class DEQ:
+    """Solve for the equilibrium of a layer and differentiate it implicitly.
+
+    Args:
+        f_solver: forward solver: a name in :data:`lib.solvers.SOLVERS` or any callable with
+            their signature, such as ``functools.partial(broyden, eps=1e-9)``.
+        b_solver: the same for the adjoint; None takes the forward solver.
+        stop_mode: 'rel' or 'abs', for the forward solve.
+        b_stop_mode: for the adjoint; None takes ``stop_mode``.
+
+    ``stats`` accumulates what the solvers did; ``stats.reset()`` starts anew.
+    """
+
+    def __init__(
+        self,
+        f_solver: str | Callable = "anderson",
+        b_solver: str | Callable | None = None,
+        *,
+        stop_mode: str = "rel",
+        b_stop_mode: str | None = None,
+    ):
+        self.f_solver, self.b_solver = f_solver, b_solver
+        self.stop_mode = stop_mode
+        self.b_stop_mode = b_stop_mode or stop_mode
+        self.stats = SolverStats()
+
+    @property
+    def f_solver(self) -> Callable:
+        return self._f_solver
+
+    @f_solver.setter
+    def f_solver(self, solver: str | Callable) -> None:
+        self._f_solver = get_solver(solver)
+
+    @property
+    def b_solver(self) -> Callable:
+        return self._f_solver if self._b_solver is None else self._b_solver
+
+    @b_solver.setter
+    def b_solver(self, solver: str | Callable | None) -> None:
+        self._b_solver = None if solver is None else get_solver(solver)
+
+    def __call__(
+        self,
+        f: Callable,
+        z0: Tensor | Sequence[Tensor],
+        *,
+        f_thres: int = 30,
+        b_thres: int = 40,
+        training: bool = True,
+        jac_vecs: int = 0,
+        sradius_iters: int = 0,
+        on_solve: Callable[[str, dict], None] | None = None,
+    ) -> Equilibrium:
+        """Find z* = f(z*) from z0 and attach the implicit gradient.
+
+        Args:
+            f: the layer, a function of the state alone: what does not depend on z (weights,
+                masks, injections) belongs into its closure, computed once.
+            z0: start, (B, ...) of any rank, or a list of (B, ...) tensors.
+            f_thres, b_thres: thresholds of the two solvers.
+            training: return f(z*) (True) or the value of z* (False). Gradients are attached
+                either way whenever autograd is recording.
+            jac_vecs: vectors of the Jacobian loss; 0 does not compute it.
+            sradius_iters: products for the spectral radius at z*; 0 does not compute it.
+            on_solve: called with ('forward' or 'backward', solver dict) after each solve.
+        """
+        if not isinstance(z0, Tensor):
+            return self._solve_list(
+                f,
+                z0,
+                f_thres=f_thres,
+                b_thres=b_thres,
+                training=training,
+                jac_vecs=jac_vecs,
+                sradius_iters=sradius_iters,
+                on_solve=on_solve,
+            )
+        with torch.no_grad():
+            solution = self.f_solver(f, z0, threshold=f_thres, stop_mode=self.stop_mode)
+        self._report("forward", solution, on_solve)
+        z_star = solution["result"].detach()
+        jac_loss, sradius = z_star.new_zeros(()), z_star.new_zeros(len(z_star), 1)
+
+        if sradius_iters:
+            with torch.enable_grad():
+                point = z_star.detach().requires_grad_()
+                sradius = power_method(f(point), point, n_iters=sradius_iters)[1]
+        if not torch.is_grad_enabled():
+            # Without autograd there is nothing to attach: f(z*) costs one more evaluation.
+            z = f(z_star) if training else z_star
+            return Equilibrium(z, z_star, jac_loss, sradius, solution)
+
+        point = z_star.detach().requires_grad_()
+        fz = f(point)
+        if jac_vecs:
+            jac_loss = jac_loss_estimate(fz, point, vecs=jac_vecs)
+        z = self._attach(fz, point, b_thres, on_solve)
+        if not training:
+            z = z_star + (z - z.detach())  # the value of z*, the gradient of f(z*)
+        return Equilibrium(z, z_star, jac_loss, sradius, solution)
+
+    def _attach(self, fz: Tensor, point: Tensor, b_thres: int, on_solve) -> Tensor:
+        """An identity view of f(z*) whose incoming gradient is replaced by the adjoint.
+
+        The hook sits on the view and differentiates ``fz`` itself, so its own autograd.grad
+        cannot meet the hook again: nothing is ever removed, and any number of forwards may be
+        pending.
+        """
+        out = fz.view_as(fz)
+        if not fz.requires_grad:
+            return out  # f depends on nothing that is trained
+        # The state itself is not trained: do not leave a gradient on it.
+        point.register_post_accumulate_grad_hook(_drop_grad)
+
+        def implicit_gradient(grad: Tensor) -> Tensor:
+            adjoint = self._adjoint(fz, point, grad, b_thres, on_solve)
+            # With create_graph the adjoint would look like a constant to a second derivative.
+            return _RefuseDoubleBackward.apply(adjoint, fz) if torch.is_grad_enabled() else adjoint
+
+        out.register_hook(implicit_gradient)
+        return out
+
+    def _adjoint(self, fz, point, grad: Tensor, b_thres: int, on_solve) -> Tensor:
+        """Solve y = J'y + grad from y = 0."""
+
+        def step(y: Tensor) -> Tensor:
+            (vjp,) = torch.autograd.grad(
+                fz, point, y.to(fz.dtype), retain_graph=True, allow_unused=True
+            )
+            return grad if vjp is None else vjp + grad
+
+        with torch.no_grad():
+            solution = self.b_solver(
+                step, torch.zeros_like(grad), threshold=b_thres, stop_mode=self.b_stop_mode
+            )
+        self._report("backward", solution, on_solve)
+        adjoint = solution["result"]
+        last = self.stats.backward.last
+        if not _all_finite(solution):
+            # Not a silent zero: a sample whose adjoint fails passes its gradient on as it came.
+            keep = solution["finite"].view(-1, *[1] * (grad.dim() - 1))
+            adjoint = torch.where(keep, adjoint, grad)
+            _warn("the adjoint of some samples is not finite: they pass their gradient unsolved")
+        elif last["rel_residual"] > POOR_ADJOINT:
+            _warn(
+                f"the adjoint's relative residual is {last['rel_residual']:.2g} after "
+                f"{last['nfe']} evaluations, so the gradient is far off: raise b_thres, or "
+                "regularise the Jacobian"
+            )
+        return adjoint
+
+    def _report(self, which: str, solution: dict, on_solve) -> None:
+        getattr(self.stats, which).add(solution)
+        if which == "forward" and not _all_finite(solution):
+            _warn("f is not finite for some samples: their best finite iterate is used")
+        if on_solve is not None:
+            on_solve(which, solution)
+
+    def _solve_list(self, f, z0: Sequence[Tensor], **options) -> Equilibrium:
+        shapes = [tuple(t.shape[1:]) for t in z0]
+
+        def flat(z: Tensor) -> Tensor:
+            return list2vec(f(vec2list(z, shapes)))
+
+        found = self(flat, list2vec(z0), **options)
+        found.z, found.z_star = vec2list(found.z, shapes), vec2list(found.z_star, shapes)
+        return found
+
+
+class SolverAttributes:
+    """Mixin for models: ``f_solver`` and ``b_solver`` that reach into ``self.deq``.
+
+    Both accept a solver's name or a callable, at any time; an unknown name is refused.
+    """
+
+    deq: DEQ
+
+    @property
+    def f_solver(self) -> Callable:
+        return self.deq.f_solver
+
+    @f_solver.setter
+    def f_solver(self, solver: str | Callable) -> None:
+        self.deq.f_solver = solver
+
+    @property
+    def b_solver(self) -> Callable:
+        return self.deq.b_solver
+
+    @b_solver.setter
+    def b_solver(self, solver: str | Callable | None) -> None:
+        self.deq.b_solver = solver
+
+
+class _RefuseDoubleBackward(torch.autograd.Function):
+    """Identity on the adjoint that fails, instead of lying, when it is differentiated."""
+
+    @staticmethod
+    def forward(ctx, adjoint: Tensor, anchor: Tensor) -> Tensor:
+        return adjoint.view_as(adjoint)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        raise RuntimeError(
+            "second derivatives through an equilibrium are not available: its adjoint is the "
+            "result of a solver (unroll f, or take the Jacobian loss for regularisation)"
+        )
+
+
+def stacked(f: Callable, z0: Tensor, n_layer: int) -> Tensor:
+    """f applied ``n_layer`` times with ordinary autograd: the weight-tied network."""
+    if n_layer < 1:
+        raise InputError(f"the number of stacked layers is {n_layer!r}, but must be at least 1")
+    z = z0
+    for _ in range(n_layer):
+        z = f(z)
+    return z
+
+
+def _all_finite(solution: dict) -> bool:
+    finite = solution.get("finite")
+    return finite is None or bool(finite.all())
+
+
+def _drop_grad(point: Tensor) -> None:
+    point.grad = None
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, DEQWarning, stacklevel=4)

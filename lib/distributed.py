@@ -1,0 +1,65 @@
+"""Several GPUs in one process: DataParallel with a smaller share on the first GPU."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel
+from torch.nn.parallel.scatter_gather import gather
+
+from lib.errors import InputError
+
+
+def shares(batch: int, n_devices: int, first: int = -1) -> list[int]:
+    """Sizes of each device's part of a batch: ``first`` on device 0 (-1: even), the rest even.
+
+    >>> shares(56, 4, 14), shares(10, 4, 1), shares(10, 3)
+    ([14, 14, 14, 14], [1, 3, 3, 3], [4, 3, 3])
+    """
+    if n_devices == 1:
+        return [batch]
+    if first > batch:
+        raise InputError(f"the first device's share {first} exceeds the batch of {batch}")
+    if first < 0:
+        quotient, rest = divmod(batch, n_devices)
+        return [quotient + (i < rest) for i in range(n_devices)]
+    quotient, rest = divmod(batch - first, n_devices - 1)
+    return [first, *(quotient + (i < rest) for i in range(n_devices - 1))]
+
+
+class BalancedDataParallel(DataParallel):
+    """DataParallel with ``first`` samples on the first device, which also holds the outputs.
+
+    Args:
+        module: the model; its tensor arguments are split along ``dim``.
+        first: samples on device 0; -1 shares evenly, 0 leaves it to the outputs alone.
+        dim: batch dimension of all inputs.
+        output_dims: batch dimension of each output of the model's list.
+    """
+
+    def __init__(self, module: nn.Module, first: int, dim: int, output_dims: Sequence[int]):
+        super().__init__(module, dim=dim)
+        self.first, self.output_dims = first, tuple(output_dims)
+
+    def forward(self, *inputs, **kwargs):
+        if len(self.device_ids) < 2:
+            return self.module(*inputs, **kwargs)
+        batch = inputs[0].shape[self.dim]
+        parts = shares(batch, len(self.device_ids), self.first)
+        devices = [d for d, size in zip(self.device_ids, parts, strict=True) if size]
+        sizes = [size for size in parts if size]
+        scattered = zip(*(self._split(value, devices, sizes) for value in inputs), strict=True)
+        replicas = self.replicate(self.module, devices)
+        outputs = self.parallel_apply(replicas, list(scattered), [kwargs] * len(devices))
+        return [
+            gather(part, self.output_device, dim)
+            for part, dim in zip(zip(*outputs, strict=True), self.output_dims, strict=True)
+        ]
+
+    def _split(self, value, devices: list[int], sizes: list[int]) -> list:
+        if isinstance(value, Tensor):
+            parts = torch.split(value, sizes, dim=self.dim)
+            return [part.to(device) for part, device in zip(parts, devices, strict=True)]
+        if isinstance(value, (list, tuple)) and value:
+            return list(zip(*(self._split(item, devices, sizes) for item in value), strict=True))
+        return [value] * len(devices)

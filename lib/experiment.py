@@ -1,0 +1,118 @@
+"""One run's folder: text log, TensorBoard events, metrics, settings, and the progress bar."""
+
+import json
+import os
+import resource
+import sys
+import tempfile
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from lib.errors import InputError
+
+LOG, METRICS, SETTINGS, CHECKPOINT, WEIGHTS = (
+    "log.txt",
+    "metrics.jsonl",
+    "settings.json",
+    "checkpoint.pt",
+    "model.pt",
+)
+
+
+def run_folder(work_dir: str, dataset: str, name: str) -> Path:
+    """``<work_dir>-<dataset>/<name>``; a run without a name ('N/A') gets a time stamp."""
+    if name in ("", "N/A"):
+        name = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path(f"{work_dir}-{dataset}") / name
+
+
+def write_json(path: Path, content) -> None:
+    """Write a JSON file whole or not at all."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    with os.fdopen(handle, "w") as file:
+        json.dump(content, file, indent=1)
+        file.write("\n")
+    os.replace(temporary, path)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The records of a run, oldest first; a last line cut off by a kill is left out."""
+    path = folder / METRICS
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory so far: allocated on a GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class Run:
+    """Where a training run writes: everything goes through here, so a debug run writes nothing.
+
+    Args:
+        folder: the run's folder, created if absent; None writes no file (``--debug``).
+        settings: the resolved settings, saved as settings.json.
+        resume_step: None for a new run, which refuses a folder that already holds a checkpoint;
+            else the step to continue from: records beyond it are dropped, as they come again.
+    """
+
+    def __init__(self, folder: Path | None, settings: dict, resume_step: int | None = None):
+        self.folder = folder
+        self.writer, self._log, self._metrics = None, None, None
+        self.bar: tqdm | None = None
+        if folder is None:
+            return
+        if resume_step is None and (folder / CHECKPOINT).exists():
+            raise InputError(
+                f"{folder} already holds a run: add --restart to continue it, or choose another "
+                "--name"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SETTINGS, settings)
+        kept = [r for r in read_metrics(folder) if resume_step and r["step"] <= resume_step]
+        self._metrics = open(folder / METRICS, "w")  # noqa: SIM115  (open for the whole run)
+        for record in kept:
+            self._metrics.write(json.dumps(record) + "\n")
+        self._metrics.flush()
+        self._log = open(folder / LOG, "w" if resume_step is None else "a")  # noqa: SIM115
+        purge = {} if resume_step is None else {"purge_step": resume_step + 1}
+        self.writer = SummaryWriter(str(folder), **purge)
+
+    def log(self, line: str) -> None:
+        """One line to the terminal and to log.txt."""
+        tqdm.write(line)
+        sys.stdout.flush()
+        if self._log is not None:
+            print(line, file=self._log, flush=True)
+
+    def record(self, kind: str, step: int, **values: float) -> None:
+        """One record to metrics.jsonl, and each value to TensorBoard as ``kind/name``."""
+        if self._metrics is None:
+            return
+        print(json.dumps({"kind": kind, "step": step, **values}), file=self._metrics, flush=True)
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def progress(self, total: int, initial: int) -> tqdm:
+        """A bar over the steps, on a terminal only."""
+        self.bar = tqdm(total=total, initial=initial, unit="step", disable=None, leave=False)
+        return self.bar
+
+    def close(self) -> None:
+        for resource_ in (self.bar, self.writer, self._log, self._metrics):
+            if resource_ is not None:
+                resource_.close()

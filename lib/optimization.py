@@ -1,0 +1,195 @@
+"""Weight normalisation and variational dropout, in the forms that a fixed-point layer needs.
+
+Both keep something constant over all applications of f in one forward: the normalised weight is
+computed once, and a dropout mask is drawn once.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lib.errors import InputError
+
+_HELD = "_held_weights"  # name -> weight computed by reset(), in the module's __dict__
+
+
+class WeightNorm:
+    """Recomputes w = v g / ||v||; what :func:`weight_norm` returns beside the module."""
+
+    def __init__(self, names: Sequence[str], dim: int):
+        self.names, self.dim = tuple(names), dim
+
+    def compute(self, module: nn.Module, name: str) -> Tensor:
+        """w = v g / ||v||, the norm over all dimensions but ``dim``; with its graph."""
+        g, v = getattr(module, f"{name}_g"), getattr(module, f"{name}_v")
+        return v * (g / _norm_except(v, self.dim))
+
+    def reset(self, module: nn.Module) -> None:
+        """Compute the weights now and hold them until the next call: once per forward.
+
+        Without it, or once g or v have changed (an optimiser step, load_state_dict, .to()), the
+        weight is computed at every access, so it is never stale.
+        """
+        module.__dict__[_HELD] = {
+            name: (self._version(module, name), self.compute(module, name)) for name in self.names
+        }
+
+    def get(self, module: nn.Module, name: str) -> Tensor:
+        """The held weight if it is still good, else a freshly computed one."""
+        version, weight = module.__dict__.get(_HELD, {}).get(name, (None, None))
+        if weight is None or version != self._version(module, name):
+            return self.compute(module, name)
+        if torch.is_grad_enabled() and not weight.requires_grad:
+            return self.compute(module, name)  # held under no_grad: it would train nothing
+        return weight
+
+    @staticmethod
+    def _version(module: nn.Module, name: str) -> tuple:
+        parts = (getattr(module, f"{name}_g"), getattr(module, f"{name}_v"))
+        return tuple((t.data_ptr(), t._version, t.dtype, t.device) for t in parts)
+
+
+def weight_norm(
+    module: nn.Module, names: Sequence[str], dim: int = 0
+) -> tuple[nn.Module, WeightNorm]:
+    """Reparametrise weights as w = v g / ||v|| (Salimans and Kingma 2016, arXiv 1602.07868).
+
+    Replaces each parameter ``<name>`` by ``<name>_g`` (the norms, shape 1 but for ``dim``) and
+    ``<name>_v``, with the initial weight unchanged. ``module.<name>`` stays readable: it becomes
+    a property of the module's class, not a stored tensor, so deepcopy and state dicts see the
+    parameters alone.
+
+    Args:
+        module: the module that owns the parameters; changed in place.
+        names: parameter names, such as ``['weight']``.
+        dim: the dimension that keeps a norm of its own.
+
+    Returns:
+        ``(module, fn)``; ``fn.reset(module)`` computes the weights once and holds them.
+    """
+    fn = WeightNorm(names, dim)
+    for name in fn.names:
+        weight = module._parameters.get(name)
+        if weight is None:
+            known = ", ".join(module._parameters)
+            raise InputError(f"{type(module).__name__} has no parameter {name!r} (it has {known})")
+        del module._parameters[name]
+        module.register_parameter(f"{name}_g", nn.Parameter(_norm_except(weight.detach(), dim)))
+        module.register_parameter(f"{name}_v", nn.Parameter(weight.detach().clone()))
+
+    def state_without_held(self):
+        # Held weights belong to a forward that is under way: no copy and no file takes them.
+        return {key: value for key, value in self.__dict__.items() if key != _HELD}
+
+    base = type(module)
+    properties = {name: property(lambda self, name=name: fn.get(self, name)) for name in fn.names}
+    module.__class__ = type(
+        f"WeightNorm{base.__name__}", (base,), {**properties, "__getstate__": state_without_held}
+    )
+    return module, fn
+
+
+def _norm_except(v: Tensor, dim: int) -> Tensor:
+    dims = [d for d in range(v.dim()) if d != dim % v.dim()]
+    return torch.linalg.vector_norm(v, dim=dims, keepdim=True)
+
+
+def bernoulli_mask(
+    shape: Sequence[int],
+    p: float,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Inverted-dropout mask: Bernoulli(1 - p) / (1 - p), so its mean is one."""
+    return torch.empty(*shape, device=device, dtype=dtype).bernoulli_(1 - p).div_(1 - p)
+
+
+def _check_probability(dropout: float) -> float:
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout is {dropout!r}, but must be at least 0 and below 1")
+    return dropout
+
+
+class VariationalDropout(nn.Module):
+    """Dropout with one mask over time, drawn anew at every call (Gal and Ghahramani 2016).
+
+    ``x`` (N, L, C) with ``dim=3`` gets a mask (N, 1, C); (M, N, L, C) with ``dim=4`` a mask
+    (M, N, 1, C). The identity in evaluation.
+    """
+
+    def forward(self, x: Tensor, dropout: float = 0.5, dim: int = 3) -> Tensor:
+        _check_probability(dropout)
+        if dim not in (3, 4) or x.dim() != dim:
+            raise InputError(f"dim is {dim!r} and x has {x.dim()} dimensions: give 3 or 4, alike")
+        if not self.training or dropout == 0:
+            return x
+        shape = [*x.shape[:-2], 1, x.shape[-1]]
+        return x * bernoulli_mask(shape, dropout, device=x.device, dtype=x.dtype)
+
+
+class _HeldMask(nn.Module):
+    """Dropout whose mask is drawn by ``reset_mask`` and then stays, over all applications of f."""
+
+    def __init__(self, dropout: float = 0.0):
+        super().__init__()
+        self.dropout = _check_probability(dropout)
+        self.mask: Tensor | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether the forward changes its input at all."""
+        return self.training and self.dropout > 0
+
+    def _draw(self, shape: Sequence[int], device, dtype) -> Tensor | None:
+        # No draw where none is used, so that evaluation leaves the random state alone.
+        if self.active:
+            self.mask = bernoulli_mask(shape, self.dropout, device=device, dtype=dtype)
+        else:
+            self.mask = None
+        return self.mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.active:
+            return x
+        if self.mask is None:
+            raise InputError(f"call reset_mask of {type(self).__name__} before its first use")
+        return x * self.mask.to(device=x.device, dtype=x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"dropout={self.dropout}"
+
+
+class VariationalHidDropout(_HeldMask):
+    """One mask per sample and channel: (B, 1, d) if ``length_first`` (x is (B, L, d)), else
+    (B, d, 1) (x is (B, d, L))."""
+
+    def __init__(self, dropout: float = 0.0, length_first: bool = False):
+        super().__init__(dropout)
+        self.length_first = length_first
+
+    def reset_mask(self, bsz: int, d: int, length: int = 1, *, device=None, dtype=None):
+        """Draw a mask; it does not depend on ``length``."""
+        return self._draw((bsz, 1, d) if self.length_first else (bsz, d, 1), device, dtype)
+
+
+class VariationalAttnDropout(_HeldMask):
+    """One mask value per attention weight: (B, n_head, qlen, klen)."""
+
+    def reset_mask(self, bsz: int, n_head: int, qlen: int, klen: int, *, device=None, dtype=None):
+        """Draw a mask."""
+        return self._draw((bsz, n_head, qlen, klen), device, dtype)
+
+
+class VariationalHidDropout2d(_HeldMask):
+    """For feature maps (B, d, H, W): one mask value per channel, (B, d, 1, 1), if ``spatial``,
+    else one per pixel."""
+
+    def __init__(self, dropout: float = 0.0, spatial: bool = True):
+        super().__init__(dropout)
+        self.spatial = spatial
+
+    def reset_mask(self, bsz: int, d: int, H: int, W: int, *, device=None, dtype=None):
+        """Draw a mask."""
+        return self._draw((bsz, d, 1, 1) if self.spatial else (bsz, d, H, W), device, dtype)

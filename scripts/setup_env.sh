@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Make the environment .venv in the repository root ready for the other scripts:
+#
+#     bash scripts/setup_env.sh requirements.txt
+#
+# It installs when the requirements or setup.py have changed since the last install that finished.
+# It is always that .venv: an active environment is neither used nor changed. To work in one of
+# your own, `pip install -r requirements.txt` there and call the Python commands themselves.
+# PYTHON names the interpreter of a new .venv (default: python3); delete .venv to change it.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {
+    echo "setup_env: $1" >&2
+    exit 2
+}
+
+requirements=${1:-}
+[ -f "$requirements" ] || fail "no requirements file '$requirements': try requirements.txt"
+
+# The folder counts too: .venv and the editable install hold its absolute path.
+wanted=$({ pwd -P; cat requirements*.txt setup.py; } | cksum)
+if [ "$(cat ".venv/.installed-$requirements" 2>/dev/null)" = "$wanted" ]; then
+    echo "setup_env: .venv is up to date with $requirements"
+    exit
+fi
+
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    python=${PYTHON:-python3}
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+        fail "'$python' is not Python 3.11 or newer: name one, as in PYTHON=/path/to/python3"
+    "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+        fail "'$python' cannot make environments: install its venv package (python3-venv on Debian)"
+    { "$python" -m venv .venv && .venv/bin/python -m pip --version >/dev/null; } ||
+        fail "cannot make .venv: delete that folder and try again"
+fi
+
+echo "setup_env: installing $requirements into .venv (the first time takes minutes)"
+# Stamps go first and come back last, so that the next run repairs an install that was cut off.
+rm -f .venv/.installed-*
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+for file in "$requirements" $(sed -n 's/^-r //p' "$requirements"); do
+    echo "$wanted" >".venv/.installed-$file"
+done
