@@ -60,6 +60,11 @@ class Corpus:
         self.dataset, self.vocab = dataset, vocab
         self.train, self.valid, self.test = train, valid, test
 
+    @property
+    def characters(self) -> bool:
+        """Whether symbols are characters: losses are then reported in bits per character."""
+        return DATASETS[self.dataset].characters
+
 
 def get_lm_corpus(datadir: str | Path, dataset: str) -> Corpus:
     """Read ``train.txt``, ``valid.txt`` and ``test.txt`` of a data set.

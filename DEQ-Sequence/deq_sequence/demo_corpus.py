@@ -59,7 +59,7 @@ def build_demo_corpus(datadir: str | Path) -> dict:
 
     Raises:
         InputError: the folder cannot be written to, or holds text that this function did not
-            make, which is left alone.
+            make, which is left alone; or Python comes without its sources.
     """
     datadir = Path(datadir)
     manifest = _read_manifest(datadir)
@@ -73,6 +73,11 @@ def build_demo_corpus(datadir: str | Path) -> dict:
                     f"name another folder for --dataset demo"
                 )
     texts = _render(list(_documents(Path(sysconfig.get_path("stdlib")))))
+    if not all(texts.values()):
+        raise InputError(
+            "this Python has too little documentation to make the demo corpus from: use an "
+            "installation with the sources of the standard library"
+        )
     manifest = _describe(texts)
     try:
         datadir.mkdir(parents=True, exist_ok=True)
@@ -120,14 +125,21 @@ def _texts(source: bytes) -> list[str]:
         tree = ast.parse(text)
     except (SyntaxError, ValueError):  # a template or an example that is no module
         return []
-    found: list[tuple[int, str]] = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node)
-            if docstring:
-                found.append((node.body[0].lineno, docstring))
-    found.extend(_comment_blocks(text))
-    return [text for _, text in sorted(found)]
+    found = [
+        (node.body[0].lineno, docstring)
+        for node in _definitions(tree)
+        if (docstring := ast.get_docstring(node))
+    ]
+    return [text for _, text in sorted([*found, *_comment_blocks(text)])]
+
+
+def _definitions(node: ast.AST) -> Iterator[ast.AST]:
+    """``node`` and the functions and classes in it; expressions hold none and are passed over."""
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        yield node
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.expr):
+            yield from _definitions(child)
 
 
 def _comment_blocks(text: str) -> Iterator[tuple[int, str]]:

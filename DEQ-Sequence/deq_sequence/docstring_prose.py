@@ -7,7 +7,7 @@ from collections.abc import Iterator
 # Mark-up that goes, leaving its words.
 _MARKUP = (
     (re.compile(r":[a-z]+(?::[a-z]+)?:`[~!]?([^`<]*)(?:\s*<[^>]*>)?`"), r"\1"),  # :func:`x`
-    (re.compile(r"`+([^`]*)`+_*"), r"\1"),  # ``x``, `x`_
+    (re.compile(r"`+_*"), ""),  # ``x``, `x`_
     (re.compile(r"(?<!\w)(\*{1,2})(\w[^*]*)\1(?!\w)"), r"\2"),  # *x*, **x**
     (re.compile(r"\(\)"), ""),  # x()
     (re.compile(r"""(?<!\w)(["'])([\w.]+)\1(?!\w)"""), r"\2"),  # "x" and 'x' as names
@@ -30,6 +30,7 @@ _FUNCTION_WORD = re.compile(
     "as|on|at|or|and|not|no|all|any|its|can|will|should|may|must|does|do|you|we|only"
 )
 MIN_TOKENS = 6
+# Odd tokens are neither words nor punctuation of prose: operators, brackets, slashes.
 MAX_ODD_SHARE = 0.08
 MIN_FUNCTION_WORD_SHARE = 0.15
 
@@ -38,8 +39,9 @@ def prose(text: str) -> list[list[str]]:
     """The paragraphs of a documentation text that are English prose, as lists of tokens.
 
     Doctest examples, code, tables, signatures, headings and paragraphs with web addresses are
-    left out; rst mark-up is removed, leaving its words. Text is lower-cased and tokenised as WikiText is: ``it 's``,
-    ``read @-@ only``, punctuation apart; dotted and underscored names stay one token.
+    left out; rst mark-up is removed, leaving its words. Text is lower-cased and tokenised as
+    WikiText is: ``it 's``, ``read @-@ only``, punctuation apart; dotted and underscored names
+    stay one token.
     """
     paragraphs = (_tokenise(p) for p in _paragraphs(text) if "://" not in p)
     return [tokens for tokens in paragraphs if _is_prose(tokens)]
@@ -76,6 +78,6 @@ def _tokenise(paragraph: str) -> list[str]:
 def _is_prose(tokens: list[str]) -> bool:
     if len(tokens) < MIN_TOKENS:
         return False
-    odd = sum(not (_PUNCTUATION.fullmatch(token) or token[0].isalnum()) for token in tokens)
+    odd = sum(not (_PUNCTUATION.fullmatch(token) or re.match(r"\w", token)) for token in tokens)
     joints = sum(bool(_FUNCTION_WORD.fullmatch(token)) for token in tokens)
     return odd <= MAX_ODD_SHARE * len(tokens) and joints >= MIN_FUNCTION_WORD_SHARE * len(tokens)

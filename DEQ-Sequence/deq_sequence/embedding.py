@@ -1,5 +1,7 @@
 """Word embeddings of adaptive width, and sinusoidal positions."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -13,12 +15,12 @@ def cluster_bounds(n_token: int, cutoffs: list[int]) -> list[tuple[int, int]]:
         InputError: cutoffs not rising, or not inside the vocabulary.
     """
     edges = [0, *cutoffs, n_token]
-    if any(low >= high for low, high in zip(edges, edges[1:], strict=False)):
+    if any(low >= high for low, high in pairwise(edges)):
         raise InputError(
             f"cutoffs {list(cutoffs)} do not split a vocabulary of {n_token} words: they must "
             f"rise and lie strictly between 0 and {n_token}"
         )
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(pairwise(edges))
 
 
 def cluster_widths(d_embed: int, div_val: int, n_clusters: int) -> list[int]:

@@ -4,10 +4,10 @@ import argparse
 import difflib
 import sys
 
+from deq_sequence.corpus import DATASETS
 from lib.errors import InputError
 from lib.solvers import SOLVERS
 
-DATASETS = ("wt103", "wt2", "ptb", "enwik8", "text8", "demo")
 DEFAULT_DATA = "../data/wikitext-103"
 # Where get_data.sh (and the embedded corpus) puts each set, relative to DEQ-Sequence.
 FOLDERS = {
@@ -55,7 +55,7 @@ def build_parser() -> Parser:
 def _data_flags(group) -> None:
     add = group.add_argument
     add("--data", default=DEFAULT_DATA, help="data folder (other sets: data/<set>)")
-    add("--dataset", default="wt103", choices=DATASETS, help="demo needs no download")
+    add("--dataset", default="wt103", choices=list(DATASETS), help="demo needs no download")
     add("--batch_size", type=int, default=60, help="sequences per step")
     add("--batch_chunk", type=int, default=1, help="parts of a batch, for less memory")
     add("--eval_batch_size", type=int, default=10, help="sequences in evaluation")

@@ -1,0 +1,110 @@
+"""Evaluation with memory carried over the whole text."""
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from deq_sequence.iterators import LMOrderedIterator
+from deq_sequence.model import DEQTransformerLM
+
+
+@dataclass
+class Evaluation:
+    """Loss per token in nats, and what the solver did on the way."""
+
+    loss: float
+    tokens: int
+    nfe: float
+    abs_residual: float
+    rel_residual: float
+    sradius: float | None  # mean over samples and segments, if asked for
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits(self) -> float:
+        """Bits per symbol."""
+        return self.loss / math.log(2)
+
+    def text(self, characters: bool) -> str:
+        """The figure that is usual: bits per character, or perplexity."""
+        figure = f"bpc {self.bits:.5f}" if characters else f"ppl {self.perplexity:.3f}"
+        solver = f" | f res {self.rel_residual:.2e} nfe {self.nfe:.1f}" if self.nfe else ""
+        radius = "" if self.sradius is None else f" | spectral radius {self.sradius:.3f}"
+        return f"loss {self.loss:.5f} {figure}{solver}{radius}"
+
+
+def autocast(amp: str, device: torch.device):
+    """The context of ``--amp``: bfloat16 inside f; the solver's state stays float32."""
+    return torch.autocast(device.type, torch.bfloat16) if amp == "bf16" else nullcontext()
+
+
+@torch.no_grad()
+def evaluate(
+    model: DEQTransformerLM,
+    data: torch.Tensor,
+    *,
+    batch_size: int,
+    tgt_len: int,
+    mem_len: int,
+    f_thres: int,
+    train_step: int = -1,
+    max_steps: int = -1,
+    spectral_radius: bool = False,
+    sradius_batches: int = -1,
+    amp: str = "none",
+) -> Evaluation:
+    """Mean loss of ``model`` on a text, segment after segment with memory between them.
+
+    Args:
+        data: (tokens,) word ids.
+        batch_size: the text is cut into this many streams.
+        tgt_len, mem_len: segment and memory lengths; the model's own are put back afterwards.
+        train_step: decides the phase, as in the model's forward; -1 is equilibrium.
+        max_steps: segments at most; -1 is all.
+        spectral_radius: compute it, in the first ``sradius_batches`` segments (-1: in all).
+    """
+    device = next(model.parameters()).device
+    iterator = LMOrderedIterator(data, batch_size, tgt_len, device=device)
+    was_training, lengths, stats = model.training, (model.tgt_len, model.mem_len), model.deq.stats
+    model.eval()
+    model.reset_length(tgt_len, mem_len)
+    model.deq.stats = type(stats)()
+    total, tokens, radii, mems = torch.zeros((), dtype=torch.float64, device=device), 0, [], []
+    try:
+        for index, (words, target, seq_len) in enumerate(iterator):
+            if index == max_steps:
+                break
+            with_radius = spectral_radius and (sradius_batches < 0 or index < sradius_batches)
+            with autocast(amp, device):
+                loss, _, sradius, *mems = model(
+                    words,
+                    target,
+                    mems,
+                    train_step=train_step,
+                    f_thres=f_thres,
+                    compute_jac_loss=False,
+                    spectral_radius_mode=with_radius,
+                )
+            total += loss.double().sum()
+            tokens += seq_len * batch_size
+            if with_radius:
+                radii.append(sradius.float().mean().item())
+        means = model.deq.stats.forward.means()
+    finally:
+        model.deq.stats = stats
+        model.reset_length(*lengths)
+        model.train(was_training)
+    return Evaluation(
+        loss=total.item() / tokens,
+        tokens=tokens,
+        nfe=means["nfe"],
+        abs_residual=means["abs_residual"],
+        rel_residual=means["rel_residual"],
+        # A stacked network has no equilibrium to take it at.
+        sradius=sum(radii) / len(radii) if radii and means["nfe"] else None,
+    )

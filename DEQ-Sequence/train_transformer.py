@@ -1,0 +1,12 @@
+"""Train or evaluate a DEQ-Transformer language model.
+
+python train_transformer.py --dataset demo --name try     # embedded corpus, no download
+python train_transformer.py --help                        # all flags
+"""
+
+import sys
+
+from deq_sequence.command import main
+
+if __name__ == "__main__":
+    sys.exit(main())

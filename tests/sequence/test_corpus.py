@@ -1,0 +1,216 @@
+"""get_lm_corpus: which files are counted, the cache, and one clear line for every bad folder."""
+
+import os
+import random
+
+import pytest
+import torch
+
+from deq_sequence import corpus_cache
+from deq_sequence.corpus import DATASETS, get_lm_corpus
+from deq_sequence.text_files import atomic_write, read_bytes
+from deq_sequence.vocabulary import Vocab
+from lib.errors import InputError
+
+TEXTS = {"train": "b a <unk>\na B\n", "valid": "c c c\n\n", "test": "d a\n"}
+SPLITS = ("train", "valid", "test")
+
+
+@pytest.fixture
+def datadir(tmp_path):
+    return write(tmp_path, TEXTS)
+
+
+def write(folder, texts):
+    for split, text in texts.items():
+        content = text if isinstance(text, bytes) else text.encode()
+        (folder / f"{split}.txt").write_bytes(content)
+    return folder
+
+
+def ids(corpus):
+    return [getattr(corpus, split).tolist() for split in SPLITS]
+
+
+def message_of(datadir, dataset):
+    with pytest.raises(InputError) as error:
+        get_lm_corpus(datadir, dataset)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_wt103_counts_train_only_and_maps_the_rest_to_unk(datadir):
+    corpus = get_lm_corpus(str(datadir), "wt103")
+    assert corpus.dataset == "wt103"
+    assert corpus.vocab.idx2sym == ["<eos>", "a", "b", "<unk>", "B"]
+    assert ids(corpus) == [[2, 1, 3, 0, 1, 4, 0], [3, 3, 3, 0, 0], [3, 1, 0]]
+    assert all(getattr(corpus, split).dtype == torch.int64 for split in SPLITS)
+
+
+def test_wt2_counts_train_valid_and_test_in_this_order(datadir):
+    vocab = get_lm_corpus(datadir, "wt2").vocab
+    assert vocab.idx2sym == ["<eos>", "a", "c", "b", "<unk>", "B", "d"]
+
+
+def test_ptb_is_lower_cased(datadir):
+    vocab = get_lm_corpus(datadir, "ptb").vocab
+    assert vocab.idx2sym == ["<eos>", "a", "c", "b", "<unk>", "d"]
+
+
+def test_second_call_reads_the_cache_and_gives_the_same(datadir, monkeypatch):
+    first = get_lm_corpus(datadir, "ptb")
+    monkeypatch.setattr(Vocab, "count", lambda *_: pytest.fail("the texts were read again"))
+    second = get_lm_corpus(datadir, "ptb")
+    assert ids(second) == ids(first)
+    assert second.vocab.idx2sym == first.vocab.idx2sym
+    assert second.vocab.encode(["A"]).tolist() == [1, 0]  # still lower-cases
+    assert second.train.dtype == torch.int64
+
+
+def test_cache_is_plain_data_and_kept_per_dataset(datadir):
+    get_lm_corpus(datadir, "wt103")
+    get_lm_corpus(datadir, "wt2")
+    stored = torch.load(datadir / "corpus.wt103.pt", weights_only=True)
+    assert stored["idx2sym"] == ["<eos>", "a", "b", "<unk>", "B"]
+    assert len(get_lm_corpus(datadir, "wt103").vocab) == 5
+    assert len(get_lm_corpus(datadir, "wt2").vocab) == 7
+    assert sorted(p.suffix for p in datadir.iterdir()) == [".pt"] * 2 + [".txt"] * 3
+
+
+def test_changed_text_rebuilds_the_cache(datadir):
+    get_lm_corpus(datadir, "wt103")
+    valid = datadir / "valid.txt"
+    before = valid.stat()
+    valid.write_text("a a a\n\n")  # as long as before
+    os.utime(valid, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert get_lm_corpus(datadir, "wt103").valid.tolist() == [1, 1, 1, 0, 0]
+
+
+def test_cache_of_another_format_version_is_rebuilt(datadir, monkeypatch):
+    get_lm_corpus(datadir, "wt103")
+    calls = []
+    count = Vocab.count
+    monkeypatch.setattr(Vocab, "count", lambda *args: (calls.append(1), count(*args)))
+    get_lm_corpus(datadir, "wt103")
+    assert not calls
+    monkeypatch.setattr(corpus_cache, "FORMAT_VERSION", corpus_cache.FORMAT_VERSION + 1)
+    get_lm_corpus(datadir, "wt103")
+    assert calls
+
+
+@pytest.mark.parametrize("damage", ["noise", "empty", "cut", "object", "other"])
+def test_damaged_cache_is_rebuilt(datadir, damage):
+    expected = ids(get_lm_corpus(datadir, "wt103"))
+    cache = datadir / "corpus.wt103.pt"
+    whole = cache.read_bytes()
+    if damage == "object":  # what a pickled corpus of earlier code looks like to weights_only
+        torch.save({"key": random.Random(0)}, cache)
+    elif damage == "other":
+        torch.save([1, 2], cache)
+    else:
+        cache.write_bytes({"noise": b"noise", "empty": b"", "cut": whole[:-100]}[damage])
+    assert ids(get_lm_corpus(datadir, "wt103")) == expected
+    assert torch.load(cache, weights_only=True)["idx2sym"][0] == "<eos>"
+
+
+def test_folder_that_cannot_be_written_to_is_no_error(datadir, monkeypatch):
+    def refuse(*_args):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    assert get_lm_corpus(datadir, "wt103").train.numel() == 7
+    assert sorted(p.name for p in datadir.iterdir()) == ["test.txt", "train.txt", "valid.txt"]
+
+
+def test_atomic_write_leaves_the_old_file_when_the_block_fails(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail_half_way():
+        with atomic_write(path) as file:
+            file.write(b"new")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_characters_are_raw_bytes_counted_over_train(tmp_path):
+    write(tmp_path, {"train": b"abb \xc3\xa9\n", "valid": b"b a", "test": b"\n"})
+    corpus = get_lm_corpus(tmp_path, "text8")
+    assert corpus.vocab.idx2sym == ["b", "a", " ", "\xc3", "\xa9", "\n"]
+    assert ids(corpus) == [[1, 0, 0, 2, 3, 4, 5], [0, 2, 1], [5]]
+    again = get_lm_corpus(tmp_path, "text8")
+    assert ids(again) == ids(corpus)
+    assert again.vocab.encode([b"a"]).tolist() == [1]
+
+
+def transformer_xl_format(raw: bytes) -> bytes:
+    """What Transformer-XL's preparation made of a text."""
+    return " ".join("\n" if byte == 10 else str(byte) for byte in raw).encode()
+
+
+@pytest.mark.parametrize("size", [2, 700, 5000])  # shorter and longer than the probe
+def test_numbers_stand_for_bytes(tmp_path, size):
+    raw = b"\n\n" + random.Random(size).randbytes(size) + b" \n"
+    path = tmp_path / "train.txt"
+    path.write_bytes(transformer_xl_format(raw))
+    assert read_bytes(path) == raw
+    path.write_bytes(raw)
+    assert read_bytes(path) == raw
+
+
+@pytest.mark.parametrize("text", [b"7", b"1 256", b"one 2 3", b"12-13"])
+def test_other_text_is_not_taken_for_numbers(tmp_path, text):
+    path = tmp_path / "train.txt"
+    path.write_bytes(text)
+    assert read_bytes(path) == text
+
+
+@pytest.mark.parametrize("end", [b"300", b"-1", b"and words"])
+def test_numbers_that_turn_into_something_else(tmp_path, end):
+    write(tmp_path, {"train": b"65 " * 2000 + end, "valid": b"a", "test": b"a"})
+    message = message_of(tmp_path, "enwik8")
+    assert message.startswith(f"{tmp_path / 'train.txt'} begins as byte values")
+
+
+def test_unknown_dataset_lists_the_known_ones(datadir):
+    assert message_of(datadir, "wt104") == (
+        "unknown dataset 'wt104': choose one of wt103, wt2, ptb, enwik8, text8, demo"
+    )
+
+
+def test_missing_folder_names_the_ways_out(tmp_path):
+    message = message_of(tmp_path / "nowhere", "wt2")
+    assert message.startswith(f"data folder {tmp_path / 'nowhere'} does not exist")
+    assert "get_data.sh wt2" in message
+    assert "--dataset demo" in message
+
+
+def test_missing_and_empty_files_are_named(datadir):
+    (datadir / "valid.txt").write_bytes(b"")
+    assert message_of(datadir, "wt103").startswith(f"{datadir / 'valid.txt'} is empty")
+    (datadir / "valid.txt").unlink()
+    assert message_of(datadir, "wt103").startswith(f"{datadir / 'valid.txt'} does not exist")
+
+
+def test_text_that_is_not_utf_8_names_file_and_line(datadir):
+    (datadir / "test.txt").write_bytes(b"a\nb\n\xe9t\xe9\n")
+    assert message_of(datadir, "wt103").startswith(f"{datadir / 'test.txt'}, line 3: not UTF-8")
+
+
+def test_unknown_word_names_file_and_line(datadir):
+    (datadir / "train.txt").write_text("a\n")
+    message = message_of(datadir, "wt103")
+    assert message.startswith(f"{datadir / 'valid.txt'}, line 1: the word 'c' is not in")
+
+
+def test_unknown_byte_names_the_file(tmp_path):
+    write(tmp_path, {"train": b"ab", "valid": b"a", "test": b"az"})
+    assert message_of(tmp_path, "text8").startswith(f"{tmp_path / 'test.txt'}, byte 1: ")
+
+
+def test_only_the_character_sets_report_bits_per_character():
+    assert {name for name, facts in DATASETS.items() if facts.characters} == {"enwik8", "text8"}
