@@ -1,14 +1,13 @@
 """Files of tensors: atomic saving, safe loading, and weights that must match their model."""
 
-import os
 import pickle
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lib.errors import InputError
+from lib.files import atomic_write
 
 # Prefixes that wrappers leave on the keys of published files.
 _WRAPPERS = ("module.", "model.")
@@ -17,20 +16,10 @@ _WRAPPERS = ("module.", "model.")
 def save_atomic(obj, path: str | Path) -> None:
     """Write ``obj`` (tensors and plain containers) so that ``path`` is never half a file.
 
-    The bytes go to a temporary file in the same folder, reach the disk, and only then take the
-    name: a kill or a full disk leaves what was there.
+    A kill or a full disk leaves what was there.
     """
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(obj, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with atomic_write(Path(path)) as file:
+        torch.save(obj, file)
 
 
 def load(path: str | Path, map_location="cpu"):

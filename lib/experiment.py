@@ -1,10 +1,8 @@
 """One run's folder: text log, TensorBoard events, metrics, settings, and the progress bar."""
 
 import json
-import os
 import resource
 import sys
-import tempfile
 from datetime import datetime
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from lib.errors import InputError
+from lib.files import atomic_write
 
 LOG, METRICS, SETTINGS, CHECKPOINT, WEIGHTS = (
     "log.txt",
@@ -32,11 +31,8 @@ def run_folder(work_dir: str, dataset: str, name: str) -> Path:
 
 def write_json(path: Path, content) -> None:
     """Write a JSON file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
-    os.replace(temporary, path)
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,31 +26,28 @@ _FREE = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit code. Bad input is one line and 2, no traceback."""
+    """Run train_transformer.py; its exit code."""
+    return exit_code("train_transformer.py", lambda: run_command(parse(argv)))
+
+
+def exit_code(program: str, action: Callable[[], object]) -> int:
+    """Run ``action``; bad input is one line on the error stream and 2, without a traceback."""
     try:
-        run_command(parse(argv))
-    except InputError as error:
-        print(f"train_transformer.py: {_one_line(error)}", file=sys.stderr)
-        return 2
-    except TrainingError as error:
-        print(f"train_transformer.py: {_one_line(error)}", file=sys.stderr)
-        return 1
+        action()
+    except (InputError, TrainingError) as error:
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
-        print("train_transformer.py: interrupted (--restart continues the run)", file=sys.stderr)
+        print(f"{program}: interrupted (--restart continues the run)", file=sys.stderr)
         return 130
     return 0
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def run_command(args: argparse.Namespace) -> Path | None:
     """Train or evaluate as the arguments say; the run's folder, if it has one."""
     device = _set_up(args)
     if args.eval:
-        evaluate_command(args, device)
-        return None
+        return evaluate_command(args, device)
     return train_command(args, device)
 
 

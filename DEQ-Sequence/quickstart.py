@@ -1,0 +1,15 @@
+"""Train a small DEQ-Transformer on English text that every Python brings along, and report.
+
+    python DEQ-Sequence/quickstart.py             # a few minutes on two cores
+    python DEQ-Sequence/quickstart.py --restart   # continue a run that was cut off
+
+Flags of train_transformer.py override the settings, --max_step 200 for instance.
+"""
+
+import sys
+from pathlib import Path
+
+from deq_sequence.quickstart import main
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], Path(__file__).resolve().parent))

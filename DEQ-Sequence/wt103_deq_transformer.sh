@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# DEQ-Transformer on WikiText-103, without regularisation (arXiv 1909.01377), on 4 GPUs.
+#     bash wt103_deq_transformer.sh train|eval [flags]
+settings=(
+    --cuda --multi_gpu --gpu0_bsz 14
+    --data ./data/wikitext-103/ --dataset wt103
+    --adaptive --div_val 4
+    --n_layer 2 --eval_n_layer 24 --d_embed 700 --d_model 700 --n_head 10 --d_head 70 --d_inner 48000
+    --wnorm --dropout 0.05 --dropatt 0.0
+    --optim Adam --lr 0.00025 --warmup_step 16000 --max_step 300000 --pretrain_steps 32000 --eval-interval 5000
+    --batch_size 56 --tgt_len 150 --mem_len 150 --eval_tgt_len 150
+    --f_solver anderson --b_solver broyden --stop_mode rel --f_thres 30 --b_thres 35
+    --jac_loss_weight 0.0 --jac_loss_freq 0.0 --jac_incremental 0
+)
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"

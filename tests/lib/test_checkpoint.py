@@ -1,0 +1,261 @@
+"""Files of tensors: never half written, never run, never silently wrong."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from lib.checkpoint import load, load_state, load_weights, save_atomic
+from lib.errors import InputError
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "checkpoint.pt"
+
+
+def refusal(action, *arguments) -> str:
+    """The one-line message with which the action refuses."""
+    with pytest.raises(InputError) as caught:
+        action(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def assert_same_weights(model, state):
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+# --- Saving -----------------------------------------------------------------------------------
+
+
+def test_round_trip(path):
+    content = {
+        "model": {"weight": torch.randn(2, 3), "bias": torch.ones(2, dtype=torch.bfloat16)},
+        "step": 7,
+        "rate": 0.1,
+        "name": "a",
+        "random": torch.get_rng_state(),
+        "nested": [{"x": (1, None, True)}],
+    }
+    save_atomic(content, path)
+    found = load(path)
+    assert torch.equal(found["model"]["weight"], content["model"]["weight"])
+    assert torch.equal(found["random"], content["random"])
+    assert found["nested"] == content["nested"]
+    assert (found["step"], found["rate"], found["name"]) == (7, 0.1, "a")
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_optimizer_state_round_trip(path, model):
+    optimizer = torch.optim.RAdam(model.parameters())
+    model(torch.randn(5, 3)).sum().backward()
+    optimizer.step()
+    save_atomic(optimizer.state_dict(), path)
+    found = load(path)
+    assert torch.equal(found["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+class FullDisk:
+    def __reduce__(self):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("stage", ["torch.save", "fsync", "replace"])
+def test_failed_write_leaves_the_old_file(path, monkeypatch, stage):
+    save_atomic({"step": 1}, path)
+    content = {"big": torch.zeros(1000), "last": FullDisk() if stage == "torch.save" else 0}
+
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    if stage != "torch.save":
+        monkeypatch.setattr(os, stage, fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_atomic(content, path)
+    monkeypatch.undo()
+    assert load(path) == {"step": 1}
+    assert os.listdir(path.parent) == [path.name]  # and no temporary file
+
+
+def test_interrupt_leaves_the_old_file(path, monkeypatch):
+    save_atomic({"step": 1}, path)
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_atomic({"step": 2}, path)
+    assert load(path) == {"step": 1}
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_saved_file_has_ordinary_permissions(path):
+    """Others in a group can read a checkpoint, as any file that torch.save writes."""
+    ordinary = path.with_name("ordinary.pt")
+    torch.save({}, ordinary)
+    save_atomic({}, path)
+    assert path.stat().st_mode == ordinary.stat().st_mode
+
+
+# --- Unreadable files -------------------------------------------------------------------------
+
+
+def damaged(path, kind):
+    save_atomic({"model": {"weight": torch.randn(50, 50)}, "step": 3}, path)
+    good = bytearray(path.read_bytes())
+    if kind.startswith("truncated"):
+        path.write_bytes(good[: int(len(good) * float(kind.split()[1]))])
+    elif kind == "zip directory damaged":
+        good[-22] ^= 0xFF
+        path.write_bytes(good)
+    elif kind == "pickle damaged":
+        where = good.index(b"weight")
+        good[where - 6 : where + 2] = b"\xff" * 8
+        path.write_bytes(good)
+    else:
+        content = {"empty": b"", "text": b"not a checkpoint\n", "noise": bytes(range(256)) * 40}
+        path.write_bytes(content[kind])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("truncated 0.01", "truncated 0.5", "truncated 0.95", "truncated 0.999"),
+        *("zip directory damaged", "pickle damaged", "empty", "text", "noise"),
+    ],
+)
+def test_damaged_file(path, kind):
+    damaged(path, kind)
+    assert str(path) in refusal(load, path)
+
+
+@pytest.mark.xfail(strict=True, reason="torch.load does not verify the file's checksums")
+@pytest.mark.parametrize("seed", range(3))
+def test_any_flipped_bit_in_the_data_is_found(path, seed):
+    """Numbers carry no meaning of their own, so only a checksum can find these."""
+    weight = torch.randn(64, 64)
+    save_atomic({"weight": weight}, path)
+    content = bytearray(path.read_bytes())
+    start = content.index(weight.numpy().tobytes())
+    generator = torch.Generator().manual_seed(seed)
+    offset = torch.randint(weight.numel() * 4, (1,), generator=generator).item()
+    content[start + offset] ^= 1 << seed % 8
+    path.write_bytes(content)
+    assert str(path) in refusal(load, path)
+
+
+def test_missing_file_and_folder(tmp_path):
+    assert "no file" in refusal(load, tmp_path / "missing.pt")
+    assert "no file" in refusal(load, tmp_path)
+
+
+class Opens:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("form", ["torch", "torch legacy", "pickle", "pickle protocol 0"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_code_in_a_file_is_not_run(path, form, nested):
+    trap = path.with_name("trap")
+    content = {"model": {"weight": torch.ones(2), "x": Opens(trap)}} if nested else Opens(trap)
+    if form.startswith("torch"):
+        torch.save(content, path, _use_new_zipfile_serialization=form == "torch")
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=0 if "0" in form else 2))
+    assert str(path) in refusal(load, path)
+    assert not trap.exists()
+
+
+def test_whole_model_is_refused(path, model):
+    torch.save(model, path)
+    assert "state_dict()" in refusal(load, path)
+
+
+# --- Weights ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "module.model."])
+@pytest.mark.parametrize("under", [None, "model", "state_dict"])
+def test_load_weights(path, model, prefix, under):
+    state = {key: torch.randn_like(value.float()) for key, value in model.state_dict().items()}
+    state["1.num_batches_tracked"] = torch.tensor(5)
+    content = {prefix + key: value for key, value in state.items()}
+    save_atomic(content if under is None else {under: content, "step": 3}, path)
+    load_weights(model, path)
+    assert_same_weights(model, state)
+
+
+def test_prefix_that_belongs_to_the_model():
+    model = nn.Module()
+    model.module = nn.Linear(2, 2)
+    state = {key: value + 1 for key, value in model.state_dict().items()}
+    assert set(state) == {"module.weight", "module.bias"}
+    load_state(model, state, "here")
+    assert_same_weights(model, state)
+
+
+def test_every_difference_is_listed(path, model):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = {key: value + 1 for key, value in before.items()}
+    state["2.weight"] = torch.ones(2, 5)
+    state["0.weight"] = torch.ones(4, 2)
+    del state["0.bias"], state["1.running_var"]
+    state["extra"] = torch.ones(1)
+    save_atomic(state, path)
+    message = refusal(load_weights, model, path)
+    for part in (
+        "missing 0.bias",
+        "missing 1.running_var",
+        "unexpected extra",
+        "2.weight has shape (2, 5) instead of (2, 4)",
+        "0.weight has shape (4, 2) instead of (4, 3)",
+        str(path),
+    ):
+        assert part in message
+    assert_same_weights(model, before)  # refused as a whole
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_weights_that_are_not_finite_are_named(path, model, value):
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state = {key: tensor + 1 for key, tensor in before.items()}
+    state["2.bias"][1] = value
+    save_atomic(state, path)
+    message = refusal(load_weights, model, path)
+    assert "2.bias" in message
+    assert "2.weight" not in message
+    assert_same_weights(model, before)
+
+
+@pytest.mark.parametrize("content", [{"step": 3}, [torch.ones(2)], torch.ones(2), {"model": 4}])
+def test_no_state_dict(path, model, content):
+    save_atomic(content, path)
+    assert "no state dict" in refusal(load_weights, model, path)
+
+
+def test_empty_state_dict(path, model):
+    save_atomic({}, path)
+    assert "missing 0.weight" in refusal(load_weights, model, path)
+
+
+def test_dtype_is_the_models(path, model):
+    save_atomic({key: value.double() for key, value in model.state_dict().items()}, path)
+    load_weights(model, path)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
