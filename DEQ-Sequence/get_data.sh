@@ -58,16 +58,25 @@ expected() {
   esac
 }
 
-# count UNIT FILE
+# count UNIT FILE: words as Python splits them, which is how the training reads them.
 count() {
-  case "$1" in
-    bytes) wc -c <"$2" | tr -d ' ' ;;
-    tokens) LC_ALL=C awk '{ n += NF + 1 } END { printf "%d\n", n }' "$2" ;;
-    types)
-      LC_ALL=C awk '{ for (i = 1; i <= NF; i++) if (!($i in seen)) { seen[$i]; n++ } }
-        END { printf "%d\n", n + 1 }' "$2"
-      ;;
-  esac
+  if [[ $1 == bytes ]]; then
+    wc -c <"$2" | tr -d ' '
+    return
+  fi
+  python3 - "$1" "$2" <<'PYTHON'
+import sys
+
+unit, path = sys.argv[1:]
+tokens, types = 0, {"<eos>"}
+with open(path, encoding="utf-8") as file:
+    for line in file:
+        words = line.split()
+        tokens += len(words) + 1
+        if unit == "types":
+            types.update(words)
+print(tokens if unit == "tokens" else len(types))
+PYTHON
 }
 
 # check NAME FOLDER: print each count beside the published one; non-zero if one differs.

@@ -29,6 +29,7 @@ list and the result is a list.
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import nan
 
 import torch
 from torch import Tensor
@@ -58,12 +59,13 @@ class PassStats:
     last: dict = field(default_factory=dict)
 
     def add(self, solution: dict) -> None:
-        index = solution["nstep"]
         # A user's own solver may return fewer keys than ours.
+        index = solution.get("nstep", -1)
+        absolute, relative = (solution.get(f"{mode}_trace") or [nan] for mode in ("abs", "rel"))
         self.last = {
-            "nfe": solution.get("nfe", len(solution["abs_trace"])),
-            "abs_residual": float(solution["abs_trace"][index]),
-            "rel_residual": float(solution["rel_trace"][index]),
+            "nfe": solution.get("nfe", len(absolute)),
+            "abs_residual": float(absolute[index]),
+            "rel_residual": float(relative[index]),
             "broken": bool(solution.get("prot_break", False)) or not _all_finite(solution),
         }
         self.solves += 1

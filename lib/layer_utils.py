@@ -45,8 +45,9 @@ def conv5x5(in_planes: int, out_planes: int, stride: int = 1, bias: bool = False
     return nn.Conv2d(in_planes, out_planes, 5, stride=stride, padding=2, bias=bias)
 
 
-def norm_diff(new: Tensor, old: Tensor, show_list: bool = False) -> float | list[float]:
-    """||new - old|| over everything, or per sample (dimension 0) with ``show_list``."""
-    difference = (new - old).detach().flatten(1)
-    norms = torch.linalg.vector_norm(difference, dim=1)
-    return norms.tolist() if show_list else torch.linalg.vector_norm(norms).item()
+def norm_diff(
+    new: Sequence[Tensor] | Tensor, old: Sequence[Tensor] | Tensor, show_list: bool = False
+) -> float | list[float]:
+    """||new - old|| over a list of tensors (or a batch), or each one's own with ``show_list``."""
+    norms = [torch.linalg.vector_norm(a - b).item() for a, b in zip(new, old, strict=True)]
+    return norms if show_list else sum(norm**2 for norm in norms) ** 0.5

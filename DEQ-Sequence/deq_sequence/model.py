@@ -230,7 +230,7 @@ class DEQTransformerLM(SolverAttributes, nn.Module):
     def _memory(self, mems: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
         """The caller's memory as (B, M, d) and (B, M, 3d), empty at first."""
         bsz, d = len(like), self.d_model
-        if len(mems) == 0:
+        if not mems:
             return like.new_zeros(bsz, 0, d), like.new_zeros(bsz, 0, 3 * d)
         z_mem, u_mem = mems
         length = len(z_mem)

@@ -9,9 +9,9 @@ import torch
 from deq_sequence import corpus_cache
 from deq_sequence.corpus import DATASETS, get_lm_corpus
 from deq_sequence.text_files import read_bytes
-from lib.files import atomic_write
 from deq_sequence.vocabulary import Vocab
 from lib.errors import InputError
+from lib.files import atomic_write
 
 TEXTS = {"train": "b a <unk>\na B\n", "valid": "c c c\n\n", "test": "d a\n"}
 SPLITS = ("train", "valid", "test")
