@@ -1,6 +1,7 @@
 """Files of tensors: atomic saving, safe loading, and weights that must match their model."""
 
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -32,6 +33,11 @@ def load(path: str | Path, map_location="cpu"):
     if not path.is_file():
         raise InputError(f"no file {path}: give the path of a saved checkpoint or weights file")
     try:
+        # torch does not compare the checksums of its archives, so a flipped bit would pass.
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise InputError(_damaged(path))
         return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "GLOBAL" in str(error):
@@ -40,7 +46,9 @@ def load(path: str | Path, map_location="cpu"):
                 "loaded; save its state_dict() instead"
             ) from error
         raise InputError(_damaged(path)) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, AttributeError) as error:
+    except InputError:
+        raise
+    except (RuntimeError, EOFError, ValueError, LookupError, OSError, zipfile.BadZipFile) as error:
         raise InputError(_damaged(path)) from error
 
 
@@ -79,22 +87,26 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     ]
     if problems:
         raise InputError(f"the weights in {source} do not fit this model: {'; '.join(problems)}")
-    bad = [key for key, value in state.items() if not _is_finite(value)]
-    if bad:
+    if bad := not_finite(state):
         raise InputError(f"the weights in {source} are not finite: {', '.join(bad)}")
     model.load_state_dict(state)
 
 
 def strip_wrappers(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Take prefixes of wrappers off the keys, unless the model itself has such a module."""
-    children = dict(model.named_children())
-    for prefix in _WRAPPERS:
-        if prefix[:-1] in children:
-            continue
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key[len(prefix) :]: value for key, value in state.items()}
+    wrappers = [prefix for prefix in _WRAPPERS if prefix[:-1] not in dict(model.named_children())]
+    while state:
+        shared = [p for p in wrappers if all(key.startswith(p) for key in state)]
+        if not shared:
+            break
+        state = {key.removeprefix(shared[0]): value for key, value in state.items()}
     return state
 
 
-def _is_finite(value: Tensor) -> bool:
-    return not value.is_floating_point() or value.is_meta or bool(torch.isfinite(value).all())
+def not_finite(state: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or Inf."""
+    return [
+        key
+        for key, value in state.items()
+        if value.is_floating_point() and not value.is_meta and not torch.isfinite(value).all()
+    ]

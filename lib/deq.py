@@ -228,7 +228,9 @@ class DEQ:
         # The state itself is not trained: do not leave a gradient on it.
         point.register_post_accumulate_grad_hook(_drop_grad)
 
-        def implicit_gradient(grad: Tensor) -> Tensor:
+        def implicit_gradient(grad: Tensor | None) -> Tensor | None:
+            if grad is None:
+                return None  # an operation behind z has no gradient
             adjoint = self._adjoint(fz, point, grad, b_thres, on_solve)
             # With create_graph the adjoint would look like a constant to a second derivative.
             return _RefuseDoubleBackward.apply(adjoint, fz) if torch.is_grad_enabled() else adjoint

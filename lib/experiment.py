@@ -35,6 +35,14 @@ def write_json(path: Path, content) -> None:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
+def check_unused(folder: Path) -> None:
+    """Refuse a folder that already holds a run's checkpoint."""
+    if (folder / CHECKPOINT).exists():
+        raise InputError(
+            f"{folder} already holds a run: add --restart to continue it, or choose another --name"
+        )
+
+
 def read_metrics(folder: Path) -> list[dict]:
     """The records of a run, oldest first; a last line cut off by a kill is left out."""
     path = folder / METRICS
@@ -61,8 +69,8 @@ class Run:
     Args:
         folder: the run's folder, created if absent; None writes no file (``--debug``).
         settings: the resolved settings, saved as settings.json.
-        resume_step: None for a new run, which refuses a folder that already holds a checkpoint;
-            else the step to continue from: records beyond it are dropped, as they come again.
+        resume_step: None for a new run; else the step to continue from: records beyond it, and
+            those of a final evaluation (kind "final_..."), are dropped, as they come again.
     """
 
     def __init__(self, folder: Path | None, settings: dict, resume_step: int | None = None):
@@ -71,14 +79,15 @@ class Run:
         self.bar: tqdm | None = None
         if folder is None:
             return
-        if resume_step is None and (folder / CHECKPOINT).exists():
-            raise InputError(
-                f"{folder} already holds a run: add --restart to continue it, or choose another "
-                "--name"
-            )
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS, settings)
-        kept = [r for r in read_metrics(folder) if resume_step and r["step"] <= resume_step]
+        kept = [
+            record
+            for record in read_metrics(folder)
+            if resume_step is not None
+            and record["step"] <= resume_step
+            and not record["kind"].startswith("final_")
+        ]
         self._metrics = open(folder / METRICS, "w")  # noqa: SIM115  (open for the whole run)
         for record in kept:
             self._metrics.write(json.dumps(record) + "\n")

@@ -69,6 +69,7 @@ class _Run:
         self.best_residual = torch.full((len(x0),), math.inf, device=x0.device)
         self.lost = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
         self.any_lost = self.converged = self.diverged = False
+        self.limit = math.inf  # of the absolute residual
         # The best finite iterate of each sample: what a sample falls back to once f fails on it.
         self.own_best, self.own_residual = self.x0, self.best_residual
 
@@ -122,7 +123,11 @@ class _Run:
             self.best, self.best_index, self.lowest = x, len(self.abs_trace) - 1, current
             self.best_residual = residual
         self.converged = current < self.eps or current == 0.0
-        self.diverged = self.abs_trace[-1] > DIVERGENCE_FACTOR * max(self.abs_trace[0], _TINY)
+        if len(self.abs_trace) == 1:
+            # A start at the solution has a residual of rounding errors, which may well grow.
+            rounding = torch.finfo(self.work_dtype).eps * math.sqrt(total_f)
+            self.limit = DIVERGENCE_FACTOR * max(self.abs_trace[0], rounding)
+        self.diverged = self.abs_trace[-1] > self.limit
         return x, fx, gx
 
     def result(self) -> dict:

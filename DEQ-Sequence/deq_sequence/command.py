@@ -16,7 +16,15 @@ from deq_sequence.options import cutoffs_for, parse
 from deq_sequence.training import Trainer, TrainingError
 from lib.checkpoint import load, load_state, load_weights
 from lib.errors import InputError
-from lib.experiment import CHECKPOINT, SETTINGS, WEIGHTS, Run, peak_memory_mib, run_folder
+from lib.experiment import (
+    CHECKPOINT,
+    SETTINGS,
+    WEIGHTS,
+    Run,
+    check_unused,
+    peak_memory_mib,
+    run_folder,
+)
 
 # Settings that may differ between a run and its continuation without a word.
 _FREE = {
@@ -37,6 +45,9 @@ def exit_code(program: str, action: Callable[[], object]) -> int:
     except (InputError, TrainingError) as error:
         print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except OSError as error:  # no permission, no space: its message names the file
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted (--restart continues the run)", file=sys.stderr)
         return 130
@@ -100,10 +111,8 @@ def train_command(args: argparse.Namespace, device: torch.device) -> Path | None
     checkpoint = None
     if args.restart:
         checkpoint = load(folder / CHECKPOINT)
-    elif (folder / CHECKPOINT).exists() and not args.debug:
-        raise InputError(
-            f"{folder} already holds a run: add --restart to continue it, or choose another --name"
-        )
+    elif not args.debug:
+        check_unused(folder)
     corpus = get_lm_corpus(args.data, args.dataset)
     model = build_model(args, corpus, device)
     trainer = Trainer(args, model, corpus, device)
@@ -127,6 +136,8 @@ def train_command(args: argparse.Namespace, device: torch.device) -> Path | None
         run.log(f"{args.dataset}: {len(corpus.train)} training tokens, {len(corpus.vocab)} types")
         run.log(f"{n_params} parameters | {device} | {torch.get_num_threads()} threads")
         run.log(f"run folder {folder}" if run.folder else "debug: nothing is written")
+        if args.jac_loss_weight > 0 and args.jac_loss_freq == 0:
+            run.log("note: --jac_loss_weight has no effect while --jac_loss_freq is 0")
         for line in changes:
             run.log(f"changed since the checkpoint: {line}")
         if args.restart:

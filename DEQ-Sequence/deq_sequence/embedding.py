@@ -25,7 +25,7 @@ def cluster_bounds(n_token: int, cutoffs: list[int]) -> list[tuple[int, int]]:
 
 def cluster_widths(d_embed: int, div_val: int, n_clusters: int) -> list[int]:
     """Embedding width of each cluster: d_embed // div_val^i."""
-    widths = [d_embed // div_val**i for i in range(n_clusters)]
+    widths = [d_embed // max(div_val, 1) ** i for i in range(n_clusters)]
     if div_val < 1 or widths[-1] < 1:
         raise InputError(
             f"div_val {div_val} leaves no width for the last of {n_clusters} clusters of a "
@@ -70,7 +70,7 @@ class AdaptiveEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids of any shape -> embeddings (*ids.shape, d_proj)."""
-        _check_ids(ids, self.n_token)
+        check_ids(ids, self.n_token)
         if len(self.bounds) == 1:
             out = self.emb_layers[0](ids)
             out = self.emb_projs[0](out) if self.emb_projs else out
@@ -107,8 +107,8 @@ class PositionalEmbedding(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=1)[None]
 
 
-def _check_ids(ids: Tensor, n_token: int) -> None:
-    # On a GPU the check would synchronise; there the embedding's own assertion fires.
+def check_ids(ids: Tensor, n_token: int) -> None:
+    """Refuse ids outside the vocabulary (on a GPU, where that synchronises, CUDA asserts it)."""
     if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < n_token:
         raise InputError(
             f"token ids run from {ids.min()} to {ids.max()}, but the vocabulary has {n_token} words"

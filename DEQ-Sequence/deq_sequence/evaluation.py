@@ -10,6 +10,11 @@ from deq_sequence.iterators import LMOrderedIterator
 from deq_sequence.model import DEQTransformerLM
 
 
+def perplexity(loss: float) -> float:
+    """exp(loss); inf where that overflows, NaN where the loss is."""
+    return math.inf if loss > 700 else math.exp(loss)
+
+
 @dataclass
 class Evaluation:
     """Loss per token in nats, and what the solver did on the way."""
@@ -23,7 +28,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf
+        return perplexity(self.loss)
 
     @property
     def bits(self) -> float:

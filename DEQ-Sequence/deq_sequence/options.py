@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import sys
 
 from deq_sequence.corpus import DATASETS
@@ -137,7 +138,7 @@ def _run_flags(group) -> None:
     add("--gpu0_bsz", type=int, default=-1, help="sequences on GPU 0; -1 is an even share")
     add("--num_threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
     add("--eval", action="store_true", help="evaluate --load, or the best weights of the run")
-    add("--load", default="", help="weights to start from or to evaluate")
+    add("--load", default="", help="weights to start from (not by a restart) or to evaluate")
     add("--log-interval", type=int, default=200, help="steps between log lines")
     add("--eval-interval", type=int, default=4000, help="steps between evaluations")
     add("--save-interval", type=int, default=0, help="steps between checkpoints; 0: evaluations")
@@ -168,6 +169,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError("--cutoffs has no effect without --adaptive: add it")
     if args.restart and args.name == "N/A" and not args.restart_dir:
         raise InputError("--restart needs --restart_dir, or the --name of the run to continue")
+    if args.restart_dir and not args.restart:
+        raise InputError("--restart_dir has no effect without --restart: add it")
+    if args.gpu0_bsz >= 0 and not args.multi_gpu:
+        raise InputError("--gpu0_bsz has no effect without --multi_gpu: add it")
     if args.eval and not args.load and args.name == "N/A":
         raise InputError("--eval needs --load WEIGHTS, or the --name of a run with weights")
     _check_ranges(args)
@@ -175,10 +180,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def _check_ranges(args: argparse.Namespace) -> None:
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{_flag(name)} is {value}, but must be a finite number")
     at_least = {
         0: "warmup_step max_step start_train_steps pretrain_steps jac_incremental mem_len "
         "rand_f_thres_delta local_size num_threads save_interval patience lr weight_decay clip",
-        1: "n_layer eval_n_layer n_head d_head d_embed d_model d_inner div_val batch_size "
+        1: "n_layer eval_n_layer n_head d_head d_model d_embed d_inner div_val batch_size "
         "batch_chunk eval_batch_size tgt_len eval_tgt_len f_thres b_thres log_interval "
         "eval_interval",
     }
@@ -188,6 +196,8 @@ def _check_ranges(args: argparse.Namespace) -> None:
                 raise InputError(
                     f"{_flag(name)} is {getattr(args, name)}, but must be {low} or more"
                 )
+    if args.max_eval_steps < 1 and args.max_eval_steps != -1:
+        raise InputError(f"--max_eval_steps is {args.max_eval_steps}, but must be -1 or 1 or more")
     for name in ("dropout", "dropatt"):
         if not 0 <= getattr(args, name) < 1:
             raise InputError(f"--{name} is {getattr(args, name)}, but must be in [0, 1)")

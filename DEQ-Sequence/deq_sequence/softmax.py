@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deq_sequence.embedding import AdaptiveEmbedding, cluster_bounds, cluster_widths
+from deq_sequence.embedding import AdaptiveEmbedding, check_ids, cluster_bounds, cluster_widths
 from lib.errors import InputError
 
 
@@ -80,6 +80,7 @@ class ProjectedAdaptiveLogSoftmax(nn.Module):
         """
         if len(hidden) != len(target):
             raise InputError(f"{len(hidden)} hidden states for {len(target)} targets")
+        check_ids(target, self.n_token)
         head_target = target
         members = []
         for i, (low, high) in enumerate(self.bounds[1:], start=1):

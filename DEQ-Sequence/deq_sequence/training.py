@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from deq_sequence.corpus import Corpus
-from deq_sequence.evaluation import Evaluation, autocast, evaluate
+from deq_sequence.evaluation import Evaluation, autocast, evaluate, perplexity
 from deq_sequence.iterators import LMOrderedIterator
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.schedules import LearningRate, make_optimizer
-from lib.checkpoint import save_atomic
+from lib.checkpoint import not_finite, save_atomic
 from lib.deq import PassStats
 from lib.distributed import BalancedDataParallel
 from lib.errors import InputError
@@ -42,6 +42,8 @@ class Trainer:
         self.iterator = LMOrderedIterator(
             corpus.train, args.batch_size, args.tgt_len, device=device
         )
+        for text in (corpus.valid, corpus.test):  # too short a text should not wait to be found
+            LMOrderedIterator(text, args.eval_batch_size, args.eval_tgt_len)
         self.optimizer = make_optimizer(args, model)
         self.learning_rate = LearningRate(args, self.optimizer)
         self.parallel = model
@@ -166,7 +168,8 @@ class Trainer:
         elapsed = time.perf_counter() - self._window_start
         steps, lr = window["steps"], self.optimizer.param_groups[0]["lr"]
         loss = (window["loss"] / steps).item()
-        values = {"loss": loss, "lr": lr, "tokens_per_s": window["tokens"] / elapsed}
+        values = {"loss": loss, "perplexity": perplexity(loss), "lr": lr}
+        values["tokens_per_s"] = window["tokens"] / elapsed
         line = (
             f"step {self.step} | epoch {self.epoch} | lr {lr:.3g} | "
             f"{1000 * elapsed / steps:.0f} ms/step | {values['tokens_per_s']:.0f} tok/s | "
@@ -192,11 +195,16 @@ class Trainer:
         run.record("train", self.step, **values)
         self._reset_window()
         if not math.isfinite(loss):
-            saved = "" if run.folder is None else f"; the last good state is in {run.folder}"
-            raise TrainingError(
-                f"the loss is {loss} at step {self.step}: lower --lr, or raise --jac_loss_weight"
-                f"{saved}"
-            )
+            self._give_up(run, f"the loss is {loss}")
+
+    def _give_up(self, run: Run, trouble: str):
+        checkpoint = None if run.folder is None else run.folder / CHECKPOINT
+        saved = (
+            f"; the last good state is {checkpoint}" if checkpoint and checkpoint.exists() else ""
+        )
+        raise TrainingError(
+            f"{trouble} at step {self.step}: lower --lr, or raise --jac_loss_weight{saved}"
+        )
 
     def _validate(self, run: Run) -> None:
         """Evaluate on the validation text in the phase of the last update; keep the best."""
@@ -208,6 +216,7 @@ class Trainer:
             "valid",
             self.step,
             phase=phase,
+            perplexity=found.perplexity,
             **{name: value for name, value in asdict(found).items() if value is not None},
         )
         self.learning_rate.after_evaluation(found.loss, self.step)
@@ -220,7 +229,7 @@ class Trainer:
     def _figure(self, loss: float) -> str:
         if self.corpus.characters:
             return f"bpc {loss / math.log(2):.4f}"
-        return f"ppl {math.exp(min(loss, 700)):.2f}"
+        return f"ppl {perplexity(loss):.2f}"
 
     def _reset_window(self) -> None:
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -230,8 +239,10 @@ class Trainer:
         self.model.deq.stats.reset()
 
     def save(self, run: Run) -> None:
-        """Write the checkpoint of the run."""
+        """Write the checkpoint of the run, unless its weights are no longer finite."""
         if run.folder is not None:
+            if bad := not_finite(self.model.state_dict()):
+                self._give_up(run, f"weights are not finite ({', '.join(bad)})")
             save_atomic(self.state_dict(), run.folder / CHECKPOINT)
 
     def state_dict(self) -> dict:
@@ -239,6 +250,7 @@ class Trainer:
         stats = self.model.deq.stats
         return {
             "format": FORMAT,
+            "fixed": self._fixed,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "learning_rate": self.learning_rate.state_dict(),
@@ -254,6 +266,11 @@ class Trainer:
             "solver_stats": [asdict(stats.forward), asdict(stats.backward)],
         }
 
+    @property
+    def _fixed(self) -> dict:
+        """Settings without which the data position, memory or optimiser state mean nothing."""
+        return {name: getattr(self.args, name) for name in ("batch_size", "batch_chunk", "optim")}
+
     def load_state_dict(self, state: dict, source: Path) -> None:
         """Continue exactly where ``state`` was taken.
 
@@ -264,11 +281,12 @@ class Trainer:
             raise InputError(
                 f"{source} is not a checkpoint of this trainer: give its checkpoint.pt"
             )
-        if len(state["mems"]) != self.args.batch_chunk:
-            raise InputError(
-                f"{source} was saved with --batch_chunk {len(state['mems'])}: continue with that"
-            )
+        for name, value in state["fixed"].items():
+            if getattr(self.args, name) != value:
+                raise InputError(f"{source} was saved with --{name} {value}: continue with that")
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.args.weight_decay  # the flag's, as for the rate
         self.learning_rate.load_state_dict(state["learning_rate"])
         self.step, self.epoch, self.row = state["step"], state["epoch"], state["row"]
         self.mems = [[m.to(self.device) for m in mems] for mems in state["mems"]]

@@ -94,6 +94,12 @@ def block_diagonal(*blocks):
     return torch.block_diag(*blocks)[None]
 
 
+def turned_basis(matrices):
+    """The same eigenvalues in a basis where every product is rounded."""
+    basis, _ = torch.linalg.qr(gaussian(1, matrices.shape[1], seed=5))
+    return basis @ matrices.double() @ basis.transpose(1, 2)
+
+
 SHIFT = torch.diag(torch.ones(4, dtype=torch.float64), 1)  # nilpotent: its fifth power is zero
 # Name: matrices (B, D, D), relative tolerance.
 JACOBIANS = {
@@ -105,6 +111,14 @@ JACOBIANS = {
         1e-6,
     ),
     "not normal": (torch.tensor([[[0.5, 100.0], [0.0, 0.4]]], dtype=torch.float64), 1e-6),
+    # The powers settle on one vector; directions that rounding adds to its Krylov space would
+    # tell of the blocks' numerical range, 2.5.
+    "one vector beside nilpotent blocks": (
+        turned_basis(
+            block_diagonal(torch.tensor([[0.9]]), *[torch.tensor([[0.0, 5.0], [0.0, 0.0]])] * 20)
+        ),
+        1e-6,
+    ),
     "identity": (torch.eye(5, dtype=torch.float64)[None], 1e-10),
     "size 1": (torch.tensor([[[-0.7]]], dtype=torch.float64), 1e-10),
     "tiny": (1e-20 * gaussian(1, 6), 1e-6),

@@ -279,6 +279,12 @@ def test_divergence_protection(name, stop_mode):
         assert torch.equal(solution["result"], x0)
 
 
+def test_rounding_errors_are_no_divergence():
+    """From the solution the first residual is one rounding error; growth of that says nothing."""
+    problem = contraction()
+    assert not broyden(problem.f, problem.solution, threshold=30, eps=0.0)["prot_break"]
+
+
 @by_name
 @pytest.mark.parametrize("mate", ["another scale", "diverging"])
 def test_algebra_is_per_sample(name, mate):

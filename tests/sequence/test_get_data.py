@@ -45,10 +45,14 @@ class Site:
         (programs / "curl").write_text(FAKE_CURL)
         (programs / "curl").chmod(0o755)
         # No pyarrow, whatever this machine has: the second WikiText mirror must say so.
-        (programs / "python3").write_text("#!/bin/sh\nexit 1\n")
-        (programs / "python3").chmod(0o755)
+        (programs / "pyarrow.py").write_text("raise ImportError\n")
         path = f"{programs}{os.pathsep}{os.environ['PATH']}"
-        self.environment = {**os.environ, "PATH": path, "SERVED": str(self.served)}
+        self.environment = {
+            **os.environ,
+            "PATH": path,
+            "PYTHONPATH": str(programs),
+            "SERVED": str(self.served),
+        }
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(

@@ -1,0 +1,45 @@
+"""A small language model and text for it; shared by the tests of the model."""
+
+import torch
+
+from deq_sequence import DEQTransformerLM
+
+SMALL = {
+    "n_token": 17,
+    "n_layer": 2,
+    "eval_n_layer": 4,
+    "n_head": 2,
+    "d_model": 8,
+    "d_head": 4,
+    "d_inner": 12,
+    "dropout": 0.0,
+    "dropatt": 0.0,
+    "tgt_len": 5,
+    "mem_len": 7,
+    "cutoffs": [4, 9],
+    "div_val": 2,
+    "tie_projs": [False, True, True],
+    "pretrain_steps": 10,
+}
+
+
+def build(seed=0, **changes) -> DEQTransformerLM:
+    torch.manual_seed(seed)
+    return DEQTransformerLM(**{**SMALL, **changes})
+
+
+def words(length=5, batch=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    both = torch.randint(17, (length + 1, batch), generator=generator)
+    return both[:-1].clone(), both[1:].clone()
+
+
+VOCABULARIES = {
+    "no cutoffs": {"cutoffs": [], "div_val": 1, "tie_projs": [False]},
+    "cutoffs": {"div_val": 1},
+    "narrow clusters": {},
+    "projected": {"div_val": 1, "d_embed": 6},
+    "untied": {"tie_weights": False, "tie_projs": []},
+}
+
+STACKED, EQUILIBRIUM = 0, -1  # values of train_step
