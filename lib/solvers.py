@@ -124,9 +124,9 @@ class _Run:
             self.best_residual = residual
         self.converged = current < self.eps or current == 0.0
         if len(self.abs_trace) == 1:
-            # A start at the solution has a residual of rounding errors, which may well grow.
-            rounding = torch.finfo(self.work_dtype).eps * math.sqrt(total_f)
-            self.limit = DIVERGENCE_FACTOR * max(self.abs_trace[0], rounding)
+            # A warm start may have a residual of rounding errors, whose growth says nothing.
+            floor = math.sqrt(torch.finfo(self.work_dtype).eps) * math.sqrt(total_f)
+            self.limit = DIVERGENCE_FACTOR * max(self.abs_trace[0], floor)
         self.diverged = self.abs_trace[-1] > self.limit
         return x, fx, gx
 
