@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel
+from torch.nn.parallel import DataParallel, parallel_apply, replicate
 from torch.nn.parallel.scatter_gather import gather
 
 from lib.errors import InputError
@@ -34,10 +34,12 @@ class BalancedDataParallel(DataParallel):
         module: the model; its tensor arguments are split along ``dim``.
         first: samples on device 0; -1 shares evenly, 0 leaves it to the outputs alone.
         dim: batch dimension of all inputs.
-        output_dims: batch dimension of each output of the model's list.
+        output_dims: batch dimension of each output of the model's list; None for an output that
+            is a mean over samples, which is averaged with the shares as weights, so that it is
+            the mean over the whole batch.
     """
 
-    def __init__(self, module: nn.Module, first: int, dim: int, output_dims: Sequence[int]):
+    def __init__(self, module: nn.Module, first: int, dim: int, output_dims: Sequence[int | None]):
         super().__init__(module, dim=dim)
         self.first, self.output_dims = first, tuple(output_dims)
 
@@ -49,12 +51,20 @@ class BalancedDataParallel(DataParallel):
         devices = [d for d, size in zip(self.device_ids, parts, strict=True) if size]
         sizes = [size for size in parts if size]
         scattered = zip(*(self._split(value, devices, sizes) for value in inputs), strict=True)
-        replicas = self.replicate(self.module, devices)
-        outputs = self.parallel_apply(replicas, list(scattered), [kwargs] * len(devices))
+        replicas = replicate(self.module, devices, detach=not torch.is_grad_enabled())
+        outputs = parallel_apply(replicas, list(scattered), [kwargs] * len(devices), devices)
         return [
-            gather(part, self.output_device, dim)
+            self._merge(part, dim, sizes)
             for part, dim in zip(zip(*outputs, strict=True), self.output_dims, strict=True)
         ]
+
+    def _merge(self, parts: Sequence[Tensor], dim: int | None, sizes: list[int]) -> Tensor:
+        if dim is not None:
+            return gather(parts, self.output_device, dim)
+        weighted = [
+            part.to(self.output_device) * size for part, size in zip(parts, sizes, strict=True)
+        ]
+        return sum(weighted) / sum(sizes)
 
     def _split(self, value, devices: list[int], sizes: list[int]) -> list:
         if isinstance(value, Tensor):

@@ -50,7 +50,7 @@ class Trainer:
         if args.multi_gpu and torch.cuda.device_count() > 1 and device.type == "cuda":
             share = args.gpu0_bsz // args.batch_chunk if args.gpu0_bsz >= 0 else -1
             # loss, jac_loss, sradius, z_mem, u_mem
-            self.parallel = BalancedDataParallel(model, share, 1, output_dims=(1, 1, 0, 1, 1))
+            self.parallel = BalancedDataParallel(model, share, 1, output_dims=(1, None, 0, 1, 1))
         # Choices of a step that are not the model's (whether to regularise, how many iterations).
         self.rng = random.Random(args.seed)
         self.step = args.start_train_steps
