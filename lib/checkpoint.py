@@ -1,6 +1,7 @@
 """Files of tensors: atomic saving, safe loading, and weights that must match their model."""
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -38,7 +39,9 @@ def load(path: str | Path, map_location="cpu"):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip() is not None:
                     raise InputError(_damaged(path))
-        return torch.load(path, map_location=map_location, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the pickle's protocol, which the error covers
+            return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported" in str(error) or "GLOBAL" in str(error):
             raise InputError(

@@ -44,14 +44,17 @@ def check_unused(folder: Path) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The records of a run, oldest first; a last line cut off by a kill is left out."""
+    """The records of a run, oldest first, up to the first damaged one (a kill cuts the last)."""
     path = folder / METRICS
     records = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except ValueError:
             break
+        if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
+            break
+        records.append(record)
     return records
 
 

@@ -76,11 +76,11 @@ def evaluate(
     device = next(model.parameters()).device
     iterator = LMOrderedIterator(data, batch_size, tgt_len, device=device)
     was_training, lengths, stats = model.training, (model.tgt_len, model.mem_len), model.deq.stats
-    model.eval()
-    model.reset_length(tgt_len, mem_len)
-    model.deq.stats = type(stats)()
     total, tokens, radii, mems = torch.zeros((), dtype=torch.float64, device=device), 0, [], []
     try:
+        model.eval()
+        model.reset_length(tgt_len, mem_len)
+        model.deq.stats = type(stats)()
         for index, (words, target, seq_len) in enumerate(iterator):
             if index == max_steps:
                 break

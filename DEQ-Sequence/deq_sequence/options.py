@@ -196,6 +196,8 @@ def _check_ranges(args: argparse.Namespace) -> None:
                 raise InputError(
                     f"{_flag(name)} is {getattr(args, name)}, but must be {low} or more"
                 )
+    if not 0 <= args.seed < 2**63:
+        raise InputError(f"--seed is {args.seed}, but must be from 0 to 2^63 - 1")
     if args.max_eval_steps < 1 and args.max_eval_steps != -1:
         raise InputError(f"--max_eval_steps is {args.max_eval_steps}, but must be -1 or 1 or more")
     for name in ("dropout", "dropatt"):

@@ -14,6 +14,7 @@ from lib.errors import InputError
 from lib.experiment import peak_memory_mib, read_metrics
 
 CURVES = "curves.png"
+_PROMPTS = ("this function returns", "the object is")
 _SRADIUS_SEGMENTS = 2  # of the validation text; 150 products with the Jacobian each
 
 
@@ -68,10 +69,11 @@ def report(args: argparse.Namespace, folder: Path, model: DEQTransformerLM, corp
     ]
     width = max(len(row[0]) for row in rows)
     lines = [f"{a:<{width}}  {b:>14}  {c:>10}".rstrip() for a, b, c in rows]
-    prompt = ["<eos>"]
-    words = generate(model, corpus.vocab, prompt, 60, f_thres=args.f_thres)
     lines += ["", f"curves: {folder / CURVES}", "", "a few words from the model:"]
-    lines += [" ".join(words).replace("<eos>", "\n").strip()]
+    for prompt in _PROMPTS:
+        known = [word for word in prompt.split() if word in corpus.vocab.sym2idx] or ["<eos>"]
+        words = generate(model, corpus.vocab, known, 40, temperature=0.7, f_thres=args.f_thres)
+        lines.append(f"[{' '.join(known)}] {' '.join(words).replace('<eos>', '/')}")
     return "\n".join(lines)
 
 

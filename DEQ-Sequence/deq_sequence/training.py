@@ -185,7 +185,7 @@ class Trainer:
         if window["jac_count"]:
             values["jac_loss"] = (window["jac_loss"] / window["jac_count"]).item()
             values["jac_loss_weight"] = jac_loss_weight_at(
-                self.step,
+                self.step - 1,  # that of the last update
                 self.args.jac_loss_weight,
                 self.args.jac_incremental,
                 self.args.pretrain_steps,
@@ -281,6 +281,8 @@ class Trainer:
             raise InputError(
                 f"{source} is not a checkpoint of this trainer: give its checkpoint.pt"
             )
+        if missing := [name for name in self.state_dict() if name not in state]:
+            raise InputError(f"{source} lacks {', '.join(missing)}: it is not whole, use another")
         for name, value in state["fixed"].items():
             if getattr(self.args, name) != value:
                 raise InputError(f"{source} was saved with --{name} {value}: continue with that")

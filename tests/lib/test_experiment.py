@@ -1,0 +1,221 @@
+"""A run's folder: what is written there, and what a restart keeps of it."""
+
+import json
+import os
+import re
+import struct
+
+import pytest
+import torch
+from tensorboardX.proto.event_pb2 import Event
+
+from lib.errors import InputError
+from lib.experiment import (
+    CHECKPOINT,
+    LOG,
+    METRICS,
+    SETTINGS,
+    Run,
+    check_unused,
+    peak_memory_mib,
+    read_metrics,
+    run_folder,
+    write_json,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "runs" / "one"
+
+
+def started(folder, steps):
+    """A run that recorded a training loss at each of ``steps``, closed."""
+    run = Run(folder, {"lr": 0.1})
+    for step in steps:
+        run.record("train", step, loss=1 / step)
+    run.log("first")
+    run.close()
+
+
+def scalars(folder):
+    """(tag, step, value) of the TensorBoard files, in the order they were written."""
+    found = []
+    for path in sorted(folder.glob("events.*"), key=os.path.getmtime):
+        content, start = path.read_bytes(), 0
+        while start < len(content):
+            # A record: length (8 bytes), its checksum (4), the event, its checksum (4).
+            (length,) = struct.unpack_from("<Q", content, start)
+            event = Event.FromString(content[start + 12 : start + 12 + length])
+            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
+            start += 12 + length + 4
+    return found
+
+
+# ---- places ----------------------------------------------------------------------------------
+
+
+def test_run_folder():
+    assert str(run_folder("LM-TFM", "wt103", "a")) == "LM-TFM-wt103/a"
+    assert str(run_folder("/tmp/x", "demo", "b")) == "/tmp/x-demo/b"
+
+
+@pytest.mark.parametrize("name", ["", "N/A"])
+def test_run_without_a_name_has_a_time_stamp(name):
+    assert re.fullmatch(r"\d{8}-\d{6}", run_folder("x", "demo", name).name)
+
+
+def test_check_unused(folder):
+    check_unused(folder)
+    started(folder, [1])
+    check_unused(folder)  # a run that was killed before its first checkpoint is begun anew
+    (folder / CHECKPOINT).write_bytes(b"")
+    with pytest.raises(InputError) as caught:
+        check_unused(folder)
+    assert str(folder) in str(caught.value)
+    assert "--restart" in str(caught.value)
+
+
+# ---- what is written -------------------------------------------------------------------------
+
+
+def test_files_of_a_run(folder, capsys):
+    run = Run(folder, {"lr": 0.1, "cutoffs": [1, 2], "name": "ä"})
+    run.log("a line")
+    run.record("train", 3, loss=2.5, lr=0.5)
+    run.record("valid", 4, loss=2.25, phase="stacked")
+    # All of it is on the disk while the run goes on: a kill loses nothing.
+    assert (folder / LOG).read_text() == "a line\n"
+    assert read_metrics(folder) == [
+        {"kind": "train", "step": 3, "loss": 2.5, "lr": 0.5},
+        {"kind": "valid", "step": 4, "loss": 2.25, "phase": "stacked"},
+    ]
+    assert json.loads((folder / SETTINGS).read_text()) == {
+        "lr": 0.1,
+        "cutoffs": [1, 2],
+        "name": "ä",
+    }
+    run.close()
+    assert "a line" in capsys.readouterr().out
+    assert scalars(folder) == [
+        ("train/loss", 3, 2.5),
+        ("train/lr", 3, 0.5),
+        ("valid/loss", 4, 2.25),
+    ]
+
+
+def test_floats_survive_bit_for_bit(folder):
+    run = Run(folder, {})
+    values = [0.1, 1 / 3, 1e-300, 5.588427543640137]
+    for step, value in enumerate(values):
+        run.record("train", step, loss=value)
+    run.close()
+    assert [record["loss"] for record in read_metrics(folder)] == values
+
+
+def test_a_debug_run_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = Run(None, {"lr": 0.1})
+    run.log("a line")
+    run.record("train", 1, loss=1.0)
+    run.progress(total=3, initial=0).update()
+    run.close()
+    assert os.listdir(tmp_path) == []
+    assert capsys.readouterr().out == "a line\n"
+
+
+def test_no_bar_without_a_terminal(capsys):
+    run = Run(None, {})
+    with run.progress(total=3, initial=1) as bar:
+        bar.update()
+    run.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_write_json_is_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert os.listdir(tmp_path) == ["x.json"]
+
+
+# ---- restart ---------------------------------------------------------------------------------
+
+
+def test_a_restart_drops_what_comes_again(folder):
+    started(folder, range(1, 11))
+    run = Run(folder, {"lr": 0.2}, resume_step=7)
+    assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3, 4, 5, 6, 7]
+    run.record("train", 8, loss=8.0)
+    run.log("second")
+    run.close()
+    records = read_metrics(folder)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert records[6] == {"kind": "train", "step": 7, "loss": 1 / 7}
+    assert records[7]["loss"] == 8.0
+    assert (folder / LOG).read_text() == "first\nsecond\n"  # the log tells all that happened
+    assert json.loads((folder / SETTINGS).read_text()) == {"lr": 0.2}
+
+
+def test_a_restart_from_step_0_keeps_the_log(folder):
+    started(folder, [1, 2])
+    Run(folder, {}, resume_step=0).close()
+    assert read_metrics(folder) == []
+    assert (folder / LOG).read_text() == "first\n"
+
+
+def test_a_restart_drops_the_final_evaluation(folder):
+    run = Run(folder, {})
+    for kind in ("train", "valid", "final_valid", "final_test"):
+        run.record(kind, 5, loss=1.0)
+    run.close()
+    Run(folder, {}, resume_step=5).close()
+    assert [record["kind"] for record in read_metrics(folder)] == ["train", "valid"]
+
+
+def test_a_new_run_begins_with_empty_files(folder):
+    started(folder, [1, 2, 3])
+    started(folder, [9])
+    assert [record["step"] for record in read_metrics(folder)] == [9]
+    assert (folder / LOG).read_text() == "first\n"
+
+
+@pytest.mark.parametrize(
+    "end", ['{"kind": "train", "st', '{"kind": "train", "step": 3', "{", "\x00"]
+)
+def test_a_last_line_that_was_cut_off(folder, end):
+    started(folder, [1, 2])
+    with open(folder / METRICS, "a") as file:
+        file.write(end)
+    assert [record["step"] for record in read_metrics(folder)] == [1, 2]
+    run = Run(folder, {}, resume_step=2)
+    run.record("train", 3, loss=3.0)
+    run.close()
+    assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3]
+    assert len((folder / METRICS).read_text().splitlines()) == 3
+
+
+def test_metrics_of_a_folder_without_any(tmp_path):
+    assert read_metrics(tmp_path) == []
+    assert read_metrics(tmp_path / "nowhere") == []
+
+
+def test_tensorboard_goes_on_after_a_restart(folder):
+    started(folder, [1, 2, 3])
+    run = Run(folder, {}, resume_step=2)
+    run.record("train", 3, loss=30.0)
+    run.close()
+    assert scalars(folder)[-1] == ("train/loss", 3, 30.0)
+
+
+# ---- memory ----------------------------------------------------------------------------------
+
+
+def test_peak_memory_is_in_mib():
+    cpu = torch.device("cpu")
+    before = peak_memory_mib(cpu)
+    assert 50 < before < 50_000
+    block = torch.ones(int(before + 256) * 2**18)  # MiB of float32
+    assert peak_memory_mib(cpu) > block.numel() * 4 / 2**20

@@ -1,0 +1,141 @@
+"""The launch scripts: the published settings, and both of their modes on a small text."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deq_sequence.options import build_parser, parse
+from lib.experiment import read_metrics
+
+ROOM = Path(__file__).parents[2] / "DEQ-Sequence"
+RUNS = json.loads((Path(__file__).parents[1] / "data" / "lm_runs.json").read_text())
+SMALL = """
+    --d_model 64 --n_head 2 --d_head 32 --d_embed 64 --d_inner 64 --batch_size 4 --gpu0_bsz 1
+    --tgt_len 8 --mem_len 8 --eval_tgt_len 8 --pretrain_steps 15 --max_step 30 --warmup_step 5
+    --f_thres 5 --b_thres 5 --log-interval 5 --num_threads 1
+"""
+
+
+def launch(script, *arguments, python=sys.executable, cwd=None):
+    return subprocess.run(
+        ["bash", str(ROOM / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHON": str(python)},
+    )
+
+
+@pytest.fixture
+def show(tmp_path):
+    """Run a script with an interpreter that prints its arguments, one a line."""
+    stub = tmp_path / "stub"
+    stub.write_text('#!/bin/sh\npwd\nprintf "%s\\n" "$@"\n')
+    stub.chmod(0o755)
+
+    def run(script, *arguments):
+        done = launch(script, *arguments, python=stub, cwd=tmp_path)
+        assert done.returncode == 0
+        assert done.stderr == ""
+        folder, command, *flags = done.stdout.splitlines()
+        assert Path(folder) == ROOM
+        assert (Path(folder) / command).is_file()
+        return flags
+
+    return run
+
+
+def as_dict(flags):
+    """{flag: value, or True}, refusing a flag that is given twice."""
+    found, name = {}, None
+    for word in flags:
+        if word.startswith("--"):
+            assert word not in found
+            name, found[word] = word, True
+        else:
+            assert found[name] is True
+            found[name] = word
+    return found
+
+
+def test_there_is_a_script_for_each_published_run():
+    assert sorted(p.name for p in ROOM.glob("wt103_*.sh")) == sorted(RUNS)
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_published_settings(show, script):
+    settings = as_dict(show(script, "train"))
+    name = settings.pop("--name")
+    assert script == f"{name}.sh"
+    assert settings == RUNS[script]
+    assert as_dict(show(script, "eval")) == settings | {"--eval": True, "--name": name}
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_settings_are_flags_of_the_command(show, script):
+    """They mean what they say: parsed, each has the published value; the rest the default."""
+    found = vars(parse(show(script, "train")))
+    for action in build_parser()._actions:
+        flag = action.option_strings[-1]
+        if flag in RUNS[script]:
+            value = RUNS[script][flag]
+            assert found[action.dest] == (value if value is True else (action.type or str)(value))
+        elif flag not in ("--help", "--name"):
+            assert found[action.dest] == action.default, flag
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_flags_after_the_mode_override(show, script):
+    flags = show(script, "train", "--max_step", "7", "--data", "a folder")
+    args = parse(flags)
+    assert (args.max_step, args.data) == (7, "a folder")
+
+
+@pytest.mark.parametrize("script", RUNS)
+@pytest.mark.parametrize("arguments", [[], ["test"], ["--max_step", "7"]])
+def test_usage(script, arguments):
+    done = launch(script, *arguments, python="false")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line == f"usage: bash {script} train|eval [flags of train_transformer.py]"
+
+
+def results(output, mark):
+    """What the command says of each text at the end."""
+    lines = [line.split(" | ") for line in output.splitlines() if mark in line]
+    return {line[1]: line[2:] for line in lines}
+
+
+@pytest.mark.parametrize("script", RUNS)
+def test_train_and_eval(script, corpus_folder, tmp_path):
+    places = ["--data", corpus_folder, "--work_dir", tmp_path / "runs"]
+    trained = launch(script, "train", *places, *SMALL.split(), cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stderr.splitlines() == [
+        "no GPU is available: --cuda and --multi_gpu have no effect"
+    ]
+    folder = tmp_path / "runs-wt103" / script.removesuffix(".sh")
+    records = read_metrics(folder)
+    assert [r["step"] for r in records if r["kind"] == "train"] == [5, 10, 15, 20, 25, 30]
+    phases = [(r["step"], r["phase"]) for r in records if r["kind"] == "valid"]
+    assert phases == [(15, "stacked"), (30, "equilibrium")]
+    final = results(trained.stdout, "end of training | ")
+    assert set(final) == {"valid", "test"}
+    assert all("ppl" in found[0] for found in final.values())
+
+    evaluated = launch(script, "eval", *places, *SMALL.split(), cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert results(evaluated.stdout, str(folder / "model.pt")) == final
+
+    if script == "wt103_deq_transformer_reg.sh":
+        more = ["--restart", "--max_step", 32, "--log-interval", 1]
+        restarted = launch(script, "train", *places, *SMALL.split(), *more, cwd=tmp_path)
+        assert restarted.returncode == 0, restarted.stderr
+        assert "continuing at step 30" in restarted.stdout
+        steps = [r["step"] for r in read_metrics(folder) if r["kind"] == "train"]
+        assert steps == [5, 10, 15, 20, 25, 30, 31, 32]

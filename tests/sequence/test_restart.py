@@ -1,0 +1,314 @@
+"""A run that was killed and restarted is, bit for bit, the one that was not."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from deq_sequence.command import main
+from lib.checkpoint import load
+from lib.experiment import CHECKPOINT, LOG, METRICS, SETTINGS, WEIGHTS, Run, read_metrics
+
+TRAIN = Path(__file__).parents[2] / "DEQ-Sequence" / "train_transformer.py"
+
+# Everything that draws random numbers or carries state from step to step.
+STATEFUL = """
+    --dropout 0.1 --dropatt 0.1 --jac_loss_weight 1 --jac_loss_freq 0.5 --rand_f_thres_delta 2
+    --batch_chunk 2 --warmup_step 5 --wnorm --save-interval 7
+""".split()
+
+
+def losses(folder):
+    """(step, loss) of every record: training, validation, and the end."""
+    return [(r["kind"], r["step"], r["loss"]) for r in read_metrics(folder)]
+
+
+def assert_same_run(one, two):
+    assert losses(one) == losses(two)
+    for name in (WEIGHTS, CHECKPOINT):
+        a, b = load(one / name), load(two / name)
+        if name == CHECKPOINT:
+            torch.testing.assert_close(a["optimizer"], b["optimizer"], rtol=0, atol=0)
+            assert torch.equal(a["torch_random"], b["torch_random"])
+            for key in ("format", "step", "epoch", "row", "best_loss", "random", "learning_rate"):
+                assert a[key] == b[key]
+            torch.testing.assert_close(a["mems"], b["mems"], rtol=0, atol=0)
+            a, b = a["model"], b["model"]
+        assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+# ---- killed ----------------------------------------------------------------------------------
+
+
+def kill_at(command, folder, step):
+    """Run ``command`` and SIGKILL it as soon as metrics.jsonl shows ``step``; the last record."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while not any(r["step"] >= step for r in read_metrics(folder)):
+            assert process.poll() is None, process.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+    return read_metrics(folder)[-1]["step"]
+
+
+def killed_run(flags, run_folder, steps, border, kills, *more):
+    """Train uninterrupted; then again, killed at ``kills`` and restarted each time."""
+    flags = [*flags, *STATEFUL, "--max_step", str(steps), "--pretrain_steps", str(border), *more]
+    assert main([*flags, "--name", "whole"]) == 0
+    command = [sys.executable, str(TRAIN), *flags]
+    for kill in kills:
+        died = kill_at(command, run_folder, kill)
+        assert kill <= died < steps, "the kill came too late to mean anything"
+        assert (died < border) == (kill < border)
+        assert load(run_folder / CHECKPOINT)["step"] <= died
+        if command[-1] != "--restart":
+            command.append("--restart")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "continuing at step" in done.stdout
+    assert_same_run(run_folder, run_folder.parent / "whole")
+
+
+def test_killed_on_both_sides_of_the_border(flags, run_folder):
+    rng = random.Random(0)
+    kills = (rng.randrange(10, 70), rng.randrange(130, 170))
+    killed_run(flags, run_folder, 200, 120, kills)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("more", ["", "--varlen --optim RAdam", "--pre_lnorm --scheduler dev_perf"])
+def test_killed_at_other_steps(flags, run_folder, seed, more):
+    rng = random.Random(seed)
+    kills = (rng.randrange(10, 80), rng.randrange(125, 150), rng.randrange(150, 170))
+    killed_run(flags, run_folder, 200, 120, kills, "--eval-interval", "13", *more.split())
+
+
+# ---- stopped within the process, which is cheaper than a kill and as abrupt -------------------
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Make the run stop right after the record of a step, before anything is saved."""
+
+    def arm(step):
+        def record(self, kind, at, **values):
+            real(self, kind, at, **values)
+            if kind == "train" and at == step:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Run, "record", record)
+
+    real = Run.record
+    yield arm
+    monkeypatch.undo()
+
+
+OTHERS = [
+    "--varlen --tgt_len 100 --optim RAdam",  # two passes over the text
+    "--tgt_len 130 --optim RMSprop",
+    "--scheduler dev_perf --decay_rate 0.9 --eval-interval 2 --optim SGD",
+    "--adaptive --div_val 2 --optim Adagrad --not_tied",
+    "--amp bf16 --pre_lnorm --mem_len 0",
+    "--save-interval 1 --clip_nonemb --jac_incremental 2",
+]
+
+
+@pytest.mark.parametrize(
+    ("more", "stop"),
+    [
+        *(("", stop) for stop in (8, 10, 11, 12, 15)),  # the border is 10; 7 and 14 are saved
+        *product(OTHERS, (9, 17)),
+    ],
+)
+def test_stopped_and_restarted(flags, run_folder, monkeypatch, stop_at, more, stop):
+    flags = [*flags, *STATEFUL, "--max_step", "18", "--pretrain_steps", "10", *more.split()]
+    assert main([*flags, "--name", "whole"]) == 0
+    stop_at(stop)
+    assert main(flags) == 130
+    monkeypatch.undo()
+    before = load(run_folder / CHECKPOINT)["step"]
+    assert before < stop
+    assert main([*flags, "--restart"]) == 0
+    assert_same_run(run_folder, run_folder.parent / "whole")
+
+
+def test_means_of_the_log_survive(flags, run_folder, monkeypatch, stop_at):
+    """A log line that covers steps before and after the restart is the uninterrupted one's."""
+    flags = [*flags, *STATEFUL, "--max_step", "18", "--log-interval", "5"]
+    assert main([*flags, "--name", "whole"]) == 0
+    stop_at(15)
+    assert main(flags) == 130
+    monkeypatch.undo()
+    assert load(run_folder / CHECKPOINT)["step"] == 14
+    assert main([*flags, "--restart"]) == 0
+    found, expected = (
+        [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in read_metrics(folder)]
+        for folder in (run_folder, run_folder.parent / "whole")
+    )
+    assert found == expected
+
+
+def test_cut_off_last_line(flags, run_folder, monkeypatch, stop_at):
+    flags = [*flags, *STATEFUL, "--max_step", "18"]
+    assert main([*flags, "--name", "whole"]) == 0
+    stop_at(12)
+    assert main(flags) == 130
+    monkeypatch.undo()
+    with open(run_folder / METRICS, "a") as file:
+        file.write('{"kind": "train", "st')
+    assert main([*flags, "--restart"]) == 0
+    assert_same_run(run_folder, run_folder.parent / "whole")
+
+
+# ---- going on --------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_only_evaluated(flags, run_folder, capsys):
+    assert main(flags) == 0
+    weights = load(run_folder / WEIGHTS)
+    trained = [r for r in losses(run_folder) if r[0] in ("train", "valid")]
+    finals = {r for r in losses(run_folder) if r[0].startswith("final")}
+    capsys.readouterr()
+    assert main([*flags, "--restart"]) == 0
+    assert "continuing at step 6" in capsys.readouterr().out
+    assert [r for r in losses(run_folder) if r[0] in ("train", "valid")] == trained
+    assert {r for r in losses(run_folder) if r[0].startswith("final")} == finals
+    again = load(run_folder / WEIGHTS)
+    assert all(torch.equal(weights[key], again[key]) for key in weights)
+
+
+def test_a_finished_run_has_one_final_record_of_each_text(flags, run_folder):
+    assert main(flags) == 0
+    assert main([*flags, "--restart", "--max_step", "8"]) == 0
+    assert [r["kind"] for r in read_metrics(run_folder) if r["kind"].startswith("final")] == [
+        "final_valid",
+        "final_test",
+    ]
+
+
+def test_more_steps(flags, run_folder, capsys):
+    constant = ["--scheduler", "constant"]
+    assert main([*flags, *constant, "--max_step", "9", "--name", "whole"]) == 0
+    assert main([*flags, *constant]) == 0
+    assert main([*flags, *constant, "--restart", "--max_step", "9"]) == 0
+    assert "changed since" not in capsys.readouterr().out  # more steps are what a restart is for
+    whole, run = (
+        [r for r in losses(folder) if r[0] == "train"]
+        for folder in (run_folder.parent / "whole", run_folder)
+    )
+    assert run == whole
+
+
+def test_restart_dir(flags, run_folder, capsys):
+    assert main(flags) == 0
+    moved = run_folder.rename(run_folder.parent / "moved")
+    arguments = ["--name", "N/A", "--restart", "--restart_dir", str(moved), "--max_step", "7"]
+    assert main([*flags, *arguments]) == 0
+    assert [step for kind, step, _ in losses(moved) if kind == "train"] == list(range(1, 8))
+    assert os.listdir(run_folder.parent) == ["moved"]
+
+
+def test_changed_settings_are_named_and_saved(flags, run_folder, capsys):
+    assert main(flags) == 0
+    assert main([*flags, "--restart", "--lr", "0.004", "--max_step", "7"]) == 0
+    assert "changed since the checkpoint: --lr from 0.01 to 0.004" in capsys.readouterr().out
+    assert "--lr from 0.01 to 0.004" in (run_folder / LOG).read_text()
+    assert json.loads((run_folder / SETTINGS).read_text())["lr"] == 0.004
+    assert [r["lr"] < 0.004 for r in read_metrics(run_folder) if r["step"] == 7 and "lr" in r] == [
+        True
+    ]
+
+
+def test_a_changed_weight_decay_takes_effect(flags, run_folder):
+    assert main(flags) == 0
+    assert main([*flags, "--restart", "--weight_decay", "0.5", "--max_step", "7"]) == 0
+    (group,) = load(run_folder / CHECKPOINT)["optimizer"]["param_groups"]
+    assert group["weight_decay"] == 0.5
+
+
+# ---- refused ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(flags, run_folder, capsys):
+    """Restart with flags that cannot be continued with; the line that says so."""
+
+    def restart(*more):
+        files = {p.name: p.read_bytes() for p in run_folder.glob("*")}
+        capsys.readouterr()
+        assert main([*flags, "--restart", "--max_step", "9", *more]) == 2
+        captured = capsys.readouterr()
+        (line,) = captured.err.splitlines()
+        assert {p.name: p.read_bytes() for p in run_folder.glob("*")} == files
+        return line
+
+    return restart
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ("--batch_chunk 2", "--batch_chunk"),
+        ("--d_inner 64", "shape"),
+        ("--d_model 32 --d_head 16", "shape"),
+        ("--wnorm", "missing"),
+        ("--adaptive --div_val 2", "missing"),
+        ("--batch_size 2", "--batch_size"),
+        ("--optim SGD", "--optim"),
+    ],
+)
+def test_settings_that_a_restart_cannot_change(flags, refused, more, named):
+    assert main(flags) == 0
+    assert named in refused(*more.split())
+
+
+def test_restart_without_a_checkpoint(refused, run_folder):
+    assert str(run_folder / CHECKPOINT) in refused()
+    assert not run_folder.exists()
+
+
+def test_restart_of_other_weights(flags, refused, run_folder):
+    """model.pt in the place of checkpoint.pt."""
+    assert main(flags) == 0
+    (run_folder / CHECKPOINT).write_bytes((run_folder / WEIGHTS).read_bytes())
+    assert "not a checkpoint of this trainer" in refused()
+
+
+@pytest.mark.parametrize("entry", ["fixed", "mems", "window", "random"])
+def test_restart_of_a_checkpoint_that_lacks_an_entry(flags, refused, run_folder, entry):
+    """Such as one of an earlier version under the same format number."""
+    assert main(flags) == 0
+    state = load(run_folder / CHECKPOINT)
+    del state[entry]
+    torch.save(state, run_folder / CHECKPOINT)
+    assert str(run_folder / CHECKPOINT) in refused()
+
+
+def test_restart_with_damaged_settings(flags, refused, run_folder):
+    assert main(flags) == 0
+    (run_folder / SETTINGS).write_text("{")
+    assert str(run_folder / SETTINGS) in refused()
+
+
+def test_restart_with_another_text(flags, refused, tmp_path, corpus_folder):
+    assert main(flags) == 0
+    short = tmp_path / "short"
+    short.mkdir()
+    for name in ("train.txt", "valid.txt", "test.txt"):
+        (short / name).write_text((corpus_folder / name).read_text()[:3000])
+    assert "shape" in refused("--data", str(short))
