@@ -105,7 +105,7 @@ def test_report(trained, small_corpus):
             assert found == pytest.approx(mean, rel=0.01)
     residual, nfe = map(float, table["forward, evaluation mean"])
     assert residual == pytest.approx(test["rel_residual"], rel=0.01)
-    assert 0 < nfe <= 8
+    assert 0 < nfe <= parse(SETTINGS.split()).f_thres
     assert 0 < float(table["spectral radius (valid)"][0]) < 100
     assert re.fullmatch(r"\d+ MiB", table["peak memory"][0])
 
