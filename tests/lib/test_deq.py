@@ -162,15 +162,6 @@ def test_backward_twice_over_a_retained_graph(deq):
         gradients(loss, layer)
 
 
-@pytest.fixture
-def fragile(monkeypatch):
-    def switch(mode):
-        monkeypatch.setattr(Fragile, "mode", mode)
-
-    switch("fine")
-    return switch
-
-
 def test_backward_after_an_exception_in_the_adjoint(deq, fragile):
     layer = Toy()
     loss = loss_of(deq(lambda z: layer(Fragile.apply(z)), layer.z0, f_thres=200, b_thres=200).z)

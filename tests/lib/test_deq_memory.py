@@ -12,6 +12,7 @@ from torch import nn
 
 from lib.deq import DEQ
 from lib.solvers import SOLVERS, anderson, broyden
+from measures import saved_bytes
 
 
 class Layer(nn.Module):
@@ -26,21 +27,6 @@ class Layer(nn.Module):
 
     def forward(self, z):
         return torch.tanh(0.6 * self.weight * z + self.x)
-
-
-def saved_bytes(forward) -> int:
-    """Bytes that autograd saves for backward during ``forward()``."""
-    total = 0
-
-    def pack(t):
-        nonlocal total
-        total += t.numel() * t.element_size()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = forward()
-    del result
-    return total
 
 
 @pytest.mark.parametrize("name", SOLVERS)

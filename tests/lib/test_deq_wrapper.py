@@ -26,15 +26,6 @@ def run(deq: DEQ, layer: nn.Module, **options):
     return deq(layer, layer.z0, f_thres=THRESHOLD, b_thres=THRESHOLD, **options)
 
 
-@pytest.fixture
-def fragile(monkeypatch):
-    def switch(mode):
-        monkeypatch.setattr(Fragile, "mode", mode)
-
-    switch("fine")
-    return switch
-
-
 def test_poor_adjoint_warns():
     layer = Toy()
     deq = DEQ(tight["broyden"], partial(anderson, eps=1e-9))
