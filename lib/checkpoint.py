@@ -49,7 +49,7 @@ def load(path: str | Path, map_location="cpu"):
                 "loaded; save its state_dict() instead"
             ) from error
         raise InputError(_damaged(path)) from error
-    except InputError:
+    except (InputError, PermissionError):
         raise
     except (RuntimeError, EOFError, ValueError, LookupError, OSError, zipfile.BadZipFile) as error:
         raise InputError(_damaged(path)) from error

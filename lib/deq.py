@@ -47,6 +47,21 @@ class DEQWarning(RuntimeWarning):
     """A solve that ended badly enough to spoil the result or its gradient."""
 
 
+def solve_figures(solution: dict) -> dict:
+    """nfe, both residuals and ``broken`` of one solve, from a solver's dict.
+
+    A user's own solver may return fewer keys than ours: without traces the residuals are NaN.
+    """
+    index = solution.get("nstep", -1)
+    absolute, relative = (solution.get(f"{mode}_trace") or [nan] for mode in ("abs", "rel"))
+    return {
+        "nfe": solution.get("nfe", len(absolute)),
+        "abs_residual": float(absolute[index]),
+        "rel_residual": float(relative[index]),
+        "broken": bool(solution.get("prot_break", False)) or not _all_finite(solution),
+    }
+
+
 @dataclass
 class PassStats:
     """Running statistics of the solves of one pass; a few numbers, however long the run."""
@@ -59,15 +74,7 @@ class PassStats:
     last: dict = field(default_factory=dict)
 
     def add(self, solution: dict) -> None:
-        # A user's own solver may return fewer keys than ours.
-        index = solution.get("nstep", -1)
-        absolute, relative = (solution.get(f"{mode}_trace") or [nan] for mode in ("abs", "rel"))
-        self.last = {
-            "nfe": solution.get("nfe", len(absolute)),
-            "abs_residual": float(absolute[index]),
-            "rel_residual": float(relative[index]),
-            "broken": bool(solution.get("prot_break", False)) or not _all_finite(solution),
-        }
+        self.last = solve_figures(solution)
         self.solves += 1
         self.nfe += self.last["nfe"]
         self.abs_residual += self.last["abs_residual"]
@@ -252,17 +259,16 @@ class DEQ:
                 step, torch.zeros_like(grad), threshold=b_thres, stop_mode=self.b_stop_mode
             )
         self._report("backward", solution, on_solve)
-        adjoint = solution["result"]
-        last = self.stats.backward.last
+        adjoint, figures = solution["result"], solve_figures(solution)
         if not _all_finite(solution):
             # Not a silent zero: a sample whose adjoint fails passes its gradient on as it came.
             keep = solution["finite"].view(-1, *[1] * (grad.dim() - 1))
             adjoint = torch.where(keep, adjoint, grad)
             _warn("the adjoint of some samples is not finite: they pass their gradient unsolved")
-        elif last["rel_residual"] > POOR_ADJOINT:
+        elif figures["rel_residual"] > POOR_ADJOINT:
             _warn(
-                f"the adjoint's relative residual is {last['rel_residual']:.2g} after "
-                f"{last['nfe']} evaluations, so the gradient is far off: raise b_thres, or "
+                f"the adjoint's relative residual is {figures['rel_residual']:.2g} after "
+                f"{figures['nfe']} evaluations, so the gradient is far off: raise b_thres, or "
                 "regularise the Jacobian"
             )
         return adjoint

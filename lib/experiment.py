@@ -91,10 +91,9 @@ class Run:
             and record["step"] <= resume_step
             and not record["kind"].startswith("final_")
         ]
-        self._metrics = open(folder / METRICS, "w")  # noqa: SIM115  (open for the whole run)
-        for record in kept:
-            self._metrics.write(json.dumps(record) + "\n")
-        self._metrics.flush()
+        with atomic_write(folder / METRICS) as file:
+            file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+        self._metrics = open(folder / METRICS, "a")  # noqa: SIM115  (open for the whole run)
         self._log = open(folder / LOG, "w" if resume_step is None else "a")  # noqa: SIM115
         purge = {} if resume_step is None else {"purge_step": resume_step + 1}
         self.writer = SummaryWriter(str(folder), **purge)

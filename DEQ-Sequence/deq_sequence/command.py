@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from deq_sequence.corpus import Corpus, get_lm_corpus
+from deq_sequence.evaluation import evaluate, settings_from
 from deq_sequence.initialization import initialize
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.options import cutoffs_for, parse
@@ -116,7 +117,8 @@ def train_command(args: argparse.Namespace, device: torch.device) -> Path | None
     corpus = get_lm_corpus(args.data, args.dataset)
     model = build_model(args, corpus, device)
     trainer = Trainer(args, model, corpus, device)
-    changes = _changes(folder, args) if args.restart else []
+    settings = vars(args) | {"cutoffs": cutoffs_for(args, len(corpus.vocab))}
+    changes = _changes(folder, settings) if args.restart else []
     if checkpoint is not None:
         state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
         if not isinstance(state, dict):
@@ -128,7 +130,7 @@ def train_command(args: argparse.Namespace, device: torch.device) -> Path | None
 
     run = Run(
         None if args.debug else folder,
-        vars(args) | {"cutoffs": cutoffs_for(args, len(corpus.vocab))},
+        settings,
         trainer.step if args.restart else None,
     )
     try:
@@ -155,7 +157,7 @@ def _final_evaluation(trainer: Trainer, run: Run) -> None:
     if run.folder is not None and (run.folder / WEIGHTS).exists():
         load_weights(trainer.model, run.folder / WEIGHTS)
     for split in ("valid", "test"):
-        found = trainer.evaluate(getattr(trainer.corpus, split), trainer.step - 1)
+        found = trainer.evaluate(getattr(trainer.corpus, split))
         run.log(f"end of training | {split} | {found.text(trainer.corpus.characters)}")
         values = {k: v for k, v in dataclasses.asdict(found).items() if v is not None}
         run.record(f"final_{split}", trainer.step, **values)
@@ -167,9 +169,8 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
     model = build_model(args, corpus, device)
     path = Path(args.load) if args.load else _folder(args) / WEIGHTS
     load_weights(model, path)
-    trainer = Trainer(args, model, corpus, device)
     for split in ("valid", "test"):
-        found = trainer.evaluate(getattr(corpus, split), -1)
+        found = evaluate(model, getattr(corpus, split), **settings_from(args))
         print(f"{path} | {split} | {found.text(corpus.characters)}", flush=True)
 
 
@@ -192,7 +193,7 @@ def _folder(args: argparse.Namespace) -> Path:
     return run_folder(args.work_dir, args.dataset, args.name)
 
 
-def _changes(folder: Path, args: argparse.Namespace) -> list[str]:
+def _changes(folder: Path, settings: dict) -> list[str]:
     """Settings of a continuation that differ from those the run was started with."""
     path = folder / SETTINGS
     if not path.is_file():
@@ -203,6 +204,6 @@ def _changes(folder: Path, args: argparse.Namespace) -> list[str]:
         raise InputError(f"{path} is not readable JSON ({error}): restore or delete it") from error
     return [
         f"--{name} from {before[name]!r} to {value!r}"
-        for name, value in vars(args).items()
-        if name in before and name not in _FREE | {"cutoffs"} and before[name] != value
+        for name, value in settings.items()
+        if name in before and name not in _FREE and before[name] != value
     ]

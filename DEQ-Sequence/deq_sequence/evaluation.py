@@ -1,5 +1,6 @@
 """Evaluation with memory carried over the whole text."""
 
+import argparse
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -48,6 +49,19 @@ def autocast(amp: str, device: torch.device):
     return torch.autocast(device.type, torch.bfloat16) if amp == "bf16" else nullcontext()
 
 
+def settings_from(args: argparse.Namespace) -> dict:
+    """The keyword arguments of :func:`evaluate` that the command line decides."""
+    return {
+        "batch_size": args.eval_batch_size,
+        "tgt_len": args.eval_tgt_len,
+        "mem_len": args.mem_len,
+        "f_thres": args.f_thres,
+        "max_steps": args.max_eval_steps,
+        "spectral_radius": args.spectral_radius_mode,
+        "amp": args.amp,
+    }
+
+
 @torch.no_grad()
 def evaluate(
     model: DEQTransformerLM,
@@ -60,7 +74,6 @@ def evaluate(
     train_step: int = -1,
     max_steps: int = -1,
     spectral_radius: bool = False,
-    sradius_batches: int = -1,
     amp: str = "none",
 ) -> Evaluation:
     """Mean loss of ``model`` on a text, segment after segment with memory between them.
@@ -71,7 +84,7 @@ def evaluate(
         tgt_len, mem_len: segment and memory lengths; the model's own are put back afterwards.
         train_step: decides the phase, as in the model's forward; -1 is equilibrium.
         max_steps: segments at most; -1 is all.
-        spectral_radius: compute it, in the first ``sradius_batches`` segments (-1: in all).
+        spectral_radius: compute it too (150 products with the Jacobian per segment).
     """
     device = next(model.parameters()).device
     iterator = LMOrderedIterator(data, batch_size, tgt_len, device=device)
@@ -84,7 +97,6 @@ def evaluate(
         for index, (words, target, seq_len) in enumerate(iterator):
             if index == max_steps:
                 break
-            with_radius = spectral_radius and (sradius_batches < 0 or index < sradius_batches)
             with autocast(amp, device):
                 loss, _, sradius, *mems = model(
                     words,
@@ -93,11 +105,11 @@ def evaluate(
                     train_step=train_step,
                     f_thres=f_thres,
                     compute_jac_loss=False,
-                    spectral_radius_mode=with_radius,
+                    spectral_radius_mode=spectral_radius,
                 )
             total += loss.double().sum()
             tokens += seq_len * batch_size
-            if with_radius:
+            if spectral_radius:
                 radii.append(sradius.float().mean().item())
         means = model.deq.stats.forward.means()
     finally:

@@ -12,7 +12,7 @@ from deq_sequence.initialization import initialize
 from deq_sequence.layer import TransformerLayer
 from deq_sequence.softmax import ProjectedAdaptiveLogSoftmax
 from lib.checkpoint import load_weights
-from lib.deq import DEQ, SolverAttributes, stacked
+from lib.deq import DEQ, SolverAttributes, solve_figures, stacked
 from lib.errors import InputError
 from lib.optimization import VariationalDropout
 from lib.solvers import anderson
@@ -250,9 +250,8 @@ class DEQTransformerLM(SolverAttributes, nn.Module):
 
 def _scalars_to(writer, step: int) -> Callable[[str, dict], None]:
     def write(which: str, solution: dict) -> None:
-        index = solution["nstep"]
-        writer.add_scalar(f"{which}/abs_residual", solution["abs_trace"][index], step)
-        writer.add_scalar(f"{which}/rel_residual", solution["rel_trace"][index], step)
-        writer.add_scalar(f"{which}/nfe", len(solution["abs_trace"]), step)
+        figures = solve_figures(solution)
+        for name in ("abs_residual", "rel_residual", "nfe"):
+            writer.add_scalar(f"{which}/{name}", figures[name], step)
 
     return write

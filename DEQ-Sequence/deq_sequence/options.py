@@ -4,6 +4,7 @@ import argparse
 import difflib
 import math
 import sys
+from pathlib import Path
 
 from deq_sequence.corpus import DATASETS
 from lib.errors import InputError
@@ -12,6 +13,7 @@ from lib.solvers import SOLVERS
 DEFAULT_DATA = "../data/wikitext-103"
 # Where get_data.sh (and the embedded corpus) puts each set, relative to DEQ-Sequence.
 FOLDERS = {
+    "wt103": "data/wikitext-103",
     "wt2": "data/wikitext-2",
     "ptb": "data/penn",
     "enwik8": "data/enwik8",
@@ -55,7 +57,11 @@ def build_parser() -> Parser:
 
 def _data_flags(group) -> None:
     add = group.add_argument
-    add("--data", default=DEFAULT_DATA, help="data folder (other sets: data/<set>)")
+    add(
+        "--data",
+        default=DEFAULT_DATA,
+        help="data folder (if absent, and for other sets: data/<set>)",
+    )
     add("--dataset", default="wt103", choices=list(DATASETS), help="demo needs no download")
     add("--batch_size", type=int, default=60, help="sequences per step")
     add("--batch_chunk", type=int, default=1, help="parts of a batch, for less memory")
@@ -157,8 +163,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         InputError: naming the flag, its value, and what is accepted.
     """
     args = build_parser().parse_args(argv)
-    if args.dataset in FOLDERS and args.data == DEFAULT_DATA:
-        args.data = FOLDERS[args.dataset]
+    if args.data == DEFAULT_DATA:
+        # The published default is WikiText-103 beside DEQ-Sequence; get_data.sh puts it inside.
+        own = FOLDERS[args.dataset]
+        if args.dataset != "wt103" or (Path(own).is_dir() and not Path(DEFAULT_DATA).is_dir()):
+            args.data = own
     if args.d_embed == -1:
         args.d_embed = args.d_model
     if args.same_length:
@@ -185,7 +194,8 @@ def _check_ranges(args: argparse.Namespace) -> None:
             raise InputError(f"{_flag(name)} is {value}, but must be a finite number")
     at_least = {
         0: "warmup_step max_step start_train_steps pretrain_steps jac_incremental mem_len "
-        "rand_f_thres_delta local_size num_threads save_interval patience lr weight_decay clip",
+        "rand_f_thres_delta local_size num_threads save_interval patience lr weight_decay clip "
+        "lr_min eta_min init_range emb_init_range init_std proj_init_std jac_loss_weight",
         1: "n_layer eval_n_layer n_head d_head d_model d_embed d_inner div_val batch_size "
         "batch_chunk eval_batch_size tgt_len eval_tgt_len f_thres b_thres log_interval "
         "eval_interval",

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from deq_sequence.corpus import Corpus
-from deq_sequence.evaluation import evaluate
+from deq_sequence.evaluation import evaluate, settings_from
 from deq_sequence.generation import generate
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.ngram import kneser_ney_bigram_perplexity, unigram_perplexity
@@ -38,25 +38,19 @@ def report(args: argparse.Namespace, folder: Path, model: DEQTransformerLM, corp
         )
         for split in ("valid", "test")
     }
-    solved = evaluate(
-        model,
-        corpus.valid,
-        batch_size=args.eval_batch_size,
-        tgt_len=args.eval_tgt_len,
-        mem_len=args.mem_len,
-        f_thres=args.f_thres,
-        max_steps=_SRADIUS_SEGMENTS,
-        spectral_radius=True,
-    )
+    options = settings_from(args) | {"max_steps": _SRADIUS_SEGMENTS, "spectral_radius": True}
+    solved = evaluate(model, corpus.valid, **options)
     steps = _mean_over_equilibrium(records, args.pretrain_steps)
     test, valid = _final(records, "final_test"), _final(records, "final_valid")
     draw_curves(records, args.pretrain_steps, ngrams, folder / CURVES)
+    stacked = args.max_step <= args.pretrain_steps
+    ended = "stacked (end of training)" if stacked else "equilibrium"
     rows = [
         ("perplexity", "valid", "test"),
         ("unigram", f"{ngrams['unigram_valid']:.1f}", f"{ngrams['unigram_test']:.1f}"),
         ("Kneser-Ney bigram", f"{ngrams['bigram_valid']:.1f}", f"{ngrams['bigram_test']:.1f}"),
         ("stacked (end of pre-training)", _stacked(records), ""),
-        ("equilibrium", f"{_perplexity(valid):.1f}", f"{_perplexity(test):.1f}"),
+        (ended, f"{_perplexity(valid):.1f}", f"{_perplexity(test):.1f}"),
         ("test / unigram", "", f"{_perplexity(test) / ngrams['unigram_test']:.3f}"),
         ("", "", ""),
         ("equilibrium solves", "rel. residual", "nfe"),

@@ -6,12 +6,13 @@ import random
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from deq_sequence.corpus import Corpus
-from deq_sequence.evaluation import Evaluation, autocast, evaluate, perplexity
+from deq_sequence.evaluation import Evaluation, autocast, evaluate, perplexity, settings_from
 from deq_sequence.iterators import LMOrderedIterator
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.schedules import LearningRate, make_optimizer
@@ -46,6 +47,9 @@ class Trainer:
             LMOrderedIterator(text, args.eval_batch_size, args.eval_tgt_len)
         self.optimizer = make_optimizer(args, model)
         self.learning_rate = LearningRate(args, self.optimizer)
+        # --clip_nonemb leaves out the embedding and what is tied to it.
+        left_out = {id(p) for p in model.word_emb.parameters()} if args.clip_nonemb else set()
+        self._clipped = [p for p in model.parameters() if id(p) not in left_out]
         self.parallel = model
         if args.multi_gpu and torch.cuda.device_count() > 1 and device.type == "cuda":
             share = args.gpu0_bsz // args.batch_chunk if args.gpu0_bsz >= 0 else -1
@@ -89,19 +93,9 @@ class Trainer:
                 self.epoch, self.row = self.epoch + 1, 0
                 self.mems = [[] for _ in range(args.batch_chunk)]
 
-    def evaluate(self, data: Tensor, train_step: int, **options) -> Evaluation:
-        """Evaluate with the settings of the run."""
-        args = self.args
-        settings = {
-            "batch_size": args.eval_batch_size,
-            "tgt_len": args.eval_tgt_len,
-            "mem_len": args.mem_len,
-            "f_thres": args.f_thres,
-            "max_steps": args.max_eval_steps,
-            "spectral_radius": args.spectral_radius_mode,
-            "amp": args.amp,
-        }
-        return evaluate(self.model, data, train_step=train_step, **{**settings, **options})
+    def evaluate(self, data: Tensor) -> Evaluation:
+        """Evaluate with the settings of the run, in the phase of the last update."""
+        return evaluate(self.model, data, train_step=self.step - 1, **settings_from(self.args))
 
     def _update(self, data: Tensor, target: Tensor) -> None:
         """One optimiser step on a batch (tgt_len, batch_size), in chunks."""
@@ -134,19 +128,12 @@ class Trainer:
                 self._window["jac_loss"] += jac_loss.detach().double() / chunks
                 self._window["jac_count"] += 1 / chunks
         if args.clip > 0:
-            parameters = self._clipped if args.clip_nonemb else self.model.parameters()
-            torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+            torch.nn.utils.clip_grad_norm_(self._clipped, args.clip)
         self.learning_rate.set(self.step)
         self.optimizer.step()
         self.step += 1
         self._window["steps"] += 1
         self._window["tokens"] += target.numel()
-
-    @property
-    def _clipped(self) -> list[Tensor]:
-        """What --clip_nonemb clips: all but the embedding tables and what is tied to them."""
-        tables = {id(p) for p in self.model.word_emb.parameters()}
-        return [p for p in self.model.parameters() if id(p) not in tables]
 
     def _after_update(self, run: Run) -> None:
         args = self.args
@@ -197,11 +184,10 @@ class Trainer:
         if not math.isfinite(loss):
             self._give_up(run, f"the loss is {loss}")
 
-    def _give_up(self, run: Run, trouble: str):
-        checkpoint = None if run.folder is None else run.folder / CHECKPOINT
-        saved = (
-            f"; the last good state is {checkpoint}" if checkpoint and checkpoint.exists() else ""
-        )
+    def _give_up(self, run: Run, trouble: str) -> NoReturn:
+        saved = ""
+        if run.folder is not None and (run.folder / CHECKPOINT).exists():
+            saved = f"; the last good state is {run.folder / CHECKPOINT}"
         raise TrainingError(
             f"{trouble} at step {self.step}: lower --lr, or raise --jac_loss_weight{saved}"
         )
@@ -210,7 +196,7 @@ class Trainer:
         """Evaluate on the validation text in the phase of the last update; keep the best."""
         paused = time.perf_counter()
         phase = "stacked" if 0 <= self.step - 1 < self.args.pretrain_steps else "equilibrium"
-        found = self.evaluate(self.corpus.valid, self.step - 1)
+        found = self.evaluate(self.corpus.valid)
         run.log(f"step {self.step} | valid ({phase}) | {found.text(self.corpus.characters)}")
         run.record(
             "valid",

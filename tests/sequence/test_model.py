@@ -370,6 +370,15 @@ class Writer:
         self.scalars[name] = (value, step)
 
 
+def test_a_solver_without_traces_may_be_written_of():
+    def bare(f, x0, **options):
+        return {"result": anderson(f, x0, **options)["result"]}
+
+    model, writer = build(f_solver=bare), Writer()
+    model(*words(), [], 12, writer=writer)[0].sum().backward()
+    assert math.isnan(writer.scalars["forward/rel_residual"][0])
+
+
 def test_writer_is_given_both_passes():
     model, writer = build(), Writer()
     model(*words(), [], 12, writer=writer)[0].sum().backward()

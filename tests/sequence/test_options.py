@@ -121,6 +121,9 @@ def test_unknown_value_lists_the_choices(flag):
         *((flag, "-1") for flag in ("--pretrain_steps", "--jac_incremental", "--mem_len")),
         *((flag, "-1") for flag in ("--rand_f_thres_delta", "--local_size", "--num_threads")),
         *((flag, "-1") for flag in ("--save-interval", "--patience", "--lr", "--weight_decay")),
+        *((flag, "-1") for flag in ("--lr_min", "--eta_min", "--jac_loss_weight")),
+        *((flag, "-1") for flag in ("--init_std", "--proj_init_std", "--init_range")),
+        ("--emb_init_range", "-1"),
         *((flag, "0") for flag in ("--n_layer", "--eval_n_layer", "--n_head", "--d_head")),
         *((flag, "0") for flag in ("--d_embed", "--d_inner", "--div_val")),
         ("--d_model", "0"),
@@ -168,6 +171,14 @@ def test_value_that_cannot_work(flag, value):
 def test_data_folder(dataset, data):
     assert parse(["--dataset", dataset]).data == data
     assert parse(["--dataset", dataset, "--data", "elsewhere"]).data == "elsewhere"
+
+
+def test_wikitext_103_is_found_where_get_data_puts_it(tmp_path, monkeypatch):
+    (tmp_path / "room" / "data" / "wikitext-103").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "room")
+    assert parse([]).data == "data/wikitext-103"
+    (tmp_path / "data" / "wikitext-103").mkdir(parents=True)
+    assert parse([]).data == "../data/wikitext-103"
 
 
 def test_get_data_puts_each_set_where_it_is_looked_for():

@@ -130,6 +130,13 @@ def test_report_names_the_curves_and_shows_words(trained, small_corpus):
         assert "<unk>" not in words
 
 
+def test_a_run_that_ends_stacked_is_not_called_an_equilibrium(room, capsys):
+    assert quickstart(room, "--name", "stacked", "--max_step", "4", "--pretrain_steps", "4") == 0
+    table = rows(capsys.readouterr().out)
+    assert "stacked (end of training)" in table
+    assert "equilibrium" not in table
+
+
 def test_restart_of_a_finished_run_reports_again(room, trained, capsys):
     folder, _ = trained
     before = rows((folder / "report.txt").read_text())

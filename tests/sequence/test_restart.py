@@ -234,6 +234,14 @@ def test_changed_settings_are_named_and_saved(flags, run_folder, capsys):
     ]
 
 
+def test_changed_cutoffs_are_named(flags, capsys):
+    """Of the same number, so with the same shapes: nothing else would show it."""
+    adaptive = [*flags, "--adaptive", "--cutoffs"]
+    assert main([*adaptive, "20", "40"]) == 0
+    assert main([*adaptive, "20", "50", "--restart", "--max_step", "7"]) == 0
+    assert "--cutoffs from [20, 40] to [20, 50]" in capsys.readouterr().out
+
+
 def test_a_changed_weight_decay_takes_effect(flags, run_folder):
     assert main(flags) == 0
     assert main([*flags, "--restart", "--weight_decay", "0.5", "--max_step", "7"]) == 0
