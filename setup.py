@@ -33,7 +33,18 @@ setup(
     description="Deep equilibrium models for language and vision, in PyTorch",
     license="MIT",
     python_requires=">=3.10",
-    install_requires=["torch>=2.4", "numpy", "tqdm", "tensorboardX", "matplotlib"],
+    install_requires=[
+        "torch>=2.4",
+        "torchvision>=0.19",
+        "numpy",
+        "tqdm",
+        "tensorboardX",
+        "matplotlib",
+        "pillow",
+        "yacs",
+        "torchinfo",
+        "scikit-learn",  # the handwritten digits
+    ],
     packages=[
         package
         for room, top in ROOMS.items()

@@ -62,24 +62,33 @@ def _damaged(path: Path) -> str:
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a state dict file into ``model``: published weights, or a checkpoint of ours.
 
-    The file may be a bare state dict, or a dict that holds one under 'model' or 'state_dict'; a
-    leading "module." or "model." of wrappers is taken off the keys.
+    A leading "module." or "model." of wrappers is taken off the keys.
 
     Raises:
         InputError: unreadable file, keys or shapes that differ (all are listed), NaN or Inf.
     """
+    load_state(model, read_state(path), str(path))
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file, which may hold it bare or under 'model' or 'state_dict'."""
     content = load(path)
     for name in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise InputError(f"{path} holds no state dict: expected a mapping of names to tensors")
-    load_state(model, content, str(path))
+    return content
 
 
 def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load a state dict by key and shape, or refuse it as a whole with the list of differences."""
+    """Load a state dict by key and shape, or refuse it as a whole with the list of differences.
+
+    A model may name the beginnings of keys that files have too many in ``ignored_state``, a tuple.
+    """
     state = strip_wrappers(state, model)
+    ignored = getattr(model, "ignored_state", ())
+    state = {key: value for key, value in state.items() if not key.startswith(ignored)}
     expected = model.state_dict()
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]
@@ -95,9 +104,10 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     model.load_state_dict(state)
 
 
-def strip_wrappers(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Take prefixes of wrappers off the keys, unless the model itself has such a module."""
-    wrappers = [prefix for prefix in _WRAPPERS if prefix[:-1] not in dict(model.named_children())]
+def strip_wrappers(state: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Take prefixes of wrappers off the keys, unless ``model`` itself has such a module."""
+    own = {} if model is None else dict(model.named_children())
+    wrappers = [prefix for prefix in _WRAPPERS if prefix[:-1] not in own]
     while state:
         shared = [p for p in wrappers if all(key.startswith(p) for key in state)]
         if not shared:

@@ -41,6 +41,7 @@ from lib.solvers import get_solver
 
 # An adjoint this far from its equation gives a gradient that is mostly wrong (y = 0 has 1.0).
 POOR_ADJOINT = 0.5
+SRADIUS_ITERS = 150  # products with the Jacobian that models spend on one spectral radius
 
 
 class DEQWarning(RuntimeWarning):
@@ -60,6 +61,17 @@ def solve_figures(solution: dict) -> dict:
         "rel_residual": float(relative[index]),
         "broken": bool(solution.get("prot_break", False)) or not _all_finite(solution),
     }
+
+
+def scalars_to(writer, step: int) -> Callable[[str, dict], None]:
+    """An ``on_solve`` that gives residuals and nfe to a TensorBoard SummaryWriter."""
+
+    def write(which: str, solution: dict) -> None:
+        figures = solve_figures(solution)
+        for name in ("abs_residual", "rel_residual", "nfe"):
+            writer.add_scalar(f"{which}/{name}", figures[name], step)
+
+    return write
 
 
 @dataclass
@@ -331,7 +343,7 @@ class _RefuseDoubleBackward(torch.autograd.Function):
         )
 
 
-def stacked(f: Callable, z0: Tensor, n_layer: int) -> Tensor:
+def stacked(f: Callable, z0: Tensor | list[Tensor], n_layer: int) -> Tensor | list[Tensor]:
     """f applied ``n_layer`` times with ordinary autograd: the weight-tied network."""
     if n_layer < 1:
         raise InputError(f"the number of stacked layers is {n_layer!r}, but must be at least 1")

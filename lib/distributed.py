@@ -1,13 +1,54 @@
-"""Several GPUs in one process: DataParallel with a smaller share on the first GPU."""
+"""Several processes under torchrun, or several GPUs in one process."""
 
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, parallel_apply, replicate
 from torch.nn.parallel.scatter_gather import gather
 
 from lib.errors import InputError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Which of the processes of a run this is; without torchrun, the only one."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # on its machine: the number of its GPU
+
+    @classmethod
+    def start(cls) -> "Processes":
+        """Join the other processes that torchrun started, over NCCL with GPUs, else over gloo."""
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return cls()
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        return cls(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files and the log."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of ``tensor`` over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def stop(self) -> None:
+        """Leave the others."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
 
 
 def shares(batch: int, n_devices: int, first: int = -1) -> list[int]:
@@ -37,10 +78,18 @@ class BalancedDataParallel(DataParallel):
         output_dims: batch dimension of each output of the model's list; None for an output that
             is a mean over samples, which is averaged with the shares as weights, so that it is
             the mean over the whole batch.
+        device_ids: numbers of the GPUs; all if None.
     """
 
-    def __init__(self, module: nn.Module, first: int, dim: int, output_dims: Sequence[int | None]):
-        super().__init__(module, dim=dim)
+    def __init__(
+        self,
+        module: nn.Module,
+        first: int,
+        dim: int,
+        output_dims: Sequence[int | None],
+        device_ids: Sequence[int] | None = None,
+    ):
+        super().__init__(module, device_ids=device_ids, dim=dim)
         self.first, self.output_dims = first, tuple(output_dims)
 
     def forward(self, *inputs, **kwargs):

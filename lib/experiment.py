@@ -29,18 +29,10 @@ def run_folder(work_dir: str, dataset: str, name: str) -> Path:
     return Path(f"{work_dir}-{dataset}") / name
 
 
-def write_json(path: Path, content) -> None:
-    """Write a JSON file whole or not at all."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=1).encode() + b"\n")
-
-
-def check_unused(folder: Path) -> None:
+def check_unused(folder: Path, way_out: str) -> None:
     """Refuse a folder that already holds a run's checkpoint."""
     if (folder / CHECKPOINT).exists():
-        raise InputError(
-            f"{folder} already holds a run: add --restart to continue it, or choose another --name"
-        )
+        raise InputError(f"{folder} already holds a run: {way_out}")
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -70,20 +62,32 @@ class Run:
     """Where a training run writes: everything goes through here, so a debug run writes nothing.
 
     Args:
-        folder: the run's folder, created if absent; None writes no file (``--debug``).
-        settings: the resolved settings, saved as settings.json.
+        folder: the run's folder, created if absent; None writes no file (a debug run).
+        settings: name and content of the file that holds the resolved settings.
         resume_step: None for a new run; else the step to continue from: records beyond it, and
             those of a final evaluation (kind "final_..."), are dropped, as they come again.
+        events: folder of the TensorBoard events; the run's if None.
+        quiet: print nothing, as all processes but the first do.
     """
 
-    def __init__(self, folder: Path | None, settings: dict, resume_step: int | None = None):
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path | None,
+        settings: tuple[str, str],
+        resume_step: int | None = None,
+        *,
+        events: Path | None = None,
+        quiet: bool = False,
+    ):
+        self.folder, self.quiet = folder, quiet
         self.writer, self._log, self._metrics = None, None, None
         self.bar: tqdm | None = None
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SETTINGS, settings)
+        name, content = settings
+        with atomic_write(folder / name) as file:
+            file.write(content.encode())
         kept = [
             record
             for record in read_metrics(folder)
@@ -96,12 +100,13 @@ class Run:
         self._metrics = open(folder / METRICS, "a")  # noqa: SIM115  (open for the whole run)
         self._log = open(folder / LOG, "w" if resume_step is None else "a")  # noqa: SIM115
         purge = {} if resume_step is None else {"purge_step": resume_step + 1}
-        self.writer = SummaryWriter(str(folder), **purge)
+        self.writer = SummaryWriter(str(events or folder), **purge)
 
     def log(self, line: str) -> None:
         """One line to the terminal and to log.txt."""
-        tqdm.write(line)
-        sys.stdout.flush()
+        if not self.quiet:
+            tqdm.write(line)
+            sys.stdout.flush()
         if self._log is not None:
             print(line, file=self._log, flush=True)
 
@@ -116,7 +121,9 @@ class Run:
 
     def progress(self, total: int, initial: int) -> tqdm:
         """A bar over the steps, on a terminal only."""
-        self.bar = tqdm(total=total, initial=initial, unit="step", disable=None, leave=False)
+        self.bar = tqdm(
+            total=total, initial=initial, unit="step", disable=self.quiet or None, leave=False
+        )
         return self.bar
 
     def close(self) -> None:

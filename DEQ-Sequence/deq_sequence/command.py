@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from deq_sequence.evaluation import evaluate, settings_from
 from deq_sequence.initialization import initialize
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.options import cutoffs_for, parse
-from deq_sequence.training import Trainer, TrainingError
+from deq_sequence.training import Trainer
 from lib.checkpoint import load, load_state, load_weights
 from lib.errors import InputError
 from lib.experiment import (
@@ -26,6 +25,7 @@ from lib.experiment import (
     peak_memory_mib,
     run_folder,
 )
+from lib.training import exit_code
 
 # Settings that may differ between a run and its continuation without a word.
 _FREE = {
@@ -36,23 +36,7 @@ _FREE = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run train_transformer.py; its exit code."""
-    return exit_code("train_transformer.py", lambda: run_command(parse(argv)))
-
-
-def exit_code(program: str, action: Callable[[], object]) -> int:
-    """Run ``action``; bad input is one line on the error stream and 2, without a traceback."""
-    try:
-        action()
-    except (InputError, TrainingError) as error:
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    except OSError as error:  # no permission, no space: its message names the file
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted (--restart continues the run)", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("train_transformer.py", lambda: run_command(parse(argv)), "--restart")
 
 
 def run_command(args: argparse.Namespace) -> Path | None:
@@ -113,7 +97,7 @@ def train_command(args: argparse.Namespace, device: torch.device) -> Path | None
     if args.restart:
         checkpoint = load(folder / CHECKPOINT)
     elif not args.debug:
-        check_unused(folder)
+        check_unused(folder, "add --restart to continue it, or choose another --name")
     corpus = get_lm_corpus(args.data, args.dataset)
     model = build_model(args, corpus, device)
     trainer = Trainer(args, model, corpus, device)
@@ -130,7 +114,7 @@ def train_command(args: argparse.Namespace, device: torch.device) -> Path | None
 
     run = Run(
         None if args.debug else folder,
-        settings,
+        (SETTINGS, json.dumps(settings, indent=1) + "\n"),
         trainer.step if args.restart else None,
     )
     try:

@@ -9,6 +9,7 @@ import torch
 
 from deq_sequence.iterators import LMOrderedIterator
 from deq_sequence.model import DEQTransformerLM
+from lib.training import evaluating
 
 
 def perplexity(loss: float) -> float:
@@ -62,7 +63,6 @@ def settings_from(args: argparse.Namespace) -> dict:
     }
 
 
-@torch.no_grad()
 def evaluate(
     model: DEQTransformerLM,
     data: torch.Tensor,
@@ -88,34 +88,31 @@ def evaluate(
     """
     device = next(model.parameters()).device
     iterator = LMOrderedIterator(data, batch_size, tgt_len, device=device)
-    was_training, lengths, stats = model.training, (model.tgt_len, model.mem_len), model.deq.stats
+    lengths = model.tgt_len, model.mem_len
     total, tokens, radii, mems = torch.zeros((), dtype=torch.float64, device=device), 0, [], []
     try:
-        model.eval()
         model.reset_length(tgt_len, mem_len)
-        model.deq.stats = type(stats)()
-        for index, (words, target, seq_len) in enumerate(iterator):
-            if index == max_steps:
-                break
-            with autocast(amp, device):
-                loss, _, sradius, *mems = model(
-                    words,
-                    target,
-                    mems,
-                    train_step=train_step,
-                    f_thres=f_thres,
-                    compute_jac_loss=False,
-                    spectral_radius_mode=spectral_radius,
-                )
-            total += loss.double().sum()
-            tokens += seq_len * batch_size
-            if spectral_radius:
-                radii.append(sradius.float().mean().item())
-        means = model.deq.stats.forward.means()
+        with evaluating(model) as stats:
+            for index, (words, target, seq_len) in enumerate(iterator):
+                if index == max_steps:
+                    break
+                with autocast(amp, device):
+                    loss, _, sradius, *mems = model(
+                        words,
+                        target,
+                        mems,
+                        train_step=train_step,
+                        f_thres=f_thres,
+                        compute_jac_loss=False,
+                        spectral_radius_mode=spectral_radius,
+                    )
+                total += loss.double().sum()
+                tokens += seq_len * batch_size
+                if spectral_radius:
+                    radii.append(sradius.float().mean().item())
+            means = stats.forward.means()
     finally:
-        model.deq.stats = stats
         model.reset_length(*lengths)
-        model.train(was_training)
     return Evaluation(
         loss=total.item() / tokens,
         tokens=tokens,

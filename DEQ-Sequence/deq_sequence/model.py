@@ -12,12 +12,10 @@ from deq_sequence.initialization import initialize
 from deq_sequence.layer import TransformerLayer
 from deq_sequence.softmax import ProjectedAdaptiveLogSoftmax
 from lib.checkpoint import load_weights
-from lib.deq import DEQ, SolverAttributes, solve_figures, stacked
+from lib.deq import DEQ, SRADIUS_ITERS, SolverAttributes, scalars_to, stacked
 from lib.errors import InputError
 from lib.optimization import VariationalDropout
 from lib.solvers import anderson
-
-SRADIUS_ITERS = 150  # products with the Jacobian for one spectral radius
 
 
 @dataclass
@@ -168,7 +166,7 @@ class DEQTransformerLM(SolverAttributes, nn.Module):
             b_thres=b_thres,
             jac_vecs=int(compute_jac_loss),
             sradius_iters=SRADIUS_ITERS * spectral_radius_mode,
-            on_solve=None if writer is None else _scalars_to(writer, train_step),
+            on_solve=None if writer is None else scalars_to(writer, train_step),
         )
         tgt_len, bsz = target.shape
         # One mask per sample and channel: the first public code applied it over positions, by a
@@ -246,12 +244,3 @@ class DEQTransformerLM(SolverAttributes, nn.Module):
         both = torch.cat([old, new.detach().to(old.dtype)], dim=1)
         first = max(both.shape[1] - self.mem_len, 0)
         return both[:, first:].transpose(0, 1).contiguous()
-
-
-def _scalars_to(writer, step: int) -> Callable[[str, dict], None]:
-    def write(which: str, solution: dict) -> None:
-        figures = solve_figures(solution)
-        for name in ("abs_residual", "rel_residual", "nfe"):
-            writer.add_scalar(f"{which}/{name}", figures[name], step)
-
-    return write

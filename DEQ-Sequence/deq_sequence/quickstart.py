@@ -5,12 +5,13 @@ from pathlib import Path
 
 import torch
 
-from deq_sequence.command import build_model, exit_code, run_command
+from deq_sequence.command import build_model, run_command
 from deq_sequence.corpus import get_lm_corpus
 from deq_sequence.options import parse
 from deq_sequence.report import report
 from lib.checkpoint import load_weights
 from lib.experiment import WEIGHTS
+from lib.training import exit_code
 
 # A few minutes on two cores. Both phases, with Jacobian regularisation in the second.
 SETTINGS = """
@@ -26,7 +27,7 @@ SETTINGS = """
 
 def main(argv: list[str], room: Path) -> int:
     """Train with ``SETTINGS``, overridden by ``argv``, below the folder ``room``; then report."""
-    return exit_code("quickstart.py", lambda: _train_and_report(argv, room))
+    return exit_code("quickstart.py", lambda: _train_and_report(argv, room), "--restart")
 
 
 def _train_and_report(argv: list[str], room: Path) -> None:

@@ -6,7 +6,6 @@ import random
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -16,18 +15,23 @@ from deq_sequence.evaluation import Evaluation, autocast, evaluate, perplexity, 
 from deq_sequence.iterators import LMOrderedIterator
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.schedules import LearningRate, make_optimizer
-from lib.checkpoint import not_finite, save_atomic
-from lib.deq import PassStats
+from lib.checkpoint import save_atomic
 from lib.distributed import BalancedDataParallel
 from lib.errors import InputError
-from lib.experiment import CHECKPOINT, WEIGHTS, Run
+from lib.experiment import WEIGHTS, Run
 from lib.jacobian import jac_loss_weight_at
+from lib.training import (
+    give_up,
+    random_states,
+    restore_random_states,
+    restore_stats,
+    save_checkpoint,
+    solver_figures,
+    stats_state,
+)
 
 FORMAT = 1  # of the checkpoint
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: the message says why, and where the last good state is."""
+_WAY_OUT = "lower --lr, or raise --jac_loss_weight"  # of a loss or weights that are not finite
 
 
 class Trainer:
@@ -162,13 +166,9 @@ class Trainer:
             f"{1000 * elapsed / steps:.0f} ms/step | {values['tokens_per_s']:.0f} tok/s | "
             f"loss {loss:.4f} | {self._figure(loss)}"
         )
-        for which in ("forward", "backward"):
-            stats: PassStats = getattr(self.model.deq.stats, which)
-            if stats.solves:
-                means = stats.means()
-                values |= {f"{which}_{name}": value for name, value in means.items()}
-                line += f" | {which[0]} res {means['rel_residual']:.2e} nfe {means['nfe']:.1f}"
-                line += f" broken {means['broken']}" if means["broken"] else ""
+        figures, words = solver_figures(self.model.deq.stats)
+        values |= figures
+        line += words
         if window["jac_count"]:
             values["jac_loss"] = (window["jac_loss"] / window["jac_count"]).item()
             values["jac_loss_weight"] = jac_loss_weight_at(
@@ -182,15 +182,7 @@ class Trainer:
         run.record("train", self.step, **values)
         self._reset_window()
         if not math.isfinite(loss):
-            self._give_up(run, f"the loss is {loss}")
-
-    def _give_up(self, run: Run, trouble: str) -> NoReturn:
-        saved = ""
-        if run.folder is not None and (run.folder / CHECKPOINT).exists():
-            saved = f"; the last good state is {run.folder / CHECKPOINT}"
-        raise TrainingError(
-            f"{trouble} at step {self.step}: lower --lr, or raise --jac_loss_weight{saved}"
-        )
+            give_up(run, f"the loss is {loss}", self.step, _WAY_OUT)
 
     def _validate(self, run: Run) -> None:
         """Evaluate on the validation text in the phase of the last update; keep the best."""
@@ -226,14 +218,10 @@ class Trainer:
 
     def save(self, run: Run) -> None:
         """Write the checkpoint of the run, unless its weights are no longer finite."""
-        if run.folder is not None:
-            if bad := not_finite(self.model.state_dict()):
-                self._give_up(run, f"weights are not finite ({', '.join(bad)})")
-            save_atomic(self.state_dict(), run.folder / CHECKPOINT)
+        save_checkpoint(run, self.model, self.state_dict(), self.step, _WAY_OUT)
 
     def state_dict(self) -> dict:
         """All that the next step depends on: tensors and plain containers."""
-        stats = self.model.deq.stats
         return {
             "format": FORMAT,
             "fixed": self._fixed,
@@ -245,11 +233,9 @@ class Trainer:
             "row": self.row,
             "mems": self.mems,
             "best_loss": self.best_loss,
-            "random": self.rng.getstate(),
-            "torch_random": torch.get_rng_state(),
-            "cuda_random": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            **random_states(self.rng, self.device),
             "window": self._window,
-            "solver_stats": [asdict(stats.forward), asdict(stats.backward)],
+            "solver_stats": stats_state(self.model.deq.stats),
         }
 
     @property
@@ -279,14 +265,9 @@ class Trainer:
         self.step, self.epoch, self.row = state["step"], state["epoch"], state["row"]
         self.mems = [[m.to(self.device) for m in mems] for mems in state["mems"]]
         self.best_loss = state["best_loss"]
-        self.rng.setstate(state["random"])
-        torch.set_rng_state(state["torch_random"])
-        if state["cuda_random"] and self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["cuda_random"])
+        restore_random_states(state, self.rng, self.device)
         self._window = {
             name: value.to(self.device) if isinstance(value, Tensor) else value
             for name, value in state["window"].items()
         }
-        forward, backward = state["solver_stats"]
-        stats = self.model.deq.stats
-        stats.forward, stats.backward = PassStats(**forward), PassStats(**backward)
+        restore_stats(state["solver_stats"], self.model.deq.stats)

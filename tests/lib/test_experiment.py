@@ -20,8 +20,10 @@ from lib.experiment import (
     peak_memory_mib,
     read_metrics,
     run_folder,
-    write_json,
 )
+
+
+SAVED = (SETTINGS, '{"lr": 0.1}')
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def folder(tmp_path):
 
 def started(folder, steps):
     """A run that recorded a training loss at each of ``steps``, closed."""
-    run = Run(folder, {"lr": 0.1})
+    run = Run(folder, SAVED)
     for step in steps:
         run.record("train", step, loss=1 / step)
     run.log("first")
@@ -66,21 +68,21 @@ def test_run_without_a_name_has_a_time_stamp(name):
 
 
 def test_check_unused(folder):
-    check_unused(folder)
+    check_unused(folder, "go elsewhere")
     started(folder, [1])
-    check_unused(folder)  # a run that was killed before its first checkpoint is begun anew
+    check_unused(folder, "go elsewhere")  # a run that was killed before its first checkpoint is begun anew
     (folder / CHECKPOINT).write_bytes(b"")
     with pytest.raises(InputError) as caught:
-        check_unused(folder)
+        check_unused(folder, "go elsewhere")
     assert str(folder) in str(caught.value)
-    assert "--restart" in str(caught.value)
+    assert "go elsewhere" in str(caught.value)
 
 
 # ---- what is written -------------------------------------------------------------------------
 
 
 def test_files_of_a_run(folder, capsys):
-    run = Run(folder, {"lr": 0.1, "cutoffs": [1, 2], "name": "ä"})
+    run = Run(folder, ("own.yaml", "lr: 0.1\nname: ä\n"), events=folder / "events")
     run.log("a line")
     run.record("train", 3, loss=2.5, lr=0.5)
     run.record("valid", 4, loss=2.25, phase="stacked")
@@ -90,14 +92,11 @@ def test_files_of_a_run(folder, capsys):
         {"kind": "train", "step": 3, "loss": 2.5, "lr": 0.5},
         {"kind": "valid", "step": 4, "loss": 2.25, "phase": "stacked"},
     ]
-    assert json.loads((folder / SETTINGS).read_text()) == {
-        "lr": 0.1,
-        "cutoffs": [1, 2],
-        "name": "ä",
-    }
+    assert (folder / "own.yaml").read_text() == "lr: 0.1\nname: ä\n"
     run.close()
     assert "a line" in capsys.readouterr().out
-    assert scalars(folder) == [
+    assert scalars(folder) == []
+    assert scalars(folder / "events") == [
         ("train/loss", 3, 2.5),
         ("train/lr", 3, 0.5),
         ("valid/loss", 4, 2.25),
@@ -105,7 +104,7 @@ def test_files_of_a_run(folder, capsys):
 
 
 def test_floats_survive_bit_for_bit(folder):
-    run = Run(folder, {})
+    run = Run(folder, SAVED)
     values = [0.1, 1 / 3, 1e-300, 5.588427543640137]
     for step, value in enumerate(values):
         run.record("train", step, loss=value)
@@ -115,7 +114,7 @@ def test_floats_survive_bit_for_bit(folder):
 
 def test_a_debug_run_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run = Run(None, {"lr": 0.1})
+    run = Run(None, SAVED)
     run.log("a line")
     run.record("train", 1, loss=1.0)
     run.progress(total=3, initial=0).update()
@@ -125,20 +124,19 @@ def test_a_debug_run_writes_nothing(tmp_path, monkeypatch, capsys):
 
 
 def test_no_bar_without_a_terminal(capsys):
-    run = Run(None, {})
+    run = Run(None, SAVED)
     with run.progress(total=3, initial=1) as bar:
         bar.update()
     run.close()
     assert capsys.readouterr().err == ""
 
 
-def test_write_json_is_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "x.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"a": object()})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert os.listdir(tmp_path) == ["x.json"]
+def test_a_quiet_run_prints_nothing(folder, capsys):
+    run = Run(folder, SAVED, quiet=True)
+    run.log("a line")
+    run.close()
+    assert capsys.readouterr().out == ""
+    assert (folder / LOG).read_text() == "a line\n"
 
 
 # ---- restart ---------------------------------------------------------------------------------
@@ -146,7 +144,7 @@ def test_write_json_is_whole_or_not_at_all(tmp_path):
 
 def test_a_restart_drops_what_comes_again(folder):
     started(folder, range(1, 11))
-    run = Run(folder, {"lr": 0.2}, resume_step=7)
+    run = Run(folder, (SETTINGS, '{"lr": 0.2}'), resume_step=7)
     assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3, 4, 5, 6, 7]
     run.record("train", 8, loss=8.0)
     run.log("second")
@@ -161,17 +159,17 @@ def test_a_restart_drops_what_comes_again(folder):
 
 def test_a_restart_from_step_0_keeps_the_log(folder):
     started(folder, [1, 2])
-    Run(folder, {}, resume_step=0).close()
+    Run(folder, SAVED, resume_step=0).close()
     assert read_metrics(folder) == []
     assert (folder / LOG).read_text() == "first\n"
 
 
 def test_a_restart_drops_the_final_evaluation(folder):
-    run = Run(folder, {})
+    run = Run(folder, SAVED)
     for kind in ("train", "valid", "final_valid", "final_test"):
         run.record(kind, 5, loss=1.0)
     run.close()
-    Run(folder, {}, resume_step=5).close()
+    Run(folder, SAVED, resume_step=5).close()
     assert [record["kind"] for record in read_metrics(folder)] == ["train", "valid"]
 
 
@@ -190,7 +188,7 @@ def test_a_last_line_that_was_cut_off(folder, end):
     with open(folder / METRICS, "a") as file:
         file.write(end)
     assert [record["step"] for record in read_metrics(folder)] == [1, 2]
-    run = Run(folder, {}, resume_step=2)
+    run = Run(folder, SAVED, resume_step=2)
     run.record("train", 3, loss=3.0)
     run.close()
     assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3]
@@ -204,7 +202,7 @@ def test_metrics_of_a_folder_without_any(tmp_path):
 
 def test_tensorboard_goes_on_after_a_restart(folder):
     started(folder, [1, 2, 3])
-    run = Run(folder, {}, resume_step=2)
+    run = Run(folder, SAVED, resume_step=2)
     run.record("train", 3, loss=30.0)
     run.close()
     assert scalars(folder)[-1] == ("train/loss", 3, 30.0)

@@ -50,7 +50,7 @@ def assert_same(a, b):
 
 @pytest.fixture
 def no_files():
-    run = Run(None, {})
+    run = Run(None, ("settings.json", "{}"))
     yield run
     run.close()
 

@@ -1,0 +1,323 @@
+"""What the tools do: read the configuration, set up, then train or evaluate."""
+
+import argparse
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from yacs.config import CfgNode
+
+from lib.checkpoint import load, load_state, load_weights
+from lib.distributed import Processes
+from lib.errors import InputError
+from lib.experiment import CHECKPOINT, WEIGHTS, Run, check_unused, peak_memory_mib
+from lib.training import exit_code
+from mdeq_vision.config import config, flat, merge_file, update_config
+from mdeq_vision.datasets import get_cls_dataset, get_seg_dataset
+from mdeq_vision.evaluation import Evaluation, evaluate_classification, evaluate_segmentation
+from mdeq_vision.model import MDEQNet, MDEQSegNet, get_cls_net
+from mdeq_vision.options import Parser, experiment_parser, parse
+from mdeq_vision.pictures import save_prediction
+from mdeq_vision.summary import model_summary
+from mdeq_vision.tasks import ClassificationTrainer, SegmentationTrainer
+from mdeq_vision.training import Trainer
+from mdeq_vision.transfer import extract_pretrained, get_seg_net, load_pretrained
+
+CONFIG = "config.yaml"  # the resolved settings, beside a run's log
+PREDICTIONS = "predictions"  # folder of seg_test's pictures, beside them
+_RESUME = "TRAIN.RESUME True"
+
+
+def cls_train(argv: list[str] | None = None) -> int:
+    """Run tools/cls_train.py; its exit code."""
+    return _run("cls_train.py", "Train an image classification model.", train_classifier, argv)
+
+
+def cls_valid(argv: list[str] | None = None) -> int:
+    """Run tools/cls_valid.py; its exit code."""
+    return _run(
+        "cls_valid.py", "Evaluate an image classification model.", validate_classifier, argv
+    )
+
+
+def seg_train(argv: list[str] | None = None) -> int:
+    """Run tools/seg_train.py; its exit code."""
+    return _run("seg_train.py", "Train a segmentation model.", train_segmenter, argv)
+
+
+def seg_test(argv: list[str] | None = None) -> int:
+    """Run tools/seg_test.py; its exit code."""
+    return _run(
+        "seg_test.py", "Predict, and evaluate where there are labels.", test_segmenter, argv
+    )
+
+
+def extract(argv: list[str] | None = None) -> int:
+    """Run tools/extract_pretrained.py; its exit code."""
+
+    def action():
+        parser = Parser(
+            prog="extract_pretrained.py",
+            description="Write the backbone of a classification checkpoint for MODEL.PRETRAINED.",
+        )
+        parser.add_argument("checkpoint", help="checkpoint.pt or model.pt of a classification run")
+        parser.add_argument(
+            "output", help="file to write, such as pretrained_models/mdeq_SMALL.pth"
+        )
+        args = parser.parse_args(argv)
+        names = extract_pretrained(args.checkpoint, args.output)
+        print(f"{args.output}: {len(names)} tensors of {args.checkpoint}, without its head")
+
+    return exit_code("extract_pretrained.py", action, "calling it again")
+
+
+def run_folder(cfg: CfgNode, cfg_file: str | Path) -> Path:
+    """OUTPUT_DIR/DATASET/<name of the yaml file>."""
+    return Path(cfg.OUTPUT_DIR or "output") / cfg.DATASET.DATASET / Path(cfg_file).stem
+
+
+def load_config(args: argparse.Namespace) -> CfgNode:
+    """The configuration that a command line describes."""
+    cfg = config.clone()
+    update_config(cfg, args)
+    return cfg
+
+
+def _run(program: str, description: str, action: Callable, argv: list[str] | None) -> int:
+    def go():
+        args = parse(experiment_parser(program, description), argv)
+        cfg = load_config(args)
+        with _processes() as processes:
+            action(cfg, Path(args.cfg), processes)
+
+    return exit_code(program, go, _RESUME)
+
+
+@contextmanager
+def _processes():
+    processes = Processes.start()
+    try:
+        yield processes
+    finally:
+        processes.stop()
+
+
+def _devices(cfg: CfgNode, processes: Processes) -> tuple[torch.device, list[int]]:
+    """The first device of this process, and its GPUs: those of GPUS that are there."""
+    torch.manual_seed(cfg.SEED + processes.rank)
+    cudnn = torch.backends.cudnn
+    cudnn.benchmark, cudnn.enabled = cfg.CUDNN.BENCHMARK, cfg.CUDNN.ENABLED
+    cudnn.deterministic = cfg.CUDNN.DETERMINISTIC
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), []
+    count = torch.cuda.device_count()
+    if processes.world_size > 1:
+        gpus = [processes.local_rank % count]
+    else:
+        gpus = [gpu for gpu in cfg.GPUS if 0 <= gpu < count] or [0]
+    torch.cuda.set_device(gpus[0])
+    return torch.device("cuda", gpus[0]), gpus
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
+def train_classifier(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Path | None:
+    """Train a classification model as the configuration says; the run's folder, if it has one."""
+    if processes.world_size > 1:
+        raise InputError(
+            "classification trains in one process, on all the GPUs that GPUS names: start it "
+            "without torchrun"
+        )
+
+    def build(device: torch.device, gpus: list[int], log: Callable[[str], None]) -> Trainer:
+        train_set, valid_set = (get_cls_dataset(cfg, split) for split in ("train", "test"))
+        model = get_cls_net(cfg)
+        if cfg.MODEL.PRETRAINED:
+            load_pretrained(model, cfg.MODEL.PRETRAINED, log)
+        log(f"{len(train_set)} training and {len(valid_set)} validation images")
+        model = model.to(device)
+        return ClassificationTrainer(cfg, model, train_set, valid_set, device, gpus, processes)
+
+    return _train(cfg, cfg_file, processes, build, cfg.MODEL.IMAGE_SIZE)
+
+
+def train_segmenter(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Path | None:
+    """Train a segmentation model as the configuration says; the run's folder, if it has one."""
+
+    def build(device: torch.device, gpus: list[int], log: Callable[[str], None]) -> Trainer:
+        train_set, test_set = (get_seg_dataset(cfg, split) for split in ("train", "test"))
+        for dataset, key in ((train_set, "TRAIN_SET"), (test_set, "TEST_SET")):
+            if not dataset.has_labels:
+                raise InputError(f"DATASET.{key} {cfg.DATASET[key]} names images without labels")
+        log(f"{len(train_set)} training and {len(test_set)} validation images")
+        model = get_seg_net(cfg, log).to(device)
+        return SegmentationTrainer(cfg, model, train_set, test_set, device, gpus[:1], processes)
+
+    return _train(cfg, cfg_file, processes, build, cfg.TRAIN.IMAGE_SIZE)
+
+
+def _train(
+    cfg: CfgNode,
+    cfg_file: Path,
+    processes: Processes,
+    build: Callable[[torch.device, list[int], Callable[[str], None]], Trainer],
+    image_size: list[int],
+) -> Path | None:
+    """Build a trainer, start or resume it, train."""
+    folder = run_folder(cfg, cfg_file)
+    source = _checkpoint_to_resume(cfg, folder)
+    checkpoint = None if source is None else load(source)
+    changes = [] if source is None else _changes(cfg, source.parent / CONFIG)
+    device, gpus = _devices(cfg, processes)
+    lines: list[str] = []
+    trainer = build(device, gpus, lines.append)
+    model = trainer.model
+    if checkpoint is not None:
+        state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+        if not isinstance(state, dict):
+            raise InputError(f"{source} is not a checkpoint of this trainer")
+        load_state(model, state, str(source))
+        trainer.load_state_dict(checkpoint, source)
+    elif cfg.TRAIN.MODEL_FILE:
+        load_weights(model, cfg.TRAIN.MODEL_FILE)
+
+    writes = processes.leads and not cfg.DEBUG.DEBUG
+    run = Run(
+        folder if writes else None,
+        (CONFIG, cfg.dump()),
+        None if checkpoint is None else trainer.step,
+        events=Path(cfg.LOG_DIR) / folder.relative_to(folder.parents[1]) if cfg.LOG_DIR else None,
+        quiet=not processes.leads,
+    )
+    try:
+        run.log(model_summary(cfg, model, (image_size[1], image_size[0])))
+        n_params = sum(p.numel() for p in model.parameters())
+        run.log(
+            f"{cfg.DATASET.DATASET} | {n_params} parameters | {device}{gpus or ''} | "
+            f"{processes.world_size} process(es) of {torch.get_num_threads()} threads"
+        )
+        run.log(f"run folder {folder}" if writes else "debug: nothing is written")
+        for line in [*lines, *_batch_size_lines(cfg_file, trainer.batch_size)]:
+            run.log(line)
+        if cfg.LOSS.JAC_LOSS_WEIGHT > 0 and cfg.LOSS.JAC_LOSS_FREQ == 0:
+            run.log("note: LOSS.JAC_LOSS_WEIGHT has no effect while LOSS.JAC_LOSS_FREQ is 0")
+        for line in changes:
+            run.log(f"changed since the checkpoint: {line}")
+        if checkpoint is not None:
+            run.log(f"continuing {source} at step {trainer.step}")
+        trainer.train(run)
+        best = trainer.best
+        if best:
+            run.log(
+                f"best {best['name']} {100 * best['score']:.2f}% at step {best['step']} "
+                f"({best['phase']}) | peak memory {peak_memory_mib(device):.0f} MiB"
+            )
+    finally:
+        run.close()
+    return run.folder
+
+
+def _checkpoint_to_resume(cfg: CfgNode, folder: Path) -> Path | None:
+    """The checkpoint to continue from; None starts anew."""
+    if cfg.TRAIN.CHECKPOINT:
+        return Path(cfg.TRAIN.CHECKPOINT)
+    if cfg.TRAIN.RESUME or cfg.AUTO_RESUME:
+        return folder / CHECKPOINT if (folder / CHECKPOINT).exists() else None
+    if not cfg.DEBUG.DEBUG:
+        check_unused(folder, f"add {_RESUME} to continue it, or choose another --modelDir")
+    return None
+
+
+# Settings that may differ between a run and its continuation without a word.
+_FREE = ("OUTPUT_DIR", "LOG_DIR", "DATA_DIR", "GPUS", "WORKERS", "PRINT_FREQ", "SAVE_FREQ",
+         "AUTO_RESUME", "PIN_MEMORY", "DEBUG", "TEST", "TRAIN.RESUME", "TRAIN.CHECKPOINT",
+         "TRAIN.MODEL_FILE", "MODEL.PRETRAINED")  # fmt: skip
+
+
+def _changes(cfg: CfgNode, path: Path) -> list[str]:
+    """Settings of a continuation that differ from those the run was started with."""
+    if not path.is_file():
+        return [f"{path} is missing, so the settings could not be compared"]
+    before = config.clone()
+    merge_file(before, path)
+    old, new = flat(before), flat(cfg)
+    return [
+        f"{key} from {old.get(key)!r} to {value!r}"
+        for key, value in new.items()
+        if old.get(key) != value and not key.startswith(_FREE)
+    ]
+
+
+def _batch_size_lines(cfg_file: Path, batch_size: int) -> list[str]:
+    """The effective batch size, and whether it is that of the file."""
+    own = config.clone()
+    merge_file(own, cfg_file)
+    published = own.TRAIN.BATCH_SIZE_PER_GPU * len(own.GPUS)
+    lines = [f"effective batch size {batch_size}"]
+    if batch_size != published:
+        lines.append(
+            f"warning: {cfg_file} is meant for an effective batch size of {published} "
+            f"({own.TRAIN.BATCH_SIZE_PER_GPU} on each of {len(own.GPUS)} GPU(s)): results and "
+            "schedule will differ"
+        )
+    return lines
+
+
+# ---- evaluation --------------------------------------------------------------------------------
+
+
+def validate_classifier(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Evaluation:
+    """Evaluate a classification model at equilibrium and print the figures."""
+    device, _ = _devices(cfg, processes)
+    dataset = get_cls_dataset(cfg, "test")
+    model, path = _trained(cfg, cfg_file, get_cls_net, device)
+    found = evaluate_classification(cfg, model, dataset, device=device, processes=processes)
+    if processes.leads:
+        print(f"{path} | {len(dataset)} images | {found.text()}", flush=True)
+    return found
+
+
+def test_segmenter(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Evaluation:
+    """Write a segmentation model's predictions; print the figures where there are labels."""
+    device, _ = _devices(cfg, processes)
+    dataset = get_seg_dataset(cfg, "test")
+    model, path = _trained(cfg, cfg_file, MDEQSegNet, device)
+    folder = run_folder(cfg, cfg_file) / PREDICTIONS
+
+    def save(index: int, train_ids: torch.Tensor) -> None:
+        save_prediction(
+            folder,
+            dataset.name(index),
+            dataset.picture(index),
+            train_ids.numpy(),
+            dataset.facts,
+        )
+
+    found = evaluate_segmentation(
+        cfg,
+        model,
+        dataset,
+        device=device,
+        processes=processes,
+        on_prediction=None if cfg.DEBUG.DEBUG else save,
+    )
+    if processes.leads:
+        if dataset.has_labels:
+            print(found.confusion.table(dataset.facts.class_names))
+            print(f"{path} | {len(dataset)} images | {found.text()}")
+        else:
+            print(f"{path} | {len(dataset)} images without labels")
+        print("nothing written (debug)" if cfg.DEBUG.DEBUG else f"predictions in {folder}")
+    return found
+
+
+def _trained(
+    cfg: CfgNode, cfg_file: Path, build: Callable[[CfgNode], MDEQNet], device: torch.device
+) -> tuple[MDEQNet, Path]:
+    """The model with the weights of TEST.MODEL_FILE, or the best of the run."""
+    path = Path(cfg.TEST.MODEL_FILE or run_folder(cfg, cfg_file) / WEIGHTS)
+    model = build(cfg)
+    load_weights(model, path)
+    return model.to(device), path

@@ -1,0 +1,83 @@
+"""The image data sets: ``get_cls_dataset`` and ``get_seg_dataset``.
+
+A new data set is one module and one entry in a dictionary below.
+"""
+
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from lib.errors import InputError
+from mdeq_vision.datasets.cifar10 import cifar10_dataset
+from mdeq_vision.datasets.cityscapes import Cityscapes
+from mdeq_vision.datasets.digit_scenes import DigitScenes
+from mdeq_vision.datasets.digits import digits_dataset
+from mdeq_vision.datasets.facts import CITYSCAPES, DIGIT_SCENES, SegmentationFacts
+from mdeq_vision.datasets.imagenet import imagenet_dataset
+from mdeq_vision.datasets.loading import make_loader, n_batches
+from mdeq_vision.datasets.segmentation import SegmentationDataset
+
+__all__ = [
+    "CITYSCAPES",
+    "CLASSIFICATION",
+    "DIGIT_SCENES",
+    "SEGMENTATION",
+    "SegmentationDataset",
+    "SegmentationFacts",
+    "get_cls_dataset",
+    "get_seg_dataset",
+    "make_loader",
+    "n_batches",
+]
+
+# name -> function(cfg, split) -> data set
+CLASSIFICATION = {
+    "cifar10": cifar10_dataset,
+    "imagenet": imagenet_dataset,
+    "digits": digits_dataset,
+}
+SEGMENTATION = {
+    "cityscapes": Cityscapes,
+    "digit_scenes": DigitScenes,
+}
+
+
+def get_cls_dataset(cfg: Any, split: str) -> Dataset:
+    """The 'train' or 'test' split of DATASET.DATASET, for classification.
+
+    Items are ``(image, label)``: image float32 (3, H, W), normalised; label an int. ``classes`` is
+    the list of the class names.
+
+    Raises:
+        InputError: an unknown name or split, missing or damaged files, or more classes than
+            MODEL.NUM_CLASSES.
+    """
+    dataset = _build(CLASSIFICATION, cfg, split, "classification")
+    n_classes = len(dataset.classes)
+    if n_classes > cfg.MODEL.NUM_CLASSES:
+        raise InputError(
+            f"MODEL.NUM_CLASSES is {cfg.MODEL.NUM_CLASSES}, but {cfg.DATASET.DATASET} has "
+            f"{n_classes} classes: set it to {n_classes}"
+        )
+    return dataset
+
+
+def get_seg_dataset(cfg: Any, split: str) -> SegmentationDataset:
+    """The 'train' or 'test' split of DATASET.DATASET, for segmentation.
+
+    Raises:
+        InputError: an unknown name or split, missing or damaged files, or settings that do not
+            fit the data set.
+    """
+    return _build(SEGMENTATION, cfg, split, "segmentation")
+
+
+def _build(builders: dict[str, Any], cfg: Any, split: str, task: str) -> Any:
+    name = cfg.DATASET.DATASET
+    if split not in ("train", "test"):
+        raise InputError(f"split {split!r}: choose 'train' or 'test'")
+    if name not in builders:
+        raise InputError(
+            f"DATASET.DATASET {name!r} is no {task} data set: choose {', '.join(builders)}"
+        )
+    return builders[name](cfg, split)

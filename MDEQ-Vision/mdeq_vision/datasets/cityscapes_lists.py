@@ -1,0 +1,70 @@
+"""The list files of a Cityscapes download."""
+
+from pathlib import Path
+
+from lib.errors import InputError
+from lib.files import atomic_write
+from mdeq_vision.datasets.cityscapes import FOLDER
+
+IMAGE_ENDING, LABEL_ENDING = "_leftImg8bit.png", "_gtFine_labelIds.png"
+
+
+def write_lists(root: str | Path) -> dict[Path, int]:
+    """Write ROOT/list/cityscapes/{train,val,trainval,test}.lst for the images in ROOT/cityscapes.
+
+    A line is ``leftImg8bit/... gtFine/...``, sorted by city and name; test.lst has images only,
+    since their labels are not public. If there are no test images, no test.lst is written.
+
+    Returns:
+        The path of each list and the number of its lines, in the order of writing.
+
+    Raises:
+        InputError: no training or validation images, or an image without labels; then no list is
+            written.
+    """
+    folder = Path(root) / FOLDER
+    lines = {split: _labelled_lines(folder, split) for split in ("train", "val")}
+    lines["trainval"] = lines["train"] + lines["val"]
+    test = [image.relative_to(folder).as_posix() for image in _images(folder, "test")]
+    if test:
+        lines["test"] = test
+    target = Path(root) / "list" / FOLDER
+    target.mkdir(parents=True, exist_ok=True)
+    counts = {}
+    for split, content in lines.items():
+        path = target / f"{split}.lst"
+        with atomic_write(path) as file:
+            file.write("".join(f"{line}\n" for line in content).encode())
+        counts[path] = len(content)
+    return counts
+
+
+def _images(folder: Path, split: str) -> list[Path]:
+    return sorted((folder / "leftImg8bit" / split).glob(f"*/*{IMAGE_ENDING}"))
+
+
+def _labelled_lines(folder: Path, split: str) -> list[str]:
+    images = _images(folder, split)
+    if not images:
+        raise InputError(
+            f"no images {folder}/leftImg8bit/{split}/CITY/*{IMAGE_ENDING}: unpack "
+            "leftImg8bit_trainvaltest.zip there (see 'bash get_data.sh cityscapes')"
+        )
+    labels = [
+        folder
+        / "gtFine"
+        / split
+        / image.parent.name
+        / (image.name.removesuffix(IMAGE_ENDING) + LABEL_ENDING)
+        for image in images
+    ]
+    missing = [path for path in labels if not path.is_file()]
+    if missing:
+        raise InputError(
+            f"labels {missing[0]} do not exist ({len(missing)} of {len(labels)} in {split} are "
+            "missing): unpack gtFine_trainvaltest.zip there (see 'bash get_data.sh cityscapes')"
+        )
+    return [
+        f"{image.relative_to(folder).as_posix()} {label.relative_to(folder).as_posix()}"
+        for image, label in zip(images, labels, strict=True)
+    ]

@@ -1,0 +1,148 @@
+"""Scenes of several handwritten digits with a class per pixel, no download.
+
+Digits of scikit-learn at varying size, place and colour on a varying background; digit d is class
+d + 1, background is class 0. Scene i of a split is a pure function of the split, i and the size;
+test scenes are made of test digits only.
+"""
+
+import colorsys
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lib.errors import InputError
+from mdeq_vision.datasets.digits import split_digits
+from mdeq_vision.datasets.facts import DIGIT_SCENES
+from mdeq_vision.datasets.segmentation import SegmentationDataset
+
+N_SCENES = {"train": 1000, "test": 200}
+SEED = 2024
+N_DIGITS = (3, 6)  # fewest and most in a scene; fewer where there is no room
+# Side of the square of a digit, smallest and largest, as a share of the scene's shorter side. The
+# square has a margin, so the digit is 4/5 of it: 14 to 30 pixels of 64.
+DIGIT_SIDE = (0.28, 0.58)
+MARGIN = 1  # around the 8x8 pixels of a digit, of which most reach the edge
+MIN_SIDE = 32  # of a scene; below, the smallest digits cannot be read
+INK = 0.45  # pixels of a digit above this darkness belong to it
+SOFTNESS = 0.15  # half the width of the range over which ink fades into background
+OVERLAP = 0.15  # largest share of a digit's square that may lie in another's
+ATTEMPTS = 30  # to find a place for a digit before it is made small, then left out
+
+
+class DigitScenes(SegmentationDataset):
+    """Scenes of size TRAIN.IMAGE_SIZE (width, height). See SegmentationDataset for the items.
+
+    All scenes are rendered at construction. DATASET.ROOT is not used.
+
+    Raises:
+        InputError: scenes smaller than 32 pixels, or a setting that does not fit.
+    """
+
+    def __init__(self, cfg: Any, split: str):
+        super().__init__(cfg, split, DIGIT_SCENES)
+        width, height = cfg.TRAIN.IMAGE_SIZE
+        if min(width, height) < MIN_SIDE:
+            raise InputError(
+                f"TRAIN.IMAGE_SIZE {[width, height]}: digit scenes need at least "
+                f"{MIN_SIDE}x{MIN_SIDE} pixels"
+            )
+        n = N_SCENES[split]
+        self.images = np.empty((n, height, width, 3), np.uint8)
+        self.labels = np.empty((n, height, width), np.uint8)
+        for i in range(n):
+            self.images[i], self.labels[i] = render_scene(split, i, (width, height))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return f"{self.split}_{index:04d}"
+
+    def _read_image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index])
+
+    def _read_train_ids(self, index: int, image: Image.Image) -> np.ndarray:
+        return self.labels[index]
+
+
+def render_scene(split: str, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Scene ``index`` of a split at ``size`` (width, height).
+
+    Returns:
+        Image (H, W, 3) uint8 and labels (H, W) uint8, 0 for background and d + 1 for digit d.
+    """
+    rng = np.random.default_rng((SEED, list(N_SCENES).index(split), index))
+    digits = split_digits()[split]
+    width, height = size
+    image = _background(rng, width, height)  # (H, W, 3) in [0, 1]
+    labels = np.zeros((height, width), np.uint8)
+    smallest, largest = (round(share * min(size)) for share in DIGIT_SIDE)
+    # Large ones first, while there is room.
+    sides = np.sort(rng.integers(smallest, largest + 1, rng.integers(N_DIGITS[0], N_DIGITS[1] + 1)))
+    boxes: list[tuple[int, int, int]] = []
+    for side in sides[::-1].tolist():
+        place = _find_place(rng, size, side, boxes) or _find_place(rng, size, smallest, boxes)
+        if place is None:
+            continue
+        boxes.append(place)
+        left, top, side = place
+        which = rng.integers(len(digits.labels))
+        darkness = _enlarge(digits.images[which], side)
+        cover = np.clip((darkness - INK) / (2 * SOFTNESS) + 0.5, 0, 1)[..., None]
+        window = (slice(top, top + side), slice(left, left + side))
+        image[window] = cover * _ink_colour(rng) + (1 - cover) * image[window]
+        labels[window][darkness > INK] = digits.labels[which] + 1
+    return (image * 255 + 0.5).astype(np.uint8), labels
+
+
+def _enlarge(digit: np.ndarray, side: int) -> np.ndarray:
+    """(8, 8) -> (side, side) with a margin; bicubic, since bilinear would show the pixels."""
+    image = Image.fromarray(np.pad(digit, MARGIN))
+    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+
+
+def _find_place(
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    side: int,
+    boxes: list[tuple[int, int, int]],
+) -> tuple[int, int, int] | None:
+    """A square (left, top, side) that hardly overlaps the others, or None if none was found."""
+    for _ in range(ATTEMPTS):
+        left, top = (int(rng.integers(0, length - side + 1)) for length in size)
+        if all(
+            _shared(left, side, x, other) * _shared(top, side, y, other)
+            <= OVERLAP * min(side, other) ** 2
+            for x, y, other in boxes
+        ):
+            return left, top, side
+    return None
+
+
+def _shared(a: int, a_length: int, b: int, b_length: int) -> int:
+    return max(0, min(a + a_length, b + b_length) - max(a, b))
+
+
+def _ink_colour(rng: np.random.Generator) -> tuple[float, float, float]:
+    """Bright, of any hue: ink is always brighter than the background."""
+    return colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0, 0.45), rng.uniform(0.75, 1.0))
+
+
+def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """(H, W, 3) in [0, 1], dark: a gradient or stripes between two colours, and noise."""
+    first, second = (
+        np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0, 0.8), rng.uniform(0.05, 0.4)))
+        for _ in range(2)
+    )
+    y, x = np.mgrid[:height, :width]
+    angle = rng.uniform(0, 2 * np.pi)
+    along = x * np.cos(angle) + y * np.sin(angle)
+    if rng.uniform() < 0.5:
+        mix = (along - along.min()) / np.ptp(along)
+    else:
+        period = rng.uniform(6, 20)
+        mix = 0.5 + 0.5 * np.sin(2 * np.pi * along / period)
+    mix = mix[..., None]
+    noise = rng.normal(0, rng.uniform(0, 0.06), (height, width, 1))
+    return np.clip(mix * first + (1 - mix) * second + noise, 0, 1)

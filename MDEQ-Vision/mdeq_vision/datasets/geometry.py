@@ -1,0 +1,76 @@
+"""Random scale, crop and flip of an image together with its labels.
+
+All randomness comes from torch's global generator.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+IGNORE = 255  # in the uint8 label arrays of this package; items carry TRAIN.IGNORE_LABEL instead
+
+
+@dataclass(frozen=True)
+class TrainingGeometry:
+    """What is done to a training image and its labels, with the same random numbers.
+
+    1. ``multi_scale``: the long side becomes ``base_size * (0.5 + k/10)``, k uniform in
+       0..scale_factor; the image is resized bilinearly, the labels to the nearest. Otherwise the
+       image keeps its size.
+    2. Whatever is smaller than ``crop`` (width, height) is padded at the right and at the bottom,
+       the image with 0, the labels with IGNORE; a window of that size is cut out at random.
+    3. ``flip``: mirrored left to right with probability 1/2.
+    4. The labels are resized by the factor ``label_scale``, to the nearest.
+    """
+
+    crop: tuple[int, int]
+    base_size: int
+    scale_factor: int
+    multi_scale: bool
+    flip: bool
+    label_scale: float = 1.0
+
+    def __call__(self, image: Image.Image, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Image and labels (h, w) uint8 -> (H, W, 3) and (label_scale * (H, W)), both uint8."""
+        size = self._scaled_size(image.size)
+        # What can be seen of the scaled image through the window. Only that part is computed:
+        # resize() takes the part of the source that it comes from.
+        seen = tuple(min(full, window) for full, window in zip(size, self.crop, strict=True))
+        left, top = (_random_below(full - part + 1) for full, part in zip(size, seen, strict=True))
+        x, y = image.width / size[0], image.height / size[1]
+        box = (left * x, top * y, (left + seen[0]) * x, (top + seen[1]) * y)
+        # The far corner may leave the image by a rounding error, which resize() refuses.
+        box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
+        pixels = np.asarray(image.resize(seen, Image.Resampling.BILINEAR, box))
+        labels = Image.fromarray(labels).resize(seen, Image.Resampling.NEAREST, box)
+        labels = np.asarray(labels)
+
+        right, bottom = self.crop[0] - seen[0], self.crop[1] - seen[1]
+        pixels = np.pad(pixels, ((0, bottom), (0, right), (0, 0)))
+        labels = np.pad(labels, ((0, bottom), (0, right)), constant_values=IGNORE)
+        if self.flip and _random_below(2):
+            pixels, labels = pixels[:, ::-1], labels[:, ::-1]
+        return pixels, resize_labels(labels, self.label_scale)
+
+    def _scaled_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        if not self.multi_scale:
+            return size
+        scale = 0.5 + _random_below(self.scale_factor + 1) / 10
+        long_side = int(self.base_size * scale + 0.5)
+        width, height = (max(1, int(side * long_side / max(size) + 0.5)) for side in size)
+        return width, height
+
+
+def resize_labels(labels: np.ndarray, factor: float) -> np.ndarray:
+    """Labels (H, W) uint8 -> (H * factor, W * factor), to the nearest."""
+    if factor == 1:
+        return labels
+    height, width = (max(1, int(side * factor + 0.5)) for side in labels.shape)
+    resized = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
+    return np.asarray(resized)
+
+
+def _random_below(n: int) -> int:
+    return int(torch.randint(n, ()))

@@ -1,0 +1,54 @@
+"""Reading image files, with errors that name the file."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from lib.errors import InputError
+
+
+def read_rgb(path: str | Path) -> Image.Image:
+    """An image file as 8-bit RGB.
+
+    Grey-scale, palette, CMYK and other 8-bit images are converted; transparency is dropped.
+
+    Raises:
+        InputError: no such file, not an image, truncated, or more than 8 bits a channel.
+    """
+    image = _read(path)
+    if image.mode.startswith(("I", "F")):
+        # A plain conversion would clip these to white.
+        raise InputError(f"image {path} has mode {image.mode}: save it with 8 bits a channel")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def read_labels(path: str | Path) -> np.ndarray:
+    """A file of one integer label per pixel: (H, W), in the file's own integer type.
+
+    Raises:
+        InputError: no such file, not an image, truncated, or several channels.
+    """
+    labels = np.array(_read(path))
+    if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(
+            f"label image {path} has shape {labels.shape} and type {labels.dtype}: one integer "
+            "per pixel is expected (*_labelIds.png, not the coloured image)"
+        )
+    return labels
+
+
+def _read(path: str | Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise InputError(f"image {path} does not exist") from None
+    # Decoders meet damaged files with whatever goes wrong first: OSError, SyntaxError,
+    # struct.error, EOFError, ...
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"image {path} cannot be read ({reason}): replace the file") from error

@@ -1,0 +1,91 @@
+"""ImageNet, or any folder with a folder of images per class."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lib.errors import InputError
+from mdeq_vision.datasets.image_reading import read_rgb
+from mdeq_vision.datasets.torchvision_import import LazyTransform, import_torchvision
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class ImageNet(Dataset):
+    """Items ``(image, label)``: image float32 (3, size, size), normalised; label an int.
+
+    Args:
+        folder: holds a folder per class; classes are numbered in the order of their names.
+        size: side of the square image.
+        augment: crop and resize at random, and mirror half the time; otherwise the shorter side
+            becomes size/0.875 and the centre is cut out.
+
+    Attributes:
+        classes: names of the class folders.
+        samples: (path, label) of each image.
+
+    Raises:
+        InputError: the folder is missing, or it or one of its class folders has no images; on
+            access, an image cannot be read.
+    """
+
+    def __init__(self, folder: Path, *, size: int, augment: bool):
+        if not folder.is_dir():
+            raise InputError(
+                f"image folder {folder} does not exist: set DATASET.ROOT, or see 'bash get_data.sh "
+                "imagenet'"
+            )
+        try:
+            found = import_torchvision().datasets.ImageFolder(str(folder))
+        except FileNotFoundError as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"image folder {folder} is not complete: {reason}") from error
+        self.classes, self.samples = found.classes, found.samples
+        self._transform = LazyTransform(_build_transform, size, augment)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path, label = self.samples[index]
+        return self._transform(read_rgb(path)), label
+
+
+def imagenet_dataset(cfg: Any, split: str) -> ImageNet:
+    """The images in ROOT/images/SET if there is such a folder, else in ROOT/SET.
+
+    SET is TRAIN_SET or TEST_SET. Training images are always augmented.
+
+    Raises:
+        InputError: see ImageNet; or the folder of the other set is there too and has other
+            classes, so that labels would not mean the same.
+    """
+    root, names = Path(cfg.DATASET.ROOT), (cfg.DATASET.TRAIN_SET, cfg.DATASET.TEST_SET)
+    own, other = names if split == "train" else names[::-1]
+    dataset = ImageNet(_folder(root, own), size=cfg.MODEL.IMAGE_SIZE[0], augment=split == "train")
+    other_folder = _folder(root, other)
+    if other_folder.is_dir():
+        other_classes = {entry.name for entry in other_folder.iterdir() if entry.is_dir()}
+        odd = sorted(other_classes ^ set(dataset.classes))
+        if odd:
+            raise InputError(
+                f"{own} and {other} in {root} must have the same class folders, but {odd[0]} is "
+                f"in one only ({len(odd)} such)"
+            )
+    return dataset
+
+
+def _folder(root: Path, name: str) -> Path:
+    images = root / "images" / name
+    return images if images.is_dir() else root / name
+
+
+def _build_transform(size: int, augment: bool):
+    transforms = import_torchvision().transforms
+    if augment:
+        steps = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
+    else:
+        steps = [transforms.Resize(int(size / 0.875)), transforms.CenterCrop(size)]
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(MEAN, STD)])

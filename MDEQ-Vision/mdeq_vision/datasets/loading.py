@@ -1,0 +1,171 @@
+"""Batches in a reproducible order, with reproducible augmentation.
+
+What a batch holds depends on the seed, the epoch and its number alone: not on the number of
+worker processes, nor on the batches loaded before it. So a run that resumes in the middle of an
+epoch sees what the uninterrupted run saw.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from lib.errors import InputError
+
+
+def n_batches(n: int, batch_size: int, *, drop_last: bool, percent: float = 1.0) -> int:
+    """Batches in an epoch over n samples; with ``percent`` < 1 only that share of them, or one.
+
+    Raises:
+        InputError: no batch at all, or an argument out of range.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch size {batch_size}: it must be at least 1")
+    if not 0 < percent <= 1:
+        raise InputError(f"PERCENT {percent}: it must be above 0 and at most 1")
+    if n < 1:
+        raise InputError("the data set is empty")
+    if drop_last and n < batch_size:
+        raise InputError(
+            f"the data set has {n} samples, fewer than one batch of {batch_size}: lower the batch "
+            "size"
+        )
+    batches = n // batch_size if drop_last else -(-n // batch_size)
+    return max(1, int(percent * batches))
+
+
+class Loader:
+    """The batches of one epoch from batch ``start`` on. Iterating again gives them again.
+
+    ``len()`` is the number of batches that it yields.
+    """
+
+    def __init__(self, loader: DataLoader):
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._loader:
+            if isinstance(batch, _Refused):
+                raise InputError(batch.message)
+            yield batch
+
+
+def make_loader(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    shuffle: bool,
+    drop_last: bool,
+    percent: float = 1.0,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Loader:
+    """The batches of an epoch.
+
+    With ``shuffle``, the order of the epoch is a permutation drawn from (seed, epoch). Batch k is
+    the samples k * batch_size to (k + 1) * batch_size of it. Sample i is loaded with torch's
+    global generator seeded by (seed, epoch, i); outside, that generator is left as it was.
+
+    Args:
+        batch_size: over all ranks together. Each rank gets a contiguous share; what cannot be
+            shared evenly goes to the first ranks.
+        start: number of the first batch, to go on in the middle of an epoch.
+        drop_last: leave out a last batch that is not full. If it is kept and has fewer samples
+            than there are ranks, the ranks without a sample do not get that batch.
+        percent: load only this share of the epoch's batches, at least one.
+        workers: processes that load; 0 loads in this one.
+
+    Raises:
+        InputError: an argument out of range, no batch at all, or (while iterating) what the data
+            set itself raises, also in a worker.
+    """
+    count = n_batches(len(dataset), batch_size, drop_last=drop_last, percent=percent)
+    if not 0 <= start <= count:
+        raise InputError(f"cannot start at batch {start}: the epoch has {count} batches")
+    if not 0 <= rank < world_size:
+        raise InputError(f"rank {rank} is not below the number of processes, {world_size}")
+    if batch_size < world_size:
+        raise InputError(
+            f"a batch of {batch_size} cannot be shared by {world_size} processes: raise the batch "
+            "size"
+        )
+    if shuffle:
+        generator = torch.Generator().manual_seed(_mix(seed, epoch))
+        order = torch.randperm(len(dataset), generator=generator).tolist()
+    else:
+        order = list(range(len(dataset)))
+    shares = (
+        _share(order[k * batch_size : (k + 1) * batch_size], rank, world_size)
+        for k in range(start, count)
+    )
+    return Loader(
+        DataLoader(
+            _SeededDataset(dataset, seed),
+            batch_sampler=[[(epoch, index) for index in share] for share in shares if share],
+            num_workers=workers,
+            pin_memory=pin_memory,
+            collate_fn=_collate,
+            # Otherwise each iterator draws a number from the global generator.
+            generator=torch.Generator().manual_seed(0),
+        )
+    )
+
+
+def _share(batch: list[int], rank: int, world_size: int) -> list[int]:
+    each, rest = divmod(len(batch), world_size)
+    first = rank * each + min(rank, rest)
+    return batch[first : first + each + (rank < rest)]
+
+
+def _mix(*numbers: int) -> int:
+    """A 64-bit seed out of several numbers."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+@dataclass(frozen=True)
+class _Refused:
+    """Carries an InputError out of a worker, where DataLoader would wrap it in a traceback."""
+
+    message: str
+
+
+class _SeededDataset(Dataset):
+    """Sample (epoch, index) of a data set, with random numbers of its own."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        with torch.random.fork_rng(devices=[]):
+            # Not torch.manual_seed, which would reseed the GPUs too.
+            torch.default_generator.manual_seed(_mix(self.seed, epoch, index))
+            try:
+                return self.dataset[index]
+            except InputError as error:
+                return _Refused(str(error))
+
+
+def _collate(samples: list[Any]) -> Any:
+    for sample in samples:
+        if isinstance(sample, _Refused):
+            return sample
+    shapes = {tuple(part.shape for part in sample if torch.is_tensor(part)) for sample in samples}
+    if len(shapes) > 1:
+        sizes = sorted({f"{image[-1]}x{image[-2]}" for image, *_ in shapes})
+        return _Refused(
+            f"a batch has images of different sizes ({', '.join(sizes)}): set the batch size to 1"
+        )
+    return default_collate(samples)

@@ -1,0 +1,121 @@
+"""What the segmentation data sets share: geometry, normalisation, the form of an item."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lib.errors import InputError
+from mdeq_vision.datasets.facts import SegmentationFacts
+from mdeq_vision.datasets.geometry import IGNORE, TrainingGeometry
+
+
+class SegmentationDataset(Dataset):
+    """Images with a train id per pixel.
+
+    Item i is ``(image, labels)``: image float32 (3, H, W), normalised; labels int64 (H, W), train
+    ids 0..n-1 or ``TRAIN.IGNORE_LABEL``. In the training split it went through TrainingGeometry,
+    in the test split it is the whole image. Without labels (``has_labels`` is False) every pixel
+    is ignored.
+
+    Args:
+        cfg: the configuration. DATASET.NUM_CLASSES and TRAIN.IGNORE_LABEL are read; for training
+            also TRAIN.IMAGE_SIZE, BASE_SIZE, SCALE_FACTOR, MULTI_SCALE, FLIP, DOWNSAMPLERATE.
+        split: 'train' or 'test'.
+        facts: the facts about this data set.
+
+    Raises:
+        InputError: a setting that does not fit the data set.
+    """
+
+    def __init__(self, cfg: Any, split: str, facts: SegmentationFacts):
+        n_classes, ignore = len(facts.class_names), cfg.TRAIN.IGNORE_LABEL
+        if n_classes != cfg.DATASET.NUM_CLASSES:
+            raise InputError(
+                f"DATASET.NUM_CLASSES is {cfg.DATASET.NUM_CLASSES}, but {cfg.DATASET.DATASET} "
+                f"has {n_classes} classes: set it to {n_classes}"
+            )
+        if 0 <= ignore < n_classes:
+            raise InputError(
+                f"TRAIN.IGNORE_LABEL {ignore} is the class {facts.class_names[ignore]!r}: "
+                "choose -1 or 255"
+            )
+        self.split, self.facts, self.has_labels = split, facts, True
+        self._ignore_label = ignore
+        self._geometry = training_geometry(cfg) if split == "train" else None
+        self._mean = torch.tensor(facts.mean).view(3, 1, 1)
+        self._std = torch.tensor(facts.std).view(3, 1, 1)
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """The name of item ``index`` for the files made from it, without suffix."""
+        raise NotImplementedError
+
+    def _read_image(self, index: int) -> Image.Image:
+        raise NotImplementedError
+
+    def _read_train_ids(self, index: int, image: Image.Image) -> np.ndarray:
+        """Labels of ``image``: (H, W) uint8, train ids or IGNORE."""
+        raise NotImplementedError
+
+    def picture(self, index: int) -> np.ndarray:
+        """The whole image as it was: (H, W, 3) uint8, RGB."""
+        return np.array(self._read_image(index))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = self._read_image(index)
+        if self.has_labels:
+            labels = self._read_train_ids(index, image)
+        else:
+            labels = np.full((image.height, image.width), IGNORE, np.uint8)
+        if self._geometry is not None:
+            pixels, labels = self._geometry(image, labels)
+        else:
+            pixels = np.asarray(image)
+        return self._normalise(pixels), self._to_items_labels(labels)
+
+    def _normalise(self, pixels: np.ndarray) -> Tensor:
+        channels_first = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        return (torch.from_numpy(channels_first).float() / 255 - self._mean) / self._std
+
+    def _to_items_labels(self, labels: np.ndarray) -> Tensor:
+        wide = torch.from_numpy(labels.astype(np.int64))
+        return wide.masked_fill_(wide == IGNORE, self._ignore_label)
+
+
+def training_geometry(cfg: Any) -> TrainingGeometry:
+    """The geometry that the section TRAIN asks for."""
+    train = cfg.TRAIN
+    width, height = train.IMAGE_SIZE
+    if min(width, height, train.BASE_SIZE) < 1:
+        raise InputError(
+            f"TRAIN.IMAGE_SIZE {list(train.IMAGE_SIZE)} and TRAIN.BASE_SIZE {train.BASE_SIZE}: "
+            "sizes must be positive"
+        )
+    if train.SCALE_FACTOR < 0 or train.SCALE_FACTOR % 1:
+        raise InputError(f"TRAIN.SCALE_FACTOR {train.SCALE_FACTOR}: give an integer from 0 up")
+    if train.DOWNSAMPLERATE <= 0:
+        raise InputError(f"TRAIN.DOWNSAMPLERATE {train.DOWNSAMPLERATE}: give a factor above 0")
+    return TrainingGeometry(
+        crop=(width, height),
+        base_size=train.BASE_SIZE,
+        scale_factor=int(train.SCALE_FACTOR),
+        multi_scale=train.MULTI_SCALE,
+        flip=train.FLIP,
+        label_scale=train.DOWNSAMPLERATE,
+    )
+
+
+def require_unique_names(names: list[str], where: Path) -> None:
+    """Test outputs are named after their images, so two of a name would overwrite each other."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise InputError(f"{where}: two images are named {name}: rename one")
+        seen.add(name)

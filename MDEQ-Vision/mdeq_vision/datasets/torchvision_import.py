@@ -1,0 +1,66 @@
+"""Importing torchvision beside any build of PyTorch."""
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+# torchvision describes these two operators of its compiled part to PyTorch while it is imported.
+# If that part was built for another PyTorch (a CUDA wheel beside a CPU one), they do not exist
+# and the import fails, although reading and transforming images needs none of them.
+MISSING_OPERATORS = {
+    "torchvision::nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "torchvision::qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
+
+
+def import_torchvision() -> ModuleType:
+    """The module ``torchvision``, for its ``transforms`` and ``datasets``.
+
+    Call it where images are read, not at the top of a module. If torchvision's compiled operators
+    cannot be loaded, their names are declared without an implementation: calling one of them
+    fails, everything else works.
+
+    Raises:
+        ImportError: torchvision is not installed.
+        RuntimeError: torchvision cannot be imported for another reason.
+    """
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if not any(name in str(error) for name in MISSING_OPERATORS):
+            raise
+        for name, schema in MISSING_OPERATORS.items():
+            if not _is_declared(name):
+                torch.library.define(name, schema)
+        import torchvision
+    return torchvision
+
+
+def _is_declared(name: str) -> bool:
+    namespace, operator = name.split("::")
+    return hasattr(getattr(torch.ops, namespace), operator)
+
+
+class LazyTransform:
+    """A chain of torchvision transforms that is built where it is first called.
+
+    A data set that holds one can be pickled and sent to a process that cannot import torchvision
+    by itself: only the function and its arguments travel.
+
+    Args:
+        build: a function of a module, ``build(*arguments)`` -> transform.
+    """
+
+    def __init__(self, build: Callable[..., Callable], *arguments: Any):
+        self.build, self.arguments = build, arguments
+        self._transform: Callable | None = None
+
+    def __call__(self, image: Any) -> Any:
+        if self._transform is None:
+            self._transform = self.build(*self.arguments)
+        return self._transform(image)
+
+    def __reduce__(self):
+        return LazyTransform, (self.build, *self.arguments)

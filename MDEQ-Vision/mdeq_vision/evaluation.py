@@ -1,0 +1,189 @@
+"""Evaluation of both kinds of model on a data set, over all processes of a run."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.data import Subset
+from yacs.config import CfgNode
+
+from lib.distributed import Processes
+from lib.training import evaluating
+from mdeq_vision.datasets import SegmentationDataset, make_loader
+from mdeq_vision.inference import predict
+from mdeq_vision.losses import SegmentationLoss
+from mdeq_vision.metrics import ConfusionMatrix, topk_correct
+from mdeq_vision.model import MDEQClsNet, MDEQNet, MDEQSegNet
+
+
+@dataclass
+class Evaluation:
+    """What an evaluation found: figures by name, and the confusion matrix of a segmentation."""
+
+    score: str  # the name of the figure that says how good the model is
+    figures: dict[str, float]
+    confusion: ConfusionMatrix | None = field(default=None, repr=False)
+
+    def text(self) -> str:
+        """The figures in one line; shares as percentages."""
+        figures = dict(self.figures)
+        line = f"loss {figures.pop('loss'):.4f}"
+        nfe, residual = figures.pop("nfe"), figures.pop("rel_residual")
+        figures.pop("abs_residual")
+        radius = figures.pop("sradius", None)
+        line += "".join(f" {name} {100 * value:.2f}%" for name, value in figures.items())
+        line += f" | f res {residual:.2e} nfe {nfe:.1f}" if nfe else ""
+        return line if radius is None else f"{line} | spectral radius {radius:.3f}"
+
+
+def evaluate_classification(
+    cfg: CfgNode,
+    model: MDEQClsNet,
+    dataset,
+    *,
+    train_step: int = -1,
+    device: torch.device,
+    processes: Processes,
+) -> Evaluation:
+    """Loss, top-1 and top-5 accuracy over ``dataset`` (TEST.NUM_SAMPLES of it, if that is set).
+
+    Args:
+        train_step: decides the phase, as in the model's forward; -1 is equilibrium.
+    """
+    with evaluating(model) as stats:
+        totals = _Totals(model, cfg, device)
+        for images, target in _batches(cfg, dataset, device, processes):
+            output = totals.forward(images, train_step).float()
+            hits = topk_correct(output, target)
+            loss = torch.nn.functional.cross_entropy(output, target, reduction="sum")
+            totals.add(loss, len(target), hits[1], hits[5])
+        loss, count, top1, top5 = totals.reduce(processes)
+        figures = {"loss": loss / count, "top1": top1 / count, "top5": top5 / count}
+        return Evaluation("top1", figures | totals.solver_figures(stats.forward.means()))
+
+
+def evaluate_segmentation(
+    cfg: CfgNode,
+    model: MDEQSegNet,
+    dataset: SegmentationDataset,
+    *,
+    train_step: int = -1,
+    device: torch.device,
+    processes: Processes,
+    on_prediction: Callable[[int, Tensor], None] | None = None,
+) -> Evaluation:
+    """Loss, mean IoU and accuracies over ``dataset`` at its full resolution.
+
+    Images larger than TEST.IMAGE_SIZE are covered by windows of that size; TEST.MULTI_SCALE
+    averages over TEST.SCALE_LIST, TEST.FLIP_TEST over mirror images. Without labels the figures
+    are NaN.
+
+    Args:
+        on_prediction: called with (index, train ids (H, W) on the CPU) for each image of this
+            process.
+    """
+    criterion = SegmentationLoss(
+        class_weights=dataset.facts.class_weights, ignore_label=cfg.TRAIN.IGNORE_LABEL
+    )
+    confusion = ConfusionMatrix(cfg.DATASET.NUM_CLASSES, cfg.TRAIN.IGNORE_LABEL)
+    scales = cfg.TEST.SCALE_LIST if cfg.TEST.MULTI_SCALE else [1.0]
+    with evaluating(model) as stats:
+        totals = _Totals(model, cfg, device)
+        for indices, images, label in _batches(cfg, _Numbered(dataset), device, processes):
+            probabilities = predict(
+                lambda x: totals.forward(x, train_step),
+                images,
+                window=tuple(cfg.TEST.IMAGE_SIZE),
+                base_size=cfg.TEST.BASE_SIZE,
+                scales=scales,
+                flip=cfg.TEST.FLIP_TEST,
+            )
+            prediction = probabilities.argmax(dim=1)
+            if dataset.has_labels:
+                # The logarithm of a probability is a logit too.
+                totals.add(*criterion(probabilities.clamp_min(1e-30).log(), label))
+                confusion.update(prediction, label)
+            if on_prediction is not None:
+                for index, train_ids in zip(indices.tolist(), prediction.cpu(), strict=True):
+                    on_prediction(index, train_ids)
+        loss, weight = totals.reduce(processes)
+        confusion.reduce()
+        figures = {
+            "loss": loss / weight if weight else float("nan"),
+            "mIoU": confusion.mean_iou,
+            "pixel_accuracy": confusion.pixel_accuracy,
+            "mean_accuracy": confusion.mean_accuracy,
+        }
+        figures |= totals.solver_figures(stats.forward.means())
+        return Evaluation("mIoU", figures, confusion)
+
+
+class _Totals:
+    """Sums over the batches of one process."""
+
+    def __init__(self, model: MDEQNet, cfg: CfgNode, device: torch.device):
+        self.model, self.device = model, device
+        self.radius_too = cfg.DEQ.SPECTRAL_RADIUS_MODE
+        self.sums: Tensor | float = 0.0
+        self.radii: list[float] = []
+
+    def forward(self, images: Tensor, train_step: int) -> Tensor:
+        output, _, sradius = self.model(
+            images,
+            train_step=train_step,
+            compute_jac_loss=False,
+            spectral_radius_mode=self.radius_too,
+        )
+        if self.radius_too:
+            self.radii.append(sradius.float().mean().item())
+        return output
+
+    def add(self, *values: Tensor | int) -> None:
+        parts = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values]
+        self.sums = self.sums + torch.stack(parts)
+
+    def reduce(self, processes: Processes) -> list[float]:
+        """The sums over all processes. Without any ``add``, two zeros (a loss and its weight)."""
+        if not isinstance(self.sums, Tensor):
+            self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        return processes.sum(self.sums).tolist()
+
+    def solver_figures(self, means: dict[str, float]) -> dict[str, float]:
+        """nfe, residuals and spectral radius of this process."""
+        figures = {name: means[name] for name in ("nfe", "abs_residual", "rel_residual")}
+        if self.radii and means["nfe"]:
+            figures["sradius"] = sum(self.radii) / len(self.radii)
+        return figures
+
+
+class _Numbered(torch.utils.data.Dataset):
+    """(index, image, label): so that a prediction finds its image's name."""
+
+    def __init__(self, dataset: SegmentationDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        return index, *self.dataset[index]
+
+
+def _batches(cfg: CfgNode, dataset, device, processes: Processes) -> Iterator[list[Tensor]]:
+    if cfg.TEST.NUM_SAMPLES:
+        dataset = Subset(dataset, range(min(cfg.TEST.NUM_SAMPLES, len(dataset))))
+    loader = make_loader(
+        dataset,
+        batch_size=cfg.TEST.BATCH_SIZE_PER_GPU * processes.world_size,
+        seed=cfg.SEED,
+        epoch=0,
+        shuffle=False,
+        drop_last=False,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        workers=cfg.WORKERS,
+        pin_memory=cfg.PIN_MEMORY and device.type == "cuda",
+    )
+    for batch in loader:
+        yield [part.to(device, non_blocking=True) for part in batch]

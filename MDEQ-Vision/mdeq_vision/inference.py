@@ -1,0 +1,124 @@
+"""Class probabilities of whole images: several scales, a sliding window, and flips."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib.errors import InputError
+
+
+@torch.no_grad()
+def predict(
+    forward: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    window: tuple[int, int],
+    base_size: int,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+) -> Tensor:
+    """Class probabilities per pixel, the mean over scales and flips; without gradients.
+
+    For every scale s, the images are resized bilinearly (pixel centres aligned, as OpenCV does)
+    until their long side is base_size * s, rounded. Where they fit in the window, one forward
+    pass takes them whole. Otherwise windows slide over them with a stride of two thirds of their
+    size, the last one flush with the border, and probabilities are averaged where they overlap.
+    With ``flip`` the same is done for the mirrored images, and mirrored back. The probabilities
+    are resized to (H, W) and averaged.
+
+    Args:
+        forward: (B, 3, h, w) -> logits (B, n, h', w') of any resolution; they are resized
+            bilinearly (align_corners) to (h, w) before the softmax, in float32 at least.
+        images: (B, 3, H, W), floating dtype; all of one size.
+        window: (width, height) of the largest input of ``forward``, as in the settings.
+        base_size: long side of the images at scale 1.
+        scales: positive numbers.
+        flip: average with the prediction of the mirrored images.
+
+    Returns:
+        (B, n, H, W), float32 or the logits' wider dtype. A few tensors of that size, at the
+        largest scale, are in memory at a time, however many windows there are.
+
+    Raises:
+        InputError: an argument outside these ranges, or an output of ``forward`` that is not of
+            these shapes.
+    """
+    _check(images, window, base_size, scales)
+    size = images.shape[2:]
+    total = None
+    for scale in scales:
+        resized = _resize_images(images, _round(base_size * scale))
+        probabilities = _slide(forward, resized, window)
+        if flip:
+            mirrored = _slide(forward, resized.flip(3), window)
+            probabilities = probabilities.add_(mirrored.flip(3)).div_(2)
+        probabilities = _resize(probabilities, size)
+        total = probabilities if total is None else total.add_(probabilities)
+    return total.div_(len(scales))
+
+
+def _slide(forward: Callable, images: Tensor, window: tuple[int, int]) -> Tensor:
+    """Probabilities (B, n, h, w) of images (B, 3, h, w), window by window where they need it."""
+    height, width = images.shape[2:]
+    w, h = min(window[0], width), min(window[1], height)
+    if (w, h) == (width, height):
+        return _probabilities(forward, images)
+    total, count = None, images.new_zeros(height, width, dtype=torch.int32)
+    for top in _starts(height, h):
+        for left in _starts(width, w):
+            here = (..., slice(top, top + h), slice(left, left + w))
+            part = _probabilities(forward, images[here].contiguous())
+            if total is None:
+                total = part.new_zeros(*part.shape[:2], height, width)
+            total[here] += part
+            count[here] += 1
+    return total.div_(count)
+
+
+def _starts(size: int, window: int) -> list[int]:
+    """Where windows begin along a side: every two thirds of a window, and flush with the end."""
+    return [*range(0, size - window, max(window * 2 // 3, 1)), size - window]
+
+
+def _probabilities(forward: Callable, images: Tensor) -> Tensor:
+    logits = forward(images)
+    if not isinstance(logits, Tensor) or logits.ndim != 4 or len(logits) != len(images):
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"forward gave {found}, but logits ({len(images)}, n, h, w) are expected")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return _resize(logits, images.shape[2:]).softmax(dim=1)
+
+
+def _resize_images(images: Tensor, long_side: int) -> Tensor:
+    """Images (B, 3, H, W) bilinearly resized, so that their longer side is ``long_side``."""
+    long = max(images.shape[2:])
+    size = [max(_round(side * long_side / long), 1) for side in images.shape[2:]]
+    if size == list(images.shape[2:]):
+        return images
+    return F.interpolate(images, size, mode="bilinear", align_corners=False)
+
+
+def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    if maps.shape[2:] == tuple(size):
+        return maps
+    return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=True)
+
+
+def _round(value: float) -> int:
+    return int(value + 0.5)  # halves upwards, as the published code rounds sizes
+
+
+def _check(images: Tensor, window, base_size: int, scales: Sequence[float]) -> None:
+    if images.ndim != 4 or not images.is_floating_point() or 0 in images.shape:
+        raise InputError(
+            f"images are {images.dtype} of shape {tuple(images.shape)}, "
+            "but floating-point numbers (B, 3, H, W) are expected"
+        )
+    if len(window) != 2 or min(window) < 1:
+        raise InputError(f"window is {tuple(window)}, but must be (width, height) in pixels")
+    if base_size < 1:
+        raise InputError(f"base_size is {base_size!r}, but must be at least 1 pixel")
+    if not scales or min(scales) <= 0:
+        raise InputError(f"scales are {tuple(scales)}, but must be one or more positive numbers")

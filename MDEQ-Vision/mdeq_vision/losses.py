@@ -1,0 +1,134 @@
+"""Pixel-wise cross-entropy for segmentation, plain or on hard pixels alone."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib.errors import InputError
+
+
+class SegmentationLoss:
+    """Cross-entropy over the labelled pixels of a batch, as a sum and the weight to divide it by.
+
+    With nll_i = -log softmax(logits_i)[y_i] and class weights w (1 if not given), over the pixels
+    whose label is not ``ignore_label``:
+
+    - plain: total = sum_i w[y_i] nll_i, weight = sum_i w[y_i];
+    - online hard example mining (Shrivastava et al. 2016, arXiv 1604.03540, here per pixel):
+      with p_i the probability of the true class, in ascending order p_(0) <= ... <= p_(n-1), the
+      threshold is max(ohem_thres, p_(min(ohem_keep, n-1))); kept are the pixels strictly below
+      it, over which total = sum w[y_i] nll_i and weight = their number. Hence none is kept where
+      all p_i are equal and at least ohem_thres.
+
+    The mean loss is ``mean_loss(total, weight)``. The two come apart so that several processes
+    can divide by the sum of their weights.
+
+    Args:
+        class_weights: one non-negative number per class, or None; moved to the logits' device.
+        ignore_label: the label of pixels that do not count.
+        ohem: keep hard pixels only.
+        ohem_thres: probability of the true class below which a pixel is hard, in (0, 1].
+        ohem_keep: at least this many pixels are kept where there are as many, ties aside.
+
+    Raises:
+        InputError: an argument outside these ranges; in a call, shapes that do not fit, labels
+            that are not int64, or a label outside [0, n) that is not ``ignore_label``. Labels on
+            a GPU are not looked at, as that would wait for the GPU in every step; the data sets
+            check theirs, and CUDA asserts.
+    """
+
+    def __init__(
+        self,
+        *,
+        class_weights: Sequence[float] | None = None,
+        ignore_label: int = 255,
+        ohem: bool = False,
+        ohem_thres: float = 0.9,
+        ohem_keep: int = 100_000,
+    ):
+        if not 0 < ohem_thres <= 1:
+            raise InputError(f"ohem_thres is {ohem_thres!r}, but must be in (0, 1]")
+        if ohem_keep < 0:
+            raise InputError(f"ohem_keep is {ohem_keep!r}, but must be 0 or more pixels")
+        self.class_weights = None
+        if class_weights is not None:
+            weights = torch.as_tensor(class_weights, dtype=torch.float64)
+            if weights.ndim != 1 or not (weights.isfinite() & (weights >= 0)).all():
+                raise InputError(
+                    f"class_weights must be finite numbers of 0 or more: {class_weights}"
+                )
+            self.class_weights = weights
+        self.ignore_label = ignore_label
+        self.ohem, self.ohem_thres, self.ohem_keep = ohem, ohem_thres, ohem_keep
+
+    def __call__(self, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """(total, weight) of a batch, both 0-dim; total carries the graph, weight does not.
+
+        Args:
+            logits: (B, n, h, w), any floating dtype; bilinearly resized to the label's size with
+                align_corners where the sizes differ. Computed in float32 at least.
+            label: (B, H, W), int64, in [0, n) or ``ignore_label``.
+        """
+        labelled = label != self.ignore_label
+        self._check(logits, label, labelled)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if logits.shape[2:] != label.shape[1:]:
+            logits = F.interpolate(logits, label.shape[1:], mode="bilinear", align_corners=True)
+        # Summed outside cross_entropy, whose own sum is not repeatable on a GPU.
+        nll = F.cross_entropy(logits, label, ignore_index=self.ignore_label, reduction="none")
+        some_class = label.masked_fill(~labelled, 0)  # an index also where there is no class
+        loss, weight = nll, torch.ones_like(nll)  # (B, H, W) all
+        if self.class_weights is not None:
+            weight = self.class_weights.to(nll)[some_class]
+            loss = weight * nll
+        if not self.ohem:
+            # The loss of an ignored pixel is zero already.
+            return loss.sum(), torch.where(labelled, weight, 0.0).sum()
+        with torch.no_grad():
+            p = logits.softmax(dim=1).gather(1, some_class[:, None]).squeeze(1)
+            kept = labelled & (p < self._threshold(p[labelled]))
+        return torch.where(kept, loss, 0.0).sum(), kept.sum().to(nll.dtype)
+
+    def _threshold(self, p: Tensor) -> Tensor | float:
+        """max(ohem_thres, p_(min(ohem_keep, n-1))) of the n labelled pixels, p (n,)."""
+        if p.numel() == 0:
+            return self.ohem_thres
+        rank = min(self.ohem_keep, p.numel() - 1)
+        # A fifth of a full sort's time.
+        smallest = p.topk(rank + 1, largest=False, sorted=False).values
+        return smallest.max().clamp(min=self.ohem_thres)
+
+    def _check(self, logits: Tensor, label: Tensor, labelled: Tensor) -> None:
+        if logits.ndim != 4 or label.ndim != 3 or len(logits) != len(label):
+            raise InputError(
+                f"logits {tuple(logits.shape)} and label {tuple(label.shape)} do not fit: "
+                "(B, n, h, w) and (B, H, W) are expected"
+            )
+        if label.dtype != torch.int64:
+            raise InputError(f"label has dtype {label.dtype}, but must be torch.int64")
+        n_classes = logits.shape[1]
+        if self.class_weights is not None and len(self.class_weights) != n_classes:
+            raise InputError(
+                f"class_weights has {len(self.class_weights)} numbers, "
+                f"but the logits have {n_classes} classes"
+            )
+        if label.device.type != "cpu" or not labelled.any():
+            return
+        for value in label[labelled].aminmax():
+            if not 0 <= value < n_classes:
+                raise InputError(
+                    f"label {int(value)} is neither a class in 0..{n_classes - 1} "
+                    f"nor the ignore label {self.ignore_label}"
+                )
+
+
+def mean_loss(total: Tensor, weight: Tensor) -> Tensor:
+    """total / weight, 0-dim; zero with zero gradients, not NaN, where the weight is zero.
+
+    Args:
+        total: summed loss, 0-dim, as ``SegmentationLoss`` returns it.
+        weight: what to divide it by, 0-dim; several processes pass the sum of theirs.
+    """
+    return total / torch.where(weight > 0, weight, 1.0)

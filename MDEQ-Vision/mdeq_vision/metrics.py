@@ -1,0 +1,142 @@
+"""How good predictions are: top-k counts for classes, a confusion matrix for pixels."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lib.errors import InputError
+
+
+def topk_correct(output: Tensor, target: Tensor, topk: Sequence[int] = (1, 5)) -> dict[int, Tensor]:
+    """How many samples have their true class among the k highest scores, for each k.
+
+    Args:
+        output: scores, (B, n); the batch may be empty.
+        target: true classes, (B,), any integer dtype.
+        topk: the k's, at least 1; one above n counts as n.
+
+    Returns:
+        For each k as given, a 0-dim int64 tensor on the device of ``output``.
+    """
+    if output.ndim != 2 or target.shape != output.shape[:1]:
+        raise InputError(
+            f"output {tuple(output.shape)} and target {tuple(target.shape)} do not fit: "
+            "(B, n) and (B,) are expected"
+        )
+    if not topk or min(topk) < 1:
+        raise InputError(f"topk is {tuple(topk)}, but must be numbers of at least 1")
+    best = output.topk(min(max(topk), output.shape[1]), dim=1).indices  # (B, k), best first
+    hit = best == target[:, None]
+    return {k: hit[:, :k].sum() for k in topk}
+
+
+class ConfusionMatrix:
+    """Counts of (label, prediction) pairs over pixels, and what follows from them.
+
+    ``matrix[i, j]`` is the number of pixels of class i that were predicted as j, (n, n), int64;
+    pixels whose label is ``ignore_label`` do not count, whatever their prediction.
+
+    Args:
+        n_classes: number of classes n.
+        ignore_label: the label of pixels that do not count.
+    """
+
+    def __init__(self, n_classes: int, ignore_label: int = 255):
+        if n_classes < 1:
+            raise InputError(f"n_classes is {n_classes!r}, but must be at least 1")
+        self.n_classes, self.ignore_label = n_classes, ignore_label
+        self.matrix = torch.zeros(n_classes, n_classes, dtype=torch.int64)
+
+    def update(self, prediction: Tensor, label: Tensor) -> None:
+        """Count the pixels of a batch. The matrix moves to their device.
+
+        Args:
+            prediction: predicted classes, any shape and integer dtype, in [0, n) where labelled.
+            label: true classes, of the same shape, in [0, n) or ``ignore_label``.
+
+        Raises:
+            InputError: shapes differ, or a value is outside these ranges.
+        """
+        if prediction.shape != label.shape:
+            raise InputError(
+                f"prediction has shape {tuple(prediction.shape)}, "
+                f"but label has {tuple(label.shape)}"
+            )
+        # int64 before all else: n * label overflows a uint8, and -1 becomes 255.
+        label, prediction = label.long(), prediction.long()
+        labelled = label != self.ignore_label
+        label, prediction = label[labelled], prediction[labelled]
+        for name, values in (("label", label), ("prediction", prediction)):
+            if values.numel():
+                self._check(name, values)
+        pairs = label * self.n_classes + prediction
+        counts = torch.bincount(pairs, minlength=self.n_classes**2)
+        self.matrix = self.matrix.to(counts.device) + counts.view(self.n_classes, -1)
+
+    def reduce(self) -> "ConfusionMatrix":
+        """Replace the counts by their sum over all processes, if there are several; self.
+
+        Every process has to call it, once at the end: a second call would sum the sums.
+        """
+        if dist.is_available() and dist.is_initialized():
+            # NCCL takes tensors on its own GPU only, also from a process that counted nothing.
+            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            matrix = self.matrix.to(device, copy=True)
+            dist.all_reduce(matrix)
+            self.matrix = matrix
+        return self
+
+    @property
+    def iou(self) -> Tensor:
+        """Intersection over union per class, (n,), float64, on the CPU.
+
+        Number of pixels where label and prediction are both the class, over those where either
+        is; NaN for a class that occurs in neither.
+        """
+        matrix = self._counts()
+        hits = matrix.diagonal()
+        return hits / (matrix.sum(1) + matrix.sum(0) - hits)
+
+    @property
+    def mean_iou(self) -> float:
+        """Mean IoU over the classes that occur in labels or predictions; NaN if none does."""
+        return self.iou.nanmean().item()
+
+    @property
+    def pixel_accuracy(self) -> float:
+        """Share of labelled pixels predicted rightly; NaN if there are none."""
+        matrix = self._counts()
+        return (matrix.diagonal().sum() / matrix.sum()).item()
+
+    @property
+    def mean_accuracy(self) -> float:
+        """Mean over the classes that occur in labels of their share predicted rightly, or NaN."""
+        matrix = self._counts()
+        return (matrix.diagonal() / matrix.sum(1)).nanmean().item()
+
+    def table(self, class_names: Sequence[str]) -> str:
+        """A line per class with its name and IoU in percent, "-" where the class never occurs."""
+        if len(class_names) != self.n_classes:
+            raise InputError(
+                f"class_names has {len(class_names)} names, but there are {self.n_classes} classes"
+            )
+        width = max(map(len, class_names))
+        return "\n".join(
+            f"{name:<{width}}  " + (f"{'-':>6}" if math.isnan(iou) else f"{100 * iou:6.2f}")
+            for name, iou in zip(class_names, self.iou.tolist(), strict=True)
+        )
+
+    def _counts(self) -> Tensor:
+        return self.matrix.cpu().double()  # exact up to 2**53 pixels
+
+    def _check(self, name: str, values: Tensor) -> None:
+        for value in torch.stack(values.aminmax()).tolist():
+            if not 0 <= value < self.n_classes:
+                hint = f" nor the ignore label {self.ignore_label}" if name == "label" else ""
+                raise InputError(
+                    f"{name} {value} is {'neither' if hint else 'not'} "
+                    f"a class in 0..{self.n_classes - 1}{hint}"
+                )

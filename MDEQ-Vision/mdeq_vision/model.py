@@ -1,0 +1,200 @@
+"""Multiscale deep equilibrium models (arXiv 2006.08656): classification and segmentation."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from lib.deq import DEQ, SRADIUS_ITERS, SolverAttributes, scalars_to, stacked
+from lib.errors import InputError
+from lib.jacobian import jac_loss_estimate
+from lib.layer_utils import conv3x3, list2vec, vec2list
+from mdeq_vision.heads import classification_modules, segmentation_layer, to_highest_resolution
+from mdeq_vision.layer import MultiscaleLayer, branch_sizes, full_stage
+
+_INIT_STD = 0.01
+
+
+def _stem(width: int, downsample_times: int, momentum: float) -> nn.Sequential:
+    """conv3x3, BN, relu, at least twice; the first ``downsample_times`` have stride 2."""
+    stem = nn.Sequential()
+    for n in range(max(2, downsample_times)):
+        conv = conv3x3(width if n else 3, width, stride=2 if downsample_times > n else 1)
+        norm, relu = nn.BatchNorm2d(width, momentum=momentum), nn.ReLU(inplace=True)
+        # From the third on, the published state dicts have names of their own.
+        names = ("DS{}", "DS{}-BN", "DS{}-RELU") if n >= 2 else [None] * 3
+        for name, module in zip(names, (conv, norm, relu), strict=True):
+            stem.add_module(name.format(n + 1) if name else str(len(stem)), module)
+    return stem
+
+
+class MDEQNet(SolverAttributes, nn.Module):
+    """Stem, equilibrium of the multiscale layer, and (in subclasses) a head.
+
+    x = stage0(downsample(image)) is injected into branch 0; z* = f(z*; x) from z = 0. In the
+    first TRAIN.PRETRAIN_STEPS training steps f is applied MODEL.NUM_LAYERS times instead, with
+    ordinary autograd.
+
+    Args:
+        cfg: the configuration; MODEL, DEQ and TRAIN.PRETRAIN_STEPS are read, and nothing global.
+        bn_momentum: of every batch norm.
+
+    Raises:
+        InputError: settings that are missing or do not fit together.
+    """
+
+    ignored_state = ("fullstage_copy.",)  # of the published files: a second copy of fullstage
+
+    def __init__(self, cfg: CfgNode, bn_momentum: float):
+        super().__init__()
+        model, stage = cfg.MODEL, full_stage(cfg)
+        for key, value, least in (
+            ("NUM_LAYERS", model.NUM_LAYERS, 1),
+            ("DOWNSAMPLE_TIMES", model.DOWNSAMPLE_TIMES, 0),
+        ):
+            if value < least:
+                raise InputError(f"MODEL.{key} is {value}, but must be at least {least}")
+        if cfg.DEQ.STOP_MODE not in ("abs", "rel"):
+            raise InputError(f"DEQ.STOP_MODE is {cfg.DEQ.STOP_MODE!r}, but must be 'abs' or 'rel'")
+        self.n_layer, self.pretrain_steps = model.NUM_LAYERS, cfg.TRAIN.PRETRAIN_STEPS
+        self.f_thres, self.b_thres = cfg.DEQ.F_THRES, cfg.DEQ.B_THRES
+        self.deq = DEQ(cfg.DEQ.F_SOLVER, cfg.DEQ.B_SOLVER, stop_mode=cfg.DEQ.STOP_MODE)
+        self.channels = list(stage.NUM_CHANNELS)
+        self.downsample = _stem(self.channels[0], model.DOWNSAMPLE_TIMES, bn_momentum)
+        self.stage0 = None
+        if model.DOWNSAMPLE_TIMES > 0 or len(self.channels) > 2:
+            self.stage0 = nn.Sequential(
+                nn.Conv2d(self.channels[0], self.channels[0], 1, bias=False),
+                nn.BatchNorm2d(self.channels[0], momentum=bn_momentum),
+                nn.ReLU(inplace=True),
+            )
+        self.fullstage = MultiscaleLayer(cfg)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As in nn.Module, without the entries that only the published files have."""
+        state_dict = {k: v for k, v in state_dict.items() if not k.startswith(self.ignored_state)}
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def _initialize(self) -> None:
+        """Convolutions N(0, 0.01^2), their biases too; weight-normalised ones keep the default."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                own = module._parameters
+                for name in ("weight", "bias"):
+                    if own.get(name) is not None:
+                        nn.init.normal_(own[name], std=_INIT_STD)
+
+    def forward(
+        self,
+        x: Tensor,
+        train_step: int = -1,
+        compute_jac_loss: bool = True,
+        spectral_radius_mode: bool = False,
+        f_thres: int | None = None,
+        b_thres: int | None = None,
+        writer=None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores of a batch of images.
+
+        Args:
+            x: (B, 3, H, W), any size from one pixel on.
+            train_step: below PRETRAIN_STEPS (from 0 on) stacks, otherwise (or -1) solves.
+            compute_jac_loss: estimate the Jacobian loss (in training only; in the stacked phase
+                at a detached copy of the last state).
+            spectral_radius_mode: compute the spectral radius (in evaluation at equilibrium only).
+            f_thres, b_thres: thresholds of the two solvers; those of the configuration if None.
+            writer: a SummaryWriter that is given the residuals and nfe of both passes.
+
+        Returns:
+            The head's output, jac_loss (1, 1) and sradius (B, 1); the last two are zeros when
+            not computed.
+        """
+        if x.dim() != 4 or x.shape[1] != 3:
+            raise InputError(f"images have shape {tuple(x.shape)}, but must be (B, 3, H, W)")
+        injection = self.downsample(x)
+        if self.stage0 is not None:
+            injection = self.stage0(injection)
+        sizes = branch_sizes(*injection.shape[-2:], len(self.channels))
+        z0 = [
+            injection.new_zeros(len(x), width, *size)
+            for width, size in zip(self.channels, sizes, strict=True)
+        ]
+        f = self.fullstage.prepare(injection, z0)
+        jac_vecs = 2 if compute_jac_loss and self.training else 0
+
+        if 0 <= train_step < self.pretrain_steps:
+            z = stacked(f, z0, self.n_layer)
+            jac_loss, sradius = injection.new_zeros(()), injection.new_zeros(len(x), 1)
+            if jac_vecs and torch.is_grad_enabled():
+                point = list2vec(z).detach().requires_grad_()
+                f_point = list2vec(f(vec2list(point, [z_i.shape[1:] for z_i in z])))
+                jac_loss = jac_loss_estimate(f_point, point, vecs=jac_vecs)
+        else:
+            solution = self.deq(
+                f,
+                z0,
+                f_thres=self.f_thres if f_thres is None else f_thres,
+                b_thres=self.b_thres if b_thres is None else b_thres,
+                training=self.training,
+                jac_vecs=jac_vecs,
+                sradius_iters=0 if self.training else SRADIUS_ITERS * spectral_radius_mode,
+                on_solve=None if writer is None else scalars_to(writer, train_step),
+            )
+            z, jac_loss, sradius = solution.z, solution.jac_loss, solution.sradius
+        return self.head(z), jac_loss.view(1, 1), sradius
+
+    def head(self, z: list[Tensor]) -> Tensor:
+        """Scores from the branches."""
+        raise NotImplementedError
+
+
+class MDEQClsNet(MDEQNet):
+    """Image classification: ``model(x)[0]`` is (B, MODEL.NUM_CLASSES)."""
+
+    def __init__(self, cfg: CfgNode):
+        momentum = 0.1
+        super().__init__(cfg, momentum)
+        stage = full_stage(cfg, ("HEAD_CHANNELS",))
+        if "FINAL_CHANSIZE" not in stage:
+            raise InputError("MODEL.EXTRA.FULL_STAGE lacks FINAL_CHANSIZE")
+        self.incre_modules, self.downsamp_modules, self.final_layer = classification_modules(
+            self.channels, stage.HEAD_CHANNELS, stage.FINAL_CHANSIZE, momentum
+        )
+        if cfg.MODEL.INIT_WEIGHTS:
+            self._initialize()
+        self.classifier = nn.Linear(stage.FINAL_CHANSIZE, cfg.MODEL.NUM_CLASSES)
+
+    def head(self, z: list[Tensor]) -> Tensor:
+        """From high to low resolution, then the global average and a linear layer."""
+        y = self.incre_modules[0](z[0])
+        for z_i, bottleneck, step in zip(
+            z[1:], self.incre_modules[1:], self.downsamp_modules, strict=True
+        ):
+            y = bottleneck(z_i) + step(y)
+        y = F.adaptive_avg_pool2d(self.final_layer(y), 1)  # (B, FINAL_CHANSIZE, 1, 1)
+        return self.classifier(y.flatten(1))
+
+
+class MDEQSegNet(MDEQNet):
+    """Segmentation: ``model(x)[0]`` is (B, DATASET.NUM_CLASSES, H, W) at branch 0's resolution."""
+
+    def __init__(self, cfg: CfgNode):
+        momentum = 0.01
+        super().__init__(cfg, momentum)
+        kernel = cfg.MODEL.EXTRA.get("FINAL_CONV_KERNEL", 1)
+        if kernel not in (1, 3):
+            raise InputError(f"MODEL.EXTRA.FINAL_CONV_KERNEL is {kernel!r}, but must be 1 or 3")
+        self.last_layer = segmentation_layer(
+            self.channels, cfg.DATASET.NUM_CLASSES, kernel, momentum
+        )
+        if cfg.MODEL.INIT_WEIGHTS:
+            self._initialize()
+
+    def head(self, z: list[Tensor]) -> Tensor:
+        """All branches at the highest resolution, then two convolutions."""
+        return self.last_layer(to_highest_resolution(z))
+
+
+def get_cls_net(cfg: CfgNode, **kwargs) -> MDEQClsNet:
+    """The classification model of a configuration."""
+    return MDEQClsNet(cfg, **kwargs)

@@ -1,0 +1,52 @@
+"""The command lines of the tools."""
+
+import argparse
+import difflib
+import math
+import sys
+
+from lib.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, name the nearest known flag, and leave with exit code 2."""
+
+    def error(self, message: str):
+        raise InputError(message)
+
+
+def experiment_parser(program: str, description: str) -> Parser:
+    """The flags of the four tools, and ``KEY VALUE`` overrides among or after them."""
+    parser = Parser(prog=program, description=description, allow_abbrev=False)
+    add = parser.add_argument
+    add("--cfg", required=True, metavar="FILE", help="yaml file, such as experiments/digits.yaml")
+    add("--modelDir", metavar="DIR", help="OUTPUT_DIR: where runs lie")
+    add("--logDir", metavar="DIR", help="LOG_DIR: where TensorBoard events lie")
+    add("--dataDir", metavar="DIR", help="DATA_DIR: put before DATASET.ROOT")
+    add("--testModel", metavar="FILE", help="TEST.MODEL_FILE: weights to evaluate")
+    add("--percent", type=_share, metavar="P", help="PERCENT: share of the training batches")
+    add("opts", nargs="*", metavar="KEY VALUE", help="overrides, such as TRAIN.LR 0.01")
+    return parser
+
+
+def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse flags and overrides in any order.
+
+    Raises:
+        InputError: an unknown flag, or a value that a flag does not take.
+    """
+    # Overrides may be negative numbers, which argparse would take for flags.
+    args, unknown = parser.parse_known_intermixed_args(sys.argv[1:] if argv is None else argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+        hint = f": did you mean {near[0]}?" if near else " (see --help)"
+        raise InputError(f"unknown flag {unknown[0]}{hint}")
+    return args
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and 0 < value <= 1):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value

@@ -1,0 +1,107 @@
+"""What a finished run amounts to: a table, its curves, and for scenes a picture to look at."""
+
+from pathlib import Path
+
+import torch
+from yacs.config import CfgNode
+
+from lib.checkpoint import load_weights
+from lib.distributed import Processes
+from lib.experiment import WEIGHTS, peak_memory_mib, read_metrics
+from lib.report import CURVES, draw_curves, last_record, solver_rows, table
+from mdeq_vision.datasets import SegmentationDataset, get_cls_dataset, get_seg_dataset
+from mdeq_vision.evaluation import Evaluation, evaluate_classification, evaluate_segmentation
+from mdeq_vision.model import MDEQClsNet, MDEQSegNet
+from mdeq_vision.pictures import panel
+
+SCENES = "scenes.png"
+_SCENES_SHOWN = 4
+_SRADIUS_IMAGES = 32  # of the test set
+
+
+def report_classification(cfg: CfgNode, folder: Path) -> str:
+    """Table of a classification run's figures, measured with its best weights."""
+    dataset = get_cls_dataset(cfg, "test")
+    model = _best(MDEQClsNet(cfg), folder)
+
+    def evaluate(cfg: CfgNode) -> Evaluation:
+        return evaluate_classification(
+            cfg, model, dataset, device=torch.device("cpu"), processes=Processes()
+        )
+
+    return _report(cfg, folder, evaluate, "test accuracy", len(dataset))
+
+
+def report_segmentation(cfg: CfgNode, folder: Path) -> str:
+    """Table of a segmentation run's figures, measured with its best weights; draws scenes.png."""
+    dataset = get_seg_dataset(cfg, "test")
+    model = _best(MDEQSegNet(cfg), folder)
+    predictions: dict[int, torch.Tensor] = {}
+
+    def evaluate(cfg: CfgNode) -> Evaluation:
+        return evaluate_segmentation(
+            cfg,
+            model,
+            dataset,
+            device=torch.device("cpu"),
+            processes=Processes(),
+            on_prediction=predictions.__setitem__,
+        )
+
+    text = _report(cfg, folder, evaluate, "test mIoU", len(dataset))
+    _draw_scenes(dataset, predictions, folder / SCENES)
+    return f"{text}\nscenes: {folder / SCENES}"
+
+
+def _best(model, folder: Path):
+    load_weights(model, folder / WEIGHTS)
+    return model
+
+
+def _report(cfg: CfgNode, folder: Path, evaluate, title: str, n_images: int) -> str:
+    records = read_metrics(folder)
+    border = cfg.TRAIN.PRETRAIN_STEPS
+    stacked = last_record(records, "valid", phase="stacked")
+    last = last_record(records, "valid", phase="equilibrium")
+    # The spectral radius first: the scenes are drawn from the evaluation of all images.
+    few = cfg.clone()
+    few.defrost()
+    few.merge_from_list(["DEQ.SPECTRAL_RADIUS_MODE", True, "TEST.NUM_SAMPLES", _SRADIUS_IMAGES])
+    radius = evaluate(few).figures["sradius"]
+    best = evaluate(cfg)
+    name, figures = best.score, best.figures
+
+    def percent(found: dict) -> str:
+        return f"{100 * found[name]:.2f}%"
+
+    draw_curves(records, border, folder / CURVES, lambda axes: _draw_scores(axes, records, name))
+    rows = [
+        (f"{title} ({n_images} images)", "", "step"),
+        ("stacked (end of pre-training)", percent(stacked), str(stacked["step"])),
+        ("equilibrium (end of training)", percent(last), str(last["step"])),
+        ("equilibrium (best weights)", percent(figures), ""),
+        ("", "", ""),
+        *solver_rows(records, border, figures),
+        ("", "", ""),
+        (f"spectral radius ({_SRADIUS_IMAGES} images)", f"{radius:.3f}", ""),
+        ("peak memory", f"{peak_memory_mib(torch.device('cpu')):.0f} MiB", ""),
+    ]
+    return "\n".join([*table(rows), "", f"curves: {folder / CURVES}"])
+
+
+def _draw_scores(axes, records: list[dict], name: str) -> None:
+    """Training accuracy and the score of the validations over the steps, in percent."""
+    for kind, key, style in (("train", "accuracy", "-"), ("valid", name, "o-")):
+        found = [r for r in records if r["kind"] == kind]
+        label = "training accuracy" if kind == "train" else f"test {key}"
+        axes.plot([r["step"] for r in found], [100 * r[key] for r in found], style, label=label)
+    axes.set(ylabel="percent")
+
+
+def _draw_scenes(dataset: SegmentationDataset, predictions: dict, path: Path) -> None:
+    rows = [
+        (dataset.picture(i), dataset[i][1].numpy(), predictions[i].numpy())
+        for i in range(min(_SCENES_SHOWN, len(dataset)))
+    ]
+    facts = dataset.facts
+    panel(rows, ("input", "truth", "prediction"), facts.class_names, facts.palette, path)

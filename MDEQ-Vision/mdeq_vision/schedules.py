@@ -1,0 +1,65 @@
+"""Optimisers and learning rates of the configuration's section TRAIN."""
+
+import math
+
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from lib.jacobian import jac_loss_weight_at
+
+ETA_MIN = 1e-6  # where the cosine ends
+POLY_POWER = 0.9
+
+
+def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """TRAIN.OPTIMIZER: adam, sgd or rmsprop."""
+    train, parameters = cfg.TRAIN, model.parameters()
+    common = {"lr": train.LR, "weight_decay": train.WD}
+    if train.OPTIMIZER == "adam":
+        return torch.optim.Adam(parameters, **common)
+    common["momentum"] = train.MOMENTUM
+    if train.OPTIMIZER == "sgd":
+        return torch.optim.SGD(parameters, nesterov=train.NESTEROV, **common)
+    return torch.optim.RMSprop(parameters, **common)
+
+
+def learning_rate(cfg: CfgNode, step: int, steps_per_epoch: int) -> float:
+    """The rate of update ``step`` (from 0).
+
+    With n the update, T = END_EPOCH * steps_per_epoch and e the epoch of the update:
+
+        cosine   eta_min + (LR - eta_min) (1 + cos(pi n / T)) / 2, eta_min = 1e-6
+        poly     LR (1 - n / T)^0.9
+        step     LR * LR_FACTOR^k, k the number of entries of LR_STEP up to e
+
+    A function of the step alone, so a resumed run needs no state.
+    """
+    train = cfg.TRAIN
+    progress = min(step / max(train.END_EPOCH * steps_per_epoch, 1), 1.0)
+    if train.LR_SCHEDULER == "cosine":
+        return ETA_MIN + (train.LR - ETA_MIN) * (1 + math.cos(math.pi * progress)) / 2
+    if train.LR_SCHEDULER == "poly":
+        return train.LR * (1 - progress) ** POLY_POWER
+    passed = sum(epoch <= step // steps_per_epoch for epoch in train.LR_STEP)
+    return train.LR * train.LR_FACTOR**passed
+
+
+def jac_factor(cfg: CfgNode, step: int, epoch: int) -> float:
+    """Weight of the Jacobian loss in update ``step`` of ``epoch``, both from 0.
+
+    PRETRAIN_JAC_LOSS_WEIGHT while stacked; 0 from JAC_STOP_EPOCH on; else JAC_LOSS_WEIGHT plus 0.1
+    per JAC_INCREMENTAL steps since the equilibrium phase began.
+    """
+    loss = cfg.LOSS
+    if step < cfg.TRAIN.PRETRAIN_STEPS:
+        return loss.PRETRAIN_JAC_LOSS_WEIGHT
+    if epoch >= loss.JAC_STOP_EPOCH:
+        return 0.0
+    return jac_loss_weight_at(
+        step,
+        loss.JAC_LOSS_WEIGHT,
+        loss.JAC_INCREMENTAL,
+        cfg.TRAIN.PRETRAIN_STEPS,
+        from_start=True,
+    )

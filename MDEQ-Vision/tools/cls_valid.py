@@ -1,0 +1,11 @@
+"""Evaluate an image classification model at equilibrium.
+
+python tools/cls_valid.py --cfg experiments/digits/cls_mdeq_TINY.yaml
+"""
+
+import sys
+
+from mdeq_vision.command import cls_valid
+
+if __name__ == "__main__":
+    sys.exit(cls_valid())

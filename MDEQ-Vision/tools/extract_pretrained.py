@@ -1,0 +1,11 @@
+"""Write the backbone of a classification checkpoint for MODEL.PRETRAINED.
+
+python tools/extract_pretrained.py CHECKPOINT pretrained_models/mdeq_SMALL.pth
+"""
+
+import sys
+
+from mdeq_vision.command import extract
+
+if __name__ == "__main__":
+    sys.exit(extract())

@@ -1,0 +1,11 @@
+"""Predict with a segmentation model: pictures, and figures where there are labels.
+
+python tools/seg_test.py --cfg experiments/digit_scenes/seg_mdeq_TINY.yaml
+"""
+
+import sys
+
+from mdeq_vision.command import seg_test
+
+if __name__ == "__main__":
+    sys.exit(seg_test())

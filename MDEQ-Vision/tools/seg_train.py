@@ -1,0 +1,11 @@
+"""Train a segmentation model, as a yaml file of experiments/ describes it.
+
+python tools/seg_train.py --cfg experiments/digit_scenes/seg_mdeq_TINY.yaml
+"""
+
+import sys
+
+from mdeq_vision.command import seg_train
+
+if __name__ == "__main__":
+    sys.exit(seg_train())

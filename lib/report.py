@@ -1,0 +1,77 @@
+"""What the reports of finished runs share: tables, means over the equilibrium phase, curves."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lib.errors import InputError
+
+CURVES = "curves.png"
+
+
+def table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Lines of three aligned columns; an empty row is an empty line."""
+    width = max(len(row[0]) for row in rows)
+    return [f"{a:<{width}}  {b:>14}  {c:>10}".rstrip() for a, b, c in rows]
+
+
+def last_record(records: list[dict], kind: str, **values) -> dict:
+    """The last record of a kind that has these values; a run without one is not finished."""
+    wanted = {"kind": kind, **values}
+    found = [r for r in records if wanted.items() <= r.items()]
+    if not found:
+        raise InputError(f"the run has no {kind} record: train it to its end first")
+    return found[-1]
+
+
+def solver_rows(records: list[dict], border: int, evaluated: dict) -> list[tuple[str, str, str]]:
+    """Rows with residual and nfe: means over the training steps after ``border``, evaluation."""
+    solved = [r for r in records if r["kind"] == "train" and "backward_nfe" in r]
+    solved = [r for r in solved if r["step"] > border]
+
+    def mean(name: str) -> float:
+        return sum(r[name] for r in solved) / max(len(solved), 1)
+
+    return [
+        ("equilibrium solves", "rel. residual", "nfe"),
+        *(
+            (
+                f"{which}, training mean",
+                f"{mean(f'{which}_rel_residual'):.2e}",
+                f"{mean(f'{which}_nfe'):.1f}",
+            )
+            for which in ("forward", "backward")
+        ),
+        ("forward, evaluation mean", f"{evaluated['rel_residual']:.2e}", f"{evaluated['nfe']:.1f}"),
+    ]
+
+
+def draw_curves(records: list[dict], border: int, path: Path, draw: Callable) -> None:
+    """A figure of two panels over the steps: what ``draw(axes)`` draws, and both residuals.
+
+    Args:
+        records: of metrics.jsonl.
+        border: the first step at equilibrium; a line marks it.
+        path: the PNG file.
+        draw: given matplotlib axes, draws the training curves.
+    """
+    # Here, not above: drawing is optional for training, and its import is slow.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    solved = [r for r in records if r["kind"] == "train" and "forward_rel_residual" in r]
+    figure = Figure(figsize=(7, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    draw(top)
+    top.set_title("stacked pre-training, then equilibrium")
+    top.legend()
+    for which in ("forward", "backward"):
+        residuals = [r.get(f"{which}_rel_residual") for r in solved]
+        bottom.plot([r["step"] for r in solved], residuals, label=f"{which} residual")
+    bottom.set(yscale="log", xlabel="step", ylabel="relative residual")
+    if solved:
+        bottom.legend()
+    for axes in (top, bottom):
+        axes.axvline(border, color="black", lw=0.8)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,177 @@
+"""Batch norm whose statistics are over all processes, on any device.
+
+PyTorch's own ``nn.SyncBatchNorm`` takes GPU tensors only; this one lets runs on CPUs (gloo)
+compute the same.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lib.errors import InputError
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm (Ioffe and Szegedy 2015, arXiv 1502.03167) over the batches of all processes.
+
+    y = (x - mean) / sqrt(var + eps) * weight + bias, mean and biased variance per channel over
+    all pixels of all processes, whose batches may differ in size, zero included. The running
+    statistics move as in one process with the whole batch. In eval mode, and in a run of a single
+    process, it is ``nn.BatchNorm2d``, whose arguments and state-dict keys it has.
+
+    The gradient of x is that of the sum of all processes' losses; those of weight and bias are
+    the process's own share, for DistributedDataParallel to average. Forward and backward
+    communicate once each, so all processes have to run the same layers in the same order. There
+    is no double backward.
+
+    Args:
+        process_group: the processes to go by; None for all.
+
+    Raises:
+        InputError: in training, fewer than two values per channel in all processes together.
+    """
+
+    def __init__(self, *args, process_group: "dist.ProcessGroup | None" = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.process_group = process_group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape and dtype; computed in float32 at least."""
+        distributed = dist.is_available() and dist.is_initialized()
+        if not self.training or not distributed or dist.get_world_size(self.process_group) < 2:
+            return super().forward(x)
+        self._check_input_dim(x)
+        count, mean, squares = _statistics(x.detach(), self.process_group)
+        if count < 2:
+            raise InputError(
+                f"batch norm in training needs more than one value per channel, but all processes "
+                f"together have {int(count)}: raise the batch size or the image size"
+            )
+        if self.track_running_stats:
+            self._update_running(mean, squares / (count - 1))
+        inv_std = (squares / count + self.eps).rsqrt()
+        return _Normalise.apply(x, self.weight, self.bias, mean, inv_std, count, self.process_group)
+
+    def _update_running(self, mean: Tensor, var: Tensor) -> None:
+        self.num_batches_tracked.add_(1)
+        # momentum None: the mean over all batches so far
+        factor = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+        for running, new in ((self.running_mean, mean), (self.running_var, var)):
+            running.mul_(1 - factor).add_(new.to(running), alpha=factor)
+
+
+def convert_sync_batchnorm(
+    model: nn.Module, process_group: "dist.ProcessGroup | None" = None
+) -> nn.Module:
+    """Replace every batch norm of a model by one over all processes, in place.
+
+    A model on a GPU gets PyTorch's ``nn.SyncBatchNorm``, any other ``SyncBatchNorm2d``: move the
+    model to its device first. Parameters and buffers stay the same objects, so an optimiser
+    that holds them goes on working; training mode, momentum and keys stay, too.
+
+    Args:
+        model: the module; converted itself if it is a batch norm.
+        process_group: the processes to go by; None for all.
+
+    Returns:
+        The model, or what replaces it if it is a batch norm itself.
+
+    Raises:
+        InputError: off the GPU, a batch norm that is not 2d.
+    """
+    if any(tensor.is_cuda for tensor in [*model.parameters(), *model.buffers()]):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model, process_group)
+    # A layer in several places stays one layer.
+    replaced = {
+        module: _converted(name, module, process_group)
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        and not isinstance(module, (SyncBatchNorm2d, nn.SyncBatchNorm))
+    }
+    for parent in list(model.modules()):
+        for name, child in list(
+            parent._modules.items()
+        ):  # named_children() passes over repetitions
+            if child in replaced:
+                setattr(parent, name, replaced[child])
+    return replaced.get(model, model)
+
+
+def _converted(name: str, norm: _BatchNorm, process_group) -> SyncBatchNorm2d:
+    if not isinstance(norm, nn.BatchNorm2d):
+        raise InputError(
+            f"layer {name!r} is a {type(norm).__name__}, but only BatchNorm2d can be synchronised"
+        )
+    sync = SyncBatchNorm2d(
+        norm.num_features,
+        norm.eps,
+        norm.momentum,
+        norm.affine,
+        norm.track_running_stats,
+        process_group=process_group,
+        device="meta",  # its tensors are replaced below
+    )
+    sync.weight, sync.bias = norm.weight, norm.bias
+    sync.running_mean, sync.running_var = norm.running_mean, norm.running_var
+    sync.num_batches_tracked = norm.num_batches_tracked
+    sync.training = norm.training
+    return sync
+
+
+def _statistics(x: Tensor, group) -> tuple[Tensor, Tensor, Tensor]:
+    """Of x (B, C, H, W) over all processes: number of values per channel, mean (C,), and the
+    sum of squared deviations from it (C,).
+
+    Every process centres its own values, and the results are merged by the formula of Chan,
+    Golub and LeVeque (1983): sums of squares would cancel where the mean is large.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    count = x.new_tensor([x.numel() // x.shape[1]])
+    mean = x.sum((0, 2, 3)) / count.clamp(min=1)
+    squares = (x - _per_channel(mean)).square().sum((0, 2, 3))
+    mine = torch.cat([count, mean, squares])
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    # In the same order everywhere, so that all processes get the same bits.
+    counts, means, squares = torch.stack(everyone).split([1, *[x.shape[1]] * 2], dim=1)  # (P, ...)
+    count = counts.sum()
+    mean = (counts * means).sum(0) / count.clamp(min=1)
+    return count, mean, (squares + counts * (means - mean).square()).sum(0)
+
+
+class _Normalise(torch.autograd.Function):
+    """(x - mean) * inv_std * weight + bias, whose backward knows that mean and inv_std come from
+    all processes' x. Saves x and vectors of C elements."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, inv_std, count, group):
+        ctx.save_for_backward(x, weight, mean, inv_std, count)
+        ctx.group = group
+        scale = inv_std if weight is None else inv_std * weight
+        y = (x - _per_channel(mean)) * _per_channel(scale)
+        return (y if bias is None else y + _per_channel(bias)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, weight, mean, inv_std, count = ctx.saved_tensors
+        grad = grad.to(mean.dtype)
+        x_hat = (x - _per_channel(mean)) * _per_channel(inv_std)
+        sums = torch.stack([grad.sum((0, 2, 3)), (grad * x_hat).sum((0, 2, 3))])  # (2, C)
+        grad_bias, grad_weight = sums.clone()
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            dist.all_reduce(sums, group=ctx.group)
+            mean_grad, mean_product = map(_per_channel, sums / count)
+            scale = inv_std if weight is None else inv_std * weight
+            grad_x = (grad - mean_grad - x_hat * mean_product) * _per_channel(scale)
+        # Autograd casts them to the dtypes of their inputs.
+        grad_weight = grad_weight if ctx.needs_input_grad[1] else None
+        grad_bias = grad_bias if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, None, None, None, None
+
+
+def _per_channel(v: Tensor) -> Tensor:
+    return v[:, None, None]  # (C, 1, 1), which meets (B, C, H, W)

@@ -1,0 +1,114 @@
+"""What every trainer needs around its steps: random states, solver figures, refusal, exit code."""
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import NoReturn
+
+import torch
+from torch import nn
+
+from lib.checkpoint import not_finite, save_atomic
+from lib.deq import PassStats, SolverStats
+from lib.errors import InputError
+from lib.experiment import CHECKPOINT, Run
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: the message says why, and where the last good state is."""
+
+
+def exit_code(program: str, action: Callable[[], object], resume: str) -> int:
+    """Run ``action``; bad input is one line on the error stream and 2, without a traceback.
+
+    Args:
+        program: the command's name, which begins the line.
+        action: what the command does.
+        resume: what continues an interrupted run, such as '--restart'.
+    """
+    try:
+        action()
+    except (InputError, TrainingError) as error:
+        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+    except OSError as error:  # no permission, no space: its message names the file
+        print(f"{program}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted ({resume} continues the run)", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[SolverStats]:
+    """Evaluation mode with solver statistics of its own; the model's are put back afterwards."""
+    was_training, stats = model.training, model.deq.stats
+    try:
+        model.eval()
+        model.deq.stats = SolverStats()
+        with torch.no_grad():
+            yield model.deq.stats
+    finally:
+        model.deq.stats = stats
+        model.train(was_training)
+
+
+def random_states(rng: random.Random, device: torch.device) -> dict:
+    """The states of all generators that a step draws from, for a checkpoint."""
+    return {
+        "random": rng.getstate(),
+        "torch_random": torch.get_rng_state(),
+        "cuda_random": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
+    }
+
+
+def restore_random_states(state: dict, rng: random.Random, device: torch.device) -> None:
+    """Put back what :func:`random_states` returned."""
+    rng.setstate(state["random"])
+    torch.set_rng_state(state["torch_random"])
+    if state["cuda_random"] and device.type == "cuda":
+        torch.cuda.set_rng_state_all(state["cuda_random"])
+
+
+def stats_state(stats: SolverStats) -> list[dict]:
+    """Solver statistics as plain containers, for a checkpoint."""
+    return [asdict(stats.forward), asdict(stats.backward)]
+
+
+def restore_stats(state: list[dict], stats: SolverStats) -> None:
+    """Put back what :func:`stats_state` returned."""
+    forward, backward = state
+    stats.forward, stats.backward = PassStats(**forward), PassStats(**backward)
+
+
+def solver_figures(stats: SolverStats) -> tuple[dict[str, float], str]:
+    """Means of both passes since the last reset: values for metrics, and words for the log."""
+    values, text = {}, ""
+    for which in ("forward", "backward"):
+        passed: PassStats = getattr(stats, which)
+        if passed.solves:
+            means = passed.means()
+            values |= {f"{which}_{name}": value for name, value in means.items()}
+            text += f" | {which[0]} res {means['rel_residual']:.2e} nfe {means['nfe']:.1f}"
+            text += f" broken {means['broken']}" if means["broken"] else ""
+    return values, text
+
+
+def give_up(run: Run, trouble: str, step: int, way_out: str) -> NoReturn:
+    """Stop training, naming the last good state."""
+    saved = ""
+    if run.folder is not None and (run.folder / CHECKPOINT).exists():
+        saved = f"; the last good state is {run.folder / CHECKPOINT}"
+    raise TrainingError(f"{trouble} at step {step}: {way_out}{saved}")
+
+
+def save_checkpoint(run: Run, model: nn.Module, state: dict, step: int, way_out: str) -> None:
+    """Write ``state`` as the run's checkpoint, unless the model's weights are no longer finite."""
+    if run.folder is None:
+        return
+    if bad := not_finite(model.state_dict()):
+        give_up(run, f"weights are not finite ({', '.join(bad)})", step, way_out)
+    save_atomic(state, run.folder / CHECKPOINT)
