@@ -40,10 +40,13 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
-    def wait(self) -> None:
-        """Go on when all processes are here."""
-        if self.world_size > 1:
-            dist.barrier()
+    def gather(self, value) -> list:
+        """The ``value`` of every process, by rank; any plain containers and tensors."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def stop(self) -> None:
         """Leave the others."""

@@ -76,7 +76,7 @@ def test_import_beside_an_unrelated_lib_folder(tmp_path):
     """As in the folder /, which has a lib/ of its own on most systems."""
     (tmp_path / "lib").mkdir()
     # A namespace package, which that folder would become, has no __file__.
-    code = "import lib.errors, deq_sequence; assert lib.__file__ is not None"
+    code = "import lib.errors, deq_sequence, mdeq_vision; assert lib.__file__ is not None"
     done = run(sys.executable, "-E", "-c", code, cwd=tmp_path)  # -E: not thanks to a PYTHONPATH
     assert done.returncode == 0, done.stderr
 

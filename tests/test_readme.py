@@ -11,10 +11,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
-TINY = """
+TINY_WORDS = """
     --d_model 16 --n_head 2 --d_head 8 --d_inner 16 --n_layer 2 --eval_n_layer 2 --f_thres 3
     --b_thres 3 --pretrain_steps 2 --max_step 4 --batch_size 4 --tgt_len 8 --mem_len 8
     --eval_tgt_len 8 --max_eval_steps 2 --log-interval 1 --num_threads 1
+""".split()
+TINY_IMAGES = """
+    MODEL.NUM_LAYERS 2 DEQ.F_THRES 3 DEQ.B_THRES 3 TRAIN.PRETRAIN_STEPS 2 TRAIN.END_EPOCH 1
+    TRAIN.BATCH_SIZE_PER_GPU 4 PERCENT 0.02 TEST.NUM_SAMPLES 4
+    MODEL.IMAGE_SIZE [8,8] TRAIN.IMAGE_SIZE [32,32]
 """.split()
 
 # Commands that run here, in this order, each in the folder that the README names.
@@ -24,6 +29,11 @@ RUN = {
     "python train_transformer.py --dataset demo --name try --eval --spectral_radius_mode": (
         "DEQ-Sequence"
     ),
+    "python tools/cls_train.py --cfg experiments/digits/cls_mdeq_TINY.yaml": "MDEQ-Vision",
+    "python tools/cls_valid.py --cfg experiments/digits/cls_mdeq_TINY.yaml "
+    "DEQ.SPECTRAL_RADIUS_MODE True": "MDEQ-Vision",
+    "python tools/seg_train.py --cfg experiments/digit_scenes/seg_mdeq_TINY.yaml": "MDEQ-Vision",
+    "python tools/seg_test.py --cfg experiments/digit_scenes/seg_mdeq_TINY.yaml": "MDEQ-Vision",
     "bash scripts/quickstart.sh": ".",
 }
 # Commands that other tests run, by the file that does.
@@ -33,6 +43,22 @@ ELSEWHERE = {
     "bash wt103_deq_transformer_reg.sh train": "sequence/test_launch_scripts.py",
     "bash wt103_deq_transformer_preln_reg.sh train": "sequence/test_launch_scripts.py",
     "bash wt103_deq_transformer_reg.sh eval": "sequence/test_launch_scripts.py",
+    "bash get_data.sh cifar10": "vision/test_get_images.py",
+    "bash get_data.sh imagenet ~/Downloads": "vision/test_get_images.py",
+    "bash get_data.sh cityscapes ~/Downloads": "vision/test_get_images.py",
+    "python tools/make_cityscapes_lists.py data": "vision/test_datasets_segmentation.py",
+    "python tools/cls_train.py --cfg experiments/cifar/cls_mdeq_LARGE_reg.yaml": (
+        "vision/test_experiments.py"
+    ),
+    "python tools/cls_train.py --cfg experiments/imagenet/cls_mdeq_SMALL_reg.yaml": (
+        "vision/test_experiments.py"
+    ),
+    "python tools/extract_pretrained.py output/imagenet/cls_mdeq_SMALL/model.pt "
+    "pretrained_models/mdeq_SMALL.pth": "vision/test_transfer_runs.py",
+    "torchrun --nproc_per_node=4 tools/seg_train.py "
+    "--cfg experiments/cityscapes/seg_mdeq_SMALL.yaml": "vision/test_ddp_vision.py",
+    "python tools/seg_test.py --cfg experiments/cityscapes/seg_mdeq_SMALL.yaml "
+    "TEST.FLIP_TEST True": "vision/test_seg_test.py",
     # What made the environment that these tests run in: its result is tested.
     "pip install -r requirements.txt": "test_house.py",
     "bash scripts/test.sh": "test_house.py",
@@ -50,24 +76,39 @@ def test_no_command_of_the_readme_is_untested():
         assert (ROOT / "tests" / file).is_file()
 
 
-def test_commands_run(demo_folder, tmp_path):
+def with_tiny_sizes(command, data, folder):
+    """The command, or both halves of it, on little data and with its runs in ``folder``."""
+    words = [*TINY_WORDS, "--data", str(data), "--work_dir", str(folder / "runs")]
+    if "quickstart.sh" in command:
+        if Path(sys.prefix) != ROOT / ".venv":
+            return []  # it would install another environment: run the tests by scripts/test.sh
+        images = [*TINY_IMAGES, "OUTPUT_DIR", str(folder / "quickstart")]
+        return [[*command.split(), "--words", *words], [*command.split(), "--images", *images]]
+    if "--cfg" in command:
+        return [[*command.split(), *TINY_IMAGES, "OUTPUT_DIR", str(folder / "output")]]
+    return [[*command.split(), *words]]
+
+
+@pytest.mark.parametrize("room", ["DEQ-Sequence", "MDEQ-Vision", "."])
+def test_commands_run(room, demo_folder, tmp_path):
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    places = ["--data", str(demo_folder), "--work_dir", str(tmp_path / "runs")]
-    for command, folder in RUN.items():
-        if "quickstart.sh" in command and Path(sys.prefix) != ROOT / ".venv":
-            continue  # it would install another environment: run the tests by scripts/test.sh
-        result = subprocess.run(
-            [*command.split(), *TINY, *places],
-            cwd=ROOT / folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert result.returncode == 0, f"{command}: {result.stderr}"
-        assert re.search(r"test .* ppl \d|test / unigram", result.stdout), result.stdout
+    for command in (command for command, folder in RUN.items() if folder == room):
+        for words in with_tiny_sizes(command, demo_folder, tmp_path):
+            result = subprocess.run(
+                words,
+                cwd=ROOT / room,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert result.returncode == 0, f"{command}: {result.stderr}"
+            assert re.search(
+                r"test .* ppl \d|test / unigram|top1 \d|mIoU \d|test accuracy", result.stdout
+            ), result.stdout
 
 
 @pytest.mark.parametrize("block", blocks("python"))
-def test_code_blocks_run(block):
+def test_code_blocks_run(block, monkeypatch):
+    monkeypatch.chdir(ROOT)
     exec(compile(block, "README.md", "exec"), {})

@@ -16,7 +16,7 @@ from lib.optimization import VariationalHidDropout2d, WeightNorm, weight_norm
 
 def group_norm(groups: int, channels: int, affine: bool) -> nn.GroupNorm:
     """GroupNorm that says what fits together."""
-    if groups < 1 or channels % groups:
+    if channels % groups:
         raise InputError(
             f"{channels} channels do not split into {groups} groups: choose MODEL.NUM_GROUPS so "
             "that it divides NUM_CHANNELS and EXPANSION_FACTOR * NUM_CHANNELS"

@@ -152,6 +152,11 @@ def train_segmenter(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Path 
             if not dataset.has_labels:
                 raise InputError(f"DATASET.{key} {cfg.DATASET[key]} names images without labels")
         log(f"{len(train_set)} training and {len(test_set)} validation images")
+        if len(gpus) > 1:
+            log(
+                f"note: segmentation runs one process per GPU; for the {len(gpus)} of GPUS, start "
+                f"it with torchrun --nproc_per_node={len(gpus)}"
+            )
         model = get_seg_net(cfg, log).to(device)
         return SegmentationTrainer(cfg, model, train_set, test_set, device, gpus[:1], processes)
 

@@ -8,6 +8,7 @@ Every key that is not here is refused, with the nearest one that is. Only MODEL.
 
 import ast
 import difflib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def _defaults() -> CfgNode:
     cfg.DATASET.ROOT = ""
     cfg.DATASET.DATASET = "imagenet"
     cfg.DATASET.TRAIN_SET = "train"
-    cfg.DATASET.TEST_SET = "val"
+    cfg.DATASET.TEST_SET = "valid"
     cfg.DATASET.NUM_CLASSES = 1000  # of segmentation
     cfg.DATASET.DATA_FORMAT = "jpg"
     cfg.DATASET.AUGMENT = True
@@ -135,9 +136,10 @@ def update_config(cfg: CfgNode, args) -> None:
     Raises:
         InputError: no such file, not YAML, an unknown key, or a value of another type.
     """
-    cfg.defrost()
+    merged = cfg.clone()  # so that a refusal changes nothing
+    merged.defrost()
     if getattr(args, "cfg", None):
-        merge_file(cfg, args.cfg)
+        merge_file(merged, args.cfg)
     opts = list(getattr(args, "opts", None) or [])
     if len(opts) % 2:
         raise InputError(f"overrides are pairs KEY VALUE, but {opts[-1]!r} has no value")
@@ -145,17 +147,21 @@ def update_config(cfg: CfgNode, args) -> None:
         nested = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        _merge(cfg, nested, "the command line")
+        _merge(merged, nested, "the command line")
     for flag, key in (("modelDir", "OUTPUT_DIR"), ("logDir", "LOG_DIR"), ("dataDir", "DATA_DIR")):
         if getattr(args, flag, None):
-            cfg[key] = str(getattr(args, flag))
+            merged[key] = str(getattr(args, flag))
     if getattr(args, "testModel", None):
-        cfg.TEST.MODEL_FILE = str(args.testModel)
+        merged.TEST.MODEL_FILE = str(args.testModel)
     if getattr(args, "percent", None) is not None:
-        cfg.PERCENT = float(args.percent)
-    if cfg.DATA_DIR:
-        cfg.DATASET.ROOT = str(Path(cfg.DATA_DIR) / cfg.DATASET.ROOT)
-    _check_values(cfg)
+        merged.PERCENT = float(args.percent)
+    root, data_dir = Path(merged.DATASET.ROOT), merged.DATA_DIR
+    # The settings that a run saves have both, joined already.
+    if data_dir and not root.is_relative_to(data_dir):
+        merged.DATASET.ROOT = str(data_dir / root)
+    _check_values(merged)
+    cfg.defrost()
+    cfg.update(merged)
     cfg.freeze()
 
 
@@ -166,7 +172,7 @@ def merge_file(cfg: CfgNode, path: str | Path) -> None:
         raise InputError(f"no configuration file {path}: the published ones lie in experiments/")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds no settings: expected lines KEY: value")
@@ -188,36 +194,54 @@ def _merge(cfg: CfgNode, new: Mapping, source: str, section: str = "", root=None
     root = cfg if root is None else root
     for key, value in new.items():
         name = f"{section}{key}"
-        if key not in cfg and not cfg.is_new_allowed():
-            near = difflib.get_close_matches(name, flat(root), n=1, cutoff=0.5)
-            hint = f": did you mean {near[0]}?" if near else ""
-            raise InputError(f"unknown key {name} in {source}{hint}")
+        is_open = cfg.is_new_allowed()
+        if not isinstance(key, str) or (key not in cfg and not is_open):
+            raise InputError(_unknown(name, value, source, root))
         old = cfg.get(key)
-        if isinstance(old, CfgNode) or (key not in cfg and isinstance(value, Mapping)):
+        if is_open:
+            value = _literal(value)
+        if isinstance(old, CfgNode) or (old is None and isinstance(value, Mapping)):
             if not isinstance(value, Mapping):
                 raise InputError(f"{name} in {source} is {value!r}, but it is a section of keys")
-            if key not in cfg:
+            if old is None:
                 cfg[key] = CfgNode(new_allowed=True)
             _merge(cfg[key], value, source, f"{name}.", root)
+        elif isinstance(value, Mapping):
+            raise InputError(f"{name} in {source} is not a section of keys")
+        elif is_open:
+            cfg[key] = value
         else:
-            cfg[key] = _coerce(name, value, old, cfg.is_new_allowed(), source)
+            cfg[key] = _coerce(name, value, old, source)
 
 
-def _coerce(name: str, value, old, anything: bool, source: str):
-    """``value`` in the type of the setting ``old``; text is read as a Python literal first."""
+def _unknown(name: str, value, source: str, root: CfgNode) -> str:
+    while isinstance(value, Mapping) and len(value) == 1:  # an override of an unknown section
+        ((key, value),) = value.items()
+        name += f".{key}"
+    near = difflib.get_close_matches(name.upper(), flat(root), n=1, cutoff=0.6)
+    return f"unknown key {name} in {source}" + (f": did you mean {near[0]}?" if near else "")
+
+
+def _literal(value):
+    """Text as a Python literal, where it is one; true and false also in lower case."""
     if isinstance(value, str):
         try:
-            literal = ast.literal_eval(value)
+            value = ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            literal = {"true": True, "false": False}.get(value.lower(), value)
-        if isinstance(old, str) and not isinstance(literal, str):
-            return value  # a folder may be named 2024
-        value = literal
-    if isinstance(value, tuple):
-        value = list(value)
-    if anything:
-        return value
+            value = {"true": True, "false": False}.get(value.lower(), value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _coerce(name: str, value, old, source: str):
+    """``value`` in the type of the setting ``old``; text is read as a Python literal first."""
+    literal = _literal(value)
+    if isinstance(old, str) and isinstance(value, str):
+        # A folder may be named 2024, and '""' is the empty text.
+        return literal if isinstance(literal, str) else value
+    value = literal
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and not math.isfinite(value):
+        raise InputError(f"{name} in {source} is {value!r}, but must be finite")
     if isinstance(old, float) and is_number:
         return float(value)
     if name == "MODEL.EXPANSION_FACTOR" and is_number:
@@ -232,6 +256,10 @@ def _coerce(name: str, value, old, anything: bool, source: str):
     )
 
 
+def _integers(values: list, least: int) -> bool:
+    return all(type(v) is int and v >= least for v in values)
+
+
 # (key, test, what is accepted); what a model or data set needs beyond that, it checks itself.
 _RANGES = [
     ("PERCENT", lambda v: 0 < v <= 1, "above 0 and at most 1"),
@@ -244,6 +272,15 @@ _RANGES = [
     ("DEQ.B_THRES", lambda v: v >= 1, "at least 1"),
     ("DEQ.RAND_F_THRES_DELTA", lambda v: v >= 0, "0 or more"),
     ("LOSS.JAC_LOSS_FREQ", lambda v: 0 <= v <= 1, "between 0 and 1"),
+    ("LOSS.JAC_LOSS_WEIGHT", lambda v: v >= 0, "0 or more"),
+    ("LOSS.PRETRAIN_JAC_LOSS_WEIGHT", lambda v: v >= 0, "0 or more"),
+    ("GPUS", lambda v: v and _integers(v, 0), "numbers of GPUs, such as (0,1)"),
+    ("MODEL.EXPANSION_FACTOR", lambda v: v > 0, "above 0"),
+    ("TRAIN.WD", lambda v: v >= 0, "0 or more"),
+    ("TRAIN.MOMENTUM", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    ("TRAIN.LR_STEP", lambda v: _integers(v, 0), "a list of epochs"),
+    ("TRAIN.BEGIN_EPOCH", lambda v: v >= 0, "0 or more"),
+    ("TRAIN.END_EPOCH", lambda v: v >= 0, "0 or more"),
     ("TRAIN.OPTIMIZER", lambda v: v in ("adam", "sgd", "rmsprop"), "adam, sgd or rmsprop"),
     ("TRAIN.LR_SCHEDULER", lambda v: v in ("step", "cosine", "poly"), "step, cosine or poly"),
     ("TRAIN.LR", lambda v: v > 0, "above 0"),
@@ -252,9 +289,9 @@ _RANGES = [
     ("TRAIN.SCALE_FACTOR", lambda v: v >= 0, "0 or more"),
     ("TEST.BATCH_SIZE_PER_GPU", lambda v: v >= 1, "at least 1"),
     ("TEST.NUM_SAMPLES", lambda v: v >= 0, "0 or more"),
-    ("TEST.SCALE_LIST", lambda v: v and all(s > 0 for s in v), "a list of numbers above 0"),
+    ("TEST.SCALE_LIST", lambda v: v and all(0 < s < math.inf for s in v), "numbers above 0"),
     *(
-        (key, lambda v: len(v) == 2 and min(v) >= 1, "two sizes, such as [1024, 512]")
+        (key, lambda v: len(v) == 2 and _integers(v, 1), "two sizes, such as [1024, 512]")
         for key in ("MODEL.IMAGE_SIZE", "TRAIN.IMAGE_SIZE", "TEST.IMAGE_SIZE")
     ),
 ]

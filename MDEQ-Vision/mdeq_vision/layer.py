@@ -11,29 +11,7 @@ from yacs.config import CfgNode
 
 from lib.errors import InputError
 from mdeq_vision.blocks import Branch, FuseFromHigher, FuseFromLower, PostFusion
-
-_ONLY = {"BLOCK": "BASIC", "FUSE_METHOD": "SUM", "NUM_MODULES": 1}
-_PER_BRANCH = ("NUM_CHANNELS", "NUM_BLOCKS", "BIG_KERNELS")
-
-
-def full_stage(cfg: CfgNode, per_branch: tuple[str, ...] = _PER_BRANCH) -> CfgNode:
-    """MODEL.EXTRA.FULL_STAGE, complete: one entry per branch in each list of ``per_branch``."""
-    name = "MODEL.EXTRA.FULL_STAGE"
-    stage = cfg.MODEL.EXTRA.get("FULL_STAGE")
-    if stage is None:
-        raise InputError(f"the configuration has no {name}: start from a file in experiments/")
-    if missing := [key for key in ("NUM_BRANCHES", *per_branch) if key not in stage]:
-        raise InputError(f"{name} lacks {', '.join(missing)}")
-    n = stage.NUM_BRANCHES
-    if not isinstance(n, int) or n < 1:
-        raise InputError(f"{name}.NUM_BRANCHES is {n!r}, but must be an integer from 1 on")
-    for key in per_branch:
-        if not isinstance(stage[key], list) or len(stage[key]) != n:
-            raise InputError(f"{name}.{key} is {stage[key]!r}, but must list {n} values")
-    for key, value in _ONLY.items():
-        if stage.get(key, value) != value:
-            raise InputError(f"{name}.{key} is {stage[key]!r}, but only {value!r} is available")
-    return stage
+from mdeq_vision.stage import check_integer, full_stage
 
 
 def branch_sizes(height: int, width: int, n: int) -> list[tuple[int, int]]:
@@ -53,6 +31,17 @@ class MultiscaleLayer(nn.Module):
         model, stage = cfg.MODEL, full_stage(cfg)
         self.channels = channels = list(stage.NUM_CHANNELS)
         n, groups, wnorm = stage.NUM_BRANCHES, model.NUM_GROUPS, model.WNORM
+        check_integer("MODEL.NUM_GROUPS", groups, 1)
+        if int(model.EXPANSION_FACTOR * min(channels)) < 1:
+            raise InputError(
+                f"MODEL.EXPANSION_FACTOR is {model.EXPANSION_FACTOR}, which leaves no channels of "
+                f"{min(channels)}"
+            )
+        if n > 1 and groups < 2:
+            raise InputError(
+                f"MODEL.NUM_GROUPS is {groups}, but must be at least 2 with several branches: "
+                "after the fusion there are half as many"
+            )
         self.branches = nn.ModuleList(
             Branch(
                 blocks,

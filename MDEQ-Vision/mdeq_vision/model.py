@@ -10,7 +10,8 @@ from lib.errors import InputError
 from lib.jacobian import jac_loss_estimate
 from lib.layer_utils import conv3x3, list2vec, vec2list
 from mdeq_vision.heads import classification_modules, segmentation_layer, to_highest_resolution
-from mdeq_vision.layer import MultiscaleLayer, branch_sizes, full_stage
+from mdeq_vision.layer import MultiscaleLayer, branch_sizes
+from mdeq_vision.stage import check_integer, full_stage
 
 _INIT_STD = 0.01
 
@@ -48,12 +49,8 @@ class MDEQNet(SolverAttributes, nn.Module):
     def __init__(self, cfg: CfgNode, bn_momentum: float):
         super().__init__()
         model, stage = cfg.MODEL, full_stage(cfg)
-        for key, value, least in (
-            ("NUM_LAYERS", model.NUM_LAYERS, 1),
-            ("DOWNSAMPLE_TIMES", model.DOWNSAMPLE_TIMES, 0),
-        ):
-            if value < least:
-                raise InputError(f"MODEL.{key} is {value}, but must be at least {least}")
+        check_integer("MODEL.NUM_LAYERS", model.NUM_LAYERS, 1)
+        check_integer("MODEL.DOWNSAMPLE_TIMES", model.DOWNSAMPLE_TIMES, 0)
         if cfg.DEQ.STOP_MODE not in ("abs", "rel"):
             raise InputError(f"DEQ.STOP_MODE is {cfg.DEQ.STOP_MODE!r}, but must be 'abs' or 'rel'")
         self.n_layer, self.pretrain_steps = model.NUM_LAYERS, cfg.TRAIN.PRETRAIN_STEPS
@@ -72,7 +69,10 @@ class MDEQNet(SolverAttributes, nn.Module):
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """As in nn.Module, without the entries that only the published files have."""
-        state_dict = {k: v for k, v in state_dict.items() if not k.startswith(self.ignored_state)}
+        if any(key.startswith(self.ignored_state) for key in state_dict):
+            state_dict = {
+                k: v for k, v in state_dict.items() if not k.startswith(self.ignored_state)
+            }
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def _initialize(self) -> None:
@@ -97,7 +97,8 @@ class MDEQNet(SolverAttributes, nn.Module):
         """Scores of a batch of images.
 
         Args:
-            x: (B, 3, H, W), any size from one pixel on.
+            x: (B, 3, H, W), any size from one pixel on; but in training, batch norm needs more
+                than one value per channel, also at the lowest resolution.
             train_step: below PRETRAIN_STEPS (from 0 on) stacks, otherwise (or -1) solves.
             compute_jac_loss: estimate the Jacobian loss (in training only; in the stacked phase
                 at a detached copy of the last state).
@@ -109,7 +110,7 @@ class MDEQNet(SolverAttributes, nn.Module):
             The head's output, jac_loss (1, 1) and sradius (B, 1); the last two are zeros when
             not computed.
         """
-        if x.dim() != 4 or x.shape[1] != 3:
+        if x.dim() != 4 or x.shape[1] != 3 or x.numel() == 0:
             raise InputError(f"images have shape {tuple(x.shape)}, but must be (B, 3, H, W)")
         injection = self.downsample(x)
         if self.stage0 is not None:
@@ -154,9 +155,8 @@ class MDEQClsNet(MDEQNet):
     def __init__(self, cfg: CfgNode):
         momentum = 0.1
         super().__init__(cfg, momentum)
-        stage = full_stage(cfg, ("HEAD_CHANNELS",))
-        if "FINAL_CHANSIZE" not in stage:
-            raise InputError("MODEL.EXTRA.FULL_STAGE lacks FINAL_CHANSIZE")
+        stage = full_stage(cfg, head=True)
+        check_integer("MODEL.NUM_CLASSES", cfg.MODEL.NUM_CLASSES, 1)
         self.incre_modules, self.downsamp_modules, self.final_layer = classification_modules(
             self.channels, stage.HEAD_CHANNELS, stage.FINAL_CHANSIZE, momentum
         )
@@ -182,7 +182,8 @@ class MDEQSegNet(MDEQNet):
         momentum = 0.01
         super().__init__(cfg, momentum)
         kernel = cfg.MODEL.EXTRA.get("FINAL_CONV_KERNEL", 1)
-        if kernel not in (1, 3):
+        check_integer("DATASET.NUM_CLASSES", cfg.DATASET.NUM_CLASSES, 1)
+        if type(kernel) is not int or kernel not in (1, 3):
             raise InputError(f"MODEL.EXTRA.FINAL_CONV_KERNEL is {kernel!r}, but must be 1 or 3")
         self.last_layer = segmentation_layer(
             self.channels, cfg.DATASET.NUM_CLASSES, kernel, momentum
@@ -195,6 +196,6 @@ class MDEQSegNet(MDEQNet):
         return self.last_layer(to_highest_resolution(z))
 
 
-def get_cls_net(cfg: CfgNode, **kwargs) -> MDEQClsNet:
+def get_cls_net(cfg: CfgNode) -> MDEQClsNet:
     """The classification model of a configuration."""
-    return MDEQClsNet(cfg, **kwargs)
+    return MDEQClsNet(cfg)

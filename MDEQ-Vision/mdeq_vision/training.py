@@ -159,9 +159,10 @@ class Trainer:
         )
         total, weight = self.loss(output, target)
         jac_loss = jac_loss.mean()
+        counts = [total.detach(), weight, *self.hits(output.detach(), target)]
+        sums = self.processes.sum(torch.stack([c.double() for c in counts]))
         # DistributedDataParallel averages the gradients, but the weights differ per process.
-        sums = self.processes.sum(torch.stack([total.detach(), weight.to(total)]))
-        loss = mean_loss(total, sums[1]) * world_size
+        loss = mean_loss(total, sums[1].to(total)) * world_size
         self.optimizer.zero_grad(set_to_none=True)
         (loss + factor * jac_loss if regularise else loss).backward()
         if cfg.TRAIN.CLIP > 0:
@@ -172,8 +173,8 @@ class Trainer:
         self.step += 1
 
         window = self._window
-        window["loss"] += mean_loss(*sums).double()
-        window["hits"] += torch.stack(self.hits(output.detach(), target)).double()
+        window["loss"] += mean_loss(*sums[:2])
+        window["hits"] += sums[2:]
         window["steps"] += 1
         window["images"] += len(images) * world_size
         if regularise:
@@ -198,7 +199,7 @@ class Trainer:
         window, elapsed = self._window, time.perf_counter() - self._window_start
         steps, lr = window["steps"], self.optimizer.param_groups[0]["lr"]
         loss = (window["loss"] / steps).item()
-        hits, count = self.processes.sum(window["hits"].clone()).tolist()
+        hits, count = window["hits"].tolist()
         values = {"loss": loss, "accuracy": hits / max(count, 1), "lr": lr}
         values["images_per_s"] = window["images"] / elapsed
         line = (
@@ -259,7 +260,8 @@ class Trainer:
             "epoch": self.epoch,
             "position": self.position,
             "best": self.best,
-            **random_states(self.rng, self.device),
+            # Each process draws its own dropout masks.
+            "random_states": self.processes.gather(random_states(self.rng, self.device)),
             "window": self._window,
             "solver_stats": stats_state(self.model.deq.stats),
         }
@@ -295,7 +297,9 @@ class Trainer:
             group["weight_decay"] = self.cfg.TRAIN.WD  # the setting's, as for the rate
         self.step, self.epoch = state["step"], state["epoch"]
         self.position, self.best = state["position"], state["best"]
-        restore_random_states(state, self.rng, self.device)
+        own = state["random_states"]
+        if len(own) == self.processes.world_size:  # else another number: streams begin anew
+            restore_random_states(own[self.processes.rank], self.rng, self.device)
         self._window = {
             name: value.to(self.device) if isinstance(value, Tensor) else value
             for name, value in state["window"].items()

@@ -82,6 +82,11 @@ def _report(log, path, taken: dict, state: dict, own: dict) -> None:
         ("not taken over (kept as initialised)", [k for k in own if k not in taken]),
     ):
         log(f"  {title}: {', '.join(keys) or 'none'}")
+    if left := sum(key.startswith(BACKBONE) and key not in taken for key in own):
+        log(
+            f"warning: {left} tensors of the backbone keep their initial values: the MODEL "
+            "settings differ from those of the file"
+        )
 
 
 def get_seg_net(cfg: CfgNode, log: Callable[[str], None] | None = None) -> MDEQSegNet:

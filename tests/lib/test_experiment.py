@@ -70,7 +70,9 @@ def test_run_without_a_name_has_a_time_stamp(name):
 def test_check_unused(folder):
     check_unused(folder, "go elsewhere")
     started(folder, [1])
-    check_unused(folder, "go elsewhere")  # a run that was killed before its first checkpoint is begun anew
+    check_unused(
+        folder, "go elsewhere"
+    )  # a run that was killed before its first checkpoint is begun anew
     (folder / CHECKPOINT).write_bytes(b"")
     with pytest.raises(InputError) as caught:
         check_unused(folder, "go elsewhere")

@@ -185,8 +185,8 @@ class Reference:
         z, change = self.zeros(injection), float("nan")
         for _ in range(times):
             old, z = z, self.f(z, injection)
-            squares = [[(a - b).square().sum(), a.square().sum()] for a, b in zip(z, old)]  # noqa: B905
-            change = (sum(s[0] for s in squares) / sum(s[1] for s in squares)).sqrt().item()
+            difference = sum((a - b).square().sum() for a, b in zip(z, old, strict=True))
+            change = (difference / sum(a.square().sum() for a in z)).sqrt().item()
         return z, change
 
     # --- Heads ----------------------------------------------------------------------------

@@ -108,12 +108,12 @@ def test_against_the_dense_solve(kind, branches, settings):
     fz = f(point)
     through_f = gradients((fz * adjoint).sum(), image, model, materialize_grads=True)
     output = model.head(vec2list(point.detach(), shapes))
-    of_the_head = gradients(
-        loss_of(output) + 0 * image.sum(), image, model, materialize_grads=True
-    )
+    of_the_head = gradients(loss_of(output) + 0 * image.sum(), image, model, materialize_grads=True)
     expected = {name: through_f[name] + of_the_head[name] for name in found}
     error, name = largest_error(found, expected)
-    print(f"gradients, dense, {kind}, {branches} branches: radius {radius:.2f}, {error:.1e} ({name})")
+    print(
+        f"gradients, dense, {kind}, {branches} branches: radius {radius:.2f}, {error:.1e} ({name})"
+    )
     assert 0.3 < radius < 0.75
     assert error <= 1e-7
 

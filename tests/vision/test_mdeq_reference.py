@@ -67,8 +67,11 @@ CASES = [
     if not (kind == "cls" and name.startswith("final"))
 ]
 # A constant added before a batch norm that subtracts the batch's mean changes nothing.
-WITHOUT_EFFECT = ("downsamp_modules.0.0.bias", "downsamp_modules.1.0.bias",
-                  "downsamp_modules.2.0.bias", "final_layer.0.bias", "last_layer.0.bias")  # fmt: skip
+WITHOUT_EFFECT = {
+    *(f"downsamp_modules.{i}.0.bias" for i in range(3)),
+    "final_layer.0.bias",
+    "last_layer.0.bias",
+}
 
 
 def masks_of(model: MDEQNet) -> dict[tuple[int, int], Tensor]:
@@ -141,10 +144,13 @@ def test_stacked(kind, variant, training):
     assert errors[worst] < 1e-8
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(("kind", "variant"), CASES)
-def test_equilibrium(kind, variant, training):
-    """Against the reference's own f, solved by the same solver from zero."""
+def test_equilibrium(kind, variant):
+    """Against the reference's own f, solved by the same solver from zero.
+
+    One model in training, where the head is given f(z*), the other in evaluation.
+    """
+    training = kind == "cls"
     branches, size, settings = VARIANTS[variant]
     model, cfg = build(kind, branches, **settings), tiny_config(branches, **settings)
     model.train(training)
@@ -188,12 +194,12 @@ def test_equilibrium_without_a_solver(kind, branches, settings):
     assert error < 1e-8
 
 
-SIZES = [(1, 1), (1, 2), (2, 1), (3, 3), (1, 9), (5, 7), (9, 16), (16, 24), (17, 33)]
+SIZES = [(1, 1), (2, 9), (5, 7), (9, 16), (17, 33)]
 
 
 @pytest.mark.parametrize("kind", ["cls", "seg"])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize(("branches", "times"), [(1, 0), (2, 1), (3, 0), (4, 2)])
+@pytest.mark.parametrize(("branches", "times"), [(1, 0), (3, 1), (4, 2)])
 def test_any_size(kind, size, branches, times):
     """An odd side is rounded up at each halving; what is raised again loses its last row."""
     model = build(kind, branches, DOWNSAMPLE_TIMES=times).eval()

@@ -1,0 +1,54 @@
+"""MODEL.EXTRA.FULL_STAGE: the shape of a multiscale model, checked."""
+
+from collections.abc import Mapping
+
+from yacs.config import CfgNode
+
+from lib.errors import InputError
+
+NAME = "MODEL.EXTRA.FULL_STAGE"
+_ONLY = {"BLOCK": "BASIC", "FUSE_METHOD": "SUM", "NUM_MODULES": 1}
+# Lists of one integer per branch: least and largest value.
+_LISTS = {"NUM_CHANNELS": (1, None), "NUM_BLOCKS": (1, None), "BIG_KERNELS": (0, 2)}
+_HEAD_LISTS = {"HEAD_CHANNELS": (1, None)}
+
+
+def full_stage(cfg: CfgNode, *, head: bool = False) -> CfgNode:
+    """FULL_STAGE, complete and in range.
+
+    Args:
+        cfg: the configuration.
+        head: HEAD_CHANNELS and FINAL_CHANSIZE, of the classification head, must be there too.
+
+    Raises:
+        InputError: a key that is missing, or a value that is not available.
+    """
+    stage = cfg.MODEL.EXTRA.get("FULL_STAGE")
+    if not isinstance(stage, Mapping):
+        raise InputError(f"the configuration has no {NAME}: start from a file in experiments/")
+    lists = _LISTS | (_HEAD_LISTS if head else {})
+    numbers = ("NUM_BRANCHES", "FINAL_CHANSIZE") if head else ("NUM_BRANCHES",)
+    if missing := [key for key in (*numbers, *lists) if key not in stage]:
+        raise InputError(f"{NAME} lacks {', '.join(missing)}")
+    for key in numbers:
+        check_integer(f"{NAME}.{key}", stage[key], 1)
+    for key, (least, largest) in lists.items():
+        values = stage[key]
+        if not isinstance(values, list) or len(values) != stage.NUM_BRANCHES:
+            raise InputError(
+                f"{NAME}.{key} is {values!r}, but must list {stage.NUM_BRANCHES} values"
+            )
+        for i, value in enumerate(values):
+            check_integer(f"{NAME}.{key}[{i}]", value, least, largest)
+    for key, value in _ONLY.items():
+        if stage.get(key, value) != value:
+            raise InputError(f"{NAME}.{key} is {stage[key]!r}, but only {value!r} is available")
+    return stage
+
+
+def check_integer(name: str, value, least: int, largest: int | None = None) -> None:
+    """Refuse what is not an integer from ``least`` on, up to ``largest``."""
+    if type(value) is int and value >= least and (largest is None or value <= largest):
+        return
+    bound = f"from {least} on" if largest is None else f"from {least} to {largest}"
+    raise InputError(f"{name} is {value!r}, but must be an integer {bound}")

@@ -1,0 +1,121 @@
+"""What trainers share: exit codes, random states, statistics, refusal of what is not finite."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from lib.checkpoint import load
+from lib.deq import DEQ
+from lib.errors import InputError
+from lib.experiment import CHECKPOINT, Run
+from lib.training import (
+    TrainingError,
+    evaluating,
+    exit_code,
+    give_up,
+    random_states,
+    restore_random_states,
+    restore_stats,
+    save_checkpoint,
+    solver_figures,
+    stats_state,
+)
+
+CPU = torch.device("cpu")
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.5]))
+        self.deq = DEQ("anderson")
+
+    def forward(self, x):
+        return self.deq(lambda z: torch.tanh(self.weight * z + x), torch.zeros_like(x)).z
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run(tmp_path / "run", ("settings.json", "{}"))
+    yield run
+    run.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (None, 0, ""),
+        (InputError("bad\n  thing"), 2, "tool: bad thing\n"),
+        (TrainingError("the loss is nan"), 1, "tool: the loss is nan\n"),
+        (PermissionError(13, "Permission denied", "x.pt"), 2, "'x.pt'"),
+        (KeyboardInterrupt(), 130, "tool: interrupted (--again continues the run)\n"),
+    ],
+)
+def test_exit_code(error, code, words, capsys):
+    def action():
+        if error is not None:
+            raise error
+
+    assert exit_code("tool", action, "--again") == code
+    printed = capsys.readouterr().err
+    assert words in printed
+    assert len(printed.splitlines()) == (code != 0)
+
+
+def test_exit_code_leaves_our_own_mistakes_alone():
+    with pytest.raises(ZeroDivisionError):
+        exit_code("tool", lambda: 1 / 0, "--again")
+
+
+def test_random_states_go_on_where_they_were():
+    rng = random.Random(3)
+    state = random_states(rng, CPU)
+    first = [rng.random(), torch.rand(2).tolist()]
+    restore_random_states(state, rng, CPU)
+    assert [rng.random(), torch.rand(2).tolist()] == first
+
+
+def test_evaluating_puts_everything_back():
+    model, x = Model(), torch.ones(2, 1)
+    model(x).sum().backward()
+    before = stats_state(model.deq.stats)
+    with pytest.raises(RuntimeError), evaluating(model) as stats:
+        assert not model.training
+        assert not model(x).requires_grad
+        assert stats.forward.solves == 1
+        raise RuntimeError
+    assert model.training
+    assert torch.is_grad_enabled()
+    assert stats_state(model.deq.stats) == before
+
+
+def test_solver_figures_and_their_state():
+    model = Model()
+    assert solver_figures(model.deq.stats) == ({}, "")
+    model(torch.ones(2, 1)).sum().backward()
+    values, text = solver_figures(model.deq.stats)
+    assert values["forward_nfe"] == model.deq.stats.forward.nfe > 0
+    assert values["backward_rel_residual"] < 1e-3
+    assert f"f res {values['forward_rel_residual']:.2e}" in text
+    assert "| b res" in text
+    assert "broken" not in text
+    other = Model()
+    restore_stats(stats_state(model.deq.stats), other.deq.stats)
+    assert solver_figures(other.deq.stats) == (values, text)
+
+
+def test_a_checkpoint_of_weights_that_are_not_finite_is_refused(run):
+    model = Model()
+    save_checkpoint(run, model, {"step": 1}, 1, "do better")
+    with torch.no_grad():
+        model.weight.fill_(torch.nan)
+    with pytest.raises(TrainingError, match="weight.* at step 2: do better; the last good state"):
+        save_checkpoint(run, model, {"step": 2}, 2, "do better")
+    assert load(run.folder / CHECKPOINT) == {"step": 1}
+
+
+def test_give_up_without_a_checkpoint(run):
+    with pytest.raises(TrainingError, match="^the loss is nan at step 5: lower it$"):
+        give_up(run, "the loss is nan", 5, "lower it")

@@ -1,0 +1,185 @@
+"""Learning rates against PyTorch's schedulers, and the weight of the Jacobian loss."""
+
+import math
+
+import pytest
+import torch
+from torch.optim import SGD, lr_scheduler
+
+from mdeq_vision.config import config
+from mdeq_vision.schedules import jac_factor, learning_rate, make_optimizer
+
+
+def settings(**changes):
+    cfg = config.clone()
+    cfg.defrost()
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        assert key in cfg[section], name
+        cfg[section][key] = value
+    return cfg
+
+
+def reference_rates(scheduler_of, lr: float, updates: int, every: int = 1) -> list[float]:
+    """The rate of each update; the scheduler is stepped after every ``every``-th."""
+    optimizer = SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    scheduler, rates = scheduler_of(optimizer), []
+    for update in range(updates):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if (update + 1) % every == 0:
+            scheduler.step()
+    return rates
+
+
+def rates(cfg, steps_per_epoch: int) -> list[float]:
+    updates = cfg.TRAIN.END_EPOCH * steps_per_epoch
+    return [learning_rate(cfg, step, steps_per_epoch) for step in range(updates)]
+
+
+@pytest.mark.parametrize(("lr", "epochs", "per_epoch"), [(0.05, 4, 25), (0.001, 3, 7), (1.0, 1, 1)])
+def test_cosine(lr, epochs, per_epoch):
+    """Per update, to 1e-6 over all epochs."""
+    cfg = settings(TRAIN__LR=lr, TRAIN__END_EPOCH=epochs, TRAIN__LR_SCHEDULER="cosine")
+    total = epochs * per_epoch
+    expected = reference_rates(
+        lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=total, eta_min=1e-6), lr, total
+    )
+    assert rates(cfg, per_epoch) == pytest.approx(expected, rel=1e-9)
+    assert learning_rate(cfg, 0, per_epoch) == lr
+    assert learning_rate(cfg, total, per_epoch) == pytest.approx(1e-6, rel=1e-9)
+    assert learning_rate(cfg, total + 99, per_epoch) == pytest.approx(1e-6, rel=1e-9)
+
+
+@pytest.mark.parametrize("milestones", [[2, 4], [30, 60], [], [1], [1, 1, 3], [0, 2]], ids=str)
+@pytest.mark.parametrize("per_epoch", [1, 3])
+def test_step(milestones, per_epoch):
+    """Per epoch; PRETRAIN_STEPS has no part in it."""
+    cfg = settings(
+        TRAIN__LR=0.3,
+        TRAIN__END_EPOCH=6,
+        TRAIN__LR_STEP=milestones,
+        TRAIN__LR_FACTOR=0.2,
+        TRAIN__PRETRAIN_STEPS=2,
+    )
+    assert cfg.TRAIN.LR_SCHEDULER == "step"
+    expected = reference_rates(
+        lambda o: lr_scheduler.MultiStepLR(o, milestones, gamma=0.2), 0.3, 6 * per_epoch, per_epoch
+    )
+    assert rates(cfg, per_epoch) == pytest.approx(expected, rel=1e-12)
+
+
+def test_poly():
+    cfg = settings(TRAIN__LR=0.01, TRAIN__END_EPOCH=5, TRAIN__LR_SCHEDULER="poly")
+    assert rates(cfg, 8) == [0.01 * (1 - n / 40) ** 0.9 for n in range(40)]
+    assert learning_rate(cfg, 40, 8) == 0
+    assert learning_rate(cfg, 50, 8) == 0  # not a complex number
+
+
+def test_rates_are_a_function_of_the_step_alone():
+    """So that a resumed run goes on with the same ones, in whatever order they are asked for."""
+    for name in ("step", "cosine", "poly"):
+        cfg = settings(TRAIN__LR_SCHEDULER=name, TRAIN__END_EPOCH=100, TRAIN__LR_STEP=[30, 60])
+        forward = [learning_rate(cfg, n, 3) for n in range(300)]
+        assert [learning_rate(cfg, n, 3) for n in reversed(range(300))] == forward[::-1]
+        assert forward == sorted(forward, reverse=True)
+
+
+# --- The Jacobian loss ------------------------------------------------------------------------
+
+JAC = {
+    "LOSS__JAC_LOSS_WEIGHT": 0.4,
+    "LOSS__PRETRAIN_JAC_LOSS_WEIGHT": 0.03,
+    "LOSS__JAC_INCREMENTAL": 50,
+    "LOSS__JAC_STOP_EPOCH": 9,
+    "TRAIN__PRETRAIN_STEPS": 120,  # no multiple of 50: growth is counted from here
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "epoch", "expected"),
+    [
+        (0, 0, 0.03),
+        (119, 0, 0.03),
+        (119, 20, 0.03),  # stacked longer than JAC_STOP_EPOCH
+        (120, 0, 0.4),
+        (149, 1, 0.4),
+        (150, 1, 0.4),
+        (169, 1, 0.4),
+        (170, 1, 0.5),
+        (171, 1, 0.5),
+        (219, 1, 0.5),
+        (220, 1, 0.6),
+        (120 + 50 * 30, 8, 3.4),
+        (170, 8, 0.5),
+        (170, 9, 0.0),
+        (10**6, 10, 0.0),
+    ],
+)
+def test_jac_factor(step, epoch, expected):
+    assert jac_factor(settings(**JAC), step, epoch) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("increment", [0, -1, 100_000_000])
+def test_jac_factor_without_growth(increment):
+    cfg = settings(**{**JAC, "LOSS__JAC_INCREMENTAL": increment})
+    assert {jac_factor(cfg, step, 0) for step in range(120, 700)} == {0.4}
+
+
+def test_jac_factor_without_pretraining():
+    cfg = settings(**{**JAC, "TRAIN__PRETRAIN_STEPS": 0})
+    found = [jac_factor(cfg, step, 0) for step in (0, 49, 50, 99, 100)]
+    assert found == pytest.approx([0.4, 0.4, 0.5, 0.5, 0.6])
+
+
+def test_jac_factor_grows_from_nothing():
+    """A weight of 0 that grows is one of 0.1 after the first interval, as the formula says."""
+    cfg = settings(**{**JAC, "LOSS__JAC_LOSS_WEIGHT": 0.0})
+    assert [jac_factor(cfg, step, 0) for step in (120, 169, 170)] == [0.0, 0.0, 0.1]
+
+
+def test_jac_factor_stops_at_epoch_0():
+    assert jac_factor(settings(**{**JAC, "LOSS__JAC_STOP_EPOCH": 0}), 120, 0) == 0
+
+
+def test_defaults_have_no_jacobian_loss():
+    assert {jac_factor(config, step, 0) for step in (0, 99_999, 100_000, 10**7)} == {0.0}
+
+
+# --- Optimisers -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [
+        ("adam", torch.optim.Adam, {}),
+        ("sgd", torch.optim.SGD, {"momentum": 0.8, "nesterov": True}),
+        ("rmsprop", torch.optim.RMSprop, {"momentum": 0.8}),
+    ],
+)
+def test_optimizers(name, kind, options):
+    cfg = settings(
+        TRAIN__OPTIMIZER=name,
+        TRAIN__LR=0.02,
+        TRAIN__WD=0.003,
+        TRAIN__MOMENTUM=0.8,
+        TRAIN__NESTEROV=True,
+    )
+    torch.manual_seed(0)
+    one, two = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    two.load_state_dict(one.state_dict())
+    own = make_optimizer(cfg, one)
+    assert type(own) is kind
+    other = kind(two.parameters(), lr=0.02, weight_decay=0.003, **options)
+    for _ in range(3):
+        for model, optimizer in ((one, own), (two, other)):
+            optimizer.zero_grad()
+            model(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(one.weight, two.weight)
+
+
+def test_nesterov_is_of_sgd_alone():
+    cfg = settings(TRAIN__OPTIMIZER="sgd", TRAIN__NESTEROV=False)
+    assert make_optimizer(cfg, torch.nn.Linear(1, 1)).defaults["nesterov"] is False
+    assert math.isclose(make_optimizer(cfg, torch.nn.Linear(1, 1)).defaults["lr"], 0.001)
