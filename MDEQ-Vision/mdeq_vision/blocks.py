@@ -6,6 +6,7 @@ published state dicts.
 
 from collections import OrderedDict
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,14 +15,25 @@ from lib.layer_utils import conv3x3, conv5x5
 from lib.optimization import VariationalHidDropout2d, WeightNorm, weight_norm
 
 
-def group_norm(groups: int, channels: int, affine: bool) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """nn.GroupNorm that also takes a single value per group: then it returns its bias.
+
+    PyTorch refuses that for a batch of one image and not for more, but a model must take images
+    of any size in any number.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+def group_norm(groups: int, channels: int, affine: bool) -> GroupNorm:
     """GroupNorm that says what fits together."""
     if channels % groups:
         raise InputError(
             f"{channels} channels do not split into {groups} groups: choose MODEL.NUM_GROUPS so "
             "that it divides NUM_CHANNELS and EXPANSION_FACTOR * NUM_CHANNELS"
         )
-    return nn.GroupNorm(groups, channels, affine=affine)
+    return GroupNorm(groups, channels, affine=affine)
 
 
 def _normed(conv: nn.Conv2d) -> WeightNorm:
