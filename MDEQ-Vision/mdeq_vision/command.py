@@ -49,7 +49,7 @@ def seg_train(argv: list[str] | None = None) -> int:
 def seg_test(argv: list[str] | None = None) -> int:
     """Run tools/seg_test.py; its exit code."""
     return _run(
-        "seg_test.py", "Predict, and evaluate where there are labels.", test_segmenter, argv
+        "seg_test.py", "Predict, and evaluate where there are labels.", predict_segmentation, argv
     )
 
 
@@ -188,6 +188,9 @@ def _train(
     elif cfg.TRAIN.MODEL_FILE:
         load_weights(model, cfg.TRAIN.MODEL_FILE)
 
+    if not (folder / WEIGHTS).exists():
+        trainer.best = {}  # of a run elsewhere
+
     writes = processes.leads and not cfg.DEBUG.DEBUG
     run = Run(
         folder if writes else None,
@@ -196,25 +199,24 @@ def _train(
         events=Path(cfg.LOG_DIR) / folder.relative_to(folder.parents[1]) if cfg.LOG_DIR else None,
         quiet=not processes.leads,
     )
+    lines.insert(0, "debug: nothing is written" if cfg.DEBUG.DEBUG else f"run folder {folder}")
+    lines += _batch_size_lines(cfg_file, trainer.batch_size)
+    if cfg.LOSS.JAC_LOSS_WEIGHT > 0 and cfg.LOSS.JAC_LOSS_FREQ == 0:
+        lines.append("note: LOSS.JAC_LOSS_WEIGHT has no effect while LOSS.JAC_LOSS_FREQ is 0")
+    lines += [f"changed since the checkpoint: {line}" for line in changes]
+    if checkpoint is not None:
+        lines.append(f"continuing {source} at step {trainer.step}")
+    n_params = sum(p.numel() for p in model.parameters())
     try:
         run.log(model_summary(cfg, model, (image_size[1], image_size[0])))
-        n_params = sum(p.numel() for p in model.parameters())
         run.log(
             f"{cfg.DATASET.DATASET} | {n_params} parameters | {device}{gpus or ''} | "
             f"{processes.world_size} process(es) of {torch.get_num_threads()} threads"
         )
-        run.log(f"run folder {folder}" if writes else "debug: nothing is written")
-        for line in [*lines, *_batch_size_lines(cfg_file, trainer.batch_size)]:
+        for line in lines:
             run.log(line)
-        if cfg.LOSS.JAC_LOSS_WEIGHT > 0 and cfg.LOSS.JAC_LOSS_FREQ == 0:
-            run.log("note: LOSS.JAC_LOSS_WEIGHT has no effect while LOSS.JAC_LOSS_FREQ is 0")
-        for line in changes:
-            run.log(f"changed since the checkpoint: {line}")
-        if checkpoint is not None:
-            run.log(f"continuing {source} at step {trainer.step}")
         trainer.train(run)
-        best = trainer.best
-        if best:
+        if best := trainer.best:
             run.log(
                 f"best {best['name']} {100 * best['score']:.2f}% at step {best['step']} "
                 f"({best['phase']}) | peak memory {peak_memory_mib(device):.0f} MiB"
@@ -226,13 +228,12 @@ def _train(
 
 def _checkpoint_to_resume(cfg: CfgNode, folder: Path) -> Path | None:
     """The checkpoint to continue from; None starts anew."""
-    if cfg.TRAIN.CHECKPOINT:
-        return Path(cfg.TRAIN.CHECKPOINT)
-    if cfg.TRAIN.RESUME or cfg.AUTO_RESUME:
-        return folder / CHECKPOINT if (folder / CHECKPOINT).exists() else None
+    own = folder / CHECKPOINT
+    if (cfg.TRAIN.RESUME or cfg.AUTO_RESUME) and own.exists():
+        return own
     if not cfg.DEBUG.DEBUG:
         check_unused(folder, f"add {_RESUME} to continue it, or choose another --modelDir")
-    return None
+    return Path(cfg.TRAIN.CHECKPOINT) if cfg.TRAIN.CHECKPOINT else None
 
 
 # Settings that may differ between a run and its continuation without a word.
@@ -284,7 +285,7 @@ def validate_classifier(cfg: CfgNode, cfg_file: Path, processes: Processes) -> E
     return found
 
 
-def test_segmenter(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Evaluation:
+def predict_segmentation(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Evaluation:
     """Write a segmentation model's predictions; print the figures where there are labels."""
     device, _ = _devices(cfg, processes)
     dataset = get_seg_dataset(cfg, "test")

@@ -102,7 +102,7 @@ def _defaults() -> CfgNode:
     cfg.TRAIN.BEGIN_EPOCH = 0
     cfg.TRAIN.END_EPOCH = 140
     cfg.TRAIN.RESUME = False  # continue the run in the folder, if it holds one
-    cfg.TRAIN.CHECKPOINT = ""  # a checkpoint to continue from, wherever it lies
+    cfg.TRAIN.CHECKPOINT = ""  # a checkpoint of another folder to continue from
     cfg.TRAIN.MODEL_FILE = ""  # weights to start from
     cfg.TRAIN.BATCH_SIZE_PER_GPU = 32
     cfg.TRAIN.SHUFFLE = True

@@ -67,6 +67,8 @@ SETTINGS = {
     "TRAIN__LR": 0.05,
     "TRAIN__OPTIMIZER": "sgd",
 }
+QUICK = ("class weights", "one process without a label", "Jacobian loss")
+REST = tuple(case for case in CASES if case not in QUICK)
 PHASES = {"stacked": STACKED, "equilibrium": EQUILIBRIUM}
 NORMS = ("synchronised", "eval")
 
@@ -164,11 +166,11 @@ def the_same_vectors():
         yield
 
 
-def all_cases(processes):
+def all_cases(processes, cases):
     with the_same_vectors():
         return {
             (case, phase, norm): steps(case, phase, norm, processes)
-            for case in CASES
+            for case in cases
             for phase in PHASES
             for norm in NORMS
         }
@@ -177,19 +179,21 @@ def all_cases(processes):
 # ---- what a process does ------------------------------------------------------------------------
 
 
-def work(rank: int, folder: Path) -> None:
+def work(rank: int, folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     processes = Processes(rank, 2, rank)
-    found = {"steps": all_cases(processes), "evaluation": evaluation(processes)}
+    found = {"steps": all_cases(processes, cases), "evaluation": evaluation(processes)}
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-def run_two(folder: Path) -> list[dict]:
+def run_two(folder: Path, cases) -> list[dict]:
     """What the two processes found."""
-    command = [sys.executable, __file__]
-    started = [subprocess.Popen([*command, str(rank), str(folder)]) for rank in range(2)]
+    started = [
+        subprocess.Popen([sys.executable, __file__, str(rank), str(folder), *cases])
+        for rank in range(2)
+    ]
     try:
         assert [process.wait(timeout=300) for process in started] == [0, 0]
     finally:
@@ -200,13 +204,17 @@ def run_two(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    return run_two(tmp_path_factory.mktemp("two"))
+def measured(tmp_path_factory):
+    """What two processes found in a group of cases, and what one process found."""
+    made = {}
 
+    def get(cases):
+        if cases not in made:
+            folder = tmp_path_factory.mktemp("two")
+            made[cases] = run_two(folder, cases), all_cases(Processes(), cases)
+        return made[cases]
 
-@pytest.fixture(scope="module")
-def alone():
-    return all_cases(Processes())
+    return get
 
 
 def largest(found, expected):
@@ -228,8 +236,11 @@ def largest(found, expected):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_are_one_with_the_doubled_batch(both, alone, case, phase, norm):
+@pytest.mark.parametrize(
+    "case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in REST)]
+)
+def test_two_processes_are_one_with_the_doubled_batch(measured, case, phase, norm):
+    both, alone = measured(QUICK if case in QUICK else REST)
     expected = alone[case, phase, norm]
     for found in both:
         found = found["steps"][case, phase, norm]
@@ -246,14 +257,16 @@ def test_two_processes_are_one_with_the_doubled_batch(both, alone, case, phase, 
     assert torch.equal(expected["state"][name], before[name]) == (norm == "eval")
 
 
-def test_both_processes_hold_the_same_bits(both):
+def test_both_processes_hold_the_same_bits(measured):
+    both, _ = measured(QUICK)
     a, b = (found["steps"] for found in both)
     for key, found in a.items():
         for part in ("grads", "state"):
             assert [n for n, t in found[part].items() if not torch.equal(t, b[key][part][n])] == []
 
 
-def test_every_image_is_evaluated_once(both):
+def test_every_image_is_evaluated_once(measured):
+    both, _ = measured(QUICK)
     expected = evaluation(Processes())
     assert sorted(both[0]["evaluation"]["seen"] + both[1]["evaluation"]["seen"]) == [0, 1, 2, 3, 4]
     assert both[0]["evaluation"]["seen"] != []
@@ -304,6 +317,7 @@ def run_of(folder):
     return folder / "digit_scenes" / SCENES.stem
 
 
+@pytest.mark.slow
 def test_seg_train_under_torchrun(tmp_path):
     done = torchrun("seg_train", *scenes(tmp_path / "two", 2, *SURE, "TEST.NUM_SAMPLES", 7))
     assert done.returncode == 0, done.stderr
@@ -390,6 +404,7 @@ def test_resumed_under_torchrun(tmp_path, monkeypatch):
 # ---- refused under torchrun ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_image_that_one_process_cannot_read(tmp_path):
     """The other one waits for it, but not for ever."""
     write_cityscapes(tmp_path / "data", size=(64, 32))
@@ -491,7 +506,7 @@ def test_cls_valid_under_torchrun(tmp_path, capsys, count):
 
 def print_differences():
     with tempfile.TemporaryDirectory() as folder:
-        two, one = run_two(Path(folder)), all_cases(Processes())
+        two, one = run_two(Path(folder), CASES), all_cases(Processes(), CASES)
     print("case | phase | batch norm | loss | gradient | state")
     for key, expected in one.items():
         parts = [largest(found["steps"][key], expected) for found in two]
@@ -502,6 +517,6 @@ def print_differences():
 if __name__ == "__main__":
     sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     if len(sys.argv) > 1:
-        work(int(sys.argv[1]), Path(sys.argv[2]))
+        work(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
     else:
         print_differences()

