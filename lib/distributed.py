@@ -24,8 +24,14 @@ class Processes:
     @classmethod
     def start(cls) -> "Processes":
         """Join the other processes that torchrun started, over NCCL with GPUs, else over gloo."""
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls()
+        needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in needed if name not in os.environ]:
+            raise InputError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set: "
+                "start several processes with torchrun, or unset WORLD_SIZE"
+            )
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         return cls(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
 

@@ -84,7 +84,9 @@ class Run:
         self.bar: tqdm | None = None
         if folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        # Both folders before any file: if one cannot be made, no run is half begun.
+        for place in (events or folder, folder):
+            place.mkdir(parents=True, exist_ok=True)
         name, content = settings
         with atomic_write(folder / name) as file:
             file.write(content.encode())

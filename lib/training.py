@@ -13,7 +13,7 @@ from torch import nn
 from lib.checkpoint import not_finite, save_atomic
 from lib.deq import PassStats, SolverStats
 from lib.errors import InputError
-from lib.experiment import CHECKPOINT, Run
+from lib.experiment import CHECKPOINT, WEIGHTS, Run
 
 
 class TrainingError(RuntimeError):
@@ -107,8 +107,17 @@ def give_up(run: Run, trouble: str, step: int, way_out: str) -> NoReturn:
 
 def save_checkpoint(run: Run, model: nn.Module, state: dict, step: int, way_out: str) -> None:
     """Write ``state`` as the run's checkpoint, unless the model's weights are no longer finite."""
+    _save(run, model, state, CHECKPOINT, step, way_out)
+
+
+def save_weights(run: Run, model: nn.Module, step: int, way_out: str) -> None:
+    """Write the model's weights as the run's best, unless they are no longer finite."""
+    _save(run, model, model.state_dict(), WEIGHTS, step, way_out)
+
+
+def _save(run: Run, model: nn.Module, content: dict, name: str, step: int, way_out: str) -> None:
     if run.folder is None:
         return
     if bad := not_finite(model.state_dict()):
         give_up(run, f"weights are not finite ({', '.join(bad)})", step, way_out)
-    save_atomic(state, run.folder / CHECKPOINT)
+    save_atomic(content, run.folder / name)

@@ -15,10 +15,9 @@ from deq_sequence.evaluation import Evaluation, autocast, evaluate, perplexity, 
 from deq_sequence.iterators import LMOrderedIterator
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.schedules import LearningRate, make_optimizer
-from lib.checkpoint import save_atomic
 from lib.distributed import BalancedDataParallel
 from lib.errors import InputError
-from lib.experiment import WEIGHTS, Run
+from lib.experiment import Run
 from lib.jacobian import jac_loss_weight_at
 from lib.training import (
     give_up,
@@ -26,6 +25,7 @@ from lib.training import (
     restore_random_states,
     restore_stats,
     save_checkpoint,
+    save_weights,
     solver_figures,
     stats_state,
 )
@@ -200,8 +200,7 @@ class Trainer:
         self.learning_rate.after_evaluation(found.loss, self.step)
         if found.loss < self.best_loss:
             self.best_loss = found.loss
-            if run.folder is not None:
-                save_atomic(self.model.state_dict(), run.folder / WEIGHTS)
+            save_weights(run, self.model, self.step, _WAY_OUT)
         self._window_start += time.perf_counter() - paused
 
     def _figure(self, loss: float) -> str:

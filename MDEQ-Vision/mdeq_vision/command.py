@@ -10,11 +10,12 @@ from yacs.config import CfgNode
 
 from lib.checkpoint import load, load_state, load_weights
 from lib.distributed import Processes
-from lib.errors import InputError
+from lib.errors import InputError, naming
 from lib.experiment import CHECKPOINT, WEIGHTS, Run, check_unused, peak_memory_mib
 from lib.training import exit_code
 from mdeq_vision.config import config, flat, merge_file, update_config
 from mdeq_vision.datasets import get_cls_dataset, get_seg_dataset
+from mdeq_vision.datasets.cityscapes_lists import write_lists
 from mdeq_vision.evaluation import Evaluation, evaluate_classification, evaluate_segmentation
 from mdeq_vision.model import MDEQNet, MDEQSegNet, get_cls_net
 from mdeq_vision.options import Parser, experiment_parser, parse
@@ -27,6 +28,7 @@ from mdeq_vision.transfer import extract_pretrained, get_seg_net, load_pretraine
 CONFIG = "config.yaml"  # the resolved settings, beside a run's log
 PREDICTIONS = "predictions"  # folder of seg_test's pictures, beside them
 _RESUME = "TRAIN.RESUME True"
+_Log = Callable[[str], None]
 
 
 def cls_train(argv: list[str] | None = None) -> int:
@@ -65,11 +67,27 @@ def extract(argv: list[str] | None = None) -> int:
         parser.add_argument(
             "output", help="file to write, such as pretrained_models/mdeq_SMALL.pth"
         )
-        args = parser.parse_args(argv)
+        args = parse(parser, argv)
         names = extract_pretrained(args.checkpoint, args.output)
         print(f"{args.output}: {len(names)} tensors of {args.checkpoint}, without its head")
 
     return exit_code("extract_pretrained.py", action, "calling it again")
+
+
+def make_cityscapes_lists(argv: list[str] | None = None) -> int:
+    """Run tools/make_cityscapes_lists.py; its exit code."""
+
+    def action():
+        parser = Parser(
+            prog="make_cityscapes_lists.py",
+            description="Write ROOT/list/cityscapes/{train,val,trainval,test}.lst for the images "
+            "in ROOT/cityscapes/leftImg8bit and the labels in ROOT/cityscapes/gtFine.",
+        )
+        parser.add_argument("root", nargs="?", default="data/", help="DATASET.ROOT (data/)")
+        for path, count in write_lists(parse(parser, argv).root).items():
+            print(f"{path}: {count} images")
+
+    return exit_code("make_cityscapes_lists.py", action, "calling it again")
 
 
 def run_folder(cfg: CfgNode, cfg_file: str | Path) -> Path:
@@ -123,30 +141,41 @@ def _devices(cfg: CfgNode, processes: Processes) -> tuple[torch.device, list[int
 # ---- training ----------------------------------------------------------------------------------
 
 
-def train_classifier(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Path | None:
-    """Train a classification model as the configuration says; the run's folder, if it has one."""
+def train_classifier(
+    cfg: CfgNode, cfg_file: Path, processes: Processes, resume: str = _RESUME
+) -> Path | None:
+    """Train a classification model as the configuration says; the run's folder, if it has one.
+
+    ``resume`` is what a user adds to continue a run, for messages.
+    """
     if processes.world_size > 1:
         raise InputError(
             "classification trains in one process, on all the GPUs that GPUS names: start it "
             "without torchrun"
         )
 
-    def build(device: torch.device, gpus: list[int], log: Callable[[str], None]) -> Trainer:
+    def build(device: torch.device, gpus: list[int], log: _Log, anew: bool) -> Trainer:
         train_set, valid_set = (get_cls_dataset(cfg, split) for split in ("train", "test"))
         model = get_cls_net(cfg)
-        if cfg.MODEL.PRETRAINED:
-            load_pretrained(model, cfg.MODEL.PRETRAINED, log)
+        if anew and cfg.MODEL.PRETRAINED:
+            with naming("MODEL.PRETRAINED"):
+                load_pretrained(model, cfg.MODEL.PRETRAINED, log)
         log(f"{len(train_set)} training and {len(valid_set)} validation images")
         model = model.to(device)
         return ClassificationTrainer(cfg, model, train_set, valid_set, device, gpus, processes)
 
-    return _train(cfg, cfg_file, processes, build, cfg.MODEL.IMAGE_SIZE)
+    return _train(cfg, cfg_file, processes, build, cfg.MODEL.IMAGE_SIZE, resume)
 
 
-def train_segmenter(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Path | None:
-    """Train a segmentation model as the configuration says; the run's folder, if it has one."""
+def train_segmenter(
+    cfg: CfgNode, cfg_file: Path, processes: Processes, resume: str = _RESUME
+) -> Path | None:
+    """Train a segmentation model as the configuration says; the run's folder, if it has one.
 
-    def build(device: torch.device, gpus: list[int], log: Callable[[str], None]) -> Trainer:
+    ``resume`` is what a user adds to continue a run, for messages.
+    """
+
+    def build(device: torch.device, gpus: list[int], log: _Log, anew: bool) -> Trainer:
         train_set, test_set = (get_seg_dataset(cfg, split) for split in ("train", "test"))
         for dataset, key in ((train_set, "TRAIN_SET"), (test_set, "TEST_SET")):
             if not dataset.has_labels:
@@ -157,27 +186,28 @@ def train_segmenter(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Path 
                 f"note: segmentation runs one process per GPU; for the {len(gpus)} of GPUS, start "
                 f"it with torchrun --nproc_per_node={len(gpus)}"
             )
-        model = get_seg_net(cfg, log).to(device)
+        model = (get_seg_net(cfg, log) if anew else MDEQSegNet(cfg)).to(device)
         return SegmentationTrainer(cfg, model, train_set, test_set, device, gpus[:1], processes)
 
-    return _train(cfg, cfg_file, processes, build, cfg.TRAIN.IMAGE_SIZE)
+    return _train(cfg, cfg_file, processes, build, cfg.TRAIN.IMAGE_SIZE, resume)
 
 
 def _train(
     cfg: CfgNode,
     cfg_file: Path,
     processes: Processes,
-    build: Callable[[torch.device, list[int], Callable[[str], None]], Trainer],
+    build: Callable[[torch.device, list[int], _Log, bool], Trainer],
     image_size: list[int],
+    resume: str,
 ) -> Path | None:
     """Build a trainer, start or resume it, train."""
     folder = run_folder(cfg, cfg_file)
-    source = _checkpoint_to_resume(cfg, folder)
+    source = _checkpoint_to_resume(cfg, folder, resume)
     checkpoint = None if source is None else load(source)
     changes = [] if source is None else _changes(cfg, source.parent / CONFIG)
     device, gpus = _devices(cfg, processes)
     lines: list[str] = []
-    trainer = build(device, gpus, lines.append)
+    trainer = build(device, gpus, lines.append, checkpoint is None)
     model = trainer.model
     if checkpoint is not None:
         state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
@@ -186,7 +216,8 @@ def _train(
         load_state(model, state, str(source))
         trainer.load_state_dict(checkpoint, source)
     elif cfg.TRAIN.MODEL_FILE:
-        load_weights(model, cfg.TRAIN.MODEL_FILE)
+        with naming("TRAIN.MODEL_FILE"):
+            load_weights(model, cfg.TRAIN.MODEL_FILE)
 
     if not (folder / WEIGHTS).exists():
         trainer.best = {}  # of a run elsewhere
@@ -226,13 +257,13 @@ def _train(
     return run.folder
 
 
-def _checkpoint_to_resume(cfg: CfgNode, folder: Path) -> Path | None:
+def _checkpoint_to_resume(cfg: CfgNode, folder: Path, resume: str) -> Path | None:
     """The checkpoint to continue from; None starts anew."""
     own = folder / CHECKPOINT
     if (cfg.TRAIN.RESUME or cfg.AUTO_RESUME) and own.exists():
         return own
     if not cfg.DEBUG.DEBUG:
-        check_unused(folder, f"add {_RESUME} to continue it, or choose another --modelDir")
+        check_unused(folder, f"add {resume} to continue it, or choose another OUTPUT_DIR")
     return Path(cfg.TRAIN.CHECKPOINT) if cfg.TRAIN.CHECKPOINT else None
 
 
@@ -281,7 +312,7 @@ def validate_classifier(cfg: CfgNode, cfg_file: Path, processes: Processes) -> E
     model, path = _trained(cfg, cfg_file, get_cls_net, device)
     found = evaluate_classification(cfg, model, dataset, device=device, processes=processes)
     if processes.leads:
-        print(f"{path} | {len(dataset)} images | {found.text()}", flush=True)
+        print(f"{path} | {found.text()}", flush=True)
     return found
 
 
@@ -312,9 +343,9 @@ def predict_segmentation(cfg: CfgNode, cfg_file: Path, processes: Processes) -> 
     if processes.leads:
         if dataset.has_labels:
             print(found.confusion.table(dataset.facts.class_names))
-            print(f"{path} | {len(dataset)} images | {found.text()}")
+            print(f"{path} | {found.text()}")
         else:
-            print(f"{path} | {len(dataset)} images without labels")
+            print(f"{path} | {found.images} images without labels")
         print("nothing written (debug)" if cfg.DEBUG.DEBUG else f"predictions in {folder}")
     return found
 
@@ -325,5 +356,6 @@ def _trained(
     """The model with the weights of TEST.MODEL_FILE, or the best of the run."""
     path = Path(cfg.TEST.MODEL_FILE or run_folder(cfg, cfg_file) / WEIGHTS)
     model = build(cfg)
-    load_weights(model, path)
+    with naming("TEST.MODEL_FILE" if cfg.TEST.MODEL_FILE else "the best weights of the run"):
+        load_weights(model, path)
     return model.to(device), path

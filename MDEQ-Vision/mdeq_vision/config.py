@@ -274,7 +274,10 @@ _RANGES = [
     ("LOSS.JAC_LOSS_FREQ", lambda v: 0 <= v <= 1, "between 0 and 1"),
     ("LOSS.JAC_LOSS_WEIGHT", lambda v: v >= 0, "0 or more"),
     ("LOSS.PRETRAIN_JAC_LOSS_WEIGHT", lambda v: v >= 0, "0 or more"),
+    ("LOSS.OHEMTHRES", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    ("LOSS.OHEMKEEP", lambda v: v >= 0, "0 or more"),
     ("GPUS", lambda v: v and _integers(v, 0), "numbers of GPUs, such as (0,1)"),
+    ("MODEL.DROPOUT", lambda v: 0 <= v < 1, "at least 0 and below 1"),
     ("MODEL.EXPANSION_FACTOR", lambda v: v > 0, "above 0"),
     ("TRAIN.WD", lambda v: v >= 0, "0 or more"),
     ("TRAIN.MOMENTUM", lambda v: 0 <= v < 1, "at least 0 and below 1"),
@@ -307,3 +310,6 @@ def _check_values(cfg: CfgNode) -> None:
             good = False
         if not good:
             raise InputError(f"{key} is {value!r}, but must be {what}")
+    train = cfg.TRAIN
+    if train.OPTIMIZER == "sgd" and train.NESTEROV and train.MOMENTUM == 0:
+        raise InputError("TRAIN.NESTEROV needs a TRAIN.MOMENTUM above 0")

@@ -22,13 +22,14 @@ class Evaluation:
     """What an evaluation found: figures by name, and the confusion matrix of a segmentation."""
 
     score: str  # the name of the figure that says how good the model is
+    images: int
     figures: dict[str, float]
     confusion: ConfusionMatrix | None = field(default=None, repr=False)
 
     def text(self) -> str:
         """The figures in one line; shares as percentages."""
         figures = dict(self.figures)
-        line = f"loss {figures.pop('loss'):.4f}"
+        line = f"{self.images} images | loss {figures.pop('loss'):.4f}"
         nfe, residual = figures.pop("nfe"), figures.pop("rel_residual")
         figures.pop("abs_residual")
         radius = figures.pop("sradius", None)
@@ -52,15 +53,17 @@ def evaluate_classification(
         train_step: decides the phase, as in the model's forward; -1 is equilibrium.
     """
     with evaluating(model) as stats:
-        totals = _Totals(model, cfg, device)
+        totals = _Totals(model, cfg, device, 3)  # loss, top-1, top-5
         for images, target in _batches(cfg, dataset, device, processes):
             output = totals.forward(images, train_step).float()
             hits = topk_correct(output, target)
             loss = torch.nn.functional.cross_entropy(output, target, reduction="sum")
-            totals.add(loss, len(target), hits[1], hits[5])
-        loss, count, top1, top5 = totals.reduce(processes)
-        figures = {"loss": loss / count, "top1": top1 / count, "top5": top5 / count}
-        return Evaluation("top1", figures | totals.solver_figures(stats.forward.means()))
+            totals.add(len(images), loss, hits[1], hits[5])
+        count, *sums = totals.reduce(processes)
+        names = ("loss", "top1", "top5")
+        figures = {name: value / count for name, value in zip(names, sums, strict=True)}
+        figures |= totals.solver_figures(stats.forward.means())
+        return Evaluation("top1", int(count), figures)
 
 
 def evaluate_segmentation(
@@ -89,7 +92,7 @@ def evaluate_segmentation(
     confusion = ConfusionMatrix(cfg.DATASET.NUM_CLASSES, cfg.TRAIN.IGNORE_LABEL)
     scales = cfg.TEST.SCALE_LIST if cfg.TEST.MULTI_SCALE else [1.0]
     with evaluating(model) as stats:
-        totals = _Totals(model, cfg, device)
+        totals = _Totals(model, cfg, device, 2)  # loss, weight
         for indices, images, label in _batches(cfg, _Numbered(dataset), device, processes):
             probabilities = predict(
                 lambda x: totals.forward(x, train_step),
@@ -100,14 +103,13 @@ def evaluate_segmentation(
                 flip=cfg.TEST.FLIP_TEST,
             )
             prediction = probabilities.argmax(dim=1)
-            if dataset.has_labels:
-                # The logarithm of a probability is a logit too.
-                totals.add(*criterion(probabilities.clamp_min(1e-30).log(), label))
-                confusion.update(prediction, label)
+            # The logarithm of a probability is a logit too.
+            totals.add(len(images), *criterion(probabilities.clamp_min(1e-30).log(), label))
+            confusion.update(prediction, label)
             if on_prediction is not None:
                 for index, train_ids in zip(indices.tolist(), prediction.cpu(), strict=True):
                     on_prediction(index, train_ids)
-        loss, weight = totals.reduce(processes)
+        count, loss, weight = totals.reduce(processes)
         confusion.reduce()
         figures = {
             "loss": loss / weight if weight else float("nan"),
@@ -116,16 +118,16 @@ def evaluate_segmentation(
             "mean_accuracy": confusion.mean_accuracy,
         }
         figures |= totals.solver_figures(stats.forward.means())
-        return Evaluation("mIoU", figures, confusion)
+        return Evaluation("mIoU", int(count), figures, confusion)
 
 
 class _Totals:
-    """Sums over the batches of one process."""
+    """The number of images and ``n`` further sums over the batches of one process."""
 
-    def __init__(self, model: MDEQNet, cfg: CfgNode, device: torch.device):
-        self.model, self.device = model, device
+    def __init__(self, model: MDEQNet, cfg: CfgNode, device: torch.device, n: int):
+        self.model = model
         self.radius_too = cfg.DEQ.SPECTRAL_RADIUS_MODE
-        self.sums: Tensor | float = 0.0
+        self.sums = torch.zeros(1 + n, dtype=torch.float64, device=device)
         self.radii: list[float] = []
 
     def forward(self, images: Tensor, train_step: int) -> Tensor:
@@ -139,14 +141,12 @@ class _Totals:
             self.radii.append(sradius.float().mean().item())
         return output
 
-    def add(self, *values: Tensor | int) -> None:
-        parts = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values]
-        self.sums = self.sums + torch.stack(parts)
+    def add(self, images: int, *values: Tensor) -> None:
+        self.sums[0] += images
+        self.sums[1:] += torch.stack([value.double() for value in values])
 
     def reduce(self, processes: Processes) -> list[float]:
-        """The sums over all processes. Without any ``add``, two zeros (a loss and its weight)."""
-        if not isinstance(self.sums, Tensor):
-            self.sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        """The sums over all processes."""
         return processes.sum(self.sums).tolist()
 
     def solver_figures(self, means: dict[str, float]) -> dict[str, float]:

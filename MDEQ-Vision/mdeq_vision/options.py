@@ -46,7 +46,10 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
 
 
 def _share(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and 0 < value <= 1):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0 and at most 1")
     return value

@@ -29,7 +29,7 @@ def main(argv: list[str] | None, room: Path) -> int:
         cfg_file = room / "experiments" / file
         opts = ["OUTPUT_DIR", str(room / "output"), "TRAIN.RESUME", str(args.restart), *args.opts]
         cfg = load_config(Namespace(cfg=cfg_file, opts=opts))
-        folder = train(cfg, cfg_file, Processes())
+        folder = train(cfg, cfg_file, Processes(), "--restart")
         if folder is not None:
             text = report(cfg, folder)
             (folder / "report.txt").write_text(text + "\n")

@@ -8,7 +8,7 @@ from yacs.config import CfgNode
 from lib.checkpoint import load_weights
 from lib.distributed import Processes
 from lib.experiment import WEIGHTS, peak_memory_mib, read_metrics
-from lib.report import CURVES, draw_curves, last_record, solver_rows, table
+from lib.report import CURVES, draw_curves, solver_rows, table
 from mdeq_vision.datasets import SegmentationDataset, get_cls_dataset, get_seg_dataset
 from mdeq_vision.evaluation import Evaluation, evaluate_classification, evaluate_segmentation
 from mdeq_vision.model import MDEQClsNet, MDEQSegNet
@@ -29,7 +29,7 @@ def report_classification(cfg: CfgNode, folder: Path) -> str:
             cfg, model, dataset, device=torch.device("cpu"), processes=Processes()
         )
 
-    return _report(cfg, folder, evaluate, "test accuracy", len(dataset))
+    return _report(cfg, folder, evaluate, "test accuracy")
 
 
 def report_segmentation(cfg: CfgNode, folder: Path) -> str:
@@ -48,7 +48,7 @@ def report_segmentation(cfg: CfgNode, folder: Path) -> str:
             on_prediction=predictions.__setitem__,
         )
 
-    text = _report(cfg, folder, evaluate, "test mIoU", len(dataset))
+    text = _report(cfg, folder, evaluate, "test mIoU")
     _draw_scenes(dataset, predictions, folder / SCENES)
     return f"{text}\nscenes: {folder / SCENES}"
 
@@ -58,11 +58,9 @@ def _best(model, folder: Path):
     return model
 
 
-def _report(cfg: CfgNode, folder: Path, evaluate, title: str, n_images: int) -> str:
+def _report(cfg: CfgNode, folder: Path, evaluate, title: str) -> str:
     records = read_metrics(folder)
     border = cfg.TRAIN.PRETRAIN_STEPS
-    stacked = last_record(records, "valid", phase="stacked")
-    last = last_record(records, "valid", phase="equilibrium")
     # The spectral radius first: the scenes are drawn from the evaluation of all images.
     few = cfg.clone()
     few.defrost()
@@ -71,15 +69,17 @@ def _report(cfg: CfgNode, folder: Path, evaluate, title: str, n_images: int) -> 
     best = evaluate(cfg)
     name, figures = best.score, best.figures
 
-    def percent(found: dict) -> str:
-        return f"{100 * found[name]:.2f}%"
+    def ended(phase: str) -> tuple[str, str]:
+        """The score at the end of a phase, and the step."""
+        found = [r for r in records if r["kind"] == "valid" and r["phase"] == phase]
+        return (f"{100 * found[-1][name]:.2f}%", str(found[-1]["step"])) if found else ("none", "")
 
     draw_curves(records, border, folder / CURVES, lambda axes: _draw_scores(axes, records, name))
     rows = [
-        (f"{title} ({n_images} images)", "", "step"),
-        ("stacked (end of pre-training)", percent(stacked), str(stacked["step"])),
-        ("equilibrium (end of training)", percent(last), str(last["step"])),
-        ("equilibrium (best weights)", percent(figures), ""),
+        (f"{title} ({best.images} images)", "", "step"),
+        ("stacked (end of pre-training)", *ended("stacked")),
+        ("equilibrium (end of training)", *ended("equilibrium")),
+        ("equilibrium (best weights)", f"{100 * figures[name]:.2f}%", ""),
         ("", "", ""),
         *solver_rows(records, border, figures),
         ("", "", ""),

@@ -11,16 +11,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
-from lib.checkpoint import save_atomic
 from lib.distributed import BalancedDataParallel, Processes
 from lib.errors import InputError
-from lib.experiment import WEIGHTS, Run
+from lib.experiment import Run
 from lib.training import (
     give_up,
     random_states,
     restore_random_states,
     restore_stats,
     save_checkpoint,
+    save_weights,
     solver_figures,
     stats_state,
 )
@@ -232,8 +232,7 @@ class Trainer:
         # A stacked network and an equilibrium are compared with their own kind.
         if phase != self.best.get("phase") or not score <= self.best["score"]:
             self.best = {"phase": phase, "score": score, "step": self.step, "name": found.score}
-            if run.folder is not None:
-                save_atomic(self.model.state_dict(), run.folder / WEIGHTS)
+            save_weights(run, self.model, self.step, _WAY_OUT)
         self._window_start += time.perf_counter() - paused
 
     def _reset_window(self) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from lib.checkpoint import not_finite, read_state, save_atomic, strip_wrappers
-from lib.errors import InputError
+from lib.errors import InputError, naming
 from mdeq_vision.model import MDEQSegNet
 
 # The parts that both kinds of model have; the heads are their own.
@@ -97,5 +97,6 @@ def get_seg_net(cfg: CfgNode, log: Callable[[str], None] | None = None) -> MDEQS
     """
     model = MDEQSegNet(cfg)
     if cfg.MODEL.PRETRAINED:
-        load_pretrained(model, cfg.MODEL.PRETRAINED, log)
+        with naming("MODEL.PRETRAINED"):
+            load_pretrained(model, cfg.MODEL.PRETRAINED, log)
     return model

@@ -22,7 +22,6 @@ from lib.experiment import (
     run_folder,
 )
 
-
 SAVED = (SETTINGS, '{"lr": 0.1}')
 
 

@@ -81,11 +81,16 @@ def test_evaluating_puts_everything_back():
     model, x = Model(), torch.ones(2, 1)
     model(x).sum().backward()
     before = stats_state(model.deq.stats)
-    with pytest.raises(RuntimeError), evaluating(model) as stats:
-        assert not model.training
-        assert not model(x).requires_grad
-        assert stats.forward.solves == 1
-        raise RuntimeError
+
+    def fail():
+        with evaluating(model) as stats:
+            assert not model.training
+            assert not model(x).requires_grad
+            assert stats.forward.solves == 1
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert model.training
     assert torch.is_grad_enabled()
     assert stats_state(model.deq.stats) == before
@@ -111,11 +116,11 @@ def test_a_checkpoint_of_weights_that_are_not_finite_is_refused(run):
     save_checkpoint(run, model, {"step": 1}, 1, "do better")
     with torch.no_grad():
         model.weight.fill_(torch.nan)
-    with pytest.raises(TrainingError, match="weight.* at step 2: do better; the last good state"):
+    with pytest.raises(TrainingError, match=r"weight.* at step 2: do better; the last good state"):
         save_checkpoint(run, model, {"step": 2}, 2, "do better")
     assert load(run.folder / CHECKPOINT) == {"step": 1}
 
 
 def test_give_up_without_a_checkpoint(run):
-    with pytest.raises(TrainingError, match="^the loss is nan at step 5: lower it$"):
+    with pytest.raises(TrainingError, match=r"^the loss is nan at step 5: lower it$"):
         give_up(run, "the loss is nan", 5, "lower it")

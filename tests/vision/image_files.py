@@ -20,7 +20,7 @@ def settings(dataset: str, root: str | Path = "", **sections: dict) -> CfgNode:
     """The defaults with DATASET.DATASET, DATASET.ROOT and e.g. ``TRAIN={"FLIP": False}``."""
     cfg = config.clone()
     cfg.defrost()
-    cfg.DATASET.DATASET, cfg.DATASET.ROOT = dataset, str(root)
+    cfg.DATASET.DATASET, cfg.DATASET.ROOT, cfg.DATASET.TEST_SET = dataset, str(root), "val"
     for section, values in sections.items():
         for key, value in values.items():
             assert key in cfg[section], f"{section}.{key}"

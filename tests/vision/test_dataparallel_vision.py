@@ -13,6 +13,9 @@ import mdeq_vision.model
 from lib.distributed import BalancedDataParallel, shares
 from small_vision import EQUILIBRIUM, STACKED, build, freeze_batch_norm, images
 
+# So few iterations do not converge.
+pytestmark = pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
+
 
 def replicate(network: nn.Module, devices, detach=False) -> list[nn.Module]:
     """As PyTorch's, which needs GPUs: shallow copies whose parameters are copies with a graph."""

@@ -8,13 +8,13 @@ import math
 from pathlib import Path
 
 import pytest
-from image_files import write_cifar10, write_cityscapes, write_imagenet
-from small_runs import EXPERIMENTS, ROOM, run_tool
 
+from image_files import write_cifar10, write_cityscapes, write_imagenet
 from lib.checkpoint import load
 from lib.experiment import CHECKPOINT, WEIGHTS, read_metrics
 from mdeq_vision.command import CONFIG
 from mdeq_vision.config import config, merge_file
+from small_runs import EXPERIMENTS, ROOM, run_tool
 
 SMALL = {
     "cifar": """

@@ -1,7 +1,6 @@
 """get_data.sh with a fake network and fake md5 sums, and the command that writes the lists."""
 
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from image_files import settings, write_cifar10, write_cityscapes
+from mdeq_vision.command import make_cityscapes_lists
 from mdeq_vision.datasets import get_cls_dataset
 
 ROOM = Path(__file__).parents[2] / "MDEQ-Vision"
@@ -329,16 +329,11 @@ def test_archives_that_need_an_account_are_named(site):
 # ---- the lists -----------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def make_lists():
-    return runpy.run_path(str(ROOM / "tools" / "make_cityscapes_lists.py"))["main"]
-
-
-def test_lists_pair_images_with_labels(tmp_path, monkeypatch, capsys, make_lists):
+def test_lists_pair_images_with_labels(tmp_path, monkeypatch, capsys):
     root = write_cityscapes(tmp_path / "data", n_train=3, n_val=1, n_test=1)
     shutil.rmtree(root / "list")
     monkeypatch.chdir(tmp_path)
-    assert make_lists([]) == 0  # data/ is the default
+    assert make_cityscapes_lists([]) == 0  # data/ is the default
     assert "train.lst: 3 images" in capsys.readouterr().out
     lists = {path.stem: path.read_text().splitlines() for path in root.glob("list/*/*.lst")}
     assert lists["val"] == [
@@ -350,7 +345,7 @@ def test_lists_pair_images_with_labels(tmp_path, monkeypatch, capsys, make_lists
     assert lists["trainval"] == lists["train"] + lists["val"]
 
 
-def test_lists_of_an_incomplete_tree_are_not_written(tmp_path, monkeypatch, capsys, make_lists):
+def test_lists_of_an_incomplete_tree_are_not_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     root = write_cityscapes(tmp_path / "data")
     shutil.rmtree(root / "list")
@@ -360,7 +355,7 @@ def test_lists_of_an_incomplete_tree_are_not_written(tmp_path, monkeypatch, caps
         ([], f"labels {labels.relative_to(tmp_path)} do not exist (1 of 2"),
         (["nowhere"], "no images nowhere/cityscapes/leftImg8bit/train"),
     ):
-        assert make_lists(arguments) == 2
+        assert make_cityscapes_lists(arguments) == 2
         message = capsys.readouterr().err
         assert words in message
         assert "bash get_data.sh cityscapes" in message

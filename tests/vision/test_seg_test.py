@@ -212,10 +212,6 @@ def test_a_sample_of_the_images(argv, capsys):
     assert len(list((predictions(argv) / "labels").iterdir())) == 2
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="predict_segmentation prints len(dataset), not the number of images evaluated",
-)
 def test_the_printed_number_of_images_is_the_evaluated_one(argv, capsys):
     assert run_tool("seg_test", *argv, "TEST.NUM_SAMPLES", "2") == 0
     assert "| 2 images |" in capsys.readouterr().out

@@ -11,6 +11,8 @@ from mdeq_vision.datasets import digit_scenes
 from mdeq_vision.tasks import ClassificationTrainer, SegmentationTrainer
 from small_runs import DIGITS, SCENES, TINY, TINY_DIGITS, run_tool
 
+# So few iterations do not converge.
+pytestmark = pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
 STAGE = "MODEL.EXTRA.FULL_STAGE"
 # What both kinds of model share.
 MODEL = f"""
