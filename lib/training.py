@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -103,6 +104,27 @@ def give_up(run: Run, trouble: str, step: int, way_out: str) -> NoReturn:
     if run.folder is not None and (run.folder / CHECKPOINT).exists():
         saved = f"; the last good state is {run.folder / CHECKPOINT}"
     raise TrainingError(f"{trouble} at step {step}: {way_out}{saved}")
+
+
+def check_checkpoint(state, like: dict, source: Path) -> None:
+    """Refuse a checkpoint of another format, or one that lacks parts.
+
+    Args:
+        state: what was read.
+        like: what the trainer would save now.
+        source: the file, for the message.
+    """
+    if not isinstance(state, dict) or state.get("format") != like["format"]:
+        raise InputError(f"{source} is not a checkpoint of this trainer: give its {CHECKPOINT}")
+    if missing := [name for name in like if name not in state]:
+        raise InputError(f"{source} lacks {', '.join(missing)}: it is not whole, use another")
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict, weight_decay: float) -> None:
+    """Load an optimiser's state; the weight decay is the setting's, as the rate will be."""
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = weight_decay
 
 
 def save_checkpoint(run: Run, model: nn.Module, state: dict, step: int, way_out: str) -> None:

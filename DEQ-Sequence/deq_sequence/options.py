@@ -1,13 +1,12 @@
 """The command line of train_transformer.py."""
 
 import argparse
-import difflib
 import math
 import sys
 from pathlib import Path
 
 from deq_sequence.corpus import DATASETS
-from lib.errors import InputError
+from lib.errors import InputError, did_you_mean
 from lib.solvers import SOLVERS
 
 DEFAULT_DATA = "../data/wikitext-103"
@@ -33,8 +32,7 @@ class Parser(argparse.ArgumentParser):
         found, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-            hint = f": did you mean {near[0]}?" if near else " (see --help)"
+            hint = did_you_mean(unknown[0].split("=")[0], flags, otherwise=" (see --help)")
             raise InputError(f"unknown flag {unknown[0]}{hint}")
         return found
 

@@ -20,8 +20,10 @@ from lib.errors import InputError
 from lib.experiment import Run
 from lib.jacobian import jac_loss_weight_at
 from lib.training import (
+    check_checkpoint,
     give_up,
     random_states,
+    restore_optimizer,
     restore_random_states,
     restore_stats,
     save_checkpoint,
@@ -248,18 +250,11 @@ class Trainer:
         Raises:
             InputError: a checkpoint of another format, or of a run with other batch settings.
         """
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise InputError(
-                f"{source} is not a checkpoint of this trainer: give its checkpoint.pt"
-            )
-        if missing := [name for name in self.state_dict() if name not in state]:
-            raise InputError(f"{source} lacks {', '.join(missing)}: it is not whole, use another")
+        check_checkpoint(state, self.state_dict(), source)
         for name, value in state["fixed"].items():
             if getattr(self.args, name) != value:
                 raise InputError(f"{source} was saved with --{name} {value}: continue with that")
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.args.weight_decay  # the flag's, as for the rate
+        restore_optimizer(self.optimizer, state["optimizer"], self.args.weight_decay)
         self.learning_rate.load_state_dict(state["learning_rate"])
         self.step, self.epoch, self.row = state["step"], state["epoch"], state["row"]
         self.mems = [[m.to(self.device) for m in mems] for mems in state["mems"]]

@@ -7,7 +7,6 @@ Every key that is not here is refused, with the nearest one that is. Only MODEL.
 """
 
 import ast
-import difflib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode
 
-from lib.errors import InputError
+from lib.errors import InputError, did_you_mean
 
 _NEVER = 100_000_000
 
@@ -218,8 +217,7 @@ def _unknown(name: str, value, source: str, root: CfgNode) -> str:
     while isinstance(value, Mapping) and len(value) == 1:  # an override of an unknown section
         ((key, value),) = value.items()
         name += f".{key}"
-    near = difflib.get_close_matches(name.upper(), flat(root), n=1, cutoff=0.6)
-    return f"unknown key {name} in {source}" + (f": did you mean {near[0]}?" if near else "")
+    return f"unknown key {name} in {source}{did_you_mean(name.upper(), flat(root))}"
 
 
 def _literal(value):

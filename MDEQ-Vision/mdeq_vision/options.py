@@ -1,11 +1,10 @@
 """The command lines of the tools."""
 
 import argparse
-import difflib
 import math
 import sys
 
-from lib.errors import InputError
+from lib.errors import InputError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,8 +38,7 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     args, unknown = parser.parse_known_intermixed_args(sys.argv[1:] if argv is None else argv)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-        hint = f": did you mean {near[0]}?" if near else " (see --help)"
+        hint = did_you_mean(unknown[0].split("=")[0], flags, otherwise=" (see --help)")
         raise InputError(f"unknown flag {unknown[0]}{hint}")
     return args
 

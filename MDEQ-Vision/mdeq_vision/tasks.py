@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib.sync_batchnorm import convert_sync_batchnorm
-from mdeq_vision.evaluation import Evaluation, evaluate_classification, evaluate_segmentation
+from mdeq_vision.evaluation import evaluate_classification, evaluate_segmentation
 from mdeq_vision.losses import SegmentationLoss
 from mdeq_vision.metrics import topk_correct
 from mdeq_vision.training import Trainer
@@ -13,6 +13,8 @@ from mdeq_vision.training import Trainer
 
 class ClassificationTrainer(Trainer):
     """Cross-entropy, top-1 accuracy."""
+
+    evaluator = staticmethod(evaluate_classification)
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         total = F.cross_entropy(output, target, reduction="sum")
@@ -22,21 +24,12 @@ class ClassificationTrainer(Trainer):
         hits = topk_correct(output, target, (1,))[1]
         return hits, torch.full_like(hits, len(target))
 
-    def evaluate(self, train_step: int) -> Evaluation:
-        return evaluate_classification(
-            self.cfg,
-            self.model,
-            self.valid_set,
-            train_step=train_step,
-            device=self.device,
-            processes=self.processes,
-        )
-
 
 class SegmentationTrainer(Trainer):
     """Class-weighted cross-entropy or OHEM; batch norm over all processes."""
 
     drop_last = True
+    evaluator = staticmethod(evaluate_segmentation)
 
     def __init__(self, cfg, model, train_set, valid_set, device, gpus, processes):
         if processes.world_size > 1:
@@ -59,13 +52,3 @@ class SegmentationTrainer(Trainer):
         small = small.squeeze(1).long()
         hits = (output.argmax(dim=1) == small).sum()
         return hits, (small != self.cfg.TRAIN.IGNORE_LABEL).sum()
-
-    def evaluate(self, train_step: int) -> Evaluation:
-        return evaluate_segmentation(
-            self.cfg,
-            self.model,
-            self.valid_set,
-            train_step=train_step,
-            device=self.device,
-            processes=self.processes,
-        )

@@ -3,6 +3,7 @@
 import math
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,8 +16,10 @@ from lib.distributed import BalancedDataParallel, Processes
 from lib.errors import InputError
 from lib.experiment import Run
 from lib.training import (
+    check_checkpoint,
     give_up,
     random_states,
+    restore_optimizer,
     restore_random_states,
     restore_stats,
     save_checkpoint,
@@ -95,16 +98,9 @@ class Trainer:
         """How many predictions are right, out of how many (samples or pixels)."""
         raise NotImplementedError
 
-    def evaluate(self, train_step: int) -> Evaluation:
-        """Evaluate on the validation set, in the phase of ``train_step``."""
-        raise NotImplementedError
+    evaluator: Callable[..., Evaluation]  # a function of mdeq_vision.evaluation
 
     # ---- training ------------------------------------------------------------------------------
-
-    @property
-    def stacked(self) -> bool:
-        """Whether the next step is one of the stacked phase."""
-        return self.step < self.cfg.TRAIN.PRETRAIN_STEPS
 
     @property
     def last_step(self) -> int:
@@ -137,6 +133,17 @@ class Trainer:
             world_size=self.processes.world_size,
             workers=self.cfg.WORKERS,
             pin_memory=self.cfg.PIN_MEMORY and self.device.type == "cuda",
+        )
+
+    def evaluate(self, train_step: int) -> Evaluation:
+        """Evaluate on the validation set, in the phase of ``train_step``."""
+        return self.evaluator(
+            self.cfg,
+            self.model,
+            self.valid_set,
+            train_step=train_step,
+            device=self.device,
+            processes=self.processes,
         )
 
     def _update(self, images: Tensor, target: Tensor) -> None:
@@ -281,19 +288,14 @@ class Trainer:
         Raises:
             InputError: a checkpoint of another format, or of a run with other batches.
         """
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
-            raise InputError(f"{source} is not a checkpoint of this trainer")
-        if missing := [name for name in self.state_dict() if name not in state]:
-            raise InputError(f"{source} lacks {', '.join(missing)}: it is not whole, use another")
+        check_checkpoint(state, self.state_dict(), source)
         for name, value in self._fixed.items():
             if state["fixed"].get(name) != value:
                 raise InputError(
                     f"{source} was saved with {name} {state['fixed'].get(name)}, and this run has "
                     f"{value}: continue with the former"
                 )
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.cfg.TRAIN.WD  # the setting's, as for the rate
+        restore_optimizer(self.optimizer, state["optimizer"], self.cfg.TRAIN.WD)
         self.step, self.epoch = state["step"], state["epoch"]
         self.position, self.best = state["position"], state["best"]
         own = state["random_states"]
