@@ -77,7 +77,7 @@ def _defaults() -> CfgNode:
     cfg.DATASET.TRAIN_SET = "train"
     cfg.DATASET.TEST_SET = "valid"
     cfg.DATASET.NUM_CLASSES = 1000  # of segmentation
-    cfg.DATASET.DATA_FORMAT = "jpg"
+    cfg.DATASET.DATA_FORMAT = "jpg"  # for published files only: an image tells its own format
     cfg.DATASET.AUGMENT = True
 
     cfg.TRAIN = CfgNode()
@@ -275,6 +275,7 @@ _RANGES = [
     ("LOSS.OHEMTHRES", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ("LOSS.OHEMKEEP", lambda v: v >= 0, "0 or more"),
     ("GPUS", lambda v: v and _integers(v, 0), "numbers of GPUs, such as (0,1)"),
+    ("MODEL.NAME", lambda v: v == "mdeq", "mdeq"),
     ("MODEL.DROPOUT", lambda v: 0 <= v < 1, "at least 0 and below 1"),
     ("MODEL.EXPANSION_FACTOR", lambda v: v > 0, "above 0"),
     ("TRAIN.WD", lambda v: v >= 0, "0 or more"),

@@ -60,7 +60,7 @@ ACCEPTED = [
     ("GPUS", "0,1", [0, 1]),
     ("GPUS", "[2]", [2]),
     ("GPUS", "1", [1]),
-    ("MODEL.NAME", "5", "5"),
+    ("MODEL.PRETRAINED", "5", "5"),
     ("DATASET.ROOT", "a folder/x=y", "a folder/x=y"),
     ("DATASET.ROOT", "True", "True"),
     ("MODEL.EXPANSION_FACTOR", "3", 3),
@@ -327,7 +327,7 @@ def test_saved_settings_are_read_back(write):
     cfg = resolve(
         "TRAIN.LR", "1", "GPUS", "(0,1)", "LOG_DIR", "", "MODEL.EXPANSION_FACTOR", "2.5",
         "MODEL.EXTRA.FULL_STAGE.NUM_CHANNELS", "[8,16]", "MODEL.EXTRA.FULL_STAGE.BLOCK", "BASIC",
-        "DATASET.ROOT", "a: b # c", "MODEL.NAME", "null", "OUTPUT_DIR", "0x10",
+        "DATASET.ROOT", "a: b # c", "MODEL.PRETRAINED", "null", "OUTPUT_DIR", "0x10",
         "TRAIN.LR_STEP", "[]",
     )  # fmt: skip
     again = config.clone()
