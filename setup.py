@@ -15,8 +15,6 @@ class PathEntryEditable(editable_wheel):
     it only after the path, where any folder named ``lib`` already passes for a namespace package:
     ``/lib``, for one, when the current folder is ``/``. A package with an ``__init__.py`` on a
     path entry beats such a folder, wherever the two stand on the path.
-
-    A room that does not exist yet is listed too: Python skips it until it does.
     """
 
     def _select_strategy(self, name, tag, build_lib):

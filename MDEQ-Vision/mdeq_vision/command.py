@@ -203,7 +203,7 @@ def _train(
     """Build a trainer, start or resume it, train."""
     folder = run_folder(cfg, cfg_file)
     source = _checkpoint_to_resume(cfg, folder, resume)
-    with naming("TRAIN.CHECKPOINT" if source == Path(cfg.TRAIN.CHECKPOINT) else _RESUME):
+    with naming("TRAIN.CHECKPOINT" if source == Path(cfg.TRAIN.CHECKPOINT) else resume):
         checkpoint = None if source is None else load(source)
     changes = [] if source is None else _changes(cfg, source.parent / CONFIG)
     device, gpus = _devices(cfg, processes)

@@ -303,15 +303,24 @@ def test_it_learns(digits):
     assert of_kind(folder, "valid")[-1]["loss"] < losses[0] - 0.2
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(digits, monkeypatch, capsys):
-    """Exit code 1, one line with the last good state, whose weights are finite."""
+@pytest.fixture
+def nan_at(monkeypatch):
+    """``nan_at(step)`` makes the training loss of that step NaN."""
     real = ClassificationTrainer.loss
 
-    def loss(self, output, target):
-        total, weight = real(self, output, target)
-        return total * (math.nan if self.step == 4 else 1.0), weight
+    def patch(step):
+        def loss(self, output, target):
+            total, weight = real(self, output, target)
+            return total * (math.nan if self.step == step else 1.0), weight
 
-    monkeypatch.setattr(ClassificationTrainer, "loss", loss)
+        monkeypatch.setattr(ClassificationTrainer, "loss", loss)
+
+    return patch
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(digits, nan_at, capsys):
+    """Exit code 1, one line with the last good state, whose weights are finite."""
+    nan_at(4)
     assert run_tool("cls_train", *digits.argv()) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("cls_train.py: the loss is nan at step 5: lower TRAIN.LR")
@@ -321,15 +330,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(digits, monkeypatch, capsys):
     assert all(v.isfinite().all() for v in state["state_dict"].values())
 
 
-def test_a_loss_that_is_not_finite_between_two_lines(digits, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_between_two_lines(digits, nan_at, capsys):
     """Not logged until the end of the run: the checkpoints on the way are refused, too."""
-    real = ClassificationTrainer.loss
-
-    def loss(self, output, target):
-        total, weight = real(self, output, target)
-        return total * (math.nan if self.step == 1 else 1.0), weight
-
-    monkeypatch.setattr(ClassificationTrainer, "loss", loss)
+    nan_at(1)
     assert run_tool("cls_train", *digits.argv("PRINT_FREQ", 100, "SAVE_FREQ", 1)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "weights are not finite" in line
@@ -338,14 +341,8 @@ def test_a_loss_that_is_not_finite_between_two_lines(digits, monkeypatch, capsys
     assert all(v.isfinite().all() for v in state["state_dict"].values())
 
 
-def test_model_pt_is_never_without_finite_weights(digits, monkeypatch, capsys):
-    real = ClassificationTrainer.loss
-
-    def loss(self, output, target):
-        total, weight = real(self, output, target)
-        return total * (math.nan if self.step == 1 else 1.0), weight
-
-    monkeypatch.setattr(ClassificationTrainer, "loss", loss)
+def test_model_pt_is_never_without_finite_weights(digits, nan_at):
+    nan_at(1)
     assert run_tool("cls_train", *digits.argv("PRINT_FREQ", 100, "SAVE_FREQ", 0)) == 1
     weights = digits.folder / WEIGHTS
     assert not weights.exists() or all(v.isfinite().all() for v in load(weights).values())
