@@ -2,13 +2,13 @@
 
 import argparse
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from deq_sequence.iterators import LMOrderedIterator
 from deq_sequence.model import DEQTransformerLM
+from lib.precision import autocast
 from lib.training import evaluating
 
 
@@ -43,11 +43,6 @@ class Evaluation:
         solver = f" | f res {self.rel_residual:.2e} nfe {self.nfe:.1f}" if self.nfe else ""
         radius = "" if self.sradius is None else f" | spectral radius {self.sradius:.3f}"
         return f"loss {self.loss:.5f} {figure}{solver}{radius}"
-
-
-def autocast(amp: str, device: torch.device):
-    """The context of ``--amp``: bfloat16 inside f; the solver's state stays float32."""
-    return torch.autocast(device.type, torch.bfloat16) if amp == "bf16" else nullcontext()
 
 
 def settings_from(args: argparse.Namespace) -> dict:

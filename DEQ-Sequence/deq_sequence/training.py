@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from deq_sequence.corpus import Corpus
-from deq_sequence.evaluation import Evaluation, autocast, evaluate, perplexity, settings_from
+from deq_sequence.evaluation import Evaluation, evaluate, perplexity, settings_from
 from deq_sequence.iterators import LMOrderedIterator
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.schedules import LearningRate, make_optimizer
@@ -19,6 +19,7 @@ from lib.distributed import BalancedDataParallel
 from lib.errors import InputError
 from lib.experiment import Run
 from lib.jacobian import jac_loss_weight_at
+from lib.precision import autocast
 from lib.training import (
     check_checkpoint,
     give_up,
