@@ -1,9 +1,9 @@
 """Fixed-point solvers: find z with f(z) = z.
 
 Every solver has the signature ``solver(f, x0, threshold=..., eps=..., stop_mode=...) -> dict`` and
-is listed by name in :data:`SOLVERS`. A method only knows how to propose its next point; the class
-:class:`_Run` evaluates f there, keeps the residual traces and the best point, finds samples that
-are no longer finite, and decides when to stop.
+is listed by name in :data:`SOLVERS`. A method only knows how to propose its next point; a
+:class:`~lib.solver_run.Run` evaluates f there, keeps the residual traces and the best point, finds
+samples that are no longer finite, and decides when to stop.
 
 Example::
 
@@ -33,149 +33,21 @@ Not converging is a status in this dict; misuse is an :class:`~lib.errors.InputE
 Nothing is differentiated here (see :mod:`lib.deq`), so solvers run under ``torch.no_grad``.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lib.errors import InputError
+from lib.solver_run import Run, check
 
-# A residual this many times the first one is a diverging iteration. Measured on the absolute
-# residual in both stop modes: the relative residual of z -> 3 z stays at 2/3 for ever.
-DIVERGENCE_FACTOR = 1e6
-
-# Steps of Broyden's method are stored in blocks of this many: few kernels, little unused memory.
-_BLOCK = 8
-
-
-class _Run:
-    """One solve: evaluates f, records residuals, holds the best point, decides when to stop.
-
-    Points are (B, D) tensors in the working dtype: that of ``x0``, but float32 for half
-    precision, whose inner products would not carry a solver. f sees the shape and dtype of x0.
-    """
-
-    def __init__(self, f: Callable, x0: Tensor, threshold: int, eps: float, stop_mode: str):
-        _check_arguments(f, x0, threshold, eps, stop_mode)
-        self.f = f
-        self.shape, self.dtype = x0.shape, x0.dtype
-        self.threshold, self.eps, self.stop_mode = threshold, float(eps), stop_mode
-        self.work_dtype = torch.promote_types(x0.dtype, torch.float32)
-        self.x0 = x0.detach().reshape(len(x0), -1).to(self.work_dtype)  # (B, D)
-        self.abs_trace: list[float] = []
-        self.rel_trace: list[float] = []
-        self.best, self.best_index, self.lowest = self.x0, 0, math.inf
-        self.best_residual = torch.full((len(x0),), math.inf, device=x0.device)
-        self.lost = torch.zeros(len(x0), dtype=torch.bool, device=x0.device)
-        self.any_lost = self.converged = self.diverged = False
-        self.limit = math.inf  # of the absolute residual
-        # The best finite iterate of each sample: what a sample falls back to once f fails on it.
-        self.own_best, self.own_residual = self.x0, self.best_residual
-
-    @property
-    def stopped(self) -> bool:
-        return self.converged or self.diverged
-
-    def evaluate(self, x: Tensor, forgive: bool = False) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Evaluate f at x (B, D): returns (x, f(x), f(x) - x), all finite.
-
-        A sample on which f is not finite is lost: from then on it rests at its best finite
-        iterate with a residual of zero, so that it neither moves nor disturbs its batch mates.
-        With ``forgive`` (a line search's trial) None is returned instead and nothing is lost.
-        """
-        if self.any_lost:
-            x = self._settle(x, self.own_best)
-        z = x.to(self.dtype)
-        fz = self.f(z.view(self.shape))
-        if not isinstance(fz, Tensor) or fz.shape != self.shape:
-            found = tuple(fz.shape) if isinstance(fz, Tensor) else type(fz).__name__
-            raise InputError(f"f must map {tuple(self.shape)} to the same shape, but gave {found}")
-        x = z.to(self.work_dtype)  # half precision rounds: the residual belongs to the point used
-        fx = fz.detach().reshape(x.shape).to(self.work_dtype)
-        gx = self._settle(fx - x, 0.0) if self.any_lost else fx - x
-
-        g2, f2 = self._squares(gx, fx)
-        total_g, total_f, all_better, any_better, better, residual = self._compare(g2, f2)
-        if not math.isfinite(total_g + total_f):
-            if forgive:
-                self._record(math.inf, math.inf)
-                return None
-            self.lost |= ~torch.isfinite(g2 + f2)
-            self.any_lost = True
-            if bool(self.lost.all()):
-                self._record(math.inf, math.inf)
-                self.diverged = True
-                return self.own_best, self.own_best, torch.zeros_like(x)
-            x, gx = self._settle(x, self.own_best), self._settle(gx, 0.0)
-            fx = self._settle(fx, self.own_best)
-            g2, f2 = self._squares(gx, fx)
-            total_g, total_f, all_better, any_better, better, residual = self._compare(g2, f2)
-
-        self._record(math.sqrt(total_g), math.sqrt(total_g) / (math.sqrt(total_f) + _TINY))
-        if all_better:  # the usual step: a reference, not a copy
-            self.own_best, self.own_residual = x, residual
-        elif any_better:
-            self.own_best = torch.where(better[:, None], x, self.own_best)
-            self.own_residual = torch.where(better, residual, self.own_residual)
-        current = self.abs_trace[-1] if self.stop_mode == "abs" else self.rel_trace[-1]
-        if current < self.lowest:
-            self.best, self.best_index, self.lowest = x, len(self.abs_trace) - 1, current
-            self.best_residual = residual
-        self.converged = current < self.eps or current == 0.0
-        if len(self.abs_trace) == 1:
-            # A warm start may have a residual of rounding errors, whose growth says nothing.
-            floor = math.sqrt(torch.finfo(self.work_dtype).eps) * math.sqrt(total_f)
-            self.limit = DIVERGENCE_FACTOR * max(self.abs_trace[0], floor)
-        self.diverged = self.abs_trace[-1] > self.limit
-        return x, fx, gx
-
-    def result(self) -> dict:
-        residual = self.best_residual
-        return {
-            "result": self.best.to(self.dtype).view(self.shape),
-            "lowest": self.lowest,
-            "nstep": self.best_index,
-            "prot_break": self.diverged and not self.converged,
-            "abs_trace": self.abs_trace,
-            "rel_trace": self.rel_trace,
-            "nfe": len(self.abs_trace),
-            "converged": (residual < self.eps) | (residual == 0),
-            "residual": residual,
-            "finite": ~self.lost,
-            "eps": self.eps,
-            "threshold": self.threshold,
-            "stop_mode": self.stop_mode,
-        }
-
-    def _settle(self, x: Tensor, rest: Tensor | float) -> Tensor:
-        """Replace the lost samples of x by ``rest``: chosen, since NaN times zero is NaN."""
-        return torch.where(self.lost[:, None], rest, x)
-
-    def _squares(self, gx: Tensor, fx: Tensor) -> tuple[Tensor, Tensor]:
-        """||g||^2 and ||f||^2 per sample (B,) in float64; zero for the lost ones."""
-        norms = [torch.linalg.vector_norm(t, dim=1).double().square() for t in (gx, fx)]
-        return tuple(t.masked_fill(self.lost, 0.0) for t in norms) if self.any_lost else norms
-
-    def _compare(self, g2: Tensor, f2: Tensor):
-        """Totals over the batch, and which samples are better than ever: one synchronisation."""
-        residual = g2.sqrt() if self.stop_mode == "abs" else g2.sqrt() / (f2.sqrt() + _TINY)
-        residual = residual.masked_fill(self.lost, math.inf) if self.any_lost else residual
-        better = residual < self.own_residual
-        # What is lost keeps its own best iterate and that iterate's residual.
-        settled = torch.where(self.lost, self.own_residual, residual)
-        summary = [g2.sum(), f2.sum(), (better | self.lost).all(), better.any()]
-        total_g, total_f, all_better, any_better = torch.stack(
-            [value.double() for value in summary]
-        ).tolist()
-        return total_g, total_f, bool(all_better), bool(any_better), better, settled
-
-    def _record(self, absolute: float, relative: float) -> None:
-        self.abs_trace.append(absolute)
-        self.rel_trace.append(relative)
-
-
-_TINY = 1e-30  # keeps 0 / 0 out of the relative residual of f = 0; far below any real norm
+# Stored vectors come in blocks: few kernels, little unused memory.
+_BLOCK_ROWS, _BLOCK_BYTES = 8, 2**20  # whichever is more
+# Inner products are summed over chunks of about this length, see _products.
+_CHUNK = 4096
 
 
 @torch.no_grad()
@@ -185,15 +57,17 @@ def fixed_point_iteration(
     threshold: int = 50,
     eps: float = 1e-3,
     stop_mode: str = "rel",
+    *,
+    check_every: int = 1,
 ) -> dict:
     """Plain (Picard) iteration z_{k+1} = f(z_k); converges where f is a contraction.
 
     Args and result as for :func:`anderson`; ``threshold`` counts evaluations of f.
     """
-    run = _Run(f, x0, threshold, eps, stop_mode)
-    _, fx, _ = run.evaluate(run.x0)
-    while not run.stopped and len(run.abs_trace) < threshold:
-        _, fx, _ = run.evaluate(fx)
+    run = Run(f, x0, threshold, eps, stop_mode, check_every)
+    _, fx, gx = run.evaluate(run.x0)
+    while not run.stopped and run.nfe < threshold:
+        _, fx, _ = run.evaluate(fx, out=gx)
     return run.result()
 
 
@@ -207,6 +81,8 @@ def anderson(
     eps: float = 1e-3,
     stop_mode: str = "rel",
     beta: float = 1.0,
+    *,
+    check_every: int = 1,
 ) -> dict:
     """Anderson acceleration (Anderson 1965; Walker and Ni 2011), as used by DEQ models.
 
@@ -218,15 +94,19 @@ def anderson(
     which is the system [[0, 1'], [1, G G' + lam I]] [nu; a] = [1; 0], solved per sample.
 
     Args:
-        f: maps (B, ...) to the same shape.
+        f: maps (B, ...) to the same shape, into a tensor of its own at every call.
         x0: start, (B, ...) of any rank and floating dtype, finite.
         m: number of past points that are mixed, at least 1 (1 is plain iteration).
         lam: absolute ridge, as published (1e-4 there). It swamps the system near the solution,
-            so the default None takes a ridge of a few rounding errors relative to each ||g_i||^2.
+            so the default None takes a ridge of a few rounding errors relative to each ||g_i||^2
+            (1.2e-6 in float32, 1e-13 in float64).
         threshold: evaluations of f at most, the two before the first mixing included.
         eps: stop once the residual over the batch is below this.
         stop_mode: 'abs' for ||f(z) - z||, 'rel' for ||f(z) - z|| / ||f(z)||.
         beta: mixing; 1 uses the f(z_i) alone.
+        check_every: look at the residual only every so many evaluations. Between checks a GPU
+            need not wait for the host; up to ``check_every - 1`` evaluations may be done in vain,
+            and as many more points are held. The point returned is the best one all the same.
 
     Returns:
         The dict that the module's docstring describes.
@@ -234,51 +114,77 @@ def anderson(
     Raises:
         InputError: an argument out of range, ``x0`` not finite, or f changing the shape.
     """
-    _check(isinstance(m, int) and m >= 1, "m", m, "an integer of at least 1")
-    _check(lam is None or lam >= 0, "lam", lam, "None or a number of at least 0")
-    _check(beta > 0, "beta", beta, "a number above 0")
-    run = _Run(f, x0, threshold, eps, stop_mode)
-    _, fx, gx = run.evaluate(run.x0)
-    batch, size = gx.shape
+    check(isinstance(m, int) and m >= 1, "m", m, "an integer of at least 1")
+    check(lam is None or lam >= 0, "lam", lam, "None or a number of at least 0")
+    check(beta > 0, "beta", beta, "a number above 0")
+    run = Run(f, x0, threshold, eps, stop_mode, check_every)
+    batch, size = run.x0.shape
     m = min(m, threshold)
-    residuals = gx.new_empty(batch, m, size)
-    mixed = gx.new_empty(batch, m, size)  # beta f(z_i) + (1 - beta) z_i
-    gram = torch.zeros(batch, m, m, dtype=torch.float64, device=gx.device)
-    while not run.stopped and len(run.abs_trace) < threshold:
-        k = len(run.abs_trace)
-        slot, n = (k - 1) % m, min(k, m)
-        residuals[:, slot] = gx
-        mixed[:, slot] = fx if beta == 1 else fx - (1 - beta) * gx
-        row = torch.bmm(residuals[:, :n], gx[:, :, None]).squeeze(2).double()  # (B, n)
-        gram[:, slot, :n] = gram[:, :n, slot] = row
-        if k == 1:
-            _, fx, gx = run.evaluate(fx)
-            continue
-        weights = _anderson_weights(gram[:, :n, :n], slot, lam, torch.finfo(gx.dtype).eps)
-        x = torch.bmm(weights[:, None].to(gx.dtype), mixed[:, :n]).squeeze(1)
-        _, fx, gx = run.evaluate(x)
+    residuals = run.x0.new_empty(m, batch, size)
+    mixed = run.x0.new_empty(m, batch, size)  # beta f(z_i) + (1 - beta) z_i
+    gram = torch.zeros(batch, m, m, dtype=torch.float64, device=run.device)
+    unit = torch.eye(m, dtype=torch.float64, device=run.device)
+    # Above the rounding errors of the products, so that the system stays positive definite.
+    relative = max(10 * torch.finfo(residuals.dtype).eps, 1e-13)
+    ridge = 1 + relative * unit if lam is None else lam * unit
+    _, fx, gx = run.evaluate(run.x0, out=residuals[0])
+    while not run.stopped and run.nfe < threshold:
+        k = run.nfe
+        newest, n = (k - 1) % m, min(k, m)
+        mixed[newest] = fx if beta == 1 else fx - (1 - beta) * gx
+        if n == 1:
+            x = (fx if k == 1 else mixed[0]).clone()  # neither is ours to keep
+        else:
+            _update_gram(gram[:, :n, :n], residuals[:n], newest)
+            system = gram * ridge if lam is None else gram + ridge  # (B, m, m)
+            weights = _anderson_weights(system[:, :n, :n], unit[newest, :n])
+            x = torch.bmm(weights.to(gx.dtype), mixed[:n].transpose(0, 1)).squeeze(1)
+        _, fx, gx = run.evaluate(x, out=residuals[k % m])
     return run.result()
 
 
-def _anderson_weights(gram: Tensor, newest: int, lam: float | None, ulp: float) -> Tensor:
-    """Weights a (B, n), summing to one, that minimise a' (G G' + ridge) a.
+def _update_gram(gram: Tensor, residuals: Tensor, newest: int) -> None:
+    """Renew the products with residual ``newest`` in gram (B, n, n); residuals (n, B, D), n > 1."""
+    first = min(newest, len(residuals) - 2)  # and those of a neighbour, see _products
+    rows = _products(residuals[first : first + 2], residuals)
+    gram[:, first : first + 2] = rows
+    gram[:, :, first : first + 2] = rows.transpose(1, 2)
 
-    Scaled to a unit diagonal first, so that the conditioning does not depend on how far the
-    residuals have fallen. Falls back to the newest point where the system is singular.
+
+def _products(pair: Tensor, rows: Tensor) -> Tensor:
+    """Inner products of pair (2, B, D) with rows (r, B, D), per sample: (B, 2, r) in float64.
+
+    Two vectors at a time, since MKL's batched product with one takes three times as long as with
+    two. Vectors are cut into chunks that stay in the cache while the rows pass by, and that give
+    a GPU enough to do at once; chunks are summed in float64.
     """
-    diagonal = gram.diagonal(dim1=1, dim2=2)  # (B, n)
-    scale = diagonal if lam is None else diagonal + lam
-    scale = torch.where(scale > 0, scale, 1.0).rsqrt()
-    system = gram * scale[:, :, None] * scale[:, None, :]
-    ridge = 10 * ulp * torch.ones_like(scale) if lam is None else lam * scale.square()
-    system = system + torch.diag_embed(ridge)
-    solution, singular = torch.linalg.solve_ex(system, scale)  # K a = 1 up to a factor
-    weights = solution * scale
-    weights = weights / weights.sum(1, keepdim=True)
-    usable = (singular == 0) & weights.isfinite().all(1)
-    plain = torch.zeros_like(weights)
-    plain[:, newest] = 1.0
-    return torch.where(usable[:, None], weights, plain)
+    _, batch, size = pair.shape
+    parts = _chunks(size)
+    chunked = [t.view(len(t), batch * parts, size // parts) for t in (pair, rows)]
+    products = torch.bmm(chunked[0].transpose(0, 1), chunked[1].permute(1, 2, 0))
+    if parts == 1:
+        return products.double()
+    return products.view(batch, parts, 2, -1).sum(1, dtype=torch.float64)
+
+
+@functools.cache
+def _chunks(size: int) -> int:
+    """The largest divisor of ``size`` that leaves chunks of at least ``_CHUNK``, or 1."""
+    return next((n for n in range(size // _CHUNK, 1, -1) if size % n == 0), 1)
+
+
+def _anderson_weights(system: Tensor, otherwise: Tensor) -> Tensor:
+    """Weights a (B, 1, n), summing to one, that minimise a' K a, for K (B, n, n).
+
+    By Cholesky factors, whose accuracy does not depend on how different the lengths of the
+    residuals are. A sample without them (an absolute ridge that is too small) gets the weights
+    ``otherwise`` (n,).
+    """
+    factor, failed = torch.linalg.cholesky_ex(system)
+    ones = otherwise.new_ones(len(otherwise), 1)
+    solution = torch.cholesky_solve(ones, factor).mT  # K a = 1 up to a factor
+    weights = solution / solution.sum(2, keepdim=True)
+    return torch.where(failed.view(-1, 1, 1) == 0, weights, otherwise)
 
 
 @torch.no_grad()
@@ -290,6 +196,8 @@ def broyden(
     stop_mode: str = "rel",
     ls: bool = False,
     name: str = "unknown",
+    *,
+    check_every: int = 1,
 ) -> dict:
     """Broyden's ("good") quasi-Newton method on g(z) = f(z) - z, full memory (Broyden 1965).
 
@@ -300,7 +208,7 @@ def broyden(
     with t = 1, or chosen by a backtracking line search. All of H is per sample.
 
     Args:
-        f, x0, eps, stop_mode: as for :func:`anderson`.
+        f, x0, eps, stop_mode, check_every: as for :func:`anderson`; a line search checks always.
         threshold: updates at most: f is evaluated at x0 and at most this often more (plus the
             rejected trials of the line search).
         ls: Armijo line search on ||g||^2 over the batch (at most 4 halvings or so per step).
@@ -312,115 +220,122 @@ def broyden(
     Raises:
         InputError: as for :func:`anderson`.
     """
-    run = _Run(f, x0, threshold, eps, stop_mode)
-    x, _, gx = run.evaluate(run.x0)
-    inverse = _BroydenInverse(x)
-    updates = 0
-    while not run.stopped and updates < threshold:
-        direction = inverse.newton_direction(gx)
+    run = Run(f, x0, threshold, eps, stop_mode, 1 if ls else check_every)
+    inverse = _BroydenInverse(run.x0, threshold)
+    x, _, _ = run.evaluate(run.x0, out=inverse.residual)
+    length = None
+    for _ in range(threshold):
+        if run.stopped:
+            break
+        direction = inverse.newton_direction(length)
         if ls:
             x, gx, length = _line_search(run, x, direction)
+            inverse.residual.copy_(gx)
         else:
+            x, _, _ = run.evaluate(x + direction, out=inverse.residual)
             length = 1.0
-            x, _, gx = run.evaluate(x + direction)
-        inverse.append(direction if length == 1.0 else length * direction, length)
-        updates += 1
     return {**run.result(), "name": name}
 
 
 class _BroydenInverse:
-    r"""Broyden's inverse estimate H as a product of rank-one factors in the steps alone.
+    r"""Broyden's inverse estimate H as a product of rank-one factors in the directions alone.
 
-    With s_j = t_j d_j the steps taken, Sherman-Morrison gives H_{j+1} = (I + w_j s_j' / s_j's_j)
-    H_j, and since the next step is -t H_{j+1} g it is found that
+    With d_j = -H_j g_j and steps s_j = t_j d_j, Sherman-Morrison gives
 
-        w_j = (t_j / t_{j+1}) s_{j+1} - (1 - t_j) s_j
+        H_{j+1} = (I + w_j d_j' / d_j'd_j) H_j,   w_j = d_{j+1} - (1 - t_j) d_j
 
-    (w_j = s_{j+1} for unit steps: Kelley, Iterative Methods for Linear and Nonlinear Equations,
-    section 7.3). So one vector per update is stored instead of two. Applying the factors to x
-    needs the inner products s_j'x and one triangular system in c_j = s_j'x_j / s_j's_j, which is
-    solved in float64 from direct inner products: a recurrence would lose the small residuals.
+    (unit steps: Kelley, Iterative Methods for Linear and Nonlinear Equations, section 7.3). So one
+    vector per update is stored instead of two. Applying k factors to -g gives p + sum c_j w_j with
+    c_j = d_j'p_j / d_j'd_j, a triangular system in the products d_i'd_j and d_i'g:
+
+        d_j'd_j c_j - sum_{i<j} c_i (d_j'd_{i+1} - (1 - t_i) d_j'd_i) = -d_j'g
+
+    It is solved in float64 from direct inner products: a recurrence for them would save reading
+    the directions once, but lose the small residuals.
+
+    ``residual`` (B, D) is where the caller writes g at the newest point.
     """
 
-    def __init__(self, like: Tensor):
-        self.blocks: list[Tensor] = []  # (B, _BLOCK, D), filled in order
-        self.count = 0
-        self.lengths: list[float] = []
-        self.like = like
-        self.triangle = torch.zeros(
-            len(like), _BLOCK, _BLOCK, dtype=torch.float64, device=like.device
-        )
-        self.norms = self.triangle.new_zeros(len(like))  # ||s||^2 of the newest step
+    def __init__(self, like: Tensor, capacity: int):
+        batch, size = like.shape
+        self._newest = like.new_empty(2, batch, size)
+        self.direction, self.residual = self._newest
+        self.capacity = capacity  # directions at most
+        self.blocks: list[Tensor] = []  # (rows, B, D), filled in order
+        self.count = self._free = 0  # directions stored; rows left in the last block
+        self.short: list[float] = []  # 1 - t_j
+        self.triangle = torch.zeros(batch, 16, 16, dtype=torch.float64, device=like.device)
 
-    def append(self, step: Tensor, length: float) -> None:
-        """Add the step s = length * direction that was taken."""
-        k = self.count
-        if k % _BLOCK == 0:
-            batch, size = step.shape
-            self.blocks.append(step.new_empty(batch, _BLOCK, size))
-        self.blocks[-1][:, k % _BLOCK] = step
-        self.count, self.lengths = k + 1, [*self.lengths, length]
+    def newton_direction(self, length: float | None) -> Tensor:
+        """-H g, (B, D), overwritten by the next call.
+
+        Args:
+            length: t of the step along the last direction, which ended where g is; None at first.
+        """
+        if length is None:
+            return self.direction.copy_(self.residual)  # H = -I
+        self._store(length)
+        coefficients = self._coefficients()  # (B, k); the last, sigma, is of the unknown w_k
+        denominator = 1 + coefficients[:, -1:]
+        # A vanishing denominator has no update: take the plain step g.
+        usable = denominator.abs() > torch.finfo(torch.float64).eps
+        scale = torch.where(usable, denominator.reciprocal(), 0.0)
+        weights = F.pad(-scale * coefficients[:, :-1], (1, 0))
+        if any(self.short):
+            weights += scale * self._like(self.short, coefficients) * coefficients
+        scale = torch.where(usable, scale, 1.0)
+
+        torch.mul(self.residual, scale.to(self.residual.dtype), out=self.direction)
+        self._add_directions(weights.to(self.residual.dtype))
+        return self.direction
+
+    def _store(self, length: float) -> None:
+        """Keep the newest direction, along which a step of that length was taken."""
+        if self._free == 0:
+            _, batch, size = self._newest.shape
+            fitting = _BLOCK_BYTES // (self.direction.nbytes or 1)
+            self._free = min(max(_BLOCK_ROWS, fitting), self.capacity - self.count)
+            self.blocks.append(self._newest.new_empty(self._free, batch, size))
+        self.blocks[-1][-self._free] = self.direction
+        self._free -= 1
+        self.count += 1
+        self.short.append(1 - length)
+
+    def _coefficients(self) -> Tensor:
+        """c of the class's docstring, (B, k) in float64, after extending the triangle."""
+        k = self.count - 1
         if k == self.triangle.shape[1]:
-            self.triangle = torch.nn.functional.pad(self.triangle, (0, k, 0, k))
-        gram_row = self._products(step)  # s_k's_j for j <= k
-        ratio, rest = self._factors(gram_row)
-        # Row k of the system: s_k'w_i for the factors i < k, which the steps up to k make.
-        self.triangle[:, k, :k] = -(ratio * gram_row[:, 1:] + rest * gram_row[:, :-1])
-        self.norms = gram_row[:, k]
-        self.triangle[:, k, k] = torch.where(self.norms > 0, self.norms, 1.0)
+            self.triangle = F.pad(self.triangle, (0, k, 0, k))
+        parts = [_products(self._newest, rows) for rows in self._filled()]
+        products = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]  # (B, 2, k + 1)
+        own, right = products[:, 0], products[:, 1].neg()
+        row = self.triangle[:, k, : k + 1]
+        torch.neg(own[:, 1:], out=row[:, :-1])
+        if any(self.short):
+            row[:, :-1] += self._like(self.short[:-1], own) * own[:, :-1]
+        norm = own[:, -1]
+        row[:, -1] = torch.where(norm > 0, norm, 1.0)
+        system = self.triangle[:, : k + 1, : k + 1]
+        return torch.linalg.solve_triangular(system, right[:, :, None], upper=False)[:, :, 0]
 
-    def newton_direction(self, gx: Tensor) -> Tensor:
-        """-H g with H updated by the newest step, whose end has the residual g (B, D)."""
-        if self.count == 0:
-            return gx  # H = -I
-        k = self.count
-        # p = H_{k-1} g = -g + sum_i c_i w_i; the last unknown of the system is sigma = s_k'p.
-        system = self.triangle[:, :k, :k].clone()
-        system[:, -1, -1] = 1.0
-        right = -self._products(gx)
-        solution = torch.linalg.solve_triangular(system, right[:, :, None], upper=False)[:, :, 0]
-        sigma = solution[:, -1]  # (B,)
-        weights = torch.zeros_like(solution)  # p = -g + sum weights_j s_j
-        ratio, rest = self._factors(solution)
-        weights[:, 1:] += ratio * solution[:, :-1]
-        weights[:, :-1] += rest * solution[:, :-1]
-
-        length = self.lengths[-1]
-        delta = self.norms / length + sigma
-        # A vanishing denominator (or a zero step) has no update: take the plain step g.
-        usable = delta.abs() > torch.finfo(torch.float64).eps * self.norms
-        delta = torch.where(usable, delta, 1.0)
-        scale = torch.where(usable, self.norms / length / delta, 1.0)
-        weights = -scale[:, None] * weights
-        weights[:, -1] += (1 / length - 1) * sigma / delta
-        weights = torch.where(usable[:, None], weights, 0.0)
-        return self._combine(weights.to(gx.dtype), scale.to(gx.dtype)[:, None] * gx)
-
-    def _factors(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients of w_i in (s_{i+1}, s_i) for the complete factors, (k - 1,) each."""
-        lengths = torch.tensor(self.lengths, dtype=torch.float64, device=like.device)
-        return lengths[:-1] / lengths[1:], lengths[:-1] - 1
-
-    def _products(self, x: Tensor) -> Tensor:
-        """s_j'x for every step j, (B, k) in float64."""
-        parts = [torch.bmm(block, x[:, :, None]).squeeze(2) for block in self._filled()]
-        return torch.cat(parts, dim=1).double()
-
-    def _combine(self, weights: Tensor, start: Tensor) -> Tensor:
-        """start + sum_j weights_j s_j, (B, D); ``start`` is overwritten."""
-        out, first = start[:, None], 0
-        for block in self._filled():
-            n = block.shape[1]
-            out.baddbmm_(weights[:, None, first : first + n], block)
-            first += n
-        return out.squeeze(1)
+    def _add_directions(self, weights: Tensor) -> None:
+        """direction += sum_j weights_j d_j, for weights (B, k)."""
+        out, first = self.direction[:, None], 0
+        for rows in self._filled():
+            part = weights[:, None, first : first + len(rows)]
+            out.baddbmm_(part, rows.transpose(0, 1))
+            first += len(rows)
 
     def _filled(self):
-        for index, block in enumerate(self.blocks):
-            yield block[:, : min(_BLOCK, self.count - index * _BLOCK)]
+        yield from self.blocks[:-1]
+        yield self.blocks[-1][: len(self.blocks[-1]) - self._free]
+
+    @staticmethod
+    def _like(values: list[float], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device)
 
 
-def _line_search(run: _Run, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, float]:
+def _line_search(run: Run, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, float]:
     """Backtrack t from 1 until ||g(x + t d)||^2 falls by the Armijo share; else the best trial.
 
     Returns the point taken, its residual g, and t. The model parabola has the value ||g||^2 and
@@ -462,20 +377,3 @@ def get_solver(solver: str | Callable[..., dict]) -> Callable[..., dict]:
     if solver not in SOLVERS:
         raise InputError(f"unknown solver {solver!r}: choose from {', '.join(sorted(SOLVERS))}")
     return SOLVERS[solver]
-
-
-def _check(condition: bool, name: str, value, accepted: str) -> None:
-    if not condition:
-        raise InputError(f"{name} is {value!r}, but must be {accepted}")
-
-
-def _check_arguments(f, x0, threshold, eps, stop_mode) -> None:
-    _check(callable(f), "f", f, "a function of the state")
-    _check(isinstance(x0, Tensor), "x0", type(x0).__name__, "a tensor (see list2vec for lists)")
-    _check(x0.is_floating_point(), "dtype of x0", x0.dtype, "a floating dtype")
-    _check(x0.dim() >= 1 and x0.numel() > 0, "shape of x0", tuple(x0.shape), "(batch, ...)")
-    integer = isinstance(threshold, int) and not isinstance(threshold, bool)
-    _check(integer and threshold >= 1, "threshold", threshold, "an integer of at least 1")
-    _check(eps >= 0, "eps", eps, "a number of at least 0")
-    _check(stop_mode in ("abs", "rel"), "stop_mode", stop_mode, "'abs' or 'rel'")
-    _check(bool(torch.isfinite(x0).all()), "x0", "not finite", "finite everywhere")

@@ -1,0 +1,207 @@
+"""One solve: evaluates f, records residuals, keeps the best point, decides when to stop.
+
+What the methods of :mod:`lib.solvers` share.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.errors import InputError
+
+# A residual this many times the first one is a diverging iteration. Measured on the absolute
+# residual in both stop modes: the relative residual of z -> 3 z stays at 2/3 for ever.
+DIVERGENCE_FACTOR = 1e6
+_TINY = 1e-30  # keeps 0 / 0 out of the relative residual of f = 0; far below any real norm
+
+
+class Run:
+    """One solve of z = f(z) from ``x0``.
+
+    Points are (B, D) tensors in the working dtype: that of ``x0``, but float32 for half
+    precision, whose inner products would not carry a solver. f sees the shape and dtype of x0.
+
+    Norms are brought to the host every ``check_every`` evaluations, in one transfer, and judged
+    there: a dozen operations on a few numbers cost more as kernels than the norms themselves.
+    """
+
+    def __init__(
+        self,
+        f: Callable,
+        x0: Tensor,
+        threshold: int,
+        eps: float,
+        stop_mode: str,
+        check_every: int = 1,
+    ):
+        _check_arguments(f, x0, threshold, eps, stop_mode, check_every)
+        self.f = f
+        self.shape, self.dtype, self.device = x0.shape, x0.dtype, x0.device
+        self.threshold, self.eps, self.stop_mode = threshold, float(eps), stop_mode
+        self.check_every = check_every
+        self.work_dtype = torch.promote_types(x0.dtype, torch.float32)
+        self.x0 = x0.detach().reshape(len(x0), -1).to(self.work_dtype)  # (B, D)
+        self.nfe = 0
+        self.abs_trace: list[float] = []
+        self.rel_trace: list[float] = []
+        self.best, self.best_index, self.lowest = self.x0, 0, math.inf
+        self.best_residual = np.full(len(x0), math.inf)
+        # Samples on which f was not finite, on the host and (once there are any) on the device.
+        self.lost, self.lost_mask = np.zeros(len(x0), dtype=bool), None
+        self.converged = self.diverged = False
+        self.limit = math.inf  # of the absolute residual
+        # The best finite iterate of each sample: what a sample falls back to once f fails on it.
+        self.own_best, self.own_residual = self.x0, self.best_residual
+        self._pending: list[tuple[Tensor, Tensor]] = []  # points and norms not yet judged
+
+    @property
+    def stopped(self) -> bool:
+        return self.converged or self.diverged
+
+    def evaluate(
+        self, x: Tensor, out: Tensor | None = None, forgive: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Evaluate f at x (B, D): returns (x, f(x), f(x) - x), all finite.
+
+        A sample on which f is not finite is lost: from then on it rests at its best finite
+        iterate with a residual of zero, so that it neither moves nor disturbs its batch mates.
+        With ``forgive`` (a line search's trial) None is returned instead and nothing is lost.
+        Between checks a sample may be non-finite without having been found out.
+
+        Args:
+            x: the point; kept by reference, so it must not be overwritten afterwards.
+            out: where f(x) - x is written; a new tensor if None.
+        """
+        x = self._settle(x, self.own_best)
+        z = x if self.dtype == self.work_dtype else x.to(self.dtype)
+        fz = self.f(z.view(self.shape))
+        if not isinstance(fz, Tensor) or fz.shape != self.shape:
+            found = tuple(fz.shape) if isinstance(fz, Tensor) else type(fz).__name__
+            raise InputError(f"f must map {tuple(self.shape)} to the same shape, but gave {found}")
+        fx = fz.detach().reshape(x.shape)
+        if fx.dtype != self.work_dtype or z is not x:
+            # Half precision rounds: the residual belongs to the point that was used.
+            x, fx = z.to(self.work_dtype), fx.to(self.work_dtype)
+        gx = torch.sub(fx, x, out=out)
+        norms = [torch.linalg.vector_norm(t, dim=1) for t in (gx, fx)]
+        self.nfe += 1
+        self._pending.append((x, torch.stack(norms)))
+        if forgive or self.nfe == 1 or len(self._pending) >= self.check_every:
+            if not self._check(forgive):
+                return None
+            if self.lost_mask is not None:
+                x, fx = self._settle(x, self.own_best), self._settle(fx, self.own_best)
+                gx[self.lost_mask] = 0.0
+        elif self.lost_mask is not None:
+            gx[self.lost_mask] = 0.0
+        return x, fx, gx
+
+    def _check(self, forgive: bool = False) -> bool:
+        """Judge what was evaluated since the last check; False for a trial to be forgotten."""
+        points, norms = zip(*self._pending, strict=True)
+        self._pending = []
+        together = norms[0][None] if len(norms) == 1 else torch.stack(norms)  # (n, 2, B)
+        # The one synchronisation with the device.
+        for x, (g, f) in zip(points, together.cpu().numpy().astype(np.float64), strict=True):
+            if not self._judge(x, g, f, forgive):
+                return False
+        return True
+
+    def _judge(self, x: Tensor, g: np.ndarray, f: np.ndarray, forgive: bool) -> bool:
+        """Record the norms (B,) of g(x) and f(x), and keep x where it is the best so far."""
+        total_g, total_f = math.sqrt(g.dot(g)), math.sqrt(f.dot(f))
+        if self.lost_mask is not None or not math.isfinite(total_g + total_f):
+            fails = ~np.isfinite(g + f) & ~self.lost
+            if forgive and fails.any():
+                self._record(math.inf, math.inf)
+                return False
+            self._lose(fails)
+            g, f = np.where(self.lost, 0.0, g), np.where(self.lost, 0.0, f)
+            x = self._settle(x, self.own_best)
+            if self.lost.all():
+                self._record(math.inf, math.inf)
+                self.diverged = True
+                return True
+            total_g, total_f = math.sqrt(g.dot(g)), math.sqrt(f.dot(f))
+        self._record(total_g, total_g / (total_f + _TINY))
+        residual = g if self.stop_mode == "abs" else g / (f + _TINY)
+        if self.lost_mask is not None:
+            # What is lost keeps its own best iterate and that iterate's residual.
+            residual = np.where(self.lost, self.own_residual, residual)
+        better = residual < self.own_residual
+        if better.all() or (better | self.lost).all():  # the usual step: a reference, no copy
+            self.own_best, self.own_residual = x, residual
+        elif better.any():
+            mask = torch.from_numpy(better).to(self.device)
+            self.own_best = torch.where(mask[:, None], x, self.own_best)
+            self.own_residual = np.where(better, residual, self.own_residual)
+        current = self.abs_trace[-1] if self.stop_mode == "abs" else self.rel_trace[-1]
+        if current < self.lowest:
+            self.best, self.best_index, self.lowest = x, len(self.abs_trace) - 1, current
+            self.best_residual = residual
+        self.converged |= current < self.eps or current == 0.0
+        if len(self.abs_trace) == 1:
+            # A warm start may have a residual of rounding errors, whose growth says nothing.
+            floor = math.sqrt(torch.finfo(self.work_dtype).eps) * total_f
+            self.limit = DIVERGENCE_FACTOR * max(total_g, floor)
+        self.diverged |= total_g > self.limit
+        return True
+
+    def _lose(self, fails: np.ndarray) -> None:
+        if fails.any():
+            self.lost = self.lost | fails
+            self.lost_mask = torch.from_numpy(self.lost).to(self.device)
+
+    def _settle(self, x: Tensor, rest: Tensor) -> Tensor:
+        """Replace the lost samples of x by ``rest``: chosen, since NaN times zero is NaN."""
+        return x if self.lost_mask is None else torch.where(self.lost_mask[:, None], rest, x)
+
+    def _record(self, absolute: float, relative: float) -> None:
+        self.abs_trace.append(absolute)
+        self.rel_trace.append(relative)
+
+    def result(self) -> dict:
+        """What the solver returns (see :mod:`lib.solvers`)."""
+        if self._pending:
+            self._check()
+        residual = self.best_residual
+        per_sample = {
+            "converged": (residual < self.eps) | (residual == 0),
+            "residual": residual,
+            "finite": ~self.lost,
+        }
+        return {
+            "result": self.best.to(self.dtype).view(self.shape),
+            "lowest": self.lowest,
+            "nstep": self.best_index,
+            "prot_break": self.diverged and not self.converged,
+            "abs_trace": self.abs_trace,
+            "rel_trace": self.rel_trace,
+            "nfe": self.nfe,
+            **{k: torch.from_numpy(v).to(self.device) for k, v in per_sample.items()},
+            "eps": self.eps,
+            "threshold": self.threshold,
+            "stop_mode": self.stop_mode,
+        }
+
+
+def check(condition: bool, name: str, value, accepted: str) -> None:
+    """Refuse an argument, in one line."""
+    if not condition:
+        raise InputError(f"{name} is {value!r}, but must be {accepted}")
+
+
+def _check_arguments(f, x0, threshold, eps, stop_mode, check_every) -> None:
+    check(callable(f), "f", f, "a function of the state")
+    check(isinstance(x0, Tensor), "x0", type(x0).__name__, "a tensor (see list2vec for lists)")
+    check(x0.is_floating_point(), "dtype of x0", x0.dtype, "a floating dtype")
+    check(x0.dim() >= 1 and x0.numel() > 0, "shape of x0", tuple(x0.shape), "(batch, ...)")
+    for name, value in (("threshold", threshold), ("check_every", check_every)):
+        integer = isinstance(value, int) and not isinstance(value, bool)
+        check(integer and value >= 1, name, value, "an integer of at least 1")
+    check(eps >= 0, "eps", eps, "a number of at least 0")
+    check(stop_mode in ("abs", "rel"), "stop_mode", stop_mode, "'abs' or 'rel'")
+    check(bool(torch.isfinite(x0).all()), "x0", "not finite", "finite everywhere")

@@ -1,0 +1,101 @@
+"""Time, memory and the machine, for the benchmarks."""
+
+import multiprocessing
+import os
+import platform
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def seconds(action: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock time of ``action``, to the end of what it started on a GPU."""
+    synchronize(device)
+    start = time.perf_counter()
+    action()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for a GPU; nothing on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_extra_bytes(action: Callable[[], object], device: torch.device) -> dict[str, int]:
+    """Most bytes that ``action`` held at once beyond those held before; call it in a new process.
+
+    "resident" is what the operating system counts (what is never touched does not count, what
+    libraries hold beside tensors does; on a GPU: what PyTorch has reserved), "tensors" what
+    PyTorch allocated.
+    """
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device), torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        action()
+        synchronize(device)
+        peak = torch.cuda.max_memory_reserved(device), torch.cuda.max_memory_allocated(device)
+        return {"resident": peak[0] - before[0], "tensors": peak[1] - before[1]}
+    before = _peak_resident()
+    action()
+    resident = _peak_resident() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it prints a line per profile
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        action()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return {"resident": resident, "tensors": max(held, default=0)}
+
+
+def _peak_resident() -> int:
+    # Not getrusage: its figure begins with that of the parent process.
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
+
+
+def in_new_process(function: Callable, *arguments):
+    """``function(*arguments)`` in a process of its own, which ends afterwards."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def describe_machine(device: torch.device) -> str:
+    """Hardware, versions and date, one line."""
+    if device.type == "cuda":
+        hardware = torch.cuda.get_device_name(device)
+    else:
+        hardware = f"{_processor()}, {torch.get_num_threads()} threads"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    with suppress(PackageNotFoundError):
+        versions += f", torchdeq {version('torchdeq')}"
+    return f"{date.today()} | {hardware} | {versions}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table with aligned columns."""
+    widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
+    lines = [
+        " | ".join(str(c).ljust(w) for c, w in zip(row, widths, strict=True))
+        for row in [head, ["-" * w for w in widths], *rows]
+    ]
+    return "\n".join(f"| {line} |" for line in lines)

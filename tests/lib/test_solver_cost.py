@@ -1,0 +1,216 @@
+"""What the solvers spend beside f: transfers to the host, memory; and iterates in float32."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lib import solvers
+from lib.solvers import SOLVERS, anderson, broyden
+from problems import NanFrom, Recorder, contraction, rotation, symmetric, tanh_layer
+
+by_name = pytest.mark.parametrize("name", SOLVERS)
+
+
+def visited(solver, f, x0, **options) -> torch.Tensor:
+    recorder = Recorder(f)
+    solver(recorder, x0, **options)
+    return torch.stack(recorder.points).flatten(2)
+
+
+# --- One transfer per check -------------------------------------------------------------------
+
+
+class Transfers:
+    """Counts what would make the host wait for a GPU."""
+
+    NAMES = ("cpu", "item", "tolist", "numpy", "__bool__", "__float__", "__int__", "nonzero")
+
+    def __init__(self, monkeypatch):
+        self.counts = dict.fromkeys(self.NAMES, 0)
+        for name in self.NAMES:
+            monkeypatch.setattr(torch.Tensor, name, self._counting(name))
+
+    def _counting(self, name):
+        original = getattr(torch.Tensor, name)
+
+        def counted(tensor, *args, **kwargs):
+            self.counts[name] += 1
+            return original(tensor, *args, **kwargs)
+
+        return counted
+
+
+@by_name
+@pytest.mark.parametrize("check_every", [1, 4])
+def test_one_transfer_per_check(name, check_every, monkeypatch):
+    problem = tanh_layer()
+    transfers = Transfers(monkeypatch)
+    solve = partial(SOLVERS[name], problem.f, problem.x0, eps=0.0, check_every=check_every)
+    nfe = solve(threshold=17)["nfe"]
+    # x0 is checked for its finiteness, and x0's residual decides what counts as diverging.
+    checks = 1 + math.ceil((nfe - 1) / check_every)
+    expected = dict.fromkeys(Transfers.NAMES, 0) | {"cpu": checks, "numpy": checks, "__bool__": 1}
+    assert transfers.counts == expected
+
+
+@by_name
+@pytest.mark.parametrize("check_every", [2, 5, 100])
+def test_rarer_checks_change_nothing_but_when_to_stop(name, check_every):
+    problem = tanh_layer()
+    solve = partial(SOLVERS[name], problem.f, problem.x0, threshold=40)
+    often, rarely = solve(eps=0.0), solve(eps=0.0, check_every=check_every)
+    assert rarely["abs_trace"] == often["abs_trace"]
+    assert torch.equal(rarely["result"], often["result"])
+    assert rarely["nstep"] == often["nstep"]
+
+    often, rarely = solve(eps=1e-6), solve(eps=1e-6, check_every=check_every)
+    assert 0 <= rarely["nfe"] - often["nfe"] < check_every
+    assert rarely["rel_trace"][: often["nfe"]] == often["rel_trace"]
+    assert rarely["lowest"] <= often["lowest"] < 1e-6
+
+
+@by_name
+@pytest.mark.parametrize("check_every", [3, 7])
+@pytest.mark.parametrize("call", [2, 5])
+def test_nan_between_checks_stays_with_its_sample(name, check_every, call):
+    problem = tanh_layer()
+    options = {"threshold": 30, "eps": 1e-9}
+    f = NanFrom(problem.f, sample=1, call=call)
+    solution = SOLVERS[name](f, problem.x0, check_every=check_every, **options)
+    assert solution["finite"].tolist() == [True, False, True]
+    assert torch.isfinite(solution["result"]).all()
+    alone = SOLVERS[name](NanFrom(problem.f, sample=1, call=call), problem.x0, **options)
+    torch.testing.assert_close(solution["result"], alone["result"], rtol=0, atol=1e-8)
+    # The lost sample's best finite iterate, the same as with a check at every evaluation.
+    assert torch.equal(solution["result"][1], alone["result"][1])
+
+
+def test_a_line_search_checks_always():
+    problem = tanh_layer()
+    options = {"threshold": 10, "eps": 1e-9, "ls": True}
+    often = broyden(problem.f, problem.x0, **options)
+    rarely = broyden(problem.f, problem.x0, check_every=5, **options)
+    assert rarely["abs_trace"] == often["abs_trace"]
+
+
+# --- Memory -----------------------------------------------------------------------------------
+
+
+class LargestTensors(TorchDispatchMode):
+    """Bytes of each new storage of at least ``least`` bytes."""
+
+    def __init__(self, least: int):
+        super().__init__()
+        self.least, self.seen = least, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.untyped_storage().nbytes() >= self.least:
+            storage = out.untyped_storage()
+            self.seen[storage.data_ptr()] = storage.nbytes()
+        return out
+
+
+def test_broyden_sets_aside_no_more_than_it_uses():
+    """A solve that ends early does not pay for its threshold."""
+    x0 = torch.zeros(2, 200_000)
+    w = torch.linspace(-0.5, 0.5, 200_000)
+    with LargestTensors(4 * x0.nbytes) as tensors:
+        solution = broyden(lambda z: w * z + 1, x0, threshold=1000, eps=1e-3)
+    assert solution["converged"].all()
+    assert solution["nfe"] < 9
+    assert sum(tensors.seen.values()) <= 8 * x0.nbytes  # one block of directions
+
+
+def test_broyden_block_ends_at_the_threshold():
+    x0 = torch.zeros(2, 200_000)
+    w = torch.linspace(-0.9, 0.9, 200_000)
+    for threshold, rows in ((3, 3), (10, 8), (11, 8)):
+        with LargestTensors(3 * x0.nbytes) as tensors:
+            broyden(lambda z: w * z + 1, x0, threshold=threshold, eps=0.0)
+        assert max(tensors.seen.values()) == rows * x0.nbytes
+
+
+# --- Inner products ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096, 8192, 12_289, 105_000])
+@pytest.mark.parametrize("rows", [1, 2, 5])
+def test_products(size, rows):
+    generator = torch.Generator().manual_seed(size + rows)
+    pair = torch.randn(2, 3, size, generator=generator)
+    stored = torch.randn(rows, 3, size, generator=generator)
+    found = solvers._products(pair, stored)
+    assert found.dtype == torch.float64
+    expected = torch.einsum("pbd,rbd->bpr", pair.double(), stored.double())
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-6 * size**0.5)
+
+
+def test_chunks_divide():
+    for size in (1, 4095, 4097, 8192, 12_289, 30_720, 105_000, 400_000):
+        chunks = solvers._chunks(size)
+        assert size % chunks == 0
+        assert chunks == 1 or size // chunks >= 4096
+
+
+# --- Iterates in float32 and float64 against what they replace ----------------------------------
+
+
+def uv_broyden(f, x0, updates: int) -> torch.Tensor:
+    """Broyden's method as first published for DEQs: two stored vectors per update, H = -I + U V'.
+
+    In the dtype of x0; the points, (updates + 1, B, D).
+    """
+    shape, x = x0.shape, x0.flatten(1)
+    us, vs, points = [], [], [x]
+
+    def apply(left, right, y):  # (-I + sum left right') y
+        out = -y
+        for a, b in zip(left, right, strict=True):
+            out = out + a * (b * y).sum(1, keepdim=True)
+        return out
+
+    g = f(x.view(shape)).flatten(1) - x
+    step = g
+    for _ in range(updates):
+        new = x + step
+        g_new = f(new.view(shape)).flatten(1) - new
+        dx, dg = new - x, g_new - g
+        v = apply(vs, us, dx)  # H' dx
+        u = (dx - apply(us, vs, dg)) / (v * dg).sum(1, keepdim=True)
+        us.append(u)
+        vs.append(v)
+        x, g = new, g_new
+        points.append(x)
+        step = -apply(us, vs, g)
+    return torch.stack(points)
+
+
+@pytest.mark.parametrize(
+    ("problem", "updates"),
+    [(contraction(), 10), (tanh_layer(), 10), (rotation(radius=0.9), 3), (symmetric(), 12)],
+    ids=["contraction", "tanh", "rotation", "radius 0.99"],
+)
+@pytest.mark.parametrize(
+    ("dtype", "close"), [(torch.float64, 1e-9), (torch.float32, 1e-2)], ids=str
+)
+def test_broyden_visits_the_points_of_the_two_vector_form(problem, updates, dtype, close):
+    """To rounding, which quasi-Newton steps amplify: relative to the distance still to go."""
+    x0 = problem.x0.to(dtype)
+    expected = uv_broyden(problem.f, x0, updates).double()
+    found = visited(broyden, problem.f, x0, threshold=updates, eps=0.0).double()[: len(expected)]
+    solution = problem.solution.flatten(1)
+    for ours, theirs in zip(found, expected, strict=True):
+        to_go = (theirs - solution).norm().clamp_min(1e-4)
+        assert (ours - theirs).norm() <= close * to_go
+
+
+@pytest.mark.parametrize("solver", [anderson, broyden])
+def test_float32_at_spectral_radius_099(solver):
+    """Steps and residuals there are far from orthogonal, so lost digits would show."""
+    problem = symmetric((4, 400), radius=0.99)
+    solution = solver(problem.f, problem.x0.float(), threshold=300, eps=0.0)
+    assert solution["lowest"] < 3e-6
