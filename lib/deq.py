@@ -21,11 +21,16 @@ Example (a layer of a notebook's own)::
     >>> deq.stats.backward.last["rel_residual"] < 1e-3
     True
 
+Under autocast f runs in bfloat16 (or half) precision, whose rounding is a floor for the residual:
+a solve that asks for less goes there first and finishes with f in float32 (see
+:func:`solve_in_stages`). States and residuals are float32 throughout.
+
 A list of tensors is one state: pass ``deq(f, list2vec(z0_list))`` and let f begin with
 ``vec2list`` and end with ``list2vec``, or hand the list over as it is: then f maps a list to a
 list and the result is a list.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +46,9 @@ from lib.solvers import get_solver
 
 # An adjoint this far from its equation gives a gradient that is mostly wrong (y = 0 has 1.0).
 POOR_ADJOINT = 0.5
+# Where a solve in half precision hands over to float32, in the relative residual: a few times the
+# rounding of one evaluation of f in bfloat16, 4e-3.
+COARSE_EPS = 1e-2
 SRADIUS_ITERS = 150  # products with the Jacobian that models spend on one spectral radius
 
 
@@ -190,7 +198,9 @@ class DEQ:
 
         Args:
             f: the layer, a function of the state alone: what does not depend on z (weights,
-                masks, injections) belongs into its closure, computed once.
+                masks, injections) belongs into its closure, computed once. If it has no second
+                derivatives (fused attention, compiled code), an attribute ``plain`` of it is
+                the same map that has them, and is used where the Jacobian loss is taken.
             z0: start, (B, ...) of any rank, or a list of (B, ...) tensors.
             f_thres, b_thres: thresholds of the two solvers.
             training: return f(z*) (True) or the value of z* (False). Gradients are attached
@@ -210,8 +220,13 @@ class DEQ:
                 sradius_iters=sradius_iters,
                 on_solve=on_solve,
             )
+        mixed = _half_precision(z0)
         with torch.no_grad():
-            solution = self.f_solver(f, z0, threshold=f_thres, stop_mode=self.stop_mode)
+            options = {"threshold": f_thres, "stop_mode": self.stop_mode}
+            if mixed:
+                solution = solve_in_stages(self.f_solver, f, lambda: _in_float32(f), z0, **options)
+            else:
+                solution = self.f_solver(f, z0, **options)
         self._report("forward", solution, on_solve)
         z_star = solution["result"].detach()
         jac_loss, sradius = z_star.new_zeros(()), z_star.new_zeros(len(z_star), 1)
@@ -226,20 +241,20 @@ class DEQ:
             return Equilibrium(z, z_star, jac_loss, sradius, solution)
 
         point = z_star.detach().requires_grad_()
-        fz = f(point)
+        fz = getattr(f, "plain", f)(point) if jac_vecs else f(point)
         if jac_vecs:
             jac_loss = jac_loss_estimate(fz, point, vecs=jac_vecs)
-        z = self._attach(fz, point, b_thres, on_solve)
+        z = self._attach(fz, point, b_thres, on_solve, f if mixed else None)
         if not training:
             z = z_star + (z - z.detach())  # the value of z*, the gradient of f(z*)
         return Equilibrium(z, z_star, jac_loss, sradius, solution)
 
-    def _attach(self, fz: Tensor, point: Tensor, b_thres: int, on_solve) -> Tensor:
+    def _attach(self, fz: Tensor, point: Tensor, b_thres: int, on_solve, refine) -> Tensor:
         """An identity view of f(z*) whose incoming gradient is replaced by the adjoint.
 
         The hook sits on the view and differentiates ``fz`` itself, so its own autograd.grad
         cannot meet the hook again: nothing is ever removed, and any number of forwards may be
-        pending.
+        pending. ``refine`` is f if ``fz`` was computed in half precision, else None.
         """
         out = fz.view_as(fz)
         if not fz.requires_grad:
@@ -250,26 +265,37 @@ class DEQ:
         def implicit_gradient(grad: Tensor | None) -> Tensor | None:
             if grad is None:
                 return None  # an operation behind z has no gradient
-            adjoint = self._adjoint(fz, point, grad, b_thres, on_solve)
+            adjoint = self._adjoint(fz, point, grad, b_thres, on_solve, refine)
             # With create_graph the adjoint would look like a constant to a second derivative.
             return _RefuseDoubleBackward.apply(adjoint, fz) if torch.is_grad_enabled() else adjoint
 
         out.register_hook(implicit_gradient)
         return out
 
-    def _adjoint(self, fz, point, grad: Tensor, b_thres: int, on_solve) -> Tensor:
+    def _adjoint(self, fz, point, grad: Tensor, b_thres: int, on_solve, refine) -> Tensor:
         """Solve y = J'y + grad from y = 0."""
 
-        def step(y: Tensor) -> Tensor:
-            (vjp,) = torch.autograd.grad(
-                fz, point, y.to(fz.dtype), retain_graph=True, allow_unused=True
-            )
-            return grad if vjp is None else vjp + grad
+        def step_at(fz: Tensor, point: Tensor) -> Callable[[Tensor], Tensor]:
+            def step(y: Tensor) -> Tensor:
+                (vjp,) = torch.autograd.grad(
+                    fz, point, y.to(fz.dtype), retain_graph=True, allow_unused=True
+                )
+                return grad if vjp is None else vjp + grad
 
+            return step
+
+        def step_in_float32() -> Callable[[Tensor], Tensor]:
+            with torch.enable_grad():
+                again = point.detach().requires_grad_()
+                return step_at(_in_float32(refine)(again), again)
+
+        options = {"threshold": b_thres, "stop_mode": self.b_stop_mode}
         with torch.no_grad():
-            solution = self.b_solver(
-                step, torch.zeros_like(grad), threshold=b_thres, stop_mode=self.b_stop_mode
-            )
+            step, y0 = step_at(fz, point), torch.zeros_like(grad)
+            if refine is None:
+                solution = self.b_solver(step, y0, **options)
+            else:
+                solution = solve_in_stages(self.b_solver, step, step_in_float32, y0, **options)
         self._report("backward", solution, on_solve)
         adjoint, figures = solution["result"], solve_figures(solution)
         if not _all_finite(solution):
@@ -295,12 +321,63 @@ class DEQ:
     def _solve_list(self, f, z0: Sequence[Tensor], **options) -> Equilibrium:
         shapes = [tuple(t.shape[1:]) for t in z0]
 
-        def flat(z: Tensor) -> Tensor:
-            return list2vec(f(vec2list(z, shapes)))
+        def flattened(f: Callable) -> Callable:
+            return lambda z: list2vec(f(vec2list(z, shapes)))
 
+        flat = flattened(f)
+        if hasattr(f, "plain"):
+            flat.plain = flattened(f.plain)
         found = self(flat, list2vec(z0), **options)
         found.z, found.z_star = vec2list(found.z, shapes), vec2list(found.z_star, shapes)
         return found
+
+
+def solve_in_stages(
+    solver: Callable,
+    f: Callable,
+    make_precise: Callable[[], Callable],
+    z0: Tensor,
+    *,
+    threshold: int,
+    stop_mode: str,
+) -> dict:
+    """Solve with f in half precision; finish in float32 if the tolerance asks for it.
+
+    The first stage ends at a relative residual of :data:`COARSE_EPS`, or at the threshold. If the
+    solver's own ``eps`` is not met there and evaluations are left, the second starts from its
+    result. A solver without an argument ``eps`` runs the first stage alone.
+
+    Args:
+        solver: with the signature of :mod:`lib.solvers`.
+        f: the map in half precision, on float32 states.
+        make_precise: makes the map in float32, if it is needed.
+        z0, threshold, stop_mode: as for the solver; the threshold is that of both stages.
+
+    Returns:
+        The solver's dict, with the traces and evaluations of both stages; the rest is by the last
+        of them (the first stops by 'rel', whatever was asked).
+    """
+    parameter = inspect.signature(solver).parameters.get("eps")
+    if parameter is None:
+        return solver(f, z0, threshold=threshold, stop_mode=stop_mode)
+    eps = parameter.default
+    if stop_mode == "rel" and eps >= COARSE_EPS:
+        return solver(f, z0, threshold=threshold, stop_mode=stop_mode)
+    coarse = solver(f, z0, threshold=threshold, stop_mode="rel", eps=COARSE_EPS)
+    figures = solve_figures(coarse)
+    left = threshold - figures["nfe"]
+    if left < 1 or figures["rel_residual"] >= COARSE_EPS:
+        if stop_mode == "rel" and "residual" in coarse:
+            coarse |= {"eps": eps, "converged": coarse["residual"] < eps}
+        return coarse
+    fine = solver(make_precise(), coarse["result"], threshold=left, stop_mode=stop_mode)
+    for name in ("abs_trace", "rel_trace", "nfe", "nstep"):
+        if name in fine:
+            offset = coarse["nfe"] if name == "nstep" else coarse[name]
+            fine[name] = offset + fine[name]
+    if "finite" in fine:
+        fine["finite"] = fine["finite"] & coarse["finite"]
+    return fine | {"threshold": threshold}
 
 
 class SolverAttributes:
@@ -352,6 +429,26 @@ def stacked(f: Callable, z0: Tensor | list[Tensor], n_layer: int) -> Tensor | li
     for _ in range(n_layer):
         z = f(z)
     return z
+
+
+def _half_precision(state: Tensor) -> bool:
+    """Whether autocast makes f round more coarsely than the state."""
+    kind = state.device.type
+    return (
+        torch.is_autocast_enabled(kind)
+        and state.dtype == torch.float32
+        and torch.finfo(torch.get_autocast_dtype(kind)).eps > torch.finfo(state.dtype).eps
+    )
+
+
+def _in_float32(f: Callable) -> Callable:
+    """f outside of autocast."""
+
+    def precise(z: Tensor) -> Tensor:
+        with torch.autocast(z.device.type, enabled=False):
+            return f(z)
+
+    return precise
 
 
 def _all_finite(solution: dict) -> bool:

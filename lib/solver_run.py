@@ -3,6 +3,7 @@
 What the methods of :mod:`lib.solvers` share.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -186,6 +187,30 @@ class Run:
             "threshold": self.threshold,
             "stop_mode": self.stop_mode,
         }
+
+
+def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
+    """Decorator of a method: nothing is differentiated, and autocast is for f alone.
+
+    Inner products and combinations of states in half precision would not carry a solver.
+    """
+
+    @functools.wraps(method)
+    @torch.no_grad()
+    def solve(f: Callable, x0: Tensor, *args, **options) -> dict:
+        kind = x0.device.type if isinstance(x0, Tensor) else "cpu"
+        if not (torch.is_autocast_enabled(kind) and callable(f)):
+            return method(f, x0, *args, **options)
+        dtype = torch.get_autocast_dtype(kind)
+
+        def autocast_f(z: Tensor) -> Tensor:
+            with torch.autocast(kind, dtype):
+                return f(z)
+
+        with torch.autocast(kind, enabled=False):
+            return method(autocast_f, x0, *args, **options)
+
+    return solve
 
 
 def check(condition: bool, name: str, value, accepted: str) -> None:

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib.errors import InputError
-from lib.solver_run import Run, check
+from lib.solver_run import Run, check, solver_method
 
 # Stored vectors come in blocks: few kernels, little unused memory.
 _BLOCK_ROWS, _BLOCK_BYTES = 8, 2**20  # whichever is more
@@ -50,7 +50,7 @@ _BLOCK_ROWS, _BLOCK_BYTES = 8, 2**20  # whichever is more
 _CHUNK = 4096
 
 
-@torch.no_grad()
+@solver_method
 def fixed_point_iteration(
     f: Callable[[Tensor], Tensor],
     x0: Tensor,
@@ -71,7 +71,7 @@ def fixed_point_iteration(
     return run.result()
 
 
-@torch.no_grad()
+@solver_method
 def anderson(
     f: Callable[[Tensor], Tensor],
     x0: Tensor,
@@ -187,7 +187,7 @@ def _anderson_weights(system: Tensor, otherwise: Tensor) -> Tensor:
     return torch.where(failed.view(-1, 1, 1) == 0, weights, otherwise)
 
 
-@torch.no_grad()
+@solver_method
 def broyden(
     f: Callable[[Tensor], Tensor],
     x0: Tensor,

@@ -18,7 +18,7 @@ def test_bf16_computes_products_in_bfloat16():
 
 
 def test_an_unknown_format_is_refused():
-    with pytest.raises(InputError, match="fp8.*none, bf16"):
+    with pytest.raises(InputError, match=r"fp8.*none, bf16"):
         autocast("fp8", CPU)
 
 
