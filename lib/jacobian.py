@@ -86,8 +86,7 @@ def power_method(f0: Tensor, z0: Tensor, n_iters: int = 200) -> tuple[Tensor, Te
         # A nilpotent J ends at zero: stay at the last direction then.
         grown, growth = _normalise(product(v))
         v = torch.where(growth > 0, grown, v)
-    with torch.autocast(z0.device.type, enabled=False):  # or its inner products would be rounded
-        hessenberg = _arnoldi(product, v, arnoldi_steps)
+    hessenberg = _arnoldi(product, v, arnoldi_steps)
     radius = torch.linalg.eigvals(hessenberg).abs().amax(dim=1, keepdim=True)
     return v.to(z0.dtype).view(z0.shape), radius.to(z0.dtype)
 
