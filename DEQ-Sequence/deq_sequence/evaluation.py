@@ -104,7 +104,7 @@ def evaluate(
                 total += loss.double().sum()
                 tokens += seq_len * batch_size
                 if spectral_radius:
-                    radii.append(sradius.float().mean().item())
+                    radii.append(sradius.double().mean())
             means = stats.forward.means()
     finally:
         model.reset_length(*lengths)
@@ -115,5 +115,5 @@ def evaluate(
         abs_residual=means["abs_residual"],
         rel_residual=means["rel_residual"],
         # A stacked network has no equilibrium to take it at.
-        sradius=sum(radii) / len(radii) if radii and means["nfe"] else None,
+        sradius=torch.stack(radii).mean().item() if radii and means["nfe"] else None,
     )

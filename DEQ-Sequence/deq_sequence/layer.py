@@ -3,16 +3,23 @@
 Shapes: B batch, L segment, M memory, K = M + L, h heads, d = d_model = h * d_head. States are
 (B, L, d); what is added to the queries, keys and values from outside, "us", is (B, K, 3d).
 
-``prepare`` does everything that does not depend on z, once per forward, and returns f.
+``TransformerLayer.prepare`` does everything that does not depend on z, once per forward, and
+returns f. What f then needs lies in two tuples of tensors, :class:`AttentionTensors` and
+:class:`FeedForwardTensors`, one pair per number format; :func:`evaluate` computes f(z) from them
+alone, so that a compiled form of it serves every forward.
 """
 
 from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.compiling import compiled
 from lib.errors import InputError
+from lib.linear import linear
 from lib.optimization import VariationalAttnDropout, VariationalHidDropout, weight_norm
 
 
@@ -32,11 +39,103 @@ def visible_keys(qlen: int, mlen: int, local_size: int = 0, device=None) -> Tens
 def relative_shift(x: Tensor) -> Tensor:
     """Align scores by distance to scores by key: out[i, j] = x[i, j + L - 1 - i].
 
-    Column t of x (B, h, L, K) belongs to the distance K - 1 - t, and key j of query i is at the
-    distance i + M - j. Entries of keys in the future are arbitrary. (Dai et al. 2019, appendix B)
+    Column t < K of x (..., L, K + 1) belongs to the distance K - 1 - t, and key j of query i is
+    at the distance i + M - j. Column K is a spare one, thanks to which the result (..., L, K) is
+    a view: row by row, it is x from element L - 1 on. Entries of keys in the future are
+    arbitrary. (Dai et al. 2019, appendix B)
     """
-    *lead, qlen, klen = x.shape
-    return F.pad(x, (1, 0)).view(*lead, klen + 1, qlen)[..., 1:, :].reshape(*lead, qlen, klen)
+    *lead, qlen, width = x.shape
+    flat = x.reshape(*lead, qlen * width).narrow(-1, qlen - 1, qlen * (width - 1))
+    return flat.view(*lead, qlen, width - 1)
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The number format of matrix products with x: autocast's where that is on, else x's own."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x.dtype  # autocast leaves float64 alone
+    return torch.get_autocast_dtype(kind)
+
+
+class AttentionTensors(NamedTuple):
+    """What the attention block needs beside z. The head stands first: its products want it so."""
+
+    qkv_weight: Tensor  # (3d, d)
+    injected: Tensor  # (B * L, 3d); r_w_bias is added to the queries
+    memory_k: Tensor  # (h, B, M, d_head)
+    memory_v: Tensor  # (h, B, M, d_head)
+    positions: Tensor  # (h, d_head, K + 1), over sqrt(d_head); the last column is spare
+    bias: Tensor  # (h, 1, L, K), of the scores: -inf where a key is hidden
+    out_weight: Tensor  # (d, d)
+    out_bias: Tensor  # (d,)
+    drop: Tensor | None  # (B, 1, d)
+    dropatt: Tensor | None  # (h, B, L, K)
+
+
+class FeedForwardTensors(NamedTuple):
+    """What the feed-forward block needs beside its input."""
+
+    weight1: Tensor  # (d_inner, d)
+    bias1: Tensor
+    weight2: Tensor  # (d, d_inner)
+    bias2: Tensor
+    drop1: Tensor | None  # (B, 1, d_inner)
+    drop2: Tensor | None  # (B, 1, d)
+
+
+def evaluate(
+    z: Tensor,
+    attention: AttentionTensors,
+    feed_forward: FeedForwardTensors,
+    pre_lnorm: bool,
+    fused: bool,
+) -> Tensor:
+    """f(z) for z (B, L, d): matrix products in the tensors' number format, the rest in z's.
+
+    Args:
+        fused: let PyTorch choose the attention kernel, which may have no second derivatives.
+    """
+    y = attend(layer_norm(z) if pre_lnorm else z, attention, fused) + z
+    y = layer_norm(y)  # before the feed-forward, or after the attention: the same place
+    out = transform(y, feed_forward) + y
+    return out if pre_lnorm else layer_norm(out)
+
+
+def attend(y: Tensor, t: AttentionTensors, fused: bool) -> Tensor:
+    """The attention block without its residual, (B, L, d) -> (B, L, d)."""
+    (bsz, qlen, d), (h, d_head, klen) = y.shape, t.positions.shape
+    klen = klen - 1
+    y = y.to(t.qkv_weight.dtype).reshape(bsz * qlen, d)
+    qkv = linear(y, t.qkv_weight, t.injected).view(bsz, qlen, 3, h, d_head)
+    q, k, v = qkv.permute(2, 3, 0, 1, 4).unbind(0)  # (h, B, L, d_head) each
+    k = torch.cat([t.memory_k, k], dim=2)  # (h, B, K, d_head)
+    v = torch.cat([t.memory_v, v], dim=2)
+    q = q.reshape(h, bsz * qlen, d_head)
+    position = (q @ t.positions).view(h, bsz, qlen, klen + 1)
+    bias = relative_shift(position) + t.bias  # (h, B, L, K)
+    q = q.view(h, bsz, qlen, d_head)
+    if fused:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    else:
+        q, k, v, bias = (x.flatten(0, 1) for x in (q, k, v, bias))
+        score = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d_head**-0.5)
+        weights = F.softmax(score, dim=-1).view(h, bsz, qlen, klen)
+        weights = weights if t.dropatt is None else weights * t.dropatt
+        out = (weights.flatten(0, 1) @ v).view(h, bsz, qlen, d_head)
+    out = out.permute(1, 2, 0, 3).reshape(bsz, qlen, d)
+    out = linear(out, t.out_weight, t.out_bias)
+    return out if t.drop is None else out * t.drop
+
+
+def transform(y: Tensor, t: FeedForwardTensors) -> Tensor:
+    """The feed-forward block without its residual, (B, L, d) -> (B, L, d)."""
+    rows = y.to(t.weight1.dtype).flatten(0, 1)  # (B * L, d)
+    # The largest tensor: no second one. As rows it is no view, whose gradient would be copied.
+    inner = F.relu(linear(rows, t.weight1, t.bias1), inplace=True)
+    inner = inner.view(*y.shape[:2], -1)  # (B, L, d_inner)
+    inner = inner if t.drop1 is None else inner * t.drop1
+    out = linear(inner, t.weight2, t.bias2)
+    return out if t.drop2 is None else out * t.drop2
 
 
 class RelativeAttention(nn.Module):
@@ -76,8 +175,10 @@ class RelativeAttention(nn.Module):
             for net in (self.qkv_net, self.r_net, self.o_net):
                 weight_norm(net, ["weight"])
 
-    def prepare(self, us: Tensor, memory: Tensor, positions: Tensor) -> Callable[[Tensor], Tensor]:
-        """The attention block as a function of z (B, L, d), with its residual.
+    def prepare(
+        self, us: Tensor, memory: Tensor, positions: Tensor
+    ) -> Callable[[torch.dtype], AttentionTensors]:
+        """What the block needs beside z, as a function of the number format.
 
         Args:
             us: injected input of memory and segment, (B, K, 3d).
@@ -88,44 +189,42 @@ class RelativeAttention(nn.Module):
         qlen, h, d_head = klen - mlen, self.n_head, self.d_head
         # A convolution of kernel size 1 is a matrix: (out, in, 1) -> (out, in).
         qkv_weight = self.qkv_net.weight.squeeze(2)
-        o_weight, o_bias = self.o_net.weight.squeeze(2), self.o_net.bias
-        r = F.linear(positions, self.r_net.weight.squeeze(2))
-        r = r.view(klen, h, d_head).permute(1, 2, 0)  # (h, d_head, K)
+        out_weight = self.o_net.weight.squeeze(2)
         memory = layer_norm(memory) if self.pre_lnorm else memory
-        memory_kv = F.linear(memory, qkv_weight[d:]) + us[:, :mlen, d:]  # (B, M, 2d)
-        us = us[:, mlen:]
-        hidden = ~visible_keys(qlen, mlen, self.local_size, us.device)
-        self.drop.reset_mask(bsz, d, device=us.device, dtype=us.dtype)
-        self.dropatt.reset_mask(bsz, h, qlen, klen, device=us.device, dtype=us.dtype)
+        drop = self.drop.reset_mask(bsz, d, device=us.device, dtype=us.dtype)
+        dropatt = self.dropatt.reset_mask(bsz, h, qlen, klen, device=us.device, dtype=us.dtype)
+        dropatt = None if dropatt is None else dropatt.transpose(0, 1).contiguous()
 
-        def heads(x: Tensor) -> Tensor:  # (B, n, d) -> (B, h, n, d_head)
-            return x.view(bsz, -1, h, d_head).transpose(1, 2)
+        with torch.autocast(us.device.type, enabled=False):
+            r = linear(positions[0], self.r_net.weight.squeeze(2)) / d_head**0.5
+            r = F.pad(r.view(klen, h, d_head).permute(1, 2, 0), (0, 1))  # (h, d_head, K + 1)
+            # The score's (q + r_r_bias) . r is (q + r_w_bias) . r and what does not depend on q.
+            rest = (self.r_r_bias - self.r_w_bias)[:, None] @ r  # (h, 1, K + 1)
+            bias = relative_shift(rest.expand(h, qlen, klen + 1))  # (h, L, K)
+            hidden = ~visible_keys(qlen, mlen, self.local_size, us.device)
+            bias = bias.masked_fill(hidden, -torch.inf)[:, None]
+            # r_w_bias belongs to the queries alone: nothing is added to keys and values.
+            added = F.pad(self.r_w_bias.flatten(), (0, 2 * d))
+            injected = (us[:, mlen:] + added).reshape(bsz * qlen, 3 * d)
 
-        def attend(z: Tensor) -> Tensor:
-            qkv = F.linear(layer_norm(z) if self.pre_lnorm else z, qkv_weight) + us  # (B, L, 3d)
-            q = qkv[..., :d].reshape(bsz, qlen, h, d_head)
-            k, v = torch.cat([memory_kv, qkv[..., d:]], dim=1).split(d, dim=2)  # (B, K, d) each
-            content = (q + self.r_w_bias).transpose(1, 2) @ heads(k).transpose(2, 3)
-            position = relative_shift((q + self.r_r_bias).transpose(1, 2) @ r)  # (B, h, L, K)
-            score = (content + position) / d_head**0.5
-            weights = F.softmax(score.masked_fill(hidden, -torch.inf), dim=-1)
-            weights = self.dropatt(weights).to(v.dtype)
-            out = (weights @ heads(v)).transpose(1, 2).reshape(bsz, qlen, d)
-            out = self.drop(F.linear(out, o_weight, o_bias)) + z
-            return out if self.pre_lnorm else layer_norm(out)
+        def tensors(dtype: torch.dtype) -> AttentionTensors:
+            weight = qkv_weight.to(dtype)
+            kv = linear(memory.to(dtype), weight[d:]) + us[:, :mlen, d:].to(dtype)
+            k, v = kv.reshape(bsz, mlen, 2, h, d_head).permute(2, 3, 0, 1, 4).unbind(0)
+            cast = (bias, out_weight, self.o_net.bias, drop, dropatt)
+            return AttentionTensors(
+                weight, injected.to(dtype), k, v, r.to(dtype), *(_to(x, dtype) for x in cast)
+            )
 
-        return attend
+        return tensors
 
 
 class PositionwiseFF(nn.Module):
-    """out = W2 relu(W1 y + b1) + b2 with a residual; dropout after the relu and after W2.
+    """out = W2 relu(W1 y + b1) + b2 of a normalised y; dropout after the relu and after W2."""
 
-    With pre-layer-norm y is normalised first and the residual is taken from the normalised y.
-    """
-
-    def __init__(self, d_model: int, d_inner: int, dropout: float, pre_lnorm: bool, wnorm: bool):
+    def __init__(self, d_model: int, d_inner: int, dropout: float, wnorm: bool):
         super().__init__()
-        self.d_model, self.d_inner, self.pre_lnorm = d_model, d_inner, pre_lnorm
+        self.d_model, self.d_inner = d_model, d_inner
         self.ff1_net = nn.Linear(d_model, d_inner)
         self.ff2_net = nn.Linear(d_inner, d_model)
         self.drop1 = VariationalHidDropout(dropout, length_first=True)
@@ -134,20 +233,19 @@ class PositionwiseFF(nn.Module):
             for net in (self.ff1_net, self.ff2_net):
                 weight_norm(net, ["weight"])
 
-    def prepare(self, bsz: int, device=None, dtype=None) -> Callable[[Tensor], Tensor]:
-        """The feed-forward block as a function of y (B, L, d)."""
+    def prepare(
+        self, bsz: int, device=None, dtype=None
+    ) -> Callable[[torch.dtype], FeedForwardTensors]:
+        """What the block needs beside its input, as a function of the number format."""
+        drop1 = self.drop1.reset_mask(bsz, self.d_inner, device=device, dtype=dtype)
+        drop2 = self.drop2.reset_mask(bsz, self.d_model, device=device, dtype=dtype)
         first = self.ff1_net.weight, self.ff1_net.bias
-        second = self.ff2_net.weight, self.ff2_net.bias
-        self.drop1.reset_mask(bsz, self.d_inner, device=device, dtype=dtype)
-        self.drop2.reset_mask(bsz, self.d_model, device=device, dtype=dtype)
+        parts = *first, self.ff2_net.weight, self.ff2_net.bias, drop1, drop2
+        return lambda dtype: FeedForwardTensors(*(_to(x, dtype) for x in parts))
 
-        def feed_forward(y: Tensor) -> Tensor:
-            y = layer_norm(y) if self.pre_lnorm else y
-            inner = self.drop1(F.relu(F.linear(y, *first)))  # (B, L, d_inner)
-            out = self.drop2(F.linear(inner, *second)) + y
-            return out if self.pre_lnorm else layer_norm(out)
 
-        return feed_forward
+def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if x is None else x.to(dtype)
 
 
 class TransformerLayer(nn.Module):
@@ -169,16 +267,66 @@ class TransformerLayer(nn.Module):
         self.dec_attn = RelativeAttention(
             n_head, d_model, d_head, dropout, dropatt, pre_lnorm, wnorm, local_size
         )
-        self.pos_ff = PositionwiseFF(d_model, d_inner, dropout, pre_lnorm, wnorm)
+        self.pos_ff = PositionwiseFF(d_model, d_inner, dropout, wnorm)
+        self.pre_lnorm = pre_lnorm
+        self._compiled: Callable | None = None
+
+    def compile_evaluations(self) -> None:
+        """From now on, let torch.compile compute f wherever autograd is off.
+
+        That is every evaluation of a solver. Where autograd is on, f stays as it is: the adjoint
+        is made of many products with the Jacobian df/dz alone, while the backward pass of a
+        compiled function always computes the gradients of all weights as well.
+
+        Raises:
+            InputError: torch.compile does not work here.
+        """
+        self._compiled = compiled(evaluate, self.dec_attn.r_w_bias.device)
 
     def prepare(self, us: Tensor, memory: Tensor, positions: Tensor) -> Callable[[Tensor], Tensor]:
         """f as a function of z (B, L, d) alone; draws the dropout masks it will use throughout.
+
+        Under autocast f multiplies matrices in its number format, with weights that are cast once
+        per forward; within ``torch.autocast(..., enabled=False)`` the same f computes in the full
+        one. Its result has the format of z in either case.
+
+        ``f.plain`` is the same map in operations that all have second derivatives.
 
         Args:
             us: injected input, (B, K, 3d), the memory's on the left.
             memory: (B, M, d).
             positions: (1, K, d).
         """
-        attend = self.dec_attn.prepare(us, memory, positions)
+        attention = self.dec_attn.prepare(us, memory, positions)
         feed_forward = self.pos_ff.prepare(len(us), us.device, us.dtype)
-        return lambda z: feed_forward(attend(z))
+        trained = torch.is_grad_enabled()
+
+        @cache
+        def tensors(dtype: torch.dtype) -> tuple[AttentionTensors, FeedForwardTensors]:
+            # Made at the first use, which is a solver's, without autograd.
+            with torch.set_grad_enabled(trained):
+                return attention(dtype), feed_forward(dtype)
+
+        # Fused kernels know no mask of attention weights. On a CPU they are no faster in float32
+        # and slower in bfloat16 (medians of attention at B 4, L = M 150, d 700, one thread: 62 ms
+        # against 63 and 27 against 19).
+        fused = self.dec_attn.dropatt.mask is None and us.device.type != "cpu"
+
+        def plain(z: Tensor) -> Tensor:
+            return run(evaluate, z, False)
+
+        def f(z: Tensor) -> Tensor:
+            # With autograd, fused kernels would not take a bias that is trained (CPU), or add up
+            # its gradients in no fixed order (GPU): the same seed would not be the same run.
+            if torch.is_grad_enabled():
+                return plain(z)
+            return run(self._compiled or evaluate, z, fused)
+
+        def run(form: Callable, z: Tensor, fused: bool) -> Tensor:
+            dtype = working_dtype(z)
+            # All number formats are chosen here: autocast has no say in the operations.
+            with torch.autocast(z.device.type, enabled=False):
+                return form(z, *tensors(dtype), self.pre_lnorm, fused)
+
+        f.plain = plain
+        return f

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deq_sequence.embedding import AdaptiveEmbedding, PositionalEmbedding
@@ -14,6 +13,7 @@ from deq_sequence.softmax import ProjectedAdaptiveLogSoftmax
 from lib.checkpoint import load_weights
 from lib.deq import DEQ, SRADIUS_ITERS, SolverAttributes, scalars_to, stacked
 from lib.errors import InputError
+from lib.linear import linear
 from lib.optimization import VariationalDropout
 from lib.solvers import anderson
 
@@ -201,7 +201,7 @@ class DEQTransformerLM(SolverAttributes, nn.Module):
         qlen, bsz = data.shape
         start = self.pos_emb.inv_freq.new_zeros(bsz, qlen, self.d_model)  # (B, L, d)
         words = self.word_emb(data.t())  # (B, L, d)
-        u = F.linear(words, self.inject_conv.weight.squeeze(2), self.inject_conv.bias)
+        u = linear(words, self.inject_conv.weight.squeeze(2), self.inject_conv.bias)
         z0, u0 = self._memory(mems, start)
         us = torch.cat([u0, u], dim=1)  # (B, K, 3d)
         positions = self.variational_drop(self.pos_emb(us.shape[1]), self.dropout)  # (1, K, d)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from deq_sequence.corpus import DATASETS
 from lib.errors import InputError, did_you_mean
+from lib.precision import AMP
 from lib.solvers import SOLVERS
 
 DEFAULT_DATA = "../data/wikitext-103"
@@ -131,7 +132,9 @@ def _training_flags(group) -> None:
     add("--clip_nonemb", action="store_true", help="clip all but the embeddings")
     add("--max_step", type=int, default=200000, help="updates in all")
     add("--start_train_steps", type=int, default=0, help="count steps from here, with --load")
-    add("--amp", default="none", choices=("none", "bf16"), help="mixed precision")
+    add("--amp", default="none", choices=AMP, help="mixed precision: matrix products in bf16")
+    add("--tf32", action="store_true", help="GPU: round the factors of float32 products to TF32")
+    add("--compile", action="store_true", help="let torch.compile compute f within the solvers")
 
 
 def _run_flags(group) -> None:

@@ -4,8 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deq_sequence.embedding import AdaptiveEmbedding, check_ids, cluster_bounds, cluster_widths
+from deq_sequence.embedding import (
+    AdaptiveEmbedding,
+    check_ids,
+    cluster_bounds,
+    cluster_of,
+    cluster_widths,
+    rows_by_cluster,
+)
 from lib.errors import InputError
+from lib.linear import linear
 
 
 class ProjectedAdaptiveLogSoftmax(nn.Module):
@@ -81,14 +89,15 @@ class ProjectedAdaptiveLogSoftmax(nn.Module):
         if len(hidden) != len(target):
             raise InputError(f"{len(hidden)} hidden states for {len(target)} targets")
         check_ids(target, self.n_token)
-        head_target = target
-        members = []
-        for i, (low, high) in enumerate(self.bounds[1:], start=1):
-            inside = (target >= low) & (target < high)
-            head_target = torch.where(inside, self._entry(i), head_target)
-            members.append(inside.nonzero().squeeze(1))
+        if not self.n_clusters:
+            return F.cross_entropy(self._head_logits(hidden), target, reduction="none")
+        cluster = cluster_of(target, self.bounds)
+        entry = self._entry(cluster)  # of a word in cluster 0 it is not looked at
+        head_target = torch.where(cluster > 0, entry, target)
         nll = F.cross_entropy(self._head_logits(hidden), head_target, reduction="none")
-        for i, rows in enumerate(members, start=1):
+        for i, rows in enumerate(rows_by_cluster(cluster, len(self.bounds))):
+            if i == 0:
+                continue  # the head has it all
             logits = self._logits(i, hidden[rows])
             tail = F.cross_entropy(logits, target[rows] - self.bounds[i][0], reduction="none")
             nll = nll.index_add(0, rows, tail.to(nll.dtype))
@@ -103,7 +112,7 @@ class ProjectedAdaptiveLogSoftmax(nn.Module):
             parts.append(entry + F.log_softmax(self._logits(i, hidden), dim=1))
         return torch.cat(parts, dim=1)
 
-    def _entry(self, cluster: int) -> int:
+    def _entry(self, cluster: int | Tensor) -> int | Tensor:
         """Column of the head that stands for a cluster: cluster 1 is the last."""
         return self.bounds[0][1] + self.n_clusters - cluster
 
@@ -114,14 +123,14 @@ class ProjectedAdaptiveLogSoftmax(nn.Module):
         return self.out_layers[0].weight[low:high], self.out_layers[0].bias[low:high]
 
     def _project(self, i: int, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.out_projs[i].weight.t()) if self.out_projs else hidden
+        return linear(hidden, self.out_projs[i].weight.t()) if self.out_projs else hidden
 
     def _logits(self, i: int, hidden: Tensor) -> Tensor:
-        return F.linear(self._project(i, hidden), *self._table(i))
+        return linear(self._project(i, hidden), *self._table(i))
 
     def _head_logits(self, hidden: Tensor) -> Tensor:
         weight, bias = self._table(0)
         if self.n_clusters:
             weight = torch.cat([weight, self.cluster_weight])
             bias = torch.cat([bias, self.cluster_bias])
-        return F.linear(self._project(0, hidden), weight, bias)
+        return linear(self._project(0, hidden), weight, bias)

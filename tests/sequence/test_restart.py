@@ -234,6 +234,14 @@ def test_changed_settings_are_named_and_saved(flags, run_folder, capsys):
     ]
 
 
+def test_changed_rounding_is_named(flags, capsys):
+    assert main(flags) == 0
+    assert main([*flags, "--restart", "--tf32", "--amp", "bf16", "--max_step", "7"]) == 0
+    found = capsys.readouterr().out
+    assert "changed since the checkpoint: --tf32 from False to True" in found
+    assert "changed since the checkpoint: --amp from 'none' to 'bf16'" in found
+
+
 def test_changed_cutoffs_are_named(flags, capsys):
     """Of the same number, so with the same shapes: nothing else would show it."""
     adaptive = [*flags, "--adaptive", "--cutoffs"]

@@ -1,5 +1,6 @@
 """The learning rate of every update, and the optimisers."""
 
+import copy
 import math
 from itertools import pairwise
 
@@ -8,8 +9,9 @@ import torch
 from torch import nn
 
 from deq_sequence.options import parse
-from deq_sequence.schedules import LearningRate, make_optimizer
+from deq_sequence.schedules import LearningRate, make_optimizer, with_own_kernels
 
+FUSED = ("Adam", "SGD", "Adagrad")  # on a CPU
 OPTIMISERS = ("Adam", "SGD", "Adagrad", "RMSprop", "RAdam")
 LR = 0.5
 
@@ -137,7 +139,56 @@ def test_optimiser_by_name(name):
     assert optimizer.defaults["lr"] == 0.25
     assert optimizer.defaults["weight_decay"] == 0.125
     plain = getattr(torch.optim, name)(model.parameters(), lr=0.25, weight_decay=0.125)
-    assert optimizer.defaults == plain.defaults
+    fused = {"fused": True} if name in FUSED else {}
+    assert optimizer.defaults == plain.defaults | fused
+
+
+def updates(optimizer, model, n=5):
+    for step in range(n):
+        optimizer.zero_grad()
+        model(torch.full((1, 3), 1.0 + step)).square().sum().backward()
+        optimizer.step()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_a_fused_optimiser_is_the_plain_one_up_to_rounding(name):
+    args = parse(["--optim", name, "--lr", "0.1", "--weight_decay", "0.01"])
+    model = nn.Linear(3, 2)
+    twin = copy.deepcopy(model)
+    plain = getattr(torch.optim, name)(twin.parameters(), lr=0.1, weight_decay=0.01)
+    found, expected = updates(make_optimizer(args, model), model), updates(plain, twin)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("error", [TypeError, RuntimeError])
+def test_without_a_fused_form_the_plain_one_is_used(monkeypatch, error):
+    class OlderAdam(torch.optim.Adam):
+        def __init__(self, *args, **options):
+            if "fused" in options:
+                raise error("no such thing")
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(torch.optim, "Adam", OlderAdam)
+    args = parse(["--optim", "Adam"])
+    assert make_optimizer(args, nn.Linear(3, 2)).defaults["fused"] is None
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("saved_fused", [True, None])
+def test_a_saved_state_goes_on_with_the_kernels_of_this_machine(name, saved_fused):
+    args = parse(["--optim", name, "--lr", "0.1"])
+    model = nn.Linear(3, 2)
+    saved = getattr(torch.optim, name)(model.parameters(), lr=0.1, fused=saved_fused)
+    updates(saved, model)
+    state, twin = copy.deepcopy(saved.state_dict()), copy.deepcopy(model)
+    optimizer = make_optimizer(args, twin)
+    optimizer.load_state_dict(with_own_kernels(state, optimizer))
+    assert [g["fused"] for g in optimizer.param_groups] == [True]
+    assert [g["fused"] for g in state["param_groups"]] == [saved_fused]  # not changed
+    found, expected = updates(optimizer, twin), updates(saved, model)
+    exact = {"rtol": 0, "atol": 0} if saved_fused else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(found, expected, **exact)
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)

@@ -1,0 +1,258 @@
+"""The layer f: its formula, both forms of its attention, number formats, what it does once."""
+
+import gc
+import math
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deq_sequence.layer import (
+    TransformerLayer,
+    evaluate,
+    layer_norm,
+    relative_shift,
+    visible_keys,
+    working_dtype,
+)
+from lib.jacobian import jac_loss_estimate
+
+BATCH, QLEN, HEADS, D, INNER = 2, 4, 2, 8, 12
+VARIANTS = {
+    "post-LN": {},
+    "pre-LN": {"pre_lnorm": True, "wnorm": True},
+    "local": {"local_size": 3},
+    "dropout": {"dropout": 0.3},
+    "dropatt": {"dropatt": 0.3, "dropout": 0.2, "pre_lnorm": True},
+}
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+every_memory = pytest.mark.parametrize("mlen", [0, 5])
+
+
+def build(variant="post-LN", mlen=5, dtype=torch.float64):
+    """A layer with weights that matter; us (B, K, 3d), memory, positions; a state."""
+    torch.manual_seed(0)
+    settings = {"dropout": 0.0, "dropatt": 0.0} | VARIANTS[variant]
+    layer = TransformerLayer(HEADS, D, D // HEADS, INNER, **settings).to(dtype)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    us = torch.randn(BATCH, mlen + QLEN, 3 * D, dtype=dtype, requires_grad=True)
+    memory = torch.randn(BATCH, mlen, D, dtype=dtype)
+    positions = torch.randn(1, mlen + QLEN, D, dtype=dtype)
+    return layer, (us, memory, positions), torch.randn(BATCH, QLEN, D, dtype=dtype)
+
+
+def by_the_book(layer, inputs, z) -> Tensor:
+    """f(z) in the order of its definition, with the masks that the layer holds."""
+    us, memory, positions = inputs
+    attention, ff, mlen = layer.dec_attn, layer.pos_ff, memory.shape[1]
+    qlen, klen, d_head = z.shape[1], us.shape[1], D // HEADS
+
+    def mask(drop):
+        return 1.0 if drop.mask is None else drop.mask
+
+    def heads(x):  # (B, n, d) -> (B, h, n, d_head)
+        return x.unflatten(-1, (HEADS, d_head)).transpose(1, 2)
+
+    c = torch.cat([memory, z], 1)
+    c = layer_norm(c) if layer.pre_lnorm else c
+    q, k, v = (c @ attention.qkv_net.weight.squeeze(2).T + us).split(D, 2)
+    q, k, v = heads(q[:, mlen:]), heads(k), heads(v)
+    r = heads(positions @ attention.r_net.weight.squeeze(2).T)[0]  # (h, K, d_head)
+    i, j = torch.arange(qlen)[:, None], torch.arange(klen)
+    row = (klen - 1 - (i + mlen - j)).clamp(max=klen - 1)  # of the distance i + M - j
+    content = (q + attention.r_w_bias[:, None]) @ k.mT
+    position = torch.einsum("bhid,hijd->bhij", q + attention.r_r_bias[:, None], r[:, row])
+    score = (content + position) / math.sqrt(d_head)
+    hidden = ~visible_keys(qlen, mlen, attention.local_size)
+    weights = F.softmax(score.masked_fill(hidden, -torch.inf), -1) * mask(attention.dropatt)
+    out = (weights @ v).transpose(1, 2).flatten(2)
+    out = out @ attention.o_net.weight.squeeze(2).T + attention.o_net.bias
+    y = layer_norm(out * mask(attention.drop) + z)
+    inner = F.relu(y @ ff.ff1_net.weight.T + ff.ff1_net.bias) * mask(ff.drop1)
+    out = (inner @ ff.ff2_net.weight.T + ff.ff2_net.bias) * mask(ff.drop2) + y
+    return out if layer.pre_lnorm else layer_norm(out)
+
+
+def fused(layer, inputs):
+    """f with PyTorch's attention, as it is computed on a GPU."""
+    attention = layer.dec_attn.prepare(*inputs)(torch.float64)
+    feed_forward = layer.pos_ff.prepare(BATCH, dtype=torch.float64)(torch.float64)
+    return lambda z: evaluate(z, attention, feed_forward, layer.pre_lnorm, True)
+
+
+# --- The formula ------------------------------------------------------------------------------
+
+
+@every_memory
+@every_variant
+@pytest.mark.parametrize("form", ["f", "plain", "fused"])
+def test_value_and_gradients_are_those_of_the_formula(variant, mlen, form):
+    if form == "fused" and "dropatt" in variant:
+        pytest.skip("fused kernels know no mask of attention weights")
+    layer, inputs, z = build(variant, mlen)
+    z.requires_grad_()
+    f = layer.prepare(*inputs)
+    f = {"f": f, "plain": f.plain, "fused": None}[form] or fused(layer, inputs)
+    found, expected = f(z), by_the_book(layer, inputs, z)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(f(z), expected, rtol=0, atol=1e-12)
+    direction = torch.randn_like(z)
+    leaves = [z, inputs[0], *layer.parameters()]
+    found = torch.autograd.grad(found, leaves, direction)
+    expected = torch.autograd.grad(expected, leaves, direction)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+        assert b.abs().max() > 0
+
+
+@every_variant
+def test_plain_has_second_derivatives(variant):
+    """The Jacobian loss trains every parameter as the formula says."""
+    layer, inputs, z = build(variant)
+    z.requires_grad_()
+    f = layer.prepare(*inputs)
+    gradients = []
+    for form in (f.plain, lambda z: by_the_book(layer, inputs, z)):
+        torch.manual_seed(3)
+        loss = jac_loss_estimate(form(z), z, vecs=2)
+        leaves = [inputs[0], *layer.parameters()]
+        gradients.append(torch.autograd.grad(loss, leaves, materialize_grads=True))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("qlen", "mlen"), [(1, 0), (1, 4), (5, 0), (4, 3)])
+def test_relative_shift(qlen, mlen):
+    klen = mlen + qlen
+    x = torch.randn(2, 3, qlen, klen + 1)
+    found = relative_shift(x)
+    for i in range(qlen):
+        for j in range(i + mlen + 1):  # keys in the future are arbitrary
+            assert torch.equal(found[..., i, j], x[..., i, j + qlen - 1 - i])
+    assert found.shape == (2, 3, qlen, klen)
+    assert found.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()  # no copy
+
+
+def test_f_keeps_its_masks_and_a_new_one_draws_others():
+    layer, inputs, z = build("dropatt")
+    f = layer.prepare(*inputs)
+    assert torch.equal(f(z), f(z))
+    assert not torch.equal(f(z), layer.prepare(*inputs)(z))
+    f = layer.eval().prepare(*inputs)
+    assert torch.equal(f(z), layer.prepare(*inputs)(z))
+
+
+# --- Number formats ---------------------------------------------------------------------------
+
+
+def bf16(enabled=True):
+    return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
+def test_working_dtype():
+    single, double = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
+    assert working_dtype(single) == torch.float32
+    with bf16():
+        assert working_dtype(single) == torch.bfloat16
+        assert working_dtype(double) == torch.float64
+        with bf16(False):
+            assert working_dtype(single) == torch.float32
+
+
+class Casts(TorchDispatchMode):
+    """The shapes of all tensors that are cast."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default and "dtype" in kwargs:
+            self.shapes.append(tuple(args[0].shape))
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("recording", [False, True])
+def test_bf16_casts_activations_alone_after_the_first_evaluation(variant, recording):
+    layer, inputs, z = build(variant, dtype=torch.float32)
+    with bf16(), torch.set_grad_enabled(recording):
+        f = layer.prepare(*inputs)
+        with Casts() as first:
+            f(z)
+        for form in (f, f.plain):
+            with Casts() as later:
+                form(z)
+            # To bfloat16: what enters the two blocks. Their results are added to the state.
+            assert later.shapes == [(BATCH, QLEN, D)] * 2
+    weights = [tuple(p.shape) for p in (layer.pos_ff.ff1_net.weight, layer.pos_ff.ff2_net.weight)]
+    for shape in (*weights, (3 * D, D), (D, D)):
+        assert first.shapes.count(shape) == 1
+
+
+@every_variant
+def test_float32_casts_nothing(variant):
+    layer, inputs, z = build(variant, dtype=torch.float32)
+    with Casts() as casts:
+        layer.prepare(*inputs)(z)
+    # (L, K), where distances are compared, is no number of the computation.
+    assert [shape for shape in casts.shapes if shape != (QLEN,)] == []
+
+
+@every_variant
+def test_full_precision_within_autocast(variant):
+    """A solve may end in float32: the same f, with autocast off."""
+    layer, inputs, z = build(variant, dtype=torch.float32)
+    with bf16():
+        torch.manual_seed(5)
+        f = layer.prepare(*inputs)
+        rough = f(z)
+        with bf16(False):
+            exact = f(z)
+    torch.manual_seed(5)
+    assert torch.equal(exact, layer.prepare(*inputs)(z))
+    assert rough.dtype == exact.dtype == torch.float32
+    difference = (rough - exact).abs().max()
+    assert 0 < difference < 0.1  # eight bits of values up to 3, through three products
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_gradients_in_the_format_of_the_evaluation(enabled):
+    """Also where the first use, which makes the tensors, is a solver's without autograd."""
+    layer, inputs, z = build("pre-LN", dtype=torch.float32)
+    leaves = [inputs[0], *layer.parameters()]
+    with bf16():
+        f = layer.prepare(*inputs)
+        with torch.no_grad():
+            f(z)
+            with bf16(False):
+                f(z)
+        with bf16(enabled):
+            loss = f(z).square().sum()
+    found = torch.autograd.grad(loss, leaves)
+    expected = torch.autograd.grad(layer.prepare(*inputs)(z).square().sum(), leaves)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        if not enabled:
+            assert torch.equal(a, b)
+        assert (a - b).norm() <= 0.1 * b.norm()
+
+
+def test_a_forward_leaves_nothing_to_the_garbage_collector():
+    """The tensors of a forward go with its f: no cycle keeps them."""
+    layer, inputs, z = build(dtype=torch.float32)
+    gc.disable()
+    try:
+        f = layer.prepare(*inputs)
+        f(z) + f.plain(z)
+        gone = weakref.ref(f)
+        del f
+        assert gone() is None
+    finally:
+        gc.enable()
