@@ -40,5 +40,5 @@ def _try_compiler(device: str) -> None:
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
             f"torch.compile does not work here ({first[0]}): install a C++ compiler such as g++, "
-            "or leave out --compile"
+            "or switch compilation off"
         ) from error

@@ -29,7 +29,7 @@ def vec2list(z: Tensor, cutoffs: Sequence[Sequence[int]]) -> list[Tensor]:
         cutoffs: the shape of each tensor without its batch dimension, such as (C, H, W).
     """
     sizes = [prod(shape) for shape in cutoffs]
-    if z.dim() < 2 or z[0].numel() != sum(sizes):
+    if z.dim() < 2 or prod(z.shape[1:]) != sum(sizes):
         raise InputError(f"a state of shape {tuple(z.shape)} does not hold the shapes {cutoffs}")
     parts = z.reshape(len(z), -1).split(sizes, dim=1)
     return [part.reshape(len(z), *shape) for part, shape in zip(parts, cutoffs, strict=True)]

@@ -37,12 +37,13 @@ class Run:
         eps: float,
         stop_mode: str,
         check_every: int = 1,
+        floor: float = 0.0,
     ):
-        _check_arguments(f, x0, threshold, eps, stop_mode, check_every)
+        _check_arguments(f, x0, threshold, eps, stop_mode, check_every, floor)
         self.f = f
         self.shape, self.dtype, self.device = x0.shape, x0.dtype, x0.device
         self.threshold, self.eps, self.stop_mode = threshold, float(eps), stop_mode
-        self.check_every = check_every
+        self.check_every, self.floor = check_every, floor
         self.work_dtype = torch.promote_types(x0.dtype, torch.float32)
         self.x0 = x0.detach().reshape(len(x0), -1).to(self.work_dtype)  # (B, D)
         self.nfe = 0
@@ -52,7 +53,7 @@ class Run:
         self.best_residual = np.full(len(x0), math.inf)
         # Samples on which f was not finite, on the host and (once there are any) on the device.
         self.lost, self.lost_mask = np.zeros(len(x0), dtype=bool), None
-        self.converged = self.diverged = False
+        self.converged = self.diverged = self.at_floor = False
         self.limit = math.inf  # of the absolute residual
         # The best finite iterate of each sample: what a sample falls back to once f fails on it.
         self.own_best, self.own_residual = self.x0, self.best_residual
@@ -60,7 +61,7 @@ class Run:
 
     @property
     def stopped(self) -> bool:
-        return self.converged or self.diverged
+        return self.converged or self.diverged or self.at_floor
 
     def evaluate(
         self, x: Tensor, out: Tensor | None = None, forgive: bool = False
@@ -144,6 +145,7 @@ class Run:
             self.best, self.best_index, self.lowest = x, len(self.abs_trace) - 1, current
             self.best_residual = residual
         self.converged |= current < self.eps or current == 0.0
+        self.at_floor |= self.rel_trace[-1] < self.floor
         if len(self.abs_trace) == 1:
             # A warm start may have a residual of rounding errors, whose growth says nothing.
             floor = math.sqrt(torch.finfo(self.work_dtype).eps) * total_f
@@ -219,7 +221,7 @@ def check(condition: bool, name: str, value, accepted: str) -> None:
         raise InputError(f"{name} is {value!r}, but must be {accepted}")
 
 
-def _check_arguments(f, x0, threshold, eps, stop_mode, check_every) -> None:
+def _check_arguments(f, x0, threshold, eps, stop_mode, check_every, floor) -> None:
     check(callable(f), "f", f, "a function of the state")
     check(isinstance(x0, Tensor), "x0", type(x0).__name__, "a tensor (see list2vec for lists)")
     check(x0.is_floating_point(), "dtype of x0", x0.dtype, "a floating dtype")
@@ -227,6 +229,7 @@ def _check_arguments(f, x0, threshold, eps, stop_mode, check_every) -> None:
     for name, value in (("threshold", threshold), ("check_every", check_every)):
         integer = isinstance(value, int) and not isinstance(value, bool)
         check(integer and value >= 1, name, value, "an integer of at least 1")
-    check(eps >= 0, "eps", eps, "a number of at least 0")
+    for name, value in (("eps", eps), ("floor", floor)):
+        check(value >= 0, name, value, "a number of at least 0")
     check(stop_mode in ("abs", "rel"), "stop_mode", stop_mode, "'abs' or 'rel'")
     check(bool(torch.isfinite(x0).all()), "x0", "not finite", "finite everywhere")

@@ -59,12 +59,13 @@ def fixed_point_iteration(
     stop_mode: str = "rel",
     *,
     check_every: int = 1,
+    floor: float = 0.0,
 ) -> dict:
     """Plain (Picard) iteration z_{k+1} = f(z_k); converges where f is a contraction.
 
     Args and result as for :func:`anderson`; ``threshold`` counts evaluations of f.
     """
-    run = Run(f, x0, threshold, eps, stop_mode, check_every)
+    run = Run(f, x0, threshold, eps, stop_mode, check_every, floor)
     _, fx, gx = run.evaluate(run.x0)
     while not run.stopped and run.nfe < threshold:
         _, fx, _ = run.evaluate(fx, out=gx)
@@ -83,6 +84,7 @@ def anderson(
     beta: float = 1.0,
     *,
     check_every: int = 1,
+    floor: float = 0.0,
 ) -> dict:
     """Anderson acceleration (Anderson 1965; Walker and Ni 2011), as used by DEQ models.
 
@@ -107,6 +109,8 @@ def anderson(
         check_every: look at the residual only every so many evaluations. Between checks a GPU
             need not wait for the host; up to ``check_every - 1`` evaluations may be done in vain,
             and as many more points are held. The point returned is the best one all the same.
+        floor: stop as well, in either mode, once ||f(z) - z|| / ||f(z)|| is below this: where
+            the rounding of f itself begins, say.
 
     Returns:
         The dict that the module's docstring describes.
@@ -117,7 +121,7 @@ def anderson(
     check(isinstance(m, int) and m >= 1, "m", m, "an integer of at least 1")
     check(lam is None or lam >= 0, "lam", lam, "None or a number of at least 0")
     check(beta > 0, "beta", beta, "a number above 0")
-    run = Run(f, x0, threshold, eps, stop_mode, check_every)
+    run = Run(f, x0, threshold, eps, stop_mode, check_every, floor)
     batch, size = run.x0.shape
     m = min(m, threshold)
     residuals = run.x0.new_empty(m, batch, size)
@@ -198,6 +202,7 @@ def broyden(
     name: str = "unknown",
     *,
     check_every: int = 1,
+    floor: float = 0.0,
 ) -> dict:
     """Broyden's ("good") quasi-Newton method on g(z) = f(z) - z, full memory (Broyden 1965).
 
@@ -208,7 +213,8 @@ def broyden(
     with t = 1, or chosen by a backtracking line search. All of H is per sample.
 
     Args:
-        f, x0, eps, stop_mode, check_every: as for :func:`anderson`; a line search checks always.
+        f, x0, eps, stop_mode, check_every, floor: as for :func:`anderson`; a line search checks
+            always.
         threshold: updates at most: f is evaluated at x0 and at most this often more (plus the
             rejected trials of the line search).
         ls: Armijo line search on ||g||^2 over the batch (at most 4 halvings or so per step).
@@ -220,7 +226,7 @@ def broyden(
     Raises:
         InputError: as for :func:`anderson`.
     """
-    run = Run(f, x0, threshold, eps, stop_mode, 1 if ls else check_every)
+    run = Run(f, x0, threshold, eps, stop_mode, 1 if ls else check_every, floor)
     inverse = _BroydenInverse(run.x0, threshold)
     x, _, _ = run.evaluate(run.x0, out=inverse.residual)
     length = None

@@ -14,7 +14,7 @@ from deq_sequence.corpus import Corpus
 from deq_sequence.evaluation import Evaluation, evaluate, perplexity, settings_from
 from deq_sequence.iterators import LMOrderedIterator
 from deq_sequence.model import DEQTransformerLM
-from deq_sequence.schedules import LearningRate, make_optimizer, with_own_kernels
+from deq_sequence.schedules import LearningRate, make_optimizer
 from lib.distributed import BalancedDataParallel
 from lib.errors import InputError
 from lib.experiment import Run
@@ -255,8 +255,7 @@ class Trainer:
         for name, value in state["fixed"].items():
             if getattr(self.args, name) != value:
                 raise InputError(f"{source} was saved with --{name} {value}: continue with that")
-        optimizer = with_own_kernels(state["optimizer"], self.optimizer)
-        restore_optimizer(self.optimizer, optimizer, self.args.weight_decay)
+        restore_optimizer(self.optimizer, state["optimizer"], self.args.weight_decay)
         self.learning_rate.load_state_dict(state["learning_rate"])
         self.step, self.epoch, self.row = state["step"], state["epoch"], state["row"]
         self.mems = [[m.to(self.device) for m in mems] for mems in state["mems"]]

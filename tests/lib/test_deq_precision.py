@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib.deq import COARSE_EPS, DEQ, solve_in_stages
+from lib.deq import COARSE_EPS, DEQ
 from lib.solvers import SOLVERS, anderson, broyden, fixed_point_iteration
 from problems import contraction
 
@@ -135,10 +135,10 @@ def test_backward_outside_the_context_uses_the_stages_too():
     assert layer.formats == [torch.float32]  # one evaluation, for the adjoint's second stage
 
 
-def test_a_solver_without_a_tolerance_runs_once():
+def test_a_solver_without_a_floor_runs_once():
     calls = []
 
-    def own(f, x0, threshold, stop_mode):
+    def own(f, x0, threshold, stop_mode, eps=1e-5):
         calls.append(threshold)
         return {"result": f(f(x0))}
 
@@ -149,15 +149,14 @@ def test_a_solver_without_a_tolerance_runs_once():
     assert set(layer.formats) == {torch.bfloat16}
 
 
-def test_a_solver_with_a_tolerance_and_the_fewest_keys():
-    def own(f, x0, threshold, stop_mode, eps=1e-3):
-        return {"result": anderson(f, x0, threshold=threshold, eps=eps)["result"]}
-
-    layer, x0 = Layer(), torch.zeros(8, 64)
-    precise = torch.no_grad()(layer)
+def test_an_absolute_tolerance_that_is_met_early_ends_the_solve():
+    layer = Layer()
+    deq = DEQ(partial(broyden, eps=2.0), stop_mode="abs")
     with BF16(), torch.no_grad():
-        found = solve_in_stages(own, layer, lambda: precise, x0, threshold=40, stop_mode="rel")
-    assert set(found) == {"result", "threshold"}
+        found = solve(layer, deq)
+    assert set(layer.formats) == {torch.bfloat16}
+    assert found.solution["lowest"] < 2.0
+    assert found.solution["rel_trace"][-1] > COARSE_EPS
 
 
 # --- f.plain ----------------------------------------------------------------------------------

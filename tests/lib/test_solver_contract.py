@@ -252,6 +252,8 @@ def test_nan_at_small_thresholds(solver, call):
         ({"threshold": True}, "threshold"),
         ({"eps": -1e-3}, "eps"),
         ({"eps": math.nan}, "eps"),
+        ({"check_every": 0}, "check_every"),
+        ({"floor": -1.0}, "floor"),
         ({"x0": [0.0]}, "x0"),
         ({"x0": torch.zeros(2, 3, dtype=torch.long)}, "x0"),
         ({"x0": torch.zeros(())}, "x0"),

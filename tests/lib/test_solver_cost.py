@@ -96,6 +96,18 @@ def test_a_line_search_checks_always():
     assert rarely["abs_trace"] == often["abs_trace"]
 
 
+@by_name
+@pytest.mark.parametrize("stop_mode", ["abs", "rel"])
+def test_floor_ends_a_solve_in_either_mode(name, stop_mode):
+    problem = tanh_layer()
+    solve = partial(SOLVERS[name], problem.f, problem.x0, eps=1e-9, stop_mode=stop_mode)
+    solution = solve(floor=1e-3)
+    assert solution["rel_trace"][-1] < 1e-3 <= min(solution["rel_trace"][:-1])
+    assert not solution["converged"].any()
+    assert not solution["prot_break"]
+    assert solve(floor=0.0)["nfe"] > solution["nfe"]
+
+
 # --- Memory -----------------------------------------------------------------------------------
 
 
