@@ -12,6 +12,7 @@ from lib.checkpoint import load, load_state, load_weights
 from lib.distributed import Processes
 from lib.errors import InputError, naming
 from lib.experiment import CHECKPOINT, WEIGHTS, Run, check_unused, peak_memory_mib
+from lib.precision import allow_tf32
 from lib.training import exit_code
 from mdeq_vision.config import config, flat, merge_file, update_config
 from mdeq_vision.datasets import get_cls_dataset, get_seg_dataset
@@ -127,6 +128,7 @@ def _devices(cfg: CfgNode, processes: Processes) -> tuple[torch.device, list[int
     cudnn = torch.backends.cudnn
     cudnn.benchmark, cudnn.enabled = cfg.CUDNN.BENCHMARK, cfg.CUDNN.ENABLED
     cudnn.deterministic = cfg.CUDNN.DETERMINISTIC
+    allow_tf32(cfg.TF32)
     if not torch.cuda.is_available():
         return torch.device("cpu"), []
     count = torch.cuda.device_count()

@@ -15,6 +15,7 @@ import yaml
 from yacs.config import CfgNode
 
 from lib.errors import InputError, did_you_mean
+from lib.precision import AMP
 
 _NEVER = 100_000_000
 
@@ -34,6 +35,9 @@ def _defaults() -> CfgNode:
     cfg.PIN_MEMORY = True  # takes effect with a GPU
 
     cfg.CUDNN = CfgNode({"BENCHMARK": True, "DETERMINISTIC": False, "ENABLED": True})
+    cfg.AMP = "none"  # bf16: f in bfloat16, solver states and losses in float32
+    cfg.TF32 = False  # round the factors of float32 products on the GPU to TF32
+    cfg.COMPILE = False  # f through torch.compile, in the solvers' evaluations
 
     cfg.MODEL = CfgNode()
     cfg.MODEL.NAME = "mdeq"
@@ -274,6 +278,7 @@ _RANGES = [
     ("LOSS.PRETRAIN_JAC_LOSS_WEIGHT", lambda v: v >= 0, "0 or more"),
     ("LOSS.OHEMTHRES", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ("LOSS.OHEMKEEP", lambda v: v >= 0, "0 or more"),
+    ("AMP", lambda v: v in AMP, " or ".join(AMP)),
     ("GPUS", lambda v: v and _integers(v, 0), "numbers of GPUs, such as (0,1)"),
     ("MODEL.NAME", lambda v: v == "mdeq", "mdeq"),
     ("MODEL.DROPOUT", lambda v: 0 <= v < 1, "at least 0 and below 1"),

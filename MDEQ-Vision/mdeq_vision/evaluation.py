@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -9,8 +10,9 @@ from torch.utils.data import Subset
 from yacs.config import CfgNode
 
 from lib.distributed import Processes
+from lib.precision import autocast
 from lib.training import evaluating
-from mdeq_vision.datasets import SegmentationDataset, make_loader
+from mdeq_vision.datasets import SegmentationDataset, make_loader, on_device
 from mdeq_vision.inference import predict
 from mdeq_vision.losses import SegmentationLoss
 from mdeq_vision.metrics import ConfusionMatrix, topk_correct
@@ -125,18 +127,19 @@ class _Totals:
     """The number of images and ``n`` further sums over the batches of one process."""
 
     def __init__(self, model: MDEQNet, cfg: CfgNode, device: torch.device, n: int):
-        self.model = model
+        self.model, self.autocast = model, partial(autocast, cfg.AMP, device)
         self.radius_too = cfg.DEQ.SPECTRAL_RADIUS_MODE
         self.sums = torch.zeros(1 + n, dtype=torch.float64, device=device)
         self.radii: list[float] = []
 
     def forward(self, images: Tensor, train_step: int) -> Tensor:
-        output, _, sradius = self.model(
-            images,
-            train_step=train_step,
-            compute_jac_loss=False,
-            spectral_radius_mode=self.radius_too,
-        )
+        with self.autocast():
+            output, _, sradius = self.model(
+                images,
+                train_step=train_step,
+                compute_jac_loss=False,
+                spectral_radius_mode=self.radius_too,
+            )
         if self.radius_too:
             self.radii.append(sradius.float().mean().item())
         return output
@@ -185,5 +188,4 @@ def _batches(cfg: CfgNode, dataset, device, processes: Processes) -> Iterator[li
         workers=cfg.WORKERS,
         pin_memory=cfg.PIN_MEMORY and device.type == "cuda",
     )
-    for batch in loader:
-        yield [part.to(device, non_blocking=True) for part in batch]
+    return on_device(loader, device)

@@ -5,12 +5,22 @@ The state is a list z of n branches, z_i (B, C_i, H_i, W_i) with H_i = ceil(H / 
 """
 
 from collections.abc import Callable
+from functools import cache, partial
 
+import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from lib.errors import InputError
-from mdeq_vision.blocks import Branch, FuseFromHigher, FuseFromLower, PostFusion
+from lib.compiling import compiled
+from lib.errors import InputError, naming
+from mdeq_vision.blocks import (
+    Branch,
+    FuseFromHigher,
+    FuseFromLower,
+    Held,
+    PostFusion,
+    doubled,
+)
 from mdeq_vision.stage import check_integer, full_stage
 
 
@@ -29,6 +39,7 @@ class MultiscaleLayer(nn.Module):
     def __init__(self, cfg: CfgNode):
         super().__init__()
         model, stage = cfg.MODEL, full_stage(cfg)
+        self.compile_f = cfg.COMPILE
         self.channels = channels = list(stage.NUM_CHANNELS)
         n, groups, wnorm = stage.NUM_BRANCHES, model.NUM_GROUPS, model.WNORM
         check_integer("MODEL.NUM_GROUPS", groups, 1)
@@ -65,9 +76,7 @@ class MultiscaleLayer(nn.Module):
             row = nn.ModuleList()
             for j in range(n):
                 if j > i:
-                    row.append(
-                        FuseFromLower(channels[j], channels[i], 2 ** (j - i), groups, affine)
-                    )
+                    row.append(FuseFromLower(channels[j], channels[i], groups, affine))
                 elif j < i:
                     row.append(FuseFromHigher(channels[j], channels[i], i - j, groups, affine))
                 else:
@@ -82,37 +91,87 @@ class MultiscaleLayer(nn.Module):
     ) -> Callable[[list[Tensor]], list[Tensor]]:
         """f as a function of z alone; draws the dropout masks it will use throughout.
 
+        Under autocast f computes in its number format, with weights that are cast here, once; and
+        in full precision wherever it is called with autocast off. Its result has the dtype of z.
+
+        With COMPILE, f is compiled where autograd is off: in all evaluations of a solver. Where it
+        is on, the backward pass of compiled code would compute the gradients of the weights in
+        every product with the Jacobian, and it has no second derivatives.
+
         Args:
             injection: x of branch 0, (B, C_0, H, W); the other branches have none.
             z0: a state of the sizes to come.
         """
-        for branch, z in zip(self.branches, z0, strict=True):
-            branch.reset(z)
-        if len(z0) > 1:
-            for layer in self.post_fuse_layers:
-                layer.reset()
-        injections = [injection, *[None] * (len(z0) - 1)]
-        return lambda z: self(z, injections)
+        n, kind = len(z0), injection.device.type
+        injections = [injection, *[None] * (n - 1)]
+        held = [[b.prepare(*own) for b, *own in zip(self.branches, z0, injections, strict=True)]]
+        if n > 1:
+            held += [
+                [[t if t is None else t.prepare() for t in row] for row in self.fuse_layers],
+                [post.prepare() for post in self.post_fuse_layers],
+            ]
+        dtype = _autocast_dtype(kind)
+        low = None if dtype is None else _cast(held, dtype)
 
-    def forward(self, z: list[Tensor], injections: list[Tensor | None]) -> list[Tensor]:
-        """One application; ``prepare`` must have gone before."""
-        inputs = zip(self.branches, z, injections, strict=True)
-        outs = [branch(z_i, x) for branch, z_i, x in inputs]
+        def f(z: list[Tensor]) -> list[Tensor]:
+            compiles = self.compile_f and not torch.is_grad_enabled()
+            apply = partial(_compiled(kind), self) if compiles else self
+            if low is None or not torch.is_autocast_enabled(kind):
+                return apply(held, z)
+            # All is in that format already; autocast would only look for what to cast.
+            with torch.autocast(kind, enabled=False):
+                outs = apply(low, [z_i.to(dtype) for z_i in z])
+                return [out.to(z_i.dtype) for out, z_i in zip(outs, z, strict=True)]
+
+        return f
+
+    def forward(self, held: Held, z: list[Tensor]) -> list[Tensor]:
+        """One application, with what ``prepare`` collected."""
+        branches, *rest = held
+        outs = [branch(*own) for branch, *own in zip(self.branches, z, branches, strict=True)]
         if len(outs) == 1:
             return outs
-        sizes = [tuple(out.shape[-2:]) for out in outs]
+        fuse, posts = rest
         return [
-            post(self._fuse(row, i, outs, sizes[i]))
-            for i, (row, post) in enumerate(
-                zip(self.fuse_layers, self.post_fuse_layers, strict=True)
-            )
+            post(self._fuse(i, outs, fuse[i]), own)
+            for i, (post, own) in enumerate(zip(self.post_fuse_layers, posts, strict=True))
         ]
 
-    @staticmethod
-    def _fuse(row: nn.ModuleList, i: int, outs: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """y_i = sum_j T_ij(out_j)."""
-        y = outs[i]
-        for j, transform in enumerate(row):
-            if j != i:
-                y = y + transform(outs[j], size)
+    def _fuse(self, i: int, outs: list[Tensor], held: Held) -> Tensor:
+        """y_i = sum_j T_ij(out_j).
+
+        To upsample by 2^k is to double k times, so the sum is taken on the way up: each
+        resolution is doubled once, together with all that lies below it.
+        """
+        row, y = self.fuse_layers[i], None
+        for j in range(len(outs) - 1, i, -1):
+            t = row[j](outs[j], held[j])
+            y = doubled(t if y is None else t.add_(y), outs[j - 1].shape[-2:])
+        y = outs[i] if y is None else y.add_(outs[i])
+        for j in range(i):
+            y = row[j](outs[j], held[j]).add_(y)
         return y
+
+
+def _cast(held, dtype: torch.dtype):
+    """The same in another number format, with its graph."""
+    if isinstance(held, list):
+        return [_cast(part, dtype) for part in held]
+    return None if held is None else held.to(dtype)
+
+
+def _autocast_dtype(kind: str) -> torch.dtype | None:
+    """The number format of autocast on a kind of device; None where it is off."""
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+@cache
+def _compiled(kind: str) -> Callable:
+    """One application of any layer, compiled; it is a free function, so that models stay copyable.
+
+    Raises:
+        InputError: torch.compile does not work here.
+    """
+    with naming("COMPILE"):
+        return compiled(MultiscaleLayer.forward, kind)

@@ -1,5 +1,6 @@
 """Pixel-wise cross-entropy for segmentation, plain or on hard pixels alone."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -81,24 +82,29 @@ class SegmentationLoss:
         some_class = label.masked_fill(~labelled, 0)  # an index also where there is no class
         loss, weight = nll, torch.ones_like(nll)  # (B, H, W) all
         if self.class_weights is not None:
-            weight = self.class_weights.to(nll)[some_class]
+            self.class_weights = self.class_weights.to(nll.device)  # to a GPU once: it waits
+            weight = self.class_weights.to(nll.dtype)[some_class]
             loss = weight * nll
         if not self.ohem:
             # The loss of an ignored pixel is zero already.
             return loss.sum(), torch.where(labelled, weight, 0.0).sum()
         with torch.no_grad():
             p = logits.softmax(dim=1).gather(1, some_class[:, None]).squeeze(1)
-            kept = labelled & (p < self._threshold(p[labelled]))
+            kept = labelled & (p < self._threshold(p, labelled))
         return torch.where(kept, loss, 0.0).sum(), kept.sum().to(nll.dtype)
 
-    def _threshold(self, p: Tensor) -> Tensor | float:
-        """max(ohem_thres, p_(min(ohem_keep, n-1))) of the n labelled pixels, p (n,)."""
-        if p.numel() == 0:
-            return self.ohem_thres
-        rank = min(self.ohem_keep, p.numel() - 1)
+    def _threshold(self, p: Tensor, labelled: Tensor) -> Tensor:
+        """max(ohem_thres, p_(min(ohem_keep, n-1))) of the n labelled pixels; p as ``labelled``.
+
+        n is never asked for, so that a GPU need not be waited for.
+        """
+        candidates = p.masked_fill(~labelled, math.inf).flatten()
         # A fifth of a full sort's time.
-        smallest = p.topk(rank + 1, largest=False, sorted=False).values
-        return smallest.max().clamp(min=self.ohem_thres)
+        k = min(self.ohem_keep + 1, candidates.numel())
+        smallest = candidates.topk(k, largest=False, sorted=False).values
+        # With fewer than k labelled pixels all of them are here, beside others.
+        last = smallest.masked_fill(smallest == math.inf, -math.inf).max()
+        return last.clamp(min=self.ohem_thres)
 
     def _check(self, logits: Tensor, label: Tensor, labelled: Tensor) -> None:
         if logits.ndim != 4 or label.ndim != 3 or len(logits) != len(label):

@@ -58,7 +58,8 @@ class ConfusionMatrix:
             label: true classes, of the same shape, in [0, n) or ``ignore_label``.
 
         Raises:
-            InputError: shapes differ, or a value is outside these ranges.
+            InputError: shapes differ, or a value on the CPU is outside these ranges. Values on a
+                GPU are not looked at, as that would wait for the GPU after every batch.
         """
         if prediction.shape != label.shape:
             raise InputError(
@@ -66,15 +67,18 @@ class ConfusionMatrix:
                 f"but label has {tuple(label.shape)}"
             )
         # int64 before all else: n * label overflows a uint8, and -1 becomes 255.
-        label, prediction = label.long(), prediction.long()
+        label, prediction = label.long().flatten(), prediction.long().flatten()
         labelled = label != self.ignore_label
-        label, prediction = label[labelled], prediction[labelled]
-        for name, values in (("label", label), ("prediction", prediction)):
-            if values.numel():
-                self._check(name, values)
-        pairs = label * self.n_classes + prediction
-        counts = torch.bincount(pairs, minlength=self.n_classes**2)
-        self.matrix = self.matrix.to(counts.device) + counts.view(self.n_classes, -1)
+        if label.device.type == "cpu":
+            for name, values in (("label", label), ("prediction", prediction)):
+                self._check(name, values[labelled])
+        cells = self.n_classes**2
+        # What is not labelled is counted in a cell of its own, and never looked for: both would
+        # wait for a GPU.
+        pairs = torch.where(labelled, label * self.n_classes + prediction, cells)
+        counts = torch.zeros(cells + 1, dtype=torch.int64, device=pairs.device)
+        counts.scatter_add_(0, pairs, torch.ones_like(pairs))
+        self.matrix = self.matrix.to(counts.device) + counts[:cells].view(self.n_classes, -1)
 
     def reduce(self) -> "ConfusionMatrix":
         """Replace the counts by their sum over all processes, if there are several; self.
@@ -133,7 +137,7 @@ class ConfusionMatrix:
         return self.matrix.cpu().double()  # exact up to 2**53 pixels
 
     def _check(self, name: str, values: Tensor) -> None:
-        for value in torch.stack(values.aminmax()).tolist():
+        for value in torch.stack(values.aminmax()).tolist() if values.numel() else []:
             if not 0 <= value < self.n_classes:
                 hint = f" nor the ignore label {self.ignore_label}" if name == "label" else ""
                 raise InputError(

@@ -37,7 +37,8 @@ class MDEQNet(SolverAttributes, nn.Module):
     ordinary autograd.
 
     Args:
-        cfg: the configuration; MODEL, DEQ and TRAIN.PRETRAIN_STEPS are read, and nothing global.
+        cfg: the configuration; MODEL, DEQ, TRAIN.PRETRAIN_STEPS and COMPILE are read, and nothing
+            global.
         bn_momentum: of every batch norm.
 
     Raises:
@@ -115,6 +116,7 @@ class MDEQNet(SolverAttributes, nn.Module):
         injection = self.downsample(x)
         if self.stage0 is not None:
             injection = self.stage0(injection)
+        injection = injection.to(x.dtype)  # also under autocast: the state keeps its precision
         sizes = branch_sizes(*injection.shape[-2:], len(self.channels))
         z0 = [
             injection.new_zeros(len(x), width, *size)

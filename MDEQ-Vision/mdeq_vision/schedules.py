@@ -7,6 +7,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from lib.jacobian import jac_loss_weight_at
+from lib.training import fused_if_possible
 
 ETA_MIN = 1e-6  # where the cosine ends
 POLY_POWER = 0.9
@@ -14,14 +15,14 @@ POLY_POWER = 0.9
 
 def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """TRAIN.OPTIMIZER: adam, sgd or rmsprop."""
-    train, parameters = cfg.TRAIN, model.parameters()
-    common = {"lr": train.LR, "weight_decay": train.WD}
+    train = cfg.TRAIN
+    options = {"lr": train.LR, "weight_decay": train.WD}
     if train.OPTIMIZER == "adam":
-        return torch.optim.Adam(parameters, **common)
-    common["momentum"] = train.MOMENTUM
+        return fused_if_possible(torch.optim.Adam, model, **options)
+    options["momentum"] = train.MOMENTUM
     if train.OPTIMIZER == "sgd":
-        return torch.optim.SGD(parameters, nesterov=train.NESTEROV, **common)
-    return torch.optim.RMSprop(parameters, **common)
+        return fused_if_possible(torch.optim.SGD, model, nesterov=train.NESTEROV, **options)
+    return fused_if_possible(torch.optim.RMSprop, model, **options)
 
 
 def learning_rate(cfg: CfgNode, step: int, steps_per_epoch: int) -> float:

@@ -1,6 +1,7 @@
-"""A model's parameters and operations as a table, through torchinfo."""
+"""A model's parameters, through torchinfo, and its operations, through PyTorch's counter."""
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from torchinfo import summary
 from yacs.config import CfgNode
 
@@ -8,9 +9,10 @@ from mdeq_vision.model import MDEQNet
 
 
 def model_summary(cfg: CfgNode, model: MDEQNet, size: tuple[int, int]) -> str:
-    """Parts of the model with their parameters and multiply-adds, f being applied once.
+    """Parts of the model with their parameters, and the multiply-adds of f and of the rest.
 
-    It is taken of a copy on the meta device: no memory, no arithmetic, no random numbers.
+    Multiply-adds are those of convolutions and matrix products, for one image and one application
+    of f. All is taken of a copy on the meta device: no memory, no arithmetic, no random numbers.
 
     Args:
         cfg: the configuration of ``model``.
@@ -21,15 +23,26 @@ def model_summary(cfg: CfgNode, model: MDEQNet, size: tuple[int, int]) -> str:
         copy = type(model)(cfg).eval()
         copy.n_layer, copy.pretrain_steps = 1, 1
         image = torch.zeros(1, 3, *size)
+    options = {"train_step": 0, "compute_jac_loss": False}
     table = summary(
         copy,
         input_data=image,
-        train_step=0,
-        compute_jac_loss=False,
         depth=1,
         device="meta",
-        col_names=("output_size", "num_params", "mult_adds"),
+        col_names=("output_size", "num_params"),
         row_settings=("var_names",),
         verbose=0,
+        **options,
     )
-    return str(table)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        copy(image, **options)
+    counts = {name: sum(c.values()) // 2 for name, c in counter.get_flop_counts().items()}
+    layer = counts.get(f"{type(copy).__name__}.fullstage", 0)
+    # Its own totals further down miss what is not a module's call.
+    lines = str(table).splitlines()
+    end = next(i for i, line in enumerate(lines) if line.startswith("Non-trainable params"))
+    return "\n".join(lines[: end + 1]) + (
+        f"\nMultiply-adds of one image: f {layer:,} per application, "
+        f"stem and head {counts['Global'] - layer:,}"
+    )

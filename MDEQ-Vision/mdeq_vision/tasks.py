@@ -18,7 +18,7 @@ class ClassificationTrainer(Trainer):
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         total = F.cross_entropy(output, target, reduction="sum")
-        return total, torch.tensor(float(len(target)), device=total.device)
+        return total, torch.full_like(total, len(target))
 
     def hits(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         hits = topk_correct(output, target, (1,))[1]

@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 from lib.distributed import BalancedDataParallel, Processes
 from lib.errors import InputError
 from lib.experiment import Run
+from lib.precision import autocast
 from lib.training import (
     check_checkpoint,
     give_up,
@@ -27,7 +28,7 @@ from lib.training import (
     solver_figures,
     stats_state,
 )
-from mdeq_vision.datasets import make_loader, n_batches
+from mdeq_vision.datasets import make_loader, n_batches, on_device
 from mdeq_vision.evaluation import Evaluation
 from mdeq_vision.losses import mean_loss
 from mdeq_vision.model import MDEQNet
@@ -120,7 +121,7 @@ class Trainer:
 
     def _batches(self):
         """The rest of this epoch."""
-        return make_loader(
+        loader = make_loader(
             self.train_set,
             batch_size=self.batch_size,
             seed=self.cfg.SEED,
@@ -134,6 +135,7 @@ class Trainer:
             workers=self.cfg.WORKERS,
             pin_memory=self.cfg.PIN_MEMORY and self.device.type == "cuda",
         )
+        return on_device(loader, self.device)
 
     def evaluate(self, train_step: int) -> Evaluation:
         """Evaluate on the validation set, in the phase of ``train_step``."""
@@ -147,23 +149,23 @@ class Trainer:
         )
 
     def _update(self, images: Tensor, target: Tensor) -> None:
-        """One optimiser step on a batch (this process's share of it)."""
+        """One optimiser step on a batch on the device (this process's share of it)."""
         cfg, world_size = self.cfg, self.processes.world_size
-        images = images.to(self.device, non_blocking=True)
-        target = target.to(self.device, non_blocking=True)
         factor = jac_factor(cfg, self.step, self.epoch)
         # Both are drawn in every step, so that the random stream does not depend on the phase.
         delta = self.rng.randint(-cfg.DEQ.RAND_F_THRES_DELTA, 1)
         regularise = self.rng.random() < cfg.LOSS.JAC_LOSS_FREQ and factor > 0
         if not regularise or cfg.DEQ.RAND_F_THRES_DELTA == 0:
             delta = 0
-        output, jac_loss, _ = self.parallel(
-            images,
-            train_step=self.step,
-            compute_jac_loss=regularise,
-            f_thres=max(1, cfg.DEQ.F_THRES + delta),
-            b_thres=cfg.DEQ.B_THRES,
-        )
+        with autocast(cfg.AMP, self.device):
+            output, jac_loss, _ = self.parallel(
+                images,
+                train_step=self.step,
+                compute_jac_loss=regularise,
+                f_thres=max(1, cfg.DEQ.F_THRES + delta),
+                b_thres=cfg.DEQ.B_THRES,
+            )
+        output = output.to(images.dtype)
         total, weight = self.loss(output, target)
         jac_loss = jac_loss.mean()
         counts = [total.detach(), weight, *self.hits(output.detach(), target)]

@@ -24,7 +24,7 @@ def tiny_config(branches: int = 2, **changes) -> CfgNode:
     Args:
         branches: how many.
         changes: MODEL and FULL_STAGE keys by their own names (NUM_GROUPS=4, NUM_BLOCKS=[2, 1]),
-            others with their section (DEQ__F_THRES=3).
+            COMPILE too, others with their section (DEQ__F_THRES=3).
     """
     cfg = config.clone()
     cfg.defrost()
@@ -48,6 +48,8 @@ def tiny_config(branches: int = 2, **changes) -> CfgNode:
     for name, value in changes.items():
         if name == "FINAL_CONV_KERNEL":
             cfg.MODEL.EXTRA[name] = value
+        elif name == "COMPILE":
+            cfg[name] = value
         elif name in stage:
             stage[name] = value
         else:

@@ -95,6 +95,8 @@ WRONG_TYPES = [
     ("TRAIN.END_EPOCH", "2.5", "must be an integer"),
     ("TRAIN.END_EPOCH", "True", "must be an integer"),
     ("TRAIN.SHUFFLE", "1", "must be True or False"),
+    ("TF32", "high", "must be True or False"),
+    ("COMPILE", "1", "must be True or False"),
     ("TRAIN.SHUFFLE", "maybe", "must be True or False"),
     ("TRAIN.LR_STEP", "soon", "must be a list"),
     ("GPUS", "(0,1", "must be a list"),
@@ -128,7 +130,7 @@ OUT_OF_RANGE = [
     ("TRAIN.LR_SCHEDULER", "linear"), ("TRAIN.LR", 0), ("TRAIN.LR", -1),
     ("TRAIN.BATCH_SIZE_PER_GPU", 0), ("TRAIN.PRETRAIN_STEPS", -1), ("TEST.SCALE_LIST", []),
     ("TEST.SCALE_LIST", [0]), ("MODEL.IMAGE_SIZE", [32]), ("TRAIN.IMAGE_SIZE", [32, 0]),
-    ("TEST.IMAGE_SIZE", [32, "a"]),
+    ("TEST.IMAGE_SIZE", [32, "a"]), ("AMP", "fp16"), ("AMP", "BF16"),
 ]  # fmt: skip
 
 

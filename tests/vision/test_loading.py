@@ -1,5 +1,6 @@
 """The loader: what a batch holds depends on seed, epoch and number alone."""
 
+import contextlib
 import itertools
 import multiprocessing
 import subprocess
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset
 
 from image_files import settings, write_cifar10, write_imagenet
 from lib.errors import InputError
-from mdeq_vision.datasets import get_cls_dataset, make_loader, n_batches
+from mdeq_vision.datasets import get_cls_dataset, make_loader, n_batches, on_device
 from mdeq_vision.datasets.torchvision_import import import_torchvision
 
 
@@ -188,3 +189,69 @@ def test_data_set_travels_to_a_process_that_starts_from_nothing(tmp_path):
 def test_torchvision_is_imported_again_and_again():
     assert import_torchvision() is import_torchvision()
     assert import_torchvision().transforms is sys.modules["torchvision.transforms"]
+
+
+# ---- to the device -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("cuda", marks=pytest.mark.skipif("not torch.cuda.is_available()")),
+    ],
+)
+def test_on_device_are_the_same_batches_in_the_same_order(device):
+    expected = list(load())
+    found = list(on_device(load(pin_memory=device == "cuda"), torch.device(device)))
+    assert len(found) == len(expected) == 3
+    for a, b in zip(found, expected, strict=True):
+        assert {part.device.type for part in a} == {device}
+        assert all(torch.equal(x.cpu(), y) for x, y in zip(a, b, strict=True))
+
+
+def test_on_device_of_no_batch_and_of_an_error():
+    assert list(on_device([], torch.device("cpu"))) == []
+    with pytest.raises(InputError, match="number 13"):
+        list(on_device(load(Numbers(20)), torch.device("cpu")))
+
+
+class FakeStream:
+    """Enough of a CUDA stream to see in which order things happen."""
+
+    def __init__(self, log):
+        self.log = log
+
+    def record_event(self):
+        return "copied"
+
+    def wait_event(self, event):
+        self.log.append(event)
+
+
+class FakePart:
+    def __init__(self, number, log):
+        self.number, self.log, self.device = number, log, "cuda"
+
+    def to(self, device, non_blocking):
+        assert non_blocking
+        self.log.append(f"copy {self.number}")
+        return self
+
+    def record_stream(self, stream):
+        self.log.append(f"keep {self.number}")
+
+
+def test_a_gpu_is_given_the_next_batch_before_it_computes_on_the_present_one(monkeypatch):
+    log = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(log))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream(log))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    batches = [[FakePart(number, log)] for number in range(3)]
+    for (part,) in on_device(batches, torch.device("cuda")):
+        log.append(f"step {part.number}")
+    assert log == [
+        *("copy 0", "copy 1", "copied", "keep 0", "step 0"),
+        *("copy 2", "copied", "keep 1", "step 1"),
+        *("copied", "keep 2", "step 2"),
+    ]

@@ -158,7 +158,7 @@ def test_defaults_are_the_published_ones():
         **OTHER_DEFAULTS,
     }
     assert all(type(own[key]) is type(DEFAULTS[key]) for key in kept)
-    assert sorted(set(own) - set(kept)) == ["SAVE_FREQ", "SEED"]
+    assert sorted(set(own) - set(kept)) == ["AMP", "COMPILE", "SAVE_FREQ", "SEED", "TF32"]
     assert config.MODEL.EXTRA == {}
 
 

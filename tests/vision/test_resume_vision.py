@@ -343,11 +343,12 @@ def test_more_epochs(digits, capsys):
 def test_changed_settings_are_named_and_saved(digits, capsys):
     assert digits.train() == 0
     capsys.readouterr()
-    more = "TRAIN.END_EPOCH 3 TRAIN.WD 0.5 TRAIN.LR 0.004 WORKERS 1 PRINT_FREQ 2".split()
+    more = "TRAIN.END_EPOCH 3 TRAIN.WD 0.5 TRAIN.LR 0.004 WORKERS 1 PRINT_FREQ 2 AMP bf16".split()
     assert digits.resume(*more) == 0
     out = capsys.readouterr().out
     changed = [line for line in out.splitlines() if line.startswith("changed since")]
     assert {line.split(": ")[1].split()[0] for line in changed} == {
+        "AMP",
         "TRAIN.END_EPOCH",
         "TRAIN.LR",
         "TRAIN.WD",

@@ -183,3 +183,34 @@ def test_nesterov_is_of_sgd_alone():
     cfg = settings(TRAIN__OPTIMIZER="sgd", TRAIN__NESTEROV=False)
     assert make_optimizer(cfg, torch.nn.Linear(1, 1)).defaults["nesterov"] is False
     assert math.isclose(make_optimizer(cfg, torch.nn.Linear(1, 1)).defaults["lr"], 0.001)
+
+
+# ---- fused optimisers ----------------------------------------------------------------------------
+
+
+def updates(optimizer, parameters, number):
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(number):
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd"])
+def test_fused(name):
+    """On the CPU too, and the same to rounding as a loop over the parameters."""
+    cfg = settings(TRAIN__OPTIMIZER=name, TRAIN__WD=0.1, TRAIN__NESTEROV=True)
+    models = [torch.nn.Linear(3, 2) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [make_optimizer(cfg, model) for model in models]
+    assert all(group["fused"] for o in optimizers for group in o.param_groups)
+    optimizers[1].param_groups[0]["fused"] = None
+    for optimizer, model in zip(optimizers, models, strict=True):
+        updates(optimizer, list(model.parameters()), 3)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_rmsprop_has_no_fused_form():
+    optimizer = make_optimizer(settings(TRAIN__OPTIMIZER="rmsprop"), torch.nn.Linear(3, 2))
+    assert not optimizer.param_groups[0].get("fused")

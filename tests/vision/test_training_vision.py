@@ -10,8 +10,10 @@ import yaml
 import small_digits
 from lib.checkpoint import load
 from lib.experiment import CHECKPOINT, LOG, METRICS, WEIGHTS, read_metrics
+from mdeq_vision import command
 from mdeq_vision.command import CONFIG
 from mdeq_vision.evaluation import Evaluation
+from mdeq_vision.model import MDEQNet
 from mdeq_vision.tasks import ClassificationTrainer
 from mdeq_vision.training import Trainer
 from small_digits import assert_same, of_kind, state_of
@@ -237,6 +239,33 @@ def test_summary_and_places_are_in_the_log(digits):
     assert f"digits | {n} parameters | cpu" in log
     assert f"run folder {digits.folder}" in log
     assert "1438 training and 359 validation images" in log
+
+
+def test_number_formats(digits, monkeypatch):
+    """AMP and TF32 reach both phases, the loss is of float32 scores, and evaluation follows."""
+    allowed, seen = [], set()
+    monkeypatch.setattr(command, "allow_tf32", allowed.append)
+    original = MDEQNet.forward
+
+    def forward(self, x, *args, **kwargs):
+        seen.add((self.training, torch.is_autocast_enabled("cpu")))
+        return original(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(MDEQNet, "forward", forward)
+    monkeypatch.setattr(ClassificationTrainer, "loss", float32_only(ClassificationTrainer.loss))
+    folder = digits("AMP", "bf16", "TF32", "True")
+    assert allowed == [True]
+    assert seen == {(True, True), (False, True)}
+    assert all(math.isfinite(r["loss"]) for r in of_kind(folder, "train"))
+    assert run_tool("cls_valid", *digits.argv("AMP", "bf16")) == 0
+
+
+def float32_only(loss):
+    def checked(self, output, target):
+        assert output.dtype == torch.float32
+        return loss(self, output, target)
+
+    return checked
 
 
 def is_parameter(key):

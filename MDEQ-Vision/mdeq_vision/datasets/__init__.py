@@ -14,7 +14,7 @@ from mdeq_vision.datasets.digit_scenes import DigitScenes
 from mdeq_vision.datasets.digits import digits_dataset
 from mdeq_vision.datasets.facts import CITYSCAPES, DIGIT_SCENES, SegmentationFacts
 from mdeq_vision.datasets.imagenet import imagenet_dataset
-from mdeq_vision.datasets.loading import make_loader, n_batches
+from mdeq_vision.datasets.loading import make_loader, n_batches, on_device
 from mdeq_vision.datasets.segmentation import SegmentationDataset
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "get_seg_dataset",
     "make_loader",
     "n_batches",
+    "on_device",
 ]
 
 # name -> function(cfg, split) -> data set

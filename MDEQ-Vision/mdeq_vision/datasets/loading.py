@@ -6,11 +6,12 @@ epoch sees what the uninterrupted run saw.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from lib.errors import InputError
@@ -120,6 +121,37 @@ def make_loader(
             generator=torch.Generator().manual_seed(0),
         )
     )
+
+
+def on_device(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
+    """The same batches on ``device``.
+
+    A GPU is given the next batch while it computes on the present one: from pinned memory the
+    copy runs beside the computation, on a stream of its own.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield [part.to(device) for part in batch]
+        return
+    copies = torch.cuda.Stream(device)
+    present = None
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            coming = [part.to(device, non_blocking=True) for part in batch], copies.record_event()
+        if present is not None:
+            yield _arrived(*present)
+        present = coming
+    if present is not None:
+        yield _arrived(*present)
+
+
+def _arrived(batch: list[Tensor], copied: torch.cuda.Event) -> list[Tensor]:
+    """Let the computation wait for the copy, and the memory for the computation."""
+    stream = torch.cuda.current_stream(batch[0].device)
+    stream.wait_event(copied)
+    for part in batch:
+        part.record_stream(stream)
+    return batch
 
 
 def _share(batch: list[int], rank: int, world_size: int) -> list[int]:
