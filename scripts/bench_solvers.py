@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from benchmarks.measure import (
     describe_machine,
     in_new_process,
@@ -26,8 +28,6 @@ from benchmarks.measure import (
     seconds,
     table,
 )
-from torch import Tensor
-
 from lib.errors import InputError
 from lib.solvers import SOLVERS
 from lib.training import exit_code
