@@ -62,6 +62,9 @@ ELSEWHERE = {
     # What made the environment that these tests run in: its result is tested.
     "pip install -r requirements.txt": "test_house.py",
     "bash scripts/test.sh": "test_house.py",
+    "pip install --no-deps torchdeq==0.1.0": "scripts/test_bench_solvers.py",
+    "python scripts/bench_solvers.py": "scripts/test_bench_solvers.py",
+    "python scripts/bench_train.py": "scripts/test_bench_train.py",
 }
 
 
