@@ -277,7 +277,7 @@ class DEQ:
 
         def step_at(fz: Tensor, point: Tensor) -> Callable[[Tensor], Tensor]:
             def step(y: Tensor) -> Tensor:
-                if y.data_ptr() == y0.data_ptr():
+                if y.data_ptr() == y0.data_ptr() and y0._version == untouched:
                     return grad.clone()  # J'0 = 0
                 (vjp,) = torch.autograd.grad(
                     fz, point, y.to(fz.dtype), retain_graph=True, allow_unused=True
@@ -292,6 +292,7 @@ class DEQ:
                 return step_at(_in_float32(refine)(again), again)
 
         y0 = torch.zeros_like(grad)
+        untouched = y0._version  # a solver of the user's own may work in place
         options = {"threshold": b_thres, "stop_mode": self.b_stop_mode}
         with torch.no_grad():
             step = step_at(fz, point)

@@ -1,6 +1,6 @@
 """Our solvers against torchdeq's, in one process, interleaved: overhead, memory, residuals.
 
-    pip install torchdeq==0.1.0
+    pip install --no-deps torchdeq==0.1.0
     python scripts/bench_solvers.py                     # all shapes, a few minutes on two cores
     python scripts/bench_solvers.py --shapes tiny small --repeats 21 --json out.json
 
@@ -16,11 +16,11 @@ import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import Parser
 from benchmarks.measure import (
     describe_machine,
     in_new_process,
@@ -230,14 +230,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="bench_solvers.py", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="which states")
     add("--iterations", type=int, default=30, help="threshold of every solve")
     add("--repeats", type=int, default=11, help="rounds; medians are printed")
     add("--hard_steps", type=int, default=300, help="of the map of spectral radius 0.99")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--json", help="write the figures to this file")
     options = parser.parse_args(argv)
     for name in ("iterations", "repeats", "hard_steps"):
         if getattr(options, name) < 3:
@@ -246,7 +244,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
-    device = torch.device(options.device)
+    device = options.device
     _torchdeq()
     machine = describe_machine(device)
     print(machine)
@@ -257,7 +255,7 @@ def run(options: argparse.Namespace) -> None:
         "memory": memory_section(options, device),
     }
     if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ import json
 import statistics
 import sys
 import warnings
-from pathlib import Path
 
 import torch
 
 from benchmarks import floor, steps
+from benchmarks.arguments import Parser
 from benchmarks.measure import describe_machine, table
 from benchmarks.plain_solvers import torchdeq_solver
 from benchmarks.settings import FORMS, LANGUAGE, SIZES, Options, Size, chosen_settings
@@ -48,25 +48,12 @@ HEAD = [
 ]  # fmt: skip
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors are one line."""
-
-    def error(self, message: str):
-        raise InputError(message)
-
-
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="bench_train.py",
-        description=__doc__.split("\n\n")[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = Parser(prog="bench_train.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--settings", default="all", help="names; or language, images, all")
     add("--forms", help=f"of {', '.join(FORMS)} (default: plain,fast; on a GPU also the others)")
     add("--plain", default="published", choices=("published", "torchdeq"), help="its solvers")
-    add("--device", choices=("cpu", "cuda"), help="default: the GPU, if there is one")
     add("--size", choices=tuple(SIZES), help="default: full on a GPU, small on a CPU")
     add("--tiny", action="store_const", const="tiny", dest="size", help="the same as --size tiny")
     add("--steps", type=int, help=f"timed steps ({MAIN_STEPS} for {MAIN_SETTING}, else {STEPS})")
@@ -78,7 +65,6 @@ def build_parser() -> Parser:
     add("--jac-freq", type=float, help="share of steps with the Jacobian loss; as published")
     add("--threads", type=int, help="of the CPU")
     add("--seed", type=int, default=1, help="of weights and data")
-    add("--json", type=Path, help="write all figures here")
     return parser
 
 
@@ -97,8 +83,6 @@ def run(argv: list[str] | None = None) -> list[dict]:
     if args.plain == "torchdeq":
         torchdeq_solver("broyden")  # refuses at once where it is not installed
     forms = _forms(args.forms, options.device)
-    if args.json is not None and not args.json.parent.is_dir():
-        raise InputError(f"--json: there is no folder {args.json.parent}")
     if args.threads:
         torch.set_num_threads(args.threads)
     allow_tf32(False)
@@ -240,13 +224,10 @@ def _options(args: argparse.Namespace) -> Options:
         raise InputError(f"--lam is {args.lam}, but must be 0 or more")
     if args.jac_freq is not None and not 0 <= args.jac_freq <= 1:
         raise InputError(f"--jac-freq is {args.jac_freq}, but must be between 0 and 1")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no GPU is available, leave it out for the CPU")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    size: Size = SIZES[args.size or ("full" if device.type == "cuda" else "small")]
+    size: Size = SIZES[args.size or ("full" if args.device.type == "cuda" else "small")]
     return Options(
         size=size,
-        device=device,
+        device=args.device,
         plain=args.plain,
         seed=args.seed,
         gain=args.gain,

@@ -163,7 +163,7 @@ def torchdeq_solver(name: str) -> Callable[..., dict]:
         from torchdeq import solver as package
     except ImportError as error:
         raise InputError(
-            "--plain torchdeq needs the package torchdeq: pip install torchdeq==0.1.0"
+            "--plain torchdeq needs the package torchdeq: pip install --no-deps torchdeq==0.1.0"
         ) from error
     method = {"broyden": package.broyden_solver, "anderson": package.anderson_solver}[name]
 

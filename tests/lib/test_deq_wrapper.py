@@ -126,6 +126,19 @@ def test_own_solver_with_the_fewest_keys():
     assert largest_relative_error(found, unrolled_gradients(layer)) <= 1e-7
 
 
+def test_own_solver_that_works_in_place():
+    def in_place(f, x0, threshold, stop_mode):
+        for _ in range(threshold):
+            x0.copy_(f(x0))
+        return {"result": x0}
+
+    weight = torch.tensor(0.5, requires_grad=True)
+    found = DEQ("anderson", in_place)(lambda z: weight * z + 1, torch.zeros(2, 3))
+    found.z.sum().backward()
+    # z = 1 / (1 - w) in six places, and dz / dw = z^2.
+    assert weight.grad.item() == pytest.approx(24, rel=1e-4)
+
+
 def test_stop_modes_reach_the_solvers():
     asked = []
 

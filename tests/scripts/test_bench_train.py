@@ -120,7 +120,7 @@ def test_torchdeq_solvers():
 
 def test_without_torchdeq_one_line_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchdeq", None)
-    with pytest.raises(InputError, match="pip install torchdeq"):
+    with pytest.raises(InputError, match="pip install --no-deps torchdeq"):
         torchdeq_solver("broyden")
 
 
