@@ -57,7 +57,9 @@ class Run:
         self.limit = math.inf  # of the absolute residual
         # The best finite iterate of each sample: what a sample falls back to once f fails on it.
         self.own_best, self.own_residual = self.x0, self.best_residual
-        self._pending: list[tuple[Tensor, Tensor]] = []  # points and norms not yet judged
+        self._pending: list[Tensor] = []  # points not yet judged, and their norms:
+        self._norms = self.x0.new_empty(min(check_every, threshold + 1), 2, len(x0))
+        self._slots = [norms.unbind() for norms in self._norms]
 
     @property
     def stopped(self) -> bool:
@@ -88,9 +90,10 @@ class Run:
             # Half precision rounds: the residual belongs to the point that was used.
             x, fx = z.to(self.work_dtype), fx.to(self.work_dtype)
         gx = torch.sub(fx, x, out=out)
-        norms = [torch.linalg.vector_norm(t, dim=1) for t in (gx, fx)]
+        for vectors, norms in zip((gx, fx), self._slots[len(self._pending)], strict=True):
+            torch.linalg.vector_norm(vectors, dim=1, out=norms)
         self.nfe += 1
-        self._pending.append((x, torch.stack(norms)))
+        self._pending.append(x)
         if forgive or self.nfe == 1 or len(self._pending) >= self.check_every:
             if not self._check(forgive):
                 return None
@@ -103,11 +106,10 @@ class Run:
 
     def _check(self, forgive: bool = False) -> bool:
         """Judge what was evaluated since the last check; False for a trial to be forgotten."""
-        points, norms = zip(*self._pending, strict=True)
-        self._pending = []
-        together = norms[0][None] if len(norms) == 1 else torch.stack(norms)  # (n, 2, B)
+        points, self._pending = self._pending, []
         # The one synchronisation with the device.
-        for x, (g, f) in zip(points, together.cpu().numpy().astype(np.float64), strict=True):
+        norms = self._norms[: len(points)].cpu().numpy().astype(np.float64)
+        for x, (g, f) in zip(points, norms, strict=True):
             if not self._judge(x, g, f, forgive):
                 return False
         return True

@@ -46,8 +46,8 @@ from lib.solver_run import Run, check, solver_method
 
 # Stored vectors come in blocks: few kernels, little unused memory.
 _BLOCK_ROWS, _BLOCK_BYTES = 8, 2**20  # whichever is more
-# Inner products are summed over chunks of about this length, see _products.
-_CHUNK = 4096
+# Inner products of vectors longer than this are summed over chunks, see _products.
+_LONG, _CHUNK = 4096, 512
 
 
 @solver_method
@@ -122,73 +122,95 @@ def anderson(
     check(lam is None or lam >= 0, "lam", lam, "None or a number of at least 0")
     check(beta > 0, "beta", beta, "a number above 0")
     run = Run(f, x0, threshold, eps, stop_mode, check_every, floor)
-    batch, size = run.x0.shape
-    m = min(m, threshold)
-    residuals = run.x0.new_empty(m, batch, size)
-    mixed = run.x0.new_empty(m, batch, size)  # beta f(z_i) + (1 - beta) z_i
-    gram = torch.zeros(batch, m, m, dtype=torch.float64, device=run.device)
-    unit = torch.eye(m, dtype=torch.float64, device=run.device)
-    # Above the rounding errors of the products, so that the system stays positive definite.
-    relative = max(10 * torch.finfo(residuals.dtype).eps, 1e-13)
-    ridge = 1 + relative * unit if lam is None else lam * unit
-    _, fx, gx = run.evaluate(run.x0, out=residuals[0])
+    past = _AndersonWindow(run.x0, m=min(m, threshold), lam=lam)
+    _, fx, gx = run.evaluate(run.x0, out=past.residual[0])
     while not run.stopped and run.nfe < threshold:
-        k = run.nfe
-        newest, n = (k - 1) % m, min(k, m)
-        mixed[newest] = fx if beta == 1 else fx - (1 - beta) * gx
-        if n == 1:
-            x = (fx if k == 1 else mixed[0]).clone()  # neither is ours to keep
-        else:
-            _update_gram(gram[:, :n, :n], residuals[:n], newest)
-            system = gram * ridge if lam is None else gram + ridge  # (B, m, m)
-            weights = _anderson_weights(system[:, :n, :n], unit[newest, :n])
-            x = torch.bmm(weights.to(gx.dtype), mixed[:n].transpose(0, 1)).squeeze(1)
-        _, fx, gx = run.evaluate(x, out=residuals[k % m])
+        newest, n = (run.nfe - 1) % past.m, min(run.nfe, past.m)
+        past.value[newest].copy_(fx if beta == 1 else fx - (1 - beta) * gx)
+        past.renew_gram(newest, n)
+        # At first a plain step, into a tensor that is neither the caller's nor the window's.
+        x = fx.clone() if run.nfe == 1 else past.combination(newest, n)
+        _, fx, gx = run.evaluate(x, out=past.residual[run.nfe % past.m])
     return run.result()
 
 
-def _update_gram(gram: Tensor, residuals: Tensor, newest: int) -> None:
-    """Renew the products with residual ``newest`` in gram (B, n, n); residuals (n, B, D), n > 1."""
-    first = min(newest, len(residuals) - 2)  # and those of a neighbour, see _products
-    rows = _products(residuals[first : first + 2], residuals)
-    gram[:, first : first + 2] = rows
-    gram[:, :, first : first + 2] = rows.transpose(1, 2)
+class _AndersonWindow:
+    """The last m points: residuals g_i, values h_i = beta f(z_i) + (1 - beta) z_i, Gram matrix.
 
-
-def _products(pair: Tensor, rows: Tensor) -> Tensor:
-    """Inner products of pair (2, B, D) with rows (r, B, D), per sample: (B, 2, r) in float64.
-
-    Two vectors at a time, since MKL's batched product with one takes three times as long as with
-    two. Vectors are cut into chunks that stay in the cache while the rows pass by, and that give
-    a GPU enough to do at once; chunks are summed in float64.
+    ``residual`` and ``value``, m tensors (B, D) each, are written by the caller, in turn.
     """
-    _, batch, size = pair.shape
+
+    _ABSENT = 1e300  # ||g||^2 of a point that is not there yet, so that it gets no weight
+
+    def __init__(self, like: Tensor, m: int, lam: float | None):
+        batch, size = like.shape
+        self.m = m
+        self._residuals = like.new_empty(m, batch, size)
+        self._values = like.new_empty(m, batch, size)
+        eye = torch.eye(m, dtype=torch.float64, device=like.device)
+        self._gram = self._ABSENT * eye.expand(batch, m, m)
+        self._ones = eye.new_ones(batch, m, 1)
+        # Relative: above the rounding errors of the products, so that the system stays positive
+        # definite.
+        rounding = max(10 * torch.finfo(like.dtype).eps, 1e-13)
+        self._scale = 1 + rounding * eye if lam is None else None
+        self._shift = None if lam is None else lam * eye
+        # Made once: at small states indexing costs as much as the products.
+        self.residual, self.value = self._residuals.unbind(), self._values.unbind()
+        self._row, self._column = self._gram.unbind(1), self._gram.unbind(2)
+        self._unit = eye.unbind()
+
+    def renew_gram(self, newest: int, n: int) -> None:
+        """Products of the residual ``newest`` with those of the n points there are."""
+        residuals, row, column = self._residuals, self._row[newest], self._column[newest]
+        if n < self.m:
+            residuals, row, column = residuals[:n], row[:, :n], column[:, :n]
+        products = _products(self.residual[newest][None], residuals).squeeze(1)  # (B, n)
+        row.copy_(products)
+        column.copy_(products)
+
+    def combination(self, newest: int, n: int) -> Tensor:
+        """sum a_i h_i over the n points there are, (B, D)."""
+        weights, values = self._weights(newest), self._values
+        if n < self.m:
+            weights, values = weights[:, :, :n], values[:n]
+        return torch.bmm(weights.to(values.dtype), values.transpose(0, 1)).squeeze(1)
+
+    def _weights(self, newest: int) -> Tensor:
+        """Weights a (B, 1, m), summing to one, that minimise a' (G + ridge) a.
+
+        By Cholesky factors, whose accuracy does not depend on how different the lengths of the
+        residuals are. A sample without them (an absolute ridge that is too small) takes the plain
+        step from the newest point.
+        """
+        system = self._gram * self._scale if self._shift is None else self._gram + self._shift
+        factor, failed = torch.linalg.cholesky_ex(system)
+        solution = torch.cholesky_solve(self._ones, factor).mT  # K a = 1 up to a factor
+        weights = solution / solution.sum(2, keepdim=True)
+        return torch.where(failed.view(-1, 1, 1) == 0, weights, self._unit[newest])
+
+
+def _products(vectors: Tensor, rows: Tensor) -> Tensor:
+    """Inner products of vectors (v, B, D) with rows (r, B, D), per sample: (B, v, r) in float64.
+
+    They are cut into short chunks, whose sums are added in float64: more accurate, and with long
+    ones MKL spends up to twice the time of reading the rows on packing them.
+    """
+    v, batch, size = vectors.shape
     parts = _chunks(size)
-    chunked = [t.view(len(t), batch * parts, size // parts) for t in (pair, rows)]
-    products = torch.bmm(chunked[0].transpose(0, 1), chunked[1].permute(1, 2, 0))
     if parts == 1:
-        return products.double()
-    return products.view(batch, parts, 2, -1).sum(1, dtype=torch.float64)
+        return torch.bmm(vectors.transpose(0, 1), rows.permute(1, 2, 0)).double()
+    chunked = [t.view(-1, batch * parts, size // parts) for t in (vectors, rows)]
+    products = torch.bmm(chunked[0].transpose(0, 1), chunked[1].permute(1, 2, 0))
+    return products.view(batch, parts, v, -1).sum(1, dtype=torch.float64)
 
 
 @functools.cache
 def _chunks(size: int) -> int:
-    """The largest divisor of ``size`` that leaves chunks of at least ``_CHUNK``, or 1."""
+    """Into how many chunks: as many as divide ``size`` and leave ``_CHUNK`` or more in each."""
+    if size <= _LONG:
+        return 1
     return next((n for n in range(size // _CHUNK, 1, -1) if size % n == 0), 1)
-
-
-def _anderson_weights(system: Tensor, otherwise: Tensor) -> Tensor:
-    """Weights a (B, 1, n), summing to one, that minimise a' K a, for K (B, n, n).
-
-    By Cholesky factors, whose accuracy does not depend on how different the lengths of the
-    residuals are. A sample without them (an absolute ridge that is too small) gets the weights
-    ``otherwise`` (n,).
-    """
-    factor, failed = torch.linalg.cholesky_ex(system)
-    ones = otherwise.new_ones(len(otherwise), 1)
-    solution = torch.cholesky_solve(ones, factor).mT  # K a = 1 up to a factor
-    weights = solution / solution.sum(2, keepdim=True)
-    return torch.where(failed.view(-1, 1, 1) == 0, weights, otherwise)
 
 
 @solver_method

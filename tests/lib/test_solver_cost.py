@@ -165,7 +165,8 @@ def test_chunks_divide():
     for size in (1, 4095, 4097, 8192, 12_289, 30_720, 105_000, 400_000):
         chunks = solvers._chunks(size)
         assert size % chunks == 0
-        assert chunks == 1 or size // chunks >= 4096
+        assert chunks == 1 or size // chunks >= 512
+        assert size > 4096 or chunks == 1
 
 
 # --- Iterates in float32 and float64 against what they replace ----------------------------------
