@@ -12,11 +12,11 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.errors import InputError
 from lib.layer_utils import conv3x3, conv5x5
+from lib.linear import conv2d
 from lib.optimization import VariationalHidDropout2d, WeightNorm, weight_norm
 
 Held = list[Any]  # tensors (or None), or lists of them
@@ -51,7 +51,7 @@ def _normed(conv: nn.Conv2d) -> WeightNorm:
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(x, weight, stride=conv.stride, padding=conv.padding)
+    return conv2d(x, weight, conv.stride[0], conv.padding[0])
 
 
 class ResidualBlock(nn.Module):
