@@ -109,10 +109,7 @@ class Run:
         points, self._pending = self._pending, []
         # The one synchronisation with the device.
         norms = self._norms[: len(points)].cpu().numpy().astype(np.float64)
-        for x, (g, f) in zip(points, norms, strict=True):
-            if not self._judge(x, g, f, forgive):
-                return False
-        return True
+        return all(self._judge(x, g, f, forgive) for x, (g, f) in zip(points, norms, strict=True))
 
     def _judge(self, x: Tensor, g: np.ndarray, f: np.ndarray, forgive: bool) -> bool:
         """Record the norms (B,) of g(x) and f(x), and keep x where it is the best so far."""
