@@ -48,7 +48,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    """Convolution without bias, as F.conv2d computes it, to rounding.
+    """Convolution without bias, groups or dilation, as F.conv2d computes it, to rounding.
 
     oneDNN rearranges the weights at every call. For the few pixels of the lowest resolutions and
     weights beyond the cache, that is nearly all of its time: 27 ms of 31 at 640 x 3200 channels and
@@ -57,6 +57,7 @@ def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
     Args:
         x: (B, C, H, W).
         weight: (C', C, k, k).
+        stride, padding: of both directions, in pixels.
 
     Returns:
         (B, C', H', W').

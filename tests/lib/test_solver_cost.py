@@ -151,13 +151,14 @@ def test_broyden_block_ends_at_the_threshold():
 
 @pytest.mark.parametrize("size", [1, 7, 4096, 8192, 12_289, 105_000])
 @pytest.mark.parametrize("rows", [1, 2, 5])
-def test_products(size, rows):
+@pytest.mark.parametrize("count", [1, 2])
+def test_products(size, rows, count):
     generator = torch.Generator().manual_seed(size + rows)
-    pair = torch.randn(2, 3, size, generator=generator)
+    vectors = torch.randn(count, 3, size, generator=generator)
     stored = torch.randn(rows, 3, size, generator=generator)
-    found = solvers._products(pair, stored)
+    found = solvers._products(vectors, stored)
     assert found.dtype == torch.float64
-    expected = torch.einsum("pbd,rbd->bpr", pair.double(), stored.double())
+    expected = torch.einsum("vbd,rbd->bvr", vectors.double(), stored.double())
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-6 * size**0.5)
 
 
