@@ -1,0 +1,192 @@
+"""One start of a training command, in a process group of its own, watched through its output.
+
+A start of the command takes seconds, nearly all of them for imports. A :class:`ForkServer` has
+done the imports, and forks for every attempt; what a child runs is the script itself. The command
+proper remains the reference: whoever uses a server compares with runs that did without.
+"""
+
+import json
+import os
+import re
+import resource
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+# Of the lines "step 7 | epoch 0 | ...", "epoch 0 [7/20] | step 7 | ..." and "step 7 | valid ...".
+_STEP = re.compile(r"\bstep (\d+) \| (valid)?")
+_PATIENCE = 120  # seconds without a line after which a run hangs
+# Modules of both rooms that a command imports where they are used.
+_LAZY = ("deq_sequence.command", "mdeq_vision.command", "sklearn.datasets", "torchinfo")
+
+
+class Attempt:
+    """Start ``command`` (a script and its arguments); leaving the ``with`` block ends it.
+
+    Args:
+        command: the script and its arguments.
+        server: fork from it instead of starting an interpreter.
+        max_file_size: bytes beyond which a write to a file fails, as on a full disk.
+        patience: seconds without a line of output after which :meth:`wait` gives up.
+    """
+
+    def __init__(self, command, *, server=None, max_file_size=None, patience=_PATIENCE):
+        self.patience = patience
+        self.steps: dict[str, int] = {}  # the last one seen, of each kind
+        self.began, self.seconds_to_first_step = time.monotonic(), None
+        self._text, self._ended = b"", False
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process)
+        self._output, out = os.pipe()
+        self._server, self._process, self._status = server, None, None
+        if server is None:
+            self._process = subprocess.Popen(
+                [sys.executable, *command],
+                stdout=out,
+                stderr=self._errors,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=lambda: _limit_files(max_file_size),
+            )
+            self.pid = self._process.pid
+        else:
+            self.pid = server.start(command, max_file_size, out, self._errors.fileno())
+        os.close(out)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._status is None:
+            self.send(signal.SIGKILL)
+            self.wait()
+        os.close(self._output)
+        self._errors.close()
+
+    def line(self) -> str | None:
+        """The next line of output as soon as it is there; None at its end.
+
+        Raises:
+            TimeoutError: no line came for too long.
+        """
+        while b"\n" not in self._text and not self._ended:
+            ready, _, _ = select.select([self._output], [], [], self.patience)
+            if not ready:
+                raise TimeoutError(f"no output for {self.patience} s; so far: {self.errors()}")
+            found = os.read(self._output, 1 << 16)
+            self._text, self._ended = self._text + found, not found
+        line, _, self._text = self._text.partition(b"\n")
+        if not line and self._ended:
+            return None
+        if match := _STEP.search(line.decode()):
+            kind = match[2] or "train"
+            self.steps[kind] = int(match[1])
+            if self.seconds_to_first_step is None:
+                self.seconds_to_first_step = time.monotonic() - self.began
+        return line.decode()
+
+    def wait_for_step(self, step: int, kind: str = "train") -> bool:
+        """Return when a line of such a step or a later one is there; False if none came."""
+        while self.steps.get(kind, -1) < step:
+            if self.line() is None:
+                return False
+        return True
+
+    def send(self, number: int) -> None:
+        """Signal the whole process group."""
+        os.killpg(self.pid, number)
+
+    def wait(self) -> int:
+        """The exit code, negative for a signal, once the process has ended."""
+        while self.line() is not None:
+            pass
+        if self._status is None:
+            wait = self._server.wait if self._server else lambda _: self._process.wait()
+            self._status = wait(self.pid)
+        return self._status
+
+    def errors(self) -> str:
+        """What the process wrote to its error stream."""
+        self._errors.seek(0)
+        return self._errors.read().decode()
+
+
+def run(command, **options) -> tuple[int, str]:
+    """Run to the end: the exit code and the error stream."""
+    with Attempt(command, **options) as attempt:
+        return attempt.wait(), attempt.errors()
+
+
+def _limit_files(size: int | None) -> None:
+    if size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+# ---- the server --------------------------------------------------------------------------------
+
+
+class ForkServer:
+    """A process that has imported what the commands import, and forks one attempt at a time."""
+
+    def __init__(self):
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            command = [sys.executable, __file__, str(theirs.fileno())]
+            self._process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], start_new_session=True
+            )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._socket.close()  # the server ends with it
+        self._process.wait()
+
+    def start(self, command, max_file_size, out: int, err: int) -> int:
+        """Fork an attempt that writes to two file descriptors; its process id."""
+        request = json.dumps({"command": command, "max_file_size": max_file_size})
+        socket.send_fds(self._socket, [request.encode()], [out, err])
+        return int(self._socket.recv(100))
+
+    def wait(self, pid: int) -> int:
+        """The exit code of an attempt that ends; until then its process id remains its own."""
+        self._socket.send(json.dumps({"wait": pid}).encode())
+        return int(self._socket.recv(100))
+
+
+def _serve(connection: socket.socket) -> None:
+    """Answer requests until the other end closes; a child returns from here to run its script."""
+    for name in _LAZY:
+        __import__(name)
+    while True:
+        message, files, *_ = socket.recv_fds(connection, 1 << 16, 2)
+        if not message:
+            return
+        request = json.loads(message)
+        if "wait" in request:
+            _, status = os.waitpid(request["wait"], 0)
+            connection.send(str(os.waitstatus_to_exitcode(status)).encode())
+            continue
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            connection.close()
+            for number, file in enumerate(files, start=1):
+                os.dup2(file, number)
+                os.close(file)
+            _limit_files(request["max_file_size"])
+            sys.argv = request["command"]
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            return
+        for file in files:
+            os.close(file)
+        connection.send(str(pid).encode())
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])))
