@@ -37,7 +37,8 @@ class Attempt:
 
     def __init__(self, command, *, server=None, max_file_size=None, patience=_PATIENCE):
         self.patience = patience
-        self.steps: dict[str, int] = {}  # the last one seen, of each kind
+        self.lines: list[str] = []  # of output, so far
+        self.steps: dict[str, int] = {}  # the last one in them, of each kind
         self.began, self.seconds_to_first_step = time.monotonic(), None
         self._text, self._ended = b"", False
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (open as long as the process)
@@ -82,12 +83,13 @@ class Attempt:
         line, _, self._text = self._text.partition(b"\n")
         if not line and self._ended:
             return None
-        if match := _STEP.search(line.decode()):
+        self.lines.append(line.decode())
+        if match := _STEP.search(self.lines[-1]):
             kind = match[2] or "train"
             self.steps[kind] = int(match[1])
             if self.seconds_to_first_step is None:
                 self.seconds_to_first_step = time.monotonic() - self.began
-        return line.decode()
+        return self.lines[-1]
 
     def wait_for_step(self, step: int, kind: str = "train") -> bool:
         """Return when a line of such a step or a later one is there; False if none came."""
