@@ -91,9 +91,9 @@ class Attempt:
                 self.seconds_to_first_step = time.monotonic() - self.began
         return self.lines[-1]
 
-    def wait_for_step(self, step: int, kind: str = "train") -> bool:
-        """Return when a line of such a step or a later one is there; False if none came."""
-        while self.steps.get(kind, -1) < step:
+    def wait_for_step(self, step: int) -> bool:
+        """Return when the line of a training step or a later one is there; False if none came."""
+        while self.steps.get("train", -1) < step:
             if self.line() is None:
                 return False
         return True

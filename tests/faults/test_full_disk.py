@@ -13,7 +13,6 @@ import pytest
 
 from attempts import Attempt, run
 from harness import (
-    BORDER,
     SAVED_EVERY,
     TRAINERS,
     assert_same_run,
@@ -26,9 +25,11 @@ from lib.experiment import CHECKPOINT, LOG, METRICS, WEIGHTS
 
 KILLED_AT = 13  # so the checkpoint is of step 12, and the weights are of step 10 or none
 TO = "run"
-RARELY = {  # saved after a validation only
+# Saved after a validation only; and without the shared memory of a loading process, which counts
+# as a file.
+RARELY = {
     "language": "--save-interval 0",
-    "classification": "SAVE_FREQ 0",
+    "classification": "SAVE_FREQ 0 WORKERS 0",
     "segmentation": "SAVE_FREQ 0",
 }
 KIB = 1024
@@ -97,6 +98,8 @@ def fits_not(folder, what):
     }[what]
 
 
+# Whatever cannot be written, the line names it, and what the run goes on from: so Run has to name
+# the settings, the records, the log and the events as the trainer does weights and checkpoints.
 @pytest.mark.parametrize("what", [CHECKPOINT, WEIGHTS, "records", "nothing"])
 @pytest.mark.parametrize(
     "name",
@@ -126,8 +129,9 @@ def test_the_first_checkpoint_does_not_fit(server, tmp_path):
     assert temporary_files(trainer.folder(tmp_path, TO)) == set()
 
 
+# So Run has to look after the errors of TensorBoard's thread.
 def test_events_that_do_not_fit(server, tmp_path):
-    """Nobody waits for ever for TensorBoard's thread, which a failed write ends."""
+    """Nobody waits for ever for a thread that a failed write has ended."""
     trainer = TRAINERS["language"]
     more = "--pretrain_steps 0 --save-interval 0 --eval-interval 1000".split()
     command = [*trainer.start(tmp_path, TO), *more]
@@ -193,8 +197,3 @@ def test_disk_that_fills_up_on_the_way(trainer, kib, server, begun, whole, small
         assert saved_step(folder) >= KILLED_AT - KILLED_AT % SAVED_EVERY
     filler.unlink()
     goes_on(trainer, parent, server, whole)
-
-
-def test_killed_before_the_border():
-    """What the cases above take for granted."""
-    assert KILLED_AT < BORDER

