@@ -4,6 +4,7 @@ A run takes a second or two: sixty steps through both phases, with everything sw
 draws random numbers or carries state from step to step, recorded every step, saved every third.
 """
 
+import contextlib
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -158,9 +159,12 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 
 def saved_step(folder: Path) -> int:
-    """The step of a run's checkpoint, 0 without one."""
-    path = folder / CHECKPOINT
-    return load(path)["step"] if path.exists() else 0
+    """The step of a run's newest checkpoint that can be read, 0 without one."""
+    steps = [0]
+    for path in folder.glob("checkpoint*.pt"):
+        with contextlib.suppress(InputError):
+            steps.append(load(path)["step"])
+    return max(steps)
 
 
 def unreadable(folder: Path) -> list[str]:
