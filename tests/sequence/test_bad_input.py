@@ -273,9 +273,9 @@ def _(place):
     return ["--restart", "--name", "N/A"], "--restart_dir"
 
 
-@case("--restart with another batch_chunk")
+@case("--restart with another batch_size")
 def _(place):
-    return [*RESTART, "--batch_chunk", "2"], "--batch_chunk 1"
+    return [*RESTART, "--batch_size", "2"], "--batch_size 4"
 
 
 @case("folder of the run cannot be made")
