@@ -48,6 +48,9 @@ if [ "$NODES" -eq 1 ]; then
 else
     [ -n "${MASTER:-}" ] || fail "$NODES machines need MASTER, the name of one of them"
     flags+=(--rdzv_backend=c10d --rdzv_endpoint="$MASTER:$PORT" --rdzv_id="${RUN_ID:-deq}")
+    # Else MASTER tells the address of its processes once only, and a machine that replaces another
+    # waits for it in vain (torch 2.13).
+    [ "$RESTARTS" -eq 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
 
 # Before the command's own flags, so that those win.

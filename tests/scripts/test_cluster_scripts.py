@@ -14,10 +14,12 @@ from lib.experiment import METRICS, read_metrics
 from small_runs import SCENES, TINY_SCENES
 
 ROOT = Path(__file__).resolve().parents[2]
-# Notes folder, OMP_NUM_THREADS and arguments, then does what $STUBS/<name> says.
+# Notes folder, variables of torch and arguments, then does what $STUBS/<name> says.
 STUB = """#!/bin/sh
 name=$(basename "$0")
-{ echo "== $name"; pwd; echo "${OMP_NUM_THREADS-}"; printf '%s\\n' "$@"; } >>"$STUBS/calls"
+{
+    echo "== $name"; pwd; echo $(env | grep -E '^(OMP|TORCH)_' | sort); printf '%s\\n' "$@"
+} >>"$STUBS/calls"
 case "$1" in */run_progress.py) name=progress ;; esac
 [ ! -f "$STUBS/$name" ] || . "$STUBS/$name"
 """
@@ -66,12 +68,12 @@ class Cluster:
         )
         self.calls = {}
         for call in (self.stubs / "calls").read_text().split("== ")[1:]:
-            name, folder, threads, *arguments = call.split("\n")[:-1]
-            self.calls.setdefault(name, []).append((folder, threads, arguments))
+            name, folder, variables, *arguments = call.split("\n")[:-1]
+            self.calls.setdefault(name, []).append((folder, variables, arguments))
         return self.done
 
     def python(self):
-        """Folder, OMP_NUM_THREADS and arguments of the only Python that trains."""
+        """Folder, variables and arguments of the only Python that trains."""
         progress = str(ROOT / "scripts/run_progress.py")
         (call,) = (c for c in self.calls["python"] if c[2][0] != progress)
         return call
@@ -103,7 +105,7 @@ def machine(cluster, tmp_path):
 
 
 def test_scripts_parse():
-    for path in [*ROOT.glob("scripts/*.sh"), *ROOT.glob("*/*.sh")]:
+    for path in ROOT.glob("*/*.sh"):
         subprocess.run(["bash", "-n", path], check=True)
 
 
@@ -111,14 +113,14 @@ def test_scripts_parse():
 
 
 def test_one_machine(machine):
-    folder, threads, arguments = machine("python", "train_transformer.py", *ODD, GPUS="4")
+    folder, variables, arguments = machine("python", "train_transformer.py", *ODD, GPUS="4")
     assert arguments == [
         *TORCHRUN,
         *"--nnodes=1 --nproc_per_node=4 --max_restarts=0 --standalone".split(),
         *["train_transformer.py", *ODD],
     ]
     assert Path(folder) == ROOT / "DEQ-Sequence"
-    assert threads == "4"  # 16 cores for 4 processes
+    assert variables == "OMP_NUM_THREADS=4"  # 16 cores for 4 processes
 
 
 def test_two_machines(machine):
@@ -134,6 +136,15 @@ def test_two_machines(machine):
     _, _, arguments = machine("python", "tools/seg_train.py", *ODD, **where, **more)
     rendezvous = ["--rdzv_endpoint=host0:1234", "--rdzv_id=mine", *more["TORCHRUN"].split()]
     assert arguments == [*TORCHRUN, *flags.split(), *rendezvous, "tools/seg_train.py", *ODD]
+
+
+def test_a_machine_can_be_replaced(machine):
+    """Which torchrun does not do by itself where its processes share its store."""
+    words = ["python", "tools/seg_train.py"]
+    many = {"MASTER": "host0", "NODES": "2", "GPUS": "1"}
+    variable = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+    assert variable not in machine(*words, **many)[1]
+    assert variable in machine(*words, **many, RESTARTS="1")[1]
 
 
 def test_launch_script(machine):
@@ -171,8 +182,8 @@ def test_what_continues_a_run(machine, words, expected):
 
 def test_environment_is_left_alone(machine, cluster):
     words = ["python", "tools/cls_train.py"]
-    assert machine(*words, GPUS="4", OMP_NUM_THREADS="7")[1] == "7"
-    assert machine(*words, GPUS="32")[1] == "1"
+    assert machine(*words, GPUS="4", OMP_NUM_THREADS="7")[1] == "OMP_NUM_THREADS=7"
+    assert machine(*words, GPUS="32")[1] == "OMP_NUM_THREADS=1"
     (cluster.stubs / "bin/python").rename(cluster.stubs / "bin/another")
     machine_python = {"PYTHON": str(cluster.stubs / "bin/another"), "GPUS": "1"}
     done = cluster.run(ROOT / "scripts/multinode.sh", *words, **machine_python)
@@ -249,8 +260,9 @@ def test_job_of_two_nodes(job, cluster, words, expected):
     flags = "--nodes=2 --ntasks=2 --cpus-per-task=32 --export=ALL --kill-on-bad-exit=0 --wait=180"
     assert arguments == [*flags.split(), "bash", "scripts/multinode.sh", *words, *ODD]
 
-    folder, _, arguments = cluster.python()
+    folder, variables, arguments = cluster.python()
     assert Path(folder) == ROOT / room
+    assert variables == "OMP_NUM_THREADS=4 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120"
     flags = "--nnodes=2 --nproc_per_node=4 --max_restarts=0 --rdzv_backend=c10d"
     rendezvous = ["--rdzv_endpoint=gpu07:24321", "--rdzv_id=4321-0"]
     head = [*TORCHRUN, *flags.split(), *rendezvous]
