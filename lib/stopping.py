@@ -25,9 +25,10 @@ class Stopping:
 
     Signals are caught within a ``with`` block only, and only in the main thread. Another one some
     seconds later acts as if nobody had caught it; one that comes sooner is an echo, as the
-    terminal, torchrun and a cluster may all send theirs. The time counts from the object's making, and a run stops so
-    early that one more stretch of work as long as the longest so far, and the saving, would still
-    fit.
+    terminal, torchrun and a cluster may all send theirs.
+
+    The time counts from the object's making. A run stops so early that one more stretch of work as
+    long as the longest so far, and then the saving, would still fit.
 
     Args:
         max_minutes: the time limit; 0 is none.

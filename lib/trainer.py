@@ -20,7 +20,7 @@ from lib.checkpoint import load_state, not_finite, save_atomic
 from lib.distributed import Processes
 from lib.errors import InputError
 from lib.experiment import CHECKPOINT, WEIGHTS, Run
-from lib.retention import save_newest
+from lib.retention import save_newest, versions
 from lib.stopping import Stopped, Stopping
 from lib.training import (
     PASSES,
@@ -205,7 +205,10 @@ class Trainer:
                 (total * self.processes.world_size).backward()
             sums += torch.stack([x.detach().double() for x in (loss, jac_loss, *extra)])
         norm = self._clip()
-        events = [self.stopping.check(), *(b - a for a, b in zip(broken, self._broken(), strict=True))]
+        events = [
+            self.stopping.check(),
+            *(b - a for a, b in zip(broken, self._broken(), strict=True)),
+        ]
         events = torch.tensor(events, dtype=torch.float64).to(self.device, non_blocking=True)
         sums = self.processes.sum(torch.cat([sums, events]))
         # The step's one wait for the device, beside the solvers'.
@@ -420,7 +423,7 @@ class Trainer:
     def _last_good(self) -> str:
         """The end of a message that names the last good state."""
         folder = self.run.folder
-        if folder is None or not (folder / CHECKPOINT).exists():
+        if folder is None or not versions(folder / CHECKPOINT):
             return ""
         return f"; the last good state is {folder / CHECKPOINT}"
 

@@ -189,7 +189,11 @@ class LMTrainer(Trainer):
     def validate(self) -> tuple[Evaluation, dict, str, float]:
         found = self.evaluate(self.corpus.valid)
         phase = "stacked" if 0 <= self.step - 1 < self.args.pretrain_steps else "equilibrium"
-        record = {"phase": phase, "perplexity": found.perplexity, "text": found.text(self.corpus.characters)}
+        record = {
+            "phase": phase,
+            "perplexity": found.perplexity,
+            "text": found.text(self.corpus.characters),
+        }
         record |= {name: value for name, value in asdict(found).items() if value is not None}
         score = -found.loss if math.isfinite(found.loss) else -math.inf
         return found, record, "negative loss", score

@@ -40,7 +40,11 @@ class Model(nn.Module):
         (InputError("bad\n  thing"), 2, "tool: bad thing\n"),
         (TrainingError("the loss is nan"), 1, "tool: the loss is nan\n"),
         (PermissionError(13, "Permission denied", "x.pt"), 2, "'x.pt'"),
-        (Stopped("stopped by SIGTERM at step 7", 143), 143, "at step 7 (--again continues the run)\n"),
+        (
+            Stopped("stopped by SIGTERM at step 7", 143),
+            143,
+            "at step 7 (--again continues the run)\n",
+        ),
         (RuntimeError("[gloo] Connection closed by peer\n x"), 1, "tool: lost the other processes"),
         (KeyboardInterrupt(), 130, "tool: interrupted (--again continues the run)\n"),
     ],

@@ -275,7 +275,9 @@ def is_parameter(key):
 def test_model_file(digits, tmp_path, monkeypatch):
     weights = load(digits("TRAIN.END_EPOCH", 1) / WEIGHTS)
     started = []
-    monkeypatch.setattr(ImageTrainer, "train", lambda self, run: started.append(state_of(self.model)))
+    monkeypatch.setattr(
+        ImageTrainer, "train", lambda self, run: started.append(state_of(self.model))
+    )
     more = ["--modelDir", tmp_path / "next", "TRAIN.MODEL_FILE", digits.folder / WEIGHTS]
     assert run_tool("cls_train", *digits.argv(*more)) == 0
     assert_same(started[0], weights)
