@@ -114,8 +114,6 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.unfinished = False  # the validation of the last step is still to come
         self.run = Run(None, ("", ""), quiet=True)
-        # What a forward changes in a model: the statistics of batch norm.
-        self._buffers = [(b, b.detach().clone()) for b in model.buffers()]
         self._reset_window()
 
     # ---- what subclasses define ----------------------------------------------------------------
@@ -192,8 +190,8 @@ class Trainer:
             TrainingError: too many steps in a row were not finite.
         """
         choices, broken = self.draw(), self._broken()
-        for buffer, kept in self._buffers:
-            kept.copy_(buffer)
+        # What a forward changes in a model: the statistics of batch norm.
+        buffers = [buffer.detach().clone() for buffer in self.model.buffers()]
         self.optimizer.zero_grad(set_to_none=True)
         parts = self.split(batch)
         sums = torch.zeros(2 + len(self.extra_sums), dtype=torch.float64, device=self.device)
@@ -220,7 +218,7 @@ class Trainer:
             self.optimizer.step()
             self.skipped_in_a_row = 0
         else:
-            self._skip()
+            self._skip(buffers)
         self.step += 1
         self.advance(batch)
         window = self._window
@@ -257,11 +255,11 @@ class Trainer:
         ]
         return torch.linalg.vector_norm(torch.stack(norms))
 
-    def _skip(self) -> None:
-        """Leave an update out."""
+    def _skip(self, buffers: list[Tensor]) -> None:
+        """Leave an update out, and put the model's buffers back."""
         with torch.no_grad():
-            for buffer, kept in self._buffers:
-                buffer.copy_(kept)
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
         self.forget()
         self.counts["skipped"] += 1
         self.skipped_in_a_row += 1

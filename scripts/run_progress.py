@@ -36,8 +36,7 @@ def folder_of(file: str, flags: list[str]) -> Path:
 
 def progress(folder: Path) -> tuple[str, int]:
     """State and last step of the run in ``folder``."""
-    # A finished run's evaluation of its best weights may come after its summary.
-    records = [r for r in read_metrics(folder) if not r["kind"].startswith("final_")]
+    records = read_metrics(folder)
     if not records:
         return "new", 0
     last = records[-1]

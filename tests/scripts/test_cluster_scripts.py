@@ -389,7 +389,7 @@ STATES = [
     ([("train", {}), ("summary", {"finished": False})], "stopped 2"),
     ([("summary", {"finished": False}), ("train", {})], "running 2"),
     ([("train", {}), ("summary", {"finished": True})], "finished 2"),
-    ([("summary", {"finished": True}), ("final_test", {})], "finished 1"),
+    ([("final_test", {}), ("summary", {"finished": True})], "finished 2"),
 ]
 
 
