@@ -6,6 +6,7 @@ epoch sees what the uninterrupted run saw.
 """
 
 import hashlib
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +124,7 @@ def make_loader(
             num_workers=workers,
             pin_memory=pin_memory,
             collate_fn=_collate,
+            worker_init_fn=_outlive_signals,
             # Otherwise each iterator draws a number from the global generator.
             generator=torch.Generator().manual_seed(0),
         )
@@ -158,6 +160,13 @@ def _arrived(batch: list[Tensor], copied: torch.cuda.Event) -> list[Tensor]:
     for part in batch:
         part.record_stream(stream)
     return batch
+
+
+def _outlive_signals(worker: int) -> None:
+    """Terminals and clusters signal a whole group of processes. The trainer finishes its step then,
+    and needs its workers to; they end with it, however it ends."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _mix(*numbers: int) -> int:
