@@ -42,6 +42,7 @@ setup(
         "yacs",
         "torchinfo",
         "scikit-learn",  # the handwritten digits
+        "safetensors",
     ],
     packages=[
         package

@@ -92,6 +92,7 @@ class PassStats:
     rel_residual: float = 0.0
     broken: int = 0  # prot_break, or a sample that f made non-finite
     last: dict = field(default_factory=dict)
+    last_broken: dict = field(default_factory=dict)  # figures of the last broken one
 
     def add(self, solution: dict) -> None:
         self.last = solve_figures(solution)
@@ -100,6 +101,8 @@ class PassStats:
         self.abs_residual += self.last["abs_residual"]
         self.rel_residual += self.last["rel_residual"]
         self.broken += self.last["broken"]
+        if self.last["broken"]:
+            self.last_broken = self.last
 
     def means(self) -> dict[str, float]:
         """Mean nfe and residuals since the last reset, and the count of broken solves."""

@@ -1,16 +1,20 @@
 """Several processes under torchrun, or several GPUs in one process."""
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, parallel_apply, replicate
+from torch.nn.parallel import DataParallel, DistributedDataParallel, parallel_apply, replicate
 from torch.nn.parallel.scatter_gather import gather
 
 from lib.errors import InputError
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -22,8 +26,21 @@ class Processes:
     local_rank: int = 0  # on its machine: the number of its GPU
 
     @classmethod
-    def start(cls) -> "Processes":
-        """Join the other processes that torchrun started, over NCCL with GPUs, else over gloo."""
+    @contextlib.contextmanager
+    def joined(cls) -> Iterator["Processes"]:
+        """Join the processes that torchrun started, for the length of a ``with`` block.
+
+        Tensors on GPUs travel by NCCL, others by gloo.
+        """
+        processes = cls._start()
+        try:
+            yield processes
+        finally:
+            if processes.world_size > 1:
+                dist.destroy_process_group()
+
+    @classmethod
+    def _start(cls) -> "Processes":
         if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls()
         needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -32,13 +49,32 @@ class Processes:
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set: "
                 "start several processes with torchrun, or unset WORLD_SIZE"
             )
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+        local_rank = int(os.environ["LOCAL_RANK"])
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank % torch.cuda.device_count())
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend)
+        return cls(dist.get_rank(), dist.get_world_size(), local_rank)
 
     @property
     def leads(self) -> bool:
         """Whether this process writes the files and the log."""
         return self.rank == 0
+
+    def part(self, n: int) -> slice:
+        """This process's share of ``n`` things in a row: even, the first ones get what is over."""
+        each, over = divmod(n, self.world_size)
+        first = self.rank * each + min(self.rank, over)
+        return slice(first, first + each + (self.rank < over))
+
+    def vary_seed(self, seed: int) -> None:
+        """Give every process but the first a random stream of its own: each draws its own masks.
+
+        For when all have built the model from the same ``seed``.
+        """
+        if self.rank:
+            torch.manual_seed(seed + self.rank)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of ``tensor`` over all processes, in place."""
@@ -46,7 +82,7 @@ class Processes:
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, value) -> list:
+    def gather(self, value: _T) -> list[_T]:
         """The ``value`` of every process, by rank; any plain containers and tensors."""
         if self.world_size == 1:
             return [value]
@@ -54,10 +90,81 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
-    def stop(self) -> None:
-        """Leave the others."""
-        if self.world_size > 1:
-            dist.destroy_process_group()
+    def lead(self, action: Callable[[], _T]) -> _T:
+        """Let the first process act while the others wait; its result, or its error, is all's.
+
+        A file that it cannot write stops every process at once, instead of leaving the others
+        waiting for one that is gone.
+        """
+        if self.world_size == 1:
+            return action()
+        outcome = [None, None]
+        if self.leads:
+            try:
+                outcome[0] = action()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def in_turn(self, action: Callable[[], _T]) -> _T:
+        """Every process acts, the first one of each machine before the others.
+
+        For what leaves a file behind that makes the next time cheaper. An error is each one's own.
+        """
+        if self.world_size == 1:
+            return action()
+        if self.local_rank == 0:
+            try:
+                return action()
+            finally:
+                dist.barrier()
+        dist.barrier()
+        return action()
+
+    def replicate(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model as every process trains it: gradients are averaged over the processes.
+
+        All start from the weights of the first process.
+        """
+        if self.world_size == 1:
+            return model
+        parallel = DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # batch statistics are the same everywhere, or a process's own
+            gradient_as_bucket_view=True,
+        )
+        _settle_buckets(parallel)
+        return parallel
+
+
+def _settle_buckets(parallel: DistributedDataParallel) -> None:
+    """Fix which gradients travel together.
+
+    DistributedDataParallel regroups them once, in the order in which they first become ready. An
+    element's place in its group decides in which order more than two processes add it up, and the
+    order differs between the phases of training: a run that is resumed at equilibrium would round
+    differently from one that began stacked. So let it regroup now, by a sum of all parameters.
+    """
+    model = parallel.module
+    model.forward = lambda: sum(p.sum() for p in model.parameters() if p.requires_grad)
+    try:
+        parallel().backward()  # the order is noted now, and taken up by the next forward
+    finally:
+        del model.forward
+    parallel.zero_grad(set_to_none=True)
+
+
+def lost_contact(error: BaseException) -> bool:
+    """Whether an error says that another process, or the way to it, is gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    words = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out waiting",
+             "gloo", "NCCL", "Socket")  # fmt: skip
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def shares(batch: int, n_devices: int, first: int = -1) -> list[int]:

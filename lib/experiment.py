@@ -1,6 +1,8 @@
 """One run's folder: text log, TensorBoard events, metrics, settings, and the progress bar."""
 
 import json
+import math
+import os
 import resource
 import sys
 from datetime import datetime
@@ -12,6 +14,7 @@ from tqdm import tqdm
 
 from lib.errors import InputError
 from lib.files import atomic_write
+from lib.retention import clean_temporaries, versions
 
 LOG, METRICS, SETTINGS, CHECKPOINT, WEIGHTS = (
     "log.txt",
@@ -20,6 +23,7 @@ LOG, METRICS, SETTINGS, CHECKPOINT, WEIGHTS = (
     "checkpoint.pt",
     "model.pt",
 )
+_OF_THE_END = ("final_", "summary")  # kinds of records
 
 
 def run_folder(work_dir: str, dataset: str, name: str) -> Path:
@@ -31,7 +35,7 @@ def run_folder(work_dir: str, dataset: str, name: str) -> Path:
 
 def check_unused(folder: Path, way_out: str) -> None:
     """Refuse a folder that already holds a run's checkpoint."""
-    if (folder / CHECKPOINT).exists():
+    if versions(folder / CHECKPOINT):
         raise InputError(f"{folder} already holds a run: {way_out}")
 
 
@@ -65,7 +69,7 @@ class Run:
         folder: the run's folder, created if absent; None writes no file (a debug run).
         settings: name and content of the file that holds the resolved settings.
         resume_step: None for a new run; else the step to continue from: records beyond it, and
-            those of a final evaluation (kind "final_..."), are dropped, as they come again.
+            those of the end (kind "final_..." and "summary"), are dropped, as they come again.
         events: folder of the TensorBoard events; the run's if None.
         quiet: print nothing, as all processes but the first do.
     """
@@ -87,6 +91,7 @@ class Run:
         # Both folders before any file: if one cannot be made, no run is half begun.
         for place in (events or folder, folder):
             place.mkdir(parents=True, exist_ok=True)
+        clean_temporaries(folder)
         name, content = settings
         with atomic_write(folder / name) as file:
             file.write(content.encode())
@@ -95,7 +100,7 @@ class Run:
             for record in read_metrics(folder)
             if resume_step is not None
             and record["step"] <= resume_step
-            and not record["kind"].startswith("final_")
+            and not record["kind"].startswith(_OF_THE_END)
         ]
         with atomic_write(folder / METRICS) as file:
             file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
@@ -118,8 +123,14 @@ class Run:
             return
         print(json.dumps({"kind": kind, "step": step, **values}), file=self._metrics, flush=True)
         for name, value in values.items():
-            if isinstance(value, (int, float)):
+            if isinstance(value, (int, float)) and math.isfinite(value):
                 self.writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Bring log and metrics to the disk, so that no checkpoint is ahead of its records."""
+        for file in (self._log, self._metrics):
+            if file is not None:
+                os.fsync(file.fileno())
 
     def progress(self, total: int, initial: int) -> tqdm:
         """A bar over the steps, on a terminal only."""

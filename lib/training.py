@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import nn
 
-from lib.checkpoint import not_finite, save_atomic
 from lib.deq import PassStats, SolverStats
+from lib.distributed import Processes, lost_contact
 from lib.errors import InputError
-from lib.experiment import CHECKPOINT, WEIGHTS, Run
+from lib.experiment import CHECKPOINT
+from lib.stopping import Stopped
+
+PASSES = ("forward", "backward")
 
 
 class TrainingError(RuntimeError):
@@ -37,9 +39,19 @@ def exit_code(program: str, action: Callable[[], object], resume: str) -> int:
     except OSError as error:  # no permission, no space: its message names the file
         print(f"{program}: {error}", file=sys.stderr)
         return 2
+    except Stopped as stop:
+        print(f"{program}: {stop} ({resume} continues the run)", file=sys.stderr)
+        return stop.code
     except KeyboardInterrupt:
         print(f"{program}: interrupted ({resume} continues the run)", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        first = str(error).strip().splitlines()[0]
+        print(f"{program}: lost the other processes ({first}): start all of them again, {resume} "
+              "continues the run", file=sys.stderr)  # fmt: skip
+        return 1
     return 0
 
 
@@ -55,6 +67,10 @@ def evaluating(model: nn.Module) -> Iterator[SolverStats]:
     finally:
         model.deq.stats = stats
         model.train(was_training)
+
+
+class EvaluationStopped(Exception):
+    """An evaluation was broken off, in all processes, because the run is to stop."""
 
 
 def random_states(rng: random.Random, device: torch.device) -> dict:
@@ -85,10 +101,25 @@ def restore_stats(state: list[dict], stats: SolverStats) -> None:
     stats.forward, stats.backward = PassStats(**forward), PassStats(**backward)
 
 
+def summed_stats(stats: SolverStats, processes: Processes) -> SolverStats:
+    """The statistics of all processes together; every process has to ask."""
+    table = [
+        [s.solves, s.nfe, s.broken, s.abs_residual, s.rel_residual]
+        for s in (stats.forward, stats.backward)
+    ]
+    sums = processes.sum(torch.tensor(table, dtype=torch.float64)).tolist()
+    return SolverStats(
+        *(
+            PassStats(int(n), int(nfe), absolute, relative, int(broken))
+            for n, nfe, broken, absolute, relative in sums
+        )
+    )
+
+
 def solver_figures(stats: SolverStats) -> tuple[dict[str, float], str]:
     """Means of both passes since the last reset: values for metrics, and words for the log."""
     values, text = {}, ""
-    for which in ("forward", "backward"):
+    for which in PASSES:
         passed: PassStats = getattr(stats, which)
         if passed.solves:
             means = passed.means()
@@ -98,25 +129,18 @@ def solver_figures(stats: SolverStats) -> tuple[dict[str, float], str]:
     return values, text
 
 
-def give_up(run: Run, trouble: str, step: int, way_out: str) -> NoReturn:
-    """Stop training, naming the last good state."""
-    saved = ""
-    if run.folder is not None and (run.folder / CHECKPOINT).exists():
-        saved = f"; the last good state is {run.folder / CHECKPOINT}"
-    raise TrainingError(f"{trouble} at step {step}: {way_out}{saved}")
-
-
-def check_checkpoint(state, like: dict, source: Path) -> None:
+def check_checkpoint(state, number: int, parts: set[str], source: Path) -> None:
     """Refuse a checkpoint of another format, or one that lacks parts.
 
     Args:
         state: what was read.
-        like: what the trainer would save now.
+        number: of the format that this trainer saves.
+        parts: names of the entries that it has to have.
         source: the file, for the message.
     """
-    if not isinstance(state, dict) or state.get("format") != like["format"]:
+    if not isinstance(state, dict) or state.get("format") != number:
         raise InputError(f"{source} is not a checkpoint of this trainer: give its {CHECKPOINT}")
-    if missing := [name for name in like if name not in state]:
+    if missing := sorted(parts - state.keys()):
         raise InputError(f"{source} lacks {', '.join(missing)}: it is not whole, use another")
 
 
@@ -143,21 +167,3 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict, weight_deca
     optimizer.load_state_dict(state)
     for group in optimizer.param_groups:
         group |= own | {"weight_decay": weight_decay}
-
-
-def save_checkpoint(run: Run, model: nn.Module, state: dict, step: int, way_out: str) -> None:
-    """Write ``state`` as the run's checkpoint, unless the model's weights are no longer finite."""
-    _save(run, model, state, CHECKPOINT, step, way_out)
-
-
-def save_weights(run: Run, model: nn.Module, step: int, way_out: str) -> None:
-    """Write the model's weights as the run's best, unless they are no longer finite."""
-    _save(run, model, model.state_dict(), WEIGHTS, step, way_out)
-
-
-def _save(run: Run, model: nn.Module, content: dict, name: str, step: int, way_out: str) -> None:
-    if run.folder is None:
-        return
-    if bad := not_finite(model.state_dict()):
-        give_up(run, f"weights are not finite ({', '.join(bad)})", step, way_out)
-    save_atomic(content, run.folder / name)

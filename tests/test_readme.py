@@ -59,6 +59,17 @@ ELSEWHERE = {
     "--cfg experiments/cityscapes/seg_mdeq_SMALL.yaml": "vision/test_ddp_vision.py",
     "python tools/seg_test.py --cfg experiments/cityscapes/seg_mdeq_SMALL.yaml "
     "TEST.FLIP_TEST True": "vision/test_seg_test.py",
+    "NPROC=4 bash wt103_deq_transformer_reg.sh train": "sequence/test_launch_scripts.py",
+    "MASTER=host0 NODES=2 GPUS=4 RESTARTS=3 bash scripts/multinode.sh "
+    "bash wt103_deq_transformer_reg.sh train": "scripts/test_cluster_scripts.py",
+    "sbatch --nodes=2 scripts/slurm.sh bash wt103_deq_transformer_reg.sh train": (
+        "scripts/test_cluster_scripts.py"
+    ),
+    "sbatch --time=8:00:00 scripts/slurm.sh python tools/seg_train.py "
+    "--cfg experiments/cityscapes/seg_mdeq_SMALL.yaml": "scripts/test_cluster_scripts.py",
+    "python scripts/export_weights.py DEQ-Sequence/LM-TFM-demo/try/model.pt words.safetensors": (
+        "scripts/test_export_weights.py"
+    ),
     # What made the environment that these tests run in: its result is tested.
     "pip install -r requirements.txt": "test_house.py",
     "bash scripts/test.sh": "test_house.py",

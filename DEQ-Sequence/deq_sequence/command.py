@@ -13,8 +13,9 @@ from deq_sequence.evaluation import evaluate, settings_from
 from deq_sequence.initialization import initialize
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.options import cutoffs_for, parse
-from deq_sequence.training import Trainer
-from lib.checkpoint import load, load_state, load_weights
+from deq_sequence.training import LMTrainer
+from lib.checkpoint import load_weights
+from lib.distributed import Processes
 from lib.errors import InputError
 from lib.experiment import (
     CHECKPOINT,
@@ -26,12 +27,16 @@ from lib.experiment import (
     run_folder,
 )
 from lib.precision import allow_tf32
+from lib.resume import read_checkpoint
+from lib.retention import set_aside, versions
+from lib.stopping import Stopping
 from lib.training import exit_code
 
 # Settings that may differ between a run and its continuation without a word.
 _FREE = {
-    "restart", "restart_dir", "max_step", "log_interval", "eval_interval", "save_interval",
-    "work_dir", "name", "load", "num_threads", "eval_batch_size", "max_eval_steps",
+    "restart", "auto_restart", "restart_dir", "max_step", "max_time", "max_skipped",
+    "log_interval", "eval_interval", "save_interval", "keep_checkpoints", "work_dir", "name",
+    "load", "num_threads", "eval_batch_size", "max_eval_steps",
 }  # fmt: skip
 
 
@@ -42,10 +47,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_command(args: argparse.Namespace) -> Path | None:
     """Train or evaluate as the arguments say; the run's folder, if it has one."""
-    device = _set_up(args)
-    if args.eval:
-        return evaluate_command(args, device)
-    return train_command(args, device)
+    stopping = Stopping(args.max_time)  # the time counts from here
+    with Processes.joined() as processes:
+        device = _set_up(args, processes)
+        if args.eval:
+            return evaluate_command(args, device, processes)
+        return train_command(args, device, processes, stopping)
 
 
 def build_model(args: argparse.Namespace, corpus: Corpus, device: torch.device):
@@ -94,56 +101,64 @@ def build_model(args: argparse.Namespace, corpus: Corpus, device: torch.device):
     return model
 
 
-def train_command(args: argparse.Namespace, device: torch.device) -> Path | None:
+def train_command(
+    args: argparse.Namespace, device: torch.device, processes: Processes, stopping: Stopping
+) -> Path | None:
     """Train, then evaluate the best weights on validation and test text."""
     folder = _folder(args)
-    checkpoint = None
-    if args.restart:
-        checkpoint = load(folder / CHECKPOINT)
+    file = folder / CHECKPOINT
+    restart = args.restart or (args.auto_restart and processes.lead(lambda: bool(versions(file))))
+    checkpoint, source, lines = None, file, []
+    if restart:
+        checkpoint, source, lines = read_checkpoint(file, LMTrainer, processes)
     elif not args.debug:
         check_unused(folder, "add --restart to continue it, or choose another --name")
-    corpus = get_lm_corpus(args.data, args.dataset)
+    corpus = processes.in_turn(lambda: get_lm_corpus(args.data, args.dataset))
     model = build_model(args, corpus, device)
-    trainer = Trainer(args, model, corpus, device)
+    processes.vary_seed(args.seed)
+    trainer = LMTrainer(args, model, corpus, device, processes, stopping)
     settings = vars(args) | {"cutoffs": cutoffs_for(args, len(corpus.vocab))}
-    changes = _changes(folder, settings) if args.restart else []
+    changes = _changes(folder, settings) if restart else []
     if checkpoint is not None:
-        state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-        if not isinstance(state, dict):
-            raise InputError(f"{folder / CHECKPOINT} is not a checkpoint of this trainer")
-        load_state(model, state, str(folder / CHECKPOINT))
-        trainer.load_state_dict(checkpoint, folder / CHECKPOINT)
+        lines += trainer.load_state_dict(checkpoint, source)
     elif args.load:
         load_weights(model, args.load)
 
     run = Run(
-        None if args.debug else folder,
+        folder if processes.leads and not args.debug else None,
         (SETTINGS, json.dumps(settings, indent=1) + "\n"),
-        trainer.step if args.restart else None,
+        trainer.step if restart else None,
+        quiet=not processes.leads,
     )
+    if processes.leads and not args.debug:
+        set_aside(file, source)
     try:
         n_params = sum(p.numel() for p in model.parameters())
         run.log(f"{args.dataset}: {len(corpus.train)} training tokens, {len(corpus.vocab)} types")
-        run.log(f"{n_params} parameters | {device} | {torch.get_num_threads()} threads")
-        run.log(f"run folder {folder}" if run.folder else "debug: nothing is written")
+        run.log(
+            f"{n_params} parameters | {device} | {processes.world_size} process(es) of "
+            f"{torch.get_num_threads()} threads"
+        )
+        run.log("debug: nothing is written" if args.debug else f"run folder {folder}")
         if args.jac_loss_weight > 0 and args.jac_loss_freq == 0:
             run.log("note: --jac_loss_weight has no effect while --jac_loss_freq is 0")
-        for line in changes:
-            run.log(f"changed since the checkpoint: {line}")
-        if args.restart:
+        for line in [*lines, *(f"changed since the checkpoint: {line}" for line in changes)]:
+            run.log(line)
+        if restart:
             run.log(f"continuing at step {trainer.step}")
         trainer.train(run)
-        _final_evaluation(trainer, run)
+        _final_evaluation(trainer, run, folder)
+        trainer.summarise()
         run.log(f"peak memory {peak_memory_mib(device):.0f} MiB")
     finally:
         run.close()
     return run.folder
 
 
-def _final_evaluation(trainer: Trainer, run: Run) -> None:
+def _final_evaluation(trainer: LMTrainer, run: Run, folder: Path) -> None:
     """The best weights of the last phase on both texts (the current ones in a debug run)."""
-    if run.folder is not None and (run.folder / WEIGHTS).exists():
-        load_weights(trainer.model, run.folder / WEIGHTS)
+    if trainer.processes.lead(lambda: run.folder is not None and (folder / WEIGHTS).exists()):
+        load_weights(trainer.model, folder / WEIGHTS)
     for split in ("valid", "test"):
         found = trainer.evaluate(getattr(trainer.corpus, split))
         run.log(f"end of training | {split} | {found.text(trainer.corpus.characters)}")
@@ -151,33 +166,41 @@ def _final_evaluation(trainer: Trainer, run: Run) -> None:
         run.record(f"final_{split}", trainer.step, **values)
 
 
-def evaluate_command(args: argparse.Namespace, device: torch.device) -> None:
+def evaluate_command(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
     """Print the loss and perplexity of saved weights at equilibrium."""
-    corpus = get_lm_corpus(args.data, args.dataset)
+    corpus = processes.in_turn(lambda: get_lm_corpus(args.data, args.dataset))
     model = build_model(args, corpus, device)
     path = Path(args.load) if args.load else _folder(args) / WEIGHTS
     load_weights(model, path)
     for split in ("valid", "test"):
-        found = evaluate(model, getattr(corpus, split), **settings_from(args))
-        print(f"{path} | {split} | {found.text(corpus.characters)}", flush=True)
+        data = getattr(corpus, split)
+        found = evaluate(model, data, processes=processes, **settings_from(args))
+        if processes.leads:
+            print(f"{path} | {split} | {found.text(corpus.characters)}", flush=True)
 
 
-def _set_up(args: argparse.Namespace) -> torch.device:
+def _set_up(args: argparse.Namespace, processes: Processes) -> torch.device:
     """Threads, number format, seeds and device."""
+    if processes.world_size > 1 and args.multi_gpu:
+        raise InputError(
+            "--multi_gpu splits a batch in one process, but torchrun started "
+            f"{processes.world_size}, a GPU for each: leave it (and --gpu0_bsz) out"
+        )
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     allow_tf32(args.tf32)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # the same initial weights in all processes
     if not args.cuda:
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        print("no GPU is available: --cuda and --multi_gpu have no effect", file=sys.stderr)
+        if processes.leads:
+            print("no GPU is available: --cuda and --multi_gpu have no effect", file=sys.stderr)
         return torch.device("cpu")
-    return torch.device("cuda")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _folder(args: argparse.Namespace) -> Path:
-    if args.restart and args.restart_dir:
+    if args.restart_dir:
         return Path(args.restart_dir)
     return run_folder(args.work_dir, args.dataset, args.name)
 

@@ -2,14 +2,18 @@
 
 import argparse
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from deq_sequence.iterators import LMOrderedIterator
 from deq_sequence.model import DEQTransformerLM
+from lib.distributed import Processes
 from lib.precision import autocast
-from lib.training import evaluating
+from lib.training import EvaluationStopped, evaluating, summed_stats
+
+_ALONE = Processes()
 
 
 def perplexity(loss: float) -> float:
@@ -70,26 +74,37 @@ def evaluate(
     max_steps: int = -1,
     spectral_radius: bool = False,
     amp: str = "none",
+    processes: Processes = _ALONE,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Mean loss of ``model`` on a text, segment after segment with memory between them.
 
     Args:
         data: (tokens,) word ids.
-        batch_size: the text is cut into this many streams.
+        batch_size: the text is cut into this many streams, which the processes share.
         tgt_len, mem_len: segment and memory lengths; the model's own are put back afterwards.
         train_step: decides the phase, as in the model's forward; -1 is equilibrium.
         max_steps: segments at most; -1 is all.
         spectral_radius: compute it too (150 products with the Jacobian per segment).
+        processes: every one of them has to call this, with the same arguments.
+        stop: asked before each segment; whether to break off.
+
+    Raises:
+        EvaluationStopped: in all processes, if ``stop`` told one of them so.
     """
     device = next(model.parameters()).device
-    iterator = LMOrderedIterator(data, batch_size, tgt_len, device=device)
+    streams = processes.part(batch_size)
+    iterator = LMOrderedIterator(data, batch_size, tgt_len, device=device, streams=streams)
+    own = streams.stop - streams.start
+    total, tokens, radii, stopped, mems = 0.0, 0, [], False, []
     lengths = model.tgt_len, model.mem_len
-    total, tokens, radii, mems = torch.zeros((), dtype=torch.float64, device=device), 0, [], []
     try:
         model.reset_length(tgt_len, mem_len)
         with evaluating(model) as stats:
-            for index, (words, target, seq_len) in enumerate(iterator):
-                if index == max_steps:
+            # A process without a stream waits for the others.
+            for index, (words, target, seq_len) in enumerate(iterator if own else ()):
+                stopped = stop()
+                if index == max_steps or stopped:
                     break
                 with autocast(amp, device):
                     loss, _, sradius, *mems = model(
@@ -102,18 +117,23 @@ def evaluate(
                         spectral_radius_mode=spectral_radius,
                     )
                 total += loss.double().sum()
-                tokens += seq_len * batch_size
+                tokens += seq_len * own
                 if spectral_radius:
-                    radii.append(sradius.double().mean())
-            means = stats.forward.means()
+                    radii.append(sradius.double().sum())
+            means = summed_stats(stats, processes).forward.means()
     finally:
         model.reset_length(*lengths)
+    sums = [float(total), tokens, float(sum(radii)), len(radii) * own, stopped]
+    sums = processes.sum(torch.tensor(sums, dtype=torch.float64))
+    total, tokens, radius, n_radii, stopped = sums.tolist()
+    if stopped:
+        raise EvaluationStopped
     return Evaluation(
-        loss=total.item() / tokens,
-        tokens=tokens,
+        loss=total / tokens,
+        tokens=int(tokens),
         nfe=means["nfe"],
         abs_residual=means["abs_residual"],
         rel_residual=means["rel_residual"],
         # A stacked network has no equilibrium to take it at.
-        sradius=torch.stack(radii).mean().item() if radii and means["nfe"] else None,
+        sradius=radius / n_radii if n_radii and means["nfe"] else None,
     )

@@ -34,9 +34,10 @@ class LMOrderedIterator:
         bptt: positions per batch; the last batch of a pass is shorter.
         device: where the whole text is kept.
         ext_len: earlier positions to put before the data of a batch; None is 0.
+        streams: which of the ``bsz`` streams to keep, for one process of several; None is all.
 
     Attributes:
-        data: LongTensor (rows, bsz); column b is one contiguous stretch of the text.
+        data: LongTensor (rows, streams); each column is one contiguous stretch of the text.
         rows: length of each stream; ``rows - 1`` positions can be predicted.
 
     Raises:
@@ -50,6 +51,7 @@ class LMOrderedIterator:
         bptt: int,
         device: str | torch.device = "cpu",
         ext_len: int | None = None,
+        streams: slice | None = None,
     ):
         ext_len = ext_len or 0
         for name, value, least in (("bsz", bsz, 1), ("bptt", bptt, 1), ("ext_len", ext_len, 0)):
@@ -62,8 +64,8 @@ class LMOrderedIterator:
                 f"the text has {data.numel()} tokens, too few for a batch size (bsz) of {bsz}, "
                 f"which needs {2 * bsz}: lower the batch size or give more text"
             )
-        streams = data[: self.rows * bsz].view(bsz, self.rows)
-        self.data = streams.t().contiguous().to(device)  # (rows, bsz)
+        own = data[: self.rows * bsz].view(bsz, self.rows)[streams or slice(None)]
+        self.data = own.t().contiguous().to(device)  # (rows, streams)
 
     def __len__(self) -> int:
         """Number of batches in a pass of fixed length from the start."""

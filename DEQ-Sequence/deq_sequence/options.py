@@ -131,6 +131,7 @@ def _training_flags(group) -> None:
     add("--clip", type=float, default=0.25, help="gradient norm; 0 does not clip")
     add("--clip_nonemb", action="store_true", help="clip all but the embeddings")
     add("--max_step", type=int, default=200000, help="updates in all")
+    add("--max_skipped", type=int, default=10, help="stop after so many non-finite steps in a row")
     add("--start_train_steps", type=int, default=0, help="count steps from here, with --load")
     add("--amp", default="none", choices=AMP, help="mixed precision: matrix products in bf16")
     add("--tf32", action="store_true", help="GPU: round the factors of float32 products to TF32")
@@ -152,8 +153,11 @@ def _run_flags(group) -> None:
     add("--max_eval_steps", type=int, default=-1, help="batches per evaluation; -1 is all")
     add("--work_dir", default="LM-TFM", help="runs lie in <work_dir>-<dataset>/<name>")
     add("--name", default="N/A", help="of the run; N/A is a time stamp")
+    add("--keep_checkpoints", type=int, default=2, help="the newest, and those before it")
     add("--restart", action="store_true", help="continue from the run's checkpoint")
+    add("--auto_restart", action="store_true", help="the same, or begin if there is none")
     add("--restart_dir", default="", help="the run to continue (default: that of --name)")
+    add("--max_time", type=float, default=0, help="minutes to save and stop within; 0 is no limit")
     add("--debug", action="store_true", help="write no files")
 
 
@@ -177,9 +181,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.local_size = args.mem_len  # the same thing: every query sees its last mem_len keys
     if args.cutoffs is not None and not args.adaptive:
         raise InputError("--cutoffs has no effect without --adaptive: add it")
-    if args.restart and args.name == "N/A" and not args.restart_dir:
+    restart = args.restart or args.auto_restart
+    if restart and args.name == "N/A" and not args.restart_dir:
         raise InputError("--restart needs --restart_dir, or the --name of the run to continue")
-    if args.restart_dir and not args.restart:
+    if args.restart_dir and not restart:
         raise InputError("--restart_dir has no effect without --restart: add it")
     if args.gpu0_bsz >= 0 and not args.multi_gpu:
         raise InputError("--gpu0_bsz has no effect without --multi_gpu: add it")
@@ -196,10 +201,10 @@ def _check_ranges(args: argparse.Namespace) -> None:
     at_least = {
         0: "warmup_step max_step start_train_steps pretrain_steps jac_incremental mem_len "
         "rand_f_thres_delta local_size num_threads save_interval patience lr weight_decay clip "
-        "lr_min eta_min init_range emb_init_range init_std proj_init_std jac_loss_weight",
+        "lr_min eta_min init_range emb_init_range init_std proj_init_std jac_loss_weight max_time",
         1: "n_layer eval_n_layer n_head d_head d_model d_embed d_inner div_val batch_size "
         "batch_chunk eval_batch_size tgt_len eval_tgt_len f_thres b_thres log_interval "
-        "eval_interval",
+        "eval_interval max_skipped keep_checkpoints",
     }
     for low, names in at_least.items():
         for name in names.split():

@@ -2,17 +2,19 @@
 
 import argparse
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from yacs.config import CfgNode
 
-from lib.checkpoint import load, load_state, load_weights
+from lib.checkpoint import load_weights
 from lib.distributed import Processes
 from lib.errors import InputError, naming
 from lib.experiment import CHECKPOINT, WEIGHTS, Run, check_unused, peak_memory_mib
 from lib.precision import allow_tf32
+from lib.resume import read_checkpoint
+from lib.retention import set_aside, versions
+from lib.stopping import Stopping
 from lib.training import exit_code
 from mdeq_vision.config import config, flat, merge_file, update_config
 from mdeq_vision.datasets import get_cls_dataset, get_seg_dataset
@@ -23,12 +25,11 @@ from mdeq_vision.options import Parser, experiment_parser, parse
 from mdeq_vision.pictures import save_prediction
 from mdeq_vision.summary import model_summary
 from mdeq_vision.tasks import ClassificationTrainer, SegmentationTrainer
-from mdeq_vision.training import Trainer
+from mdeq_vision.training import RESUME, ImageTrainer
 from mdeq_vision.transfer import extract_pretrained, get_seg_net, load_pretrained
 
 CONFIG = "config.yaml"  # the resolved settings, beside a run's log
 PREDICTIONS = "predictions"  # folder of seg_test's pictures, beside them
-_RESUME = "TRAIN.RESUME True"
 _Log = Callable[[str], None]
 
 
@@ -107,24 +108,15 @@ def _run(program: str, description: str, action: Callable, argv: list[str] | Non
     def go():
         args = parse(experiment_parser(program, description), argv)
         cfg = load_config(args)
-        with _processes() as processes:
+        with Processes.joined() as processes:
             action(cfg, Path(args.cfg), processes)
 
-    return exit_code(program, go, _RESUME)
-
-
-@contextmanager
-def _processes():
-    processes = Processes.start()
-    try:
-        yield processes
-    finally:
-        processes.stop()
+    return exit_code(program, go, RESUME)
 
 
 def _devices(cfg: CfgNode, processes: Processes) -> tuple[torch.device, list[int]]:
     """The first device of this process, and its GPUs: those of GPUS that are there."""
-    torch.manual_seed(cfg.SEED + processes.rank)
+    torch.manual_seed(cfg.SEED)  # the same initial weights in all processes
     cudnn = torch.backends.cudnn
     cudnn.benchmark, cudnn.enabled = cfg.CUDNN.BENCHMARK, cfg.CUDNN.ENABLED
     cudnn.deterministic = cfg.CUDNN.DETERMINISTIC
@@ -133,7 +125,7 @@ def _devices(cfg: CfgNode, processes: Processes) -> tuple[torch.device, list[int
         return torch.device("cpu"), []
     count = torch.cuda.device_count()
     if processes.world_size > 1:
-        gpus = [processes.local_rank % count]
+        gpus = [torch.cuda.current_device()]
     else:
         gpus = [gpu for gpu in cfg.GPUS if 0 <= gpu < count] or [0]
     torch.cuda.set_device(gpus[0])
@@ -144,85 +136,84 @@ def _devices(cfg: CfgNode, processes: Processes) -> tuple[torch.device, list[int
 
 
 def train_classifier(
-    cfg: CfgNode, cfg_file: Path, processes: Processes, resume: str = _RESUME
+    cfg: CfgNode, cfg_file: Path, processes: Processes, resume: str = RESUME
 ) -> Path | None:
     """Train a classification model as the configuration says; the run's folder, if it has one.
 
     ``resume`` is what a user adds to continue a run, for messages.
     """
-    if processes.world_size > 1:
-        raise InputError(
-            "classification trains in one process, on all the GPUs that GPUS names: start it "
-            "without torchrun"
-        )
 
-    def build(device: torch.device, gpus: list[int], log: _Log, anew: bool) -> Trainer:
-        train_set, valid_set = (get_cls_dataset(cfg, split) for split in ("train", "test"))
+    def build(anew: bool, log: _Log):
+        data = processes.in_turn(lambda: [get_cls_dataset(cfg, name) for name in ("train", "test")])
         model = get_cls_net(cfg)
         if anew and cfg.MODEL.PRETRAINED:
             with naming("MODEL.PRETRAINED"):
                 load_pretrained(model, cfg.MODEL.PRETRAINED, log)
-        log(f"{len(train_set)} training and {len(valid_set)} validation images")
-        model = model.to(device)
-        return ClassificationTrainer(cfg, model, train_set, valid_set, device, gpus, processes)
+        return model, *data
 
-    return _train(cfg, cfg_file, processes, build, cfg.MODEL.IMAGE_SIZE, resume)
+    task = ClassificationTrainer
+    return _train(cfg, cfg_file, processes, task, build, cfg.MODEL.IMAGE_SIZE, resume)
 
 
 def train_segmenter(
-    cfg: CfgNode, cfg_file: Path, processes: Processes, resume: str = _RESUME
+    cfg: CfgNode, cfg_file: Path, processes: Processes, resume: str = RESUME
 ) -> Path | None:
     """Train a segmentation model as the configuration says; the run's folder, if it has one.
 
     ``resume`` is what a user adds to continue a run, for messages.
     """
 
-    def build(device: torch.device, gpus: list[int], log: _Log, anew: bool) -> Trainer:
-        train_set, test_set = (get_seg_dataset(cfg, split) for split in ("train", "test"))
-        for dataset, key in ((train_set, "TRAIN_SET"), (test_set, "TEST_SET")):
+    def build(anew: bool, log: _Log):
+        data = processes.in_turn(lambda: [get_seg_dataset(cfg, name) for name in ("train", "test")])
+        for dataset, key in zip(data, ("TRAIN_SET", "TEST_SET"), strict=True):
             if not dataset.has_labels:
                 raise InputError(f"DATASET.{key} {cfg.DATASET[key]} names images without labels")
-        log(f"{len(train_set)} training and {len(test_set)} validation images")
-        if len(gpus) > 1:
-            log(
-                f"note: segmentation runs one process per GPU; for the {len(gpus)} of GPUS, start "
-                f"it with torchrun --nproc_per_node={len(gpus)}"
-            )
-        model = (get_seg_net(cfg, log) if anew else MDEQSegNet(cfg)).to(device)
-        return SegmentationTrainer(cfg, model, train_set, test_set, device, gpus[:1], processes)
+        return (get_seg_net(cfg, log) if anew else MDEQSegNet(cfg)), *data
 
-    return _train(cfg, cfg_file, processes, build, cfg.TRAIN.IMAGE_SIZE, resume)
+    task = SegmentationTrainer
+    return _train(cfg, cfg_file, processes, task, build, cfg.TRAIN.IMAGE_SIZE, resume)
 
 
 def _train(
     cfg: CfgNode,
     cfg_file: Path,
     processes: Processes,
-    build: Callable[[torch.device, list[int], _Log, bool], Trainer],
+    task: type[ImageTrainer],
+    build: Callable[[bool, _Log], tuple],
     image_size: list[int],
     resume: str,
 ) -> Path | None:
-    """Build a trainer, start or resume it, train."""
+    """Build a trainer, start or resume it, train.
+
+    ``build`` gives model, training and validation set; it is told whether the run is a new one.
+    """
+    stopping = Stopping(cfg.MAX_TIME)
     folder = run_folder(cfg, cfg_file)
-    source = _checkpoint_to_resume(cfg, folder, resume)
-    with naming("TRAIN.CHECKPOINT" if source == Path(cfg.TRAIN.CHECKPOINT) else resume):
-        checkpoint = None if source is None else load(source)
-    changes = [] if source is None else _changes(cfg, source.parent / CONFIG)
+    file = processes.lead(lambda: _checkpoint_to_resume(cfg, folder, resume))
+    checkpoint, source, lines, changes = None, file, [], []
+    if file is not None:
+        with naming("TRAIN.CHECKPOINT" if file == Path(cfg.TRAIN.CHECKPOINT) else resume):
+            checkpoint, source, lines = read_checkpoint(file, task, processes)
+        changes = _changes(cfg, file.parent / CONFIG)
     device, gpus = _devices(cfg, processes)
-    lines: list[str] = []
-    trainer = build(device, gpus, lines.append, checkpoint is None)
-    model = trainer.model
+    model, train_set, valid_set = build(checkpoint is None, lines.append)
+    processes.vary_seed(cfg.SEED)
+    model = model.to(device)
+    if task.one_gpu and len(gpus) > 1:
+        lines.append(
+            f"note: segmentation runs one process per GPU; for the {len(gpus)} of GPUS, start it "
+            f"with torchrun --nproc_per_node={len(gpus)}"
+        )
+        gpus = gpus[:1]
+    trainer = task(
+        cfg, model, train_set, valid_set, device, gpus, processes, resume=resume, stopping=stopping
+    )
     if checkpoint is not None:
-        state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-        if not isinstance(state, dict):
-            raise InputError(f"{source} is not a checkpoint of this trainer")
-        load_state(model, state, str(source))
-        trainer.load_state_dict(checkpoint, source)
+        lines += trainer.load_state_dict(checkpoint, source)
     elif cfg.TRAIN.MODEL_FILE:
         with naming("TRAIN.MODEL_FILE"):
             load_weights(model, cfg.TRAIN.MODEL_FILE)
-
-    if not (folder / WEIGHTS).exists():
+    if not processes.lead((folder / WEIGHTS).exists):
         trainer.best = {}  # of a run elsewhere
 
     writes = processes.leads and not cfg.DEBUG.DEBUG
@@ -233,8 +224,14 @@ def _train(
         events=Path(cfg.LOG_DIR) / folder.relative_to(folder.parents[1]) if cfg.LOG_DIR else None,
         quiet=not processes.leads,
     )
-    lines.insert(0, "debug: nothing is written" if cfg.DEBUG.DEBUG else f"run folder {folder}")
-    lines += _batch_size_lines(cfg_file, trainer.batch_size)
+    if writes and file == folder / CHECKPOINT:
+        set_aside(file, source)
+    lines = [
+        "debug: nothing is written" if cfg.DEBUG.DEBUG else f"run folder {folder}",
+        f"{len(train_set)} training and {len(valid_set)} validation images",
+        *lines,
+        *_batch_size_lines(cfg_file, trainer.batch_size),
+    ]
     if cfg.LOSS.JAC_LOSS_WEIGHT > 0 and cfg.LOSS.JAC_LOSS_FREQ == 0:
         lines.append("note: LOSS.JAC_LOSS_WEIGHT has no effect while LOSS.JAC_LOSS_FREQ is 0")
     lines += [f"changed since the checkpoint: {line}" for line in changes]
@@ -255,6 +252,7 @@ def _train(
                 f"best {best['name']} {100 * best['score']:.2f}% at step {best['step']} "
                 f"({best['phase']}) | peak memory {peak_memory_mib(device):.0f} MiB"
             )
+        trainer.summarise()
     finally:
         run.close()
     return run.folder
@@ -263,7 +261,7 @@ def _train(
 def _checkpoint_to_resume(cfg: CfgNode, folder: Path, resume: str) -> Path | None:
     """The checkpoint to continue from; None starts anew."""
     own = folder / CHECKPOINT
-    if (cfg.TRAIN.RESUME or cfg.AUTO_RESUME) and own.exists():
+    if (cfg.TRAIN.RESUME or cfg.AUTO_RESUME) and versions(own):
         return own
     if not cfg.DEBUG.DEBUG:
         check_unused(folder, f"add {resume} to continue it, or choose another OUTPUT_DIR")
@@ -294,13 +292,14 @@ def _batch_size_lines(cfg_file: Path, batch_size: int) -> list[str]:
     """The effective batch size, and whether it is that of the file."""
     own = config.clone()
     merge_file(own, cfg_file)
-    published = own.TRAIN.BATCH_SIZE_PER_GPU * len(own.GPUS)
+    published = own.TRAIN.BATCH_SIZE or own.TRAIN.BATCH_SIZE_PER_GPU * len(own.GPUS)
     lines = [f"effective batch size {batch_size}"]
     if batch_size != published:
         lines.append(
             f"warning: {cfg_file} is meant for an effective batch size of {published} "
             f"({own.TRAIN.BATCH_SIZE_PER_GPU} on each of {len(own.GPUS)} GPU(s)): results and "
-            "schedule will differ"
+            f"schedule will differ; TRAIN.BATCH_SIZE {published} (with TRAIN.BATCH_CHUNK, if it "
+            "does not fit the memory) keeps to it"
         )
     return lines
 

@@ -30,6 +30,8 @@ def _defaults() -> CfgNode:
     cfg.PERCENT = 1.0  # share of the training batches used per epoch
     cfg.PRINT_FREQ = 20  # steps between two lines of the log
     cfg.SAVE_FREQ = 0  # steps between two checkpoints; 0 saves at the end of an epoch only
+    cfg.KEEP_CHECKPOINTS = 2  # the newest, and those before it
+    cfg.MAX_TIME = 0.0  # minutes to save and stop within; 0 is no limit
     cfg.SEED = 1111
     cfg.AUTO_RESUME = False  # the same as TRAIN.RESUME
     cfg.PIN_MEMORY = True  # takes effect with a GPU
@@ -107,7 +109,10 @@ def _defaults() -> CfgNode:
     cfg.TRAIN.RESUME = False  # continue the run in the folder, if it holds one
     cfg.TRAIN.CHECKPOINT = ""  # a checkpoint of another folder to continue from
     cfg.TRAIN.MODEL_FILE = ""  # weights to start from
+    cfg.TRAIN.BATCH_SIZE = 0  # of all devices together; 0: BATCH_SIZE_PER_GPU on each
     cfg.TRAIN.BATCH_SIZE_PER_GPU = 32
+    cfg.TRAIN.BATCH_CHUNK = 1  # parts of a process's share of a batch, for less memory
+    cfg.TRAIN.MAX_SKIPPED = 10  # so many steps in a row that are not finite end the run
     cfg.TRAIN.SHUFFLE = True
 
     cfg.TEST = CfgNode()
@@ -134,7 +139,8 @@ def update_config(cfg: CfgNode, args) -> None:
         cfg: the defaults, changed in place and frozen.
         args: any object with some of the attributes ``cfg`` (path of the yaml file), ``opts``
             ([key, value, ...]), ``modelDir`` (OUTPUT_DIR), ``logDir`` (LOG_DIR), ``dataDir``
-            (DATA_DIR), ``testModel`` (TEST.MODEL_FILE) and ``percent`` (PERCENT).
+            (DATA_DIR), ``testModel`` (TEST.MODEL_FILE), ``percent`` (PERCENT) and ``max_time``
+            (MAX_TIME).
 
     Raises:
         InputError: no such file, not YAML, an unknown key, or a value of another type.
@@ -156,8 +162,9 @@ def update_config(cfg: CfgNode, args) -> None:
             merged[key] = str(getattr(args, flag))
     if getattr(args, "testModel", None):
         merged.TEST.MODEL_FILE = str(args.testModel)
-    if getattr(args, "percent", None) is not None:
-        merged.PERCENT = float(args.percent)
+    for flag, key in (("percent", "PERCENT"), ("max_time", "MAX_TIME")):
+        if getattr(args, flag, None) is not None:
+            merged[key] = float(getattr(args, flag))
     root, data_dir = Path(merged.DATASET.ROOT), merged.DATA_DIR
     # The settings that a run saves have both, joined already.
     if data_dir and not root.is_relative_to(data_dir):
@@ -267,6 +274,8 @@ _RANGES = [
     ("PERCENT", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ("PRINT_FREQ", lambda v: v >= 1, "at least 1"),
     ("SAVE_FREQ", lambda v: v >= 0, "0 or more"),
+    ("KEEP_CHECKPOINTS", lambda v: v >= 1, "at least 1"),
+    ("MAX_TIME", lambda v: v >= 0, "0 or more"),
     ("SEED", lambda v: 0 <= v < 2**63, "between 0 and 2**63 - 1"),
     ("WORKERS", lambda v: v >= 0, "0 or more"),
     ("DEQ.STOP_MODE", lambda v: v in ("abs", "rel"), "'abs' or 'rel'"),
@@ -291,7 +300,10 @@ _RANGES = [
     ("TRAIN.OPTIMIZER", lambda v: v in ("adam", "sgd", "rmsprop"), "adam, sgd or rmsprop"),
     ("TRAIN.LR_SCHEDULER", lambda v: v in ("step", "cosine", "poly"), "step, cosine or poly"),
     ("TRAIN.LR", lambda v: v > 0, "above 0"),
+    ("TRAIN.BATCH_SIZE", lambda v: v >= 0, "0 or more"),
     ("TRAIN.BATCH_SIZE_PER_GPU", lambda v: v >= 1, "at least 1"),
+    ("TRAIN.BATCH_CHUNK", lambda v: v >= 1, "at least 1"),
+    ("TRAIN.MAX_SKIPPED", lambda v: v >= 1, "at least 1"),
     ("TRAIN.PRETRAIN_STEPS", lambda v: v >= 0, "0 or more"),
     ("TRAIN.SCALE_FACTOR", lambda v: v >= 0, "0 or more"),
     ("TEST.BATCH_SIZE_PER_GPU", lambda v: v >= 1, "at least 1"),

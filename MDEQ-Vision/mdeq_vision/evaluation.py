@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.utils.data import Subset
 from yacs.config import CfgNode
 
+from lib.deq import SolverStats
 from lib.distributed import Processes
 from lib.precision import autocast
-from lib.training import evaluating
+from lib.training import EvaluationStopped, evaluating, summed_stats
 from mdeq_vision.datasets import SegmentationDataset, make_loader, on_device
 from mdeq_vision.inference import predict
 from mdeq_vision.losses import SegmentationLoss
@@ -48,15 +49,20 @@ def evaluate_classification(
     train_step: int = -1,
     device: torch.device,
     processes: Processes,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Loss, top-1 and top-5 accuracy over ``dataset`` (TEST.NUM_SAMPLES of it, if that is set).
 
     Args:
         train_step: decides the phase, as in the model's forward; -1 is equilibrium.
+        stop: asked before each batch; whether to break off.
+
+    Raises:
+        EvaluationStopped: in all processes, if ``stop`` told one of them so.
     """
     with evaluating(model) as stats:
         totals = _Totals(model, cfg, device, 3)  # loss, top-1, top-5
-        for images, target in _batches(cfg, dataset, device, processes):
+        for images, target in totals.until(stop, _batches(cfg, dataset, device, processes)):
             output = totals.forward(images, train_step).float()
             hits = topk_correct(output, target)
             loss = torch.nn.functional.cross_entropy(output, target, reduction="sum")
@@ -64,7 +70,7 @@ def evaluate_classification(
         count, *sums = totals.reduce(processes)
         names = ("loss", "top1", "top5")
         figures = {name: value / count for name, value in zip(names, sums, strict=True)}
-        figures |= totals.solver_figures(stats.forward.means())
+        figures |= totals.solver_figures(stats, processes)
         return Evaluation("top1", int(count), figures)
 
 
@@ -77,6 +83,7 @@ def evaluate_segmentation(
     device: torch.device,
     processes: Processes,
     on_prediction: Callable[[int, Tensor], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Loss, mean IoU and accuracies over ``dataset`` at its full resolution.
 
@@ -87,6 +94,7 @@ def evaluate_segmentation(
     Args:
         on_prediction: called with (index, train ids (H, W) on the CPU) for each image of this
             process.
+        train_step, stop: as for classification, and what is raised too.
     """
     criterion = SegmentationLoss(
         class_weights=dataset.facts.class_weights, ignore_label=cfg.TRAIN.IGNORE_LABEL
@@ -95,7 +103,8 @@ def evaluate_segmentation(
     scales = cfg.TEST.SCALE_LIST if cfg.TEST.MULTI_SCALE else [1.0]
     with evaluating(model) as stats:
         totals = _Totals(model, cfg, device, 2)  # loss, weight
-        for indices, images, label in _batches(cfg, _Numbered(dataset), device, processes):
+        batches = _batches(cfg, _Numbered(dataset), device, processes)
+        for indices, images, label in totals.until(stop, batches):
             probabilities = predict(
                 lambda x: totals.forward(x, train_step),
                 images,
@@ -119,7 +128,7 @@ def evaluate_segmentation(
             "pixel_accuracy": confusion.pixel_accuracy,
             "mean_accuracy": confusion.mean_accuracy,
         }
-        figures |= totals.solver_figures(stats.forward.means())
+        figures |= totals.solver_figures(stats, processes)
         return Evaluation("mIoU", int(count), figures, confusion)
 
 
@@ -130,7 +139,16 @@ class _Totals:
         self.model, self.autocast = model, partial(autocast, cfg.AMP, device)
         self.radius_too = cfg.DEQ.SPECTRAL_RADIUS_MODE
         self.sums = torch.zeros(1 + n, dtype=torch.float64, device=device)
-        self.radii: list[float] = []
+        self.radii: list[float] = []  # of each image
+        self.stopped = False
+
+    def until(self, stop: Callable[[], bool], batches: Iterator) -> Iterator:
+        """The batches, until it is time to stop."""
+        for batch in batches:
+            if stop():
+                self.stopped = True
+                return
+            yield batch
 
     def forward(self, images: Tensor, train_step: int) -> Tensor:
         with self.autocast():
@@ -141,7 +159,7 @@ class _Totals:
                 spectral_radius_mode=self.radius_too,
             )
         if self.radius_too:
-            self.radii.append(sradius.float().mean().item())
+            self.radii += sradius.double().flatten().tolist()
         return output
 
     def add(self, images: int, *values: Tensor) -> None:
@@ -150,13 +168,20 @@ class _Totals:
 
     def reduce(self, processes: Processes) -> list[float]:
         """The sums over all processes."""
-        return processes.sum(self.sums).tolist()
+        stopped = self.sums.new_full((1,), self.stopped)
+        *sums, stopped = processes.sum(torch.cat([self.sums, stopped])).tolist()
+        if stopped:
+            raise EvaluationStopped
+        return sums
 
-    def solver_figures(self, means: dict[str, float]) -> dict[str, float]:
-        """nfe, residuals and spectral radius of this process."""
+    def solver_figures(self, stats: SolverStats, processes: Processes) -> dict[str, float]:
+        """nfe, residuals and spectral radius, over all processes."""
+        means = summed_stats(stats, processes).forward.means()
         figures = {name: means[name] for name in ("nfe", "abs_residual", "rel_residual")}
-        if self.radii and means["nfe"]:
-            figures["sradius"] = sum(self.radii) / len(self.radii)
+        radii = torch.tensor([sum(self.radii), len(self.radii)], dtype=torch.float64)
+        radius, count = processes.sum(radii).tolist()
+        if count and means["nfe"]:
+            figures["sradius"] = radius / count
         return figures
 
 

@@ -93,6 +93,17 @@ class SegmentationLoss:
             kept = labelled & (p < self._threshold(p, labelled))
         return torch.where(kept, loss, 0.0).sum(), kept.sum().to(nll.dtype)
 
+    def weight(self, label: Tensor) -> Tensor | None:
+        """The weight of a batch from its labels alone, 0-dim; None with hard example mining, where
+        it depends on the logits."""
+        if self.ohem:
+            return None
+        labelled = label != self.ignore_label
+        if self.class_weights is None:
+            return labelled.sum()
+        self.class_weights = self.class_weights.to(label.device)
+        return torch.where(labelled, self.class_weights[label.masked_fill(~labelled, 0)], 0.0).sum()
+
     def _threshold(self, p: Tensor, labelled: Tensor) -> Tensor:
         """max(ohem_thres, p_(min(ohem_keep, n-1))) of the n labelled pixels; p as ``labelled``.
 

@@ -24,6 +24,7 @@ def experiment_parser(program: str, description: str) -> Parser:
     add("--dataDir", metavar="DIR", help="DATA_DIR: put before DATASET.ROOT")
     add("--testModel", metavar="FILE", help="TEST.MODEL_FILE: weights to evaluate")
     add("--percent", type=_share, metavar="P", help="PERCENT: share of the training batches")
+    add("--max_time", type=float, metavar="MINUTES", help="MAX_TIME: save and stop within it")
     add("opts", nargs="*", metavar="KEY VALUE", help="overrides, such as TRAIN.LR 0.01")
     return parser
 

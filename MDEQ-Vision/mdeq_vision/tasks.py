@@ -4,17 +4,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.sync_batchnorm import convert_sync_batchnorm
 from mdeq_vision.evaluation import evaluate_classification, evaluate_segmentation
 from mdeq_vision.losses import SegmentationLoss
 from mdeq_vision.metrics import topk_correct
-from mdeq_vision.training import Trainer
+from mdeq_vision.training import ImageTrainer
 
 
-class ClassificationTrainer(Trainer):
+class ClassificationTrainer(ImageTrainer):
     """Cross-entropy, top-1 accuracy."""
 
     evaluator = staticmethod(evaluate_classification)
+
+    def weight(self, target: Tensor) -> Tensor:
+        return torch.tensor(len(target), device=target.device)
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         total = F.cross_entropy(output, target, reduction="sum")
@@ -25,16 +27,14 @@ class ClassificationTrainer(Trainer):
         return hits, torch.full_like(hits, len(target))
 
 
-class SegmentationTrainer(Trainer):
-    """Class-weighted cross-entropy or OHEM; batch norm over all processes."""
+class SegmentationTrainer(ImageTrainer):
+    """Class-weighted cross-entropy or OHEM."""
 
-    drop_last = True
+    drop_last = one_gpu = True
     evaluator = staticmethod(evaluate_segmentation)
 
-    def __init__(self, cfg, model, train_set, valid_set, device, gpus, processes):
-        if processes.world_size > 1:
-            model = convert_sync_batchnorm(model)
-        super().__init__(cfg, model, train_set, valid_set, device, gpus, processes)
+    def __init__(self, cfg, model, train_set, *args, **kwargs):
+        super().__init__(cfg, model, train_set, *args, **kwargs)
         self.criterion = SegmentationLoss(
             class_weights=train_set.facts.class_weights,
             ignore_label=cfg.TRAIN.IGNORE_LABEL,
@@ -42,6 +42,9 @@ class SegmentationTrainer(Trainer):
             ohem_thres=cfg.LOSS.OHEMTHRES,
             ohem_keep=cfg.LOSS.OHEMKEEP,
         )
+
+    def weight(self, target: Tensor) -> Tensor | None:
+        return self.criterion.weight(target)
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         return self.criterion(output, target)

@@ -1,11 +1,17 @@
 """Files of tensors: never half written, never run, never silently wrong."""
 
+import contextlib
 import os
 import pickle
+import resource
+import warnings
+import zipfile
 
 import pytest
 import torch
-from torch import nn
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from lib.checkpoint import load, load_state, load_weights, save_atomic
 from lib.errors import InputError
@@ -87,6 +93,21 @@ def test_failed_write_leaves_the_old_file(path, monkeypatch, stage):
     assert os.listdir(path.parent) == [path.name]  # and no temporary file
 
 
+@pytest.mark.parametrize("floats", [24_900, 25_000, 100_000])
+def test_full_disk_is_an_error_that_names_the_file(path, floats):
+    """As the system reports it amid a write, which torch hides behind an error of its own."""
+    save_atomic({"step": 1}, path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=rf"File too large: '{path}'"):
+            save_atomic({"weight": torch.zeros(floats), "bias": torch.zeros(10)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert load(path) == {"step": 1}
+    assert os.listdir(path.parent) == [path.name]
+
+
 def test_interrupt_leaves_the_old_file(path, monkeypatch):
     save_atomic({"step": 1}, path)
 
@@ -152,6 +173,94 @@ def test_any_flipped_bit_in_the_data_is_found(path, seed):
     content[start + offset] ^= 1 << seed % 8
     path.write_bytes(content)
     assert str(path) in refusal(load, path)
+
+
+@pytest.mark.parametrize("offset", [0, *range(60, 2000, 97)])
+def test_any_flipped_bit_in_the_directory_is_found_or_harmless(path, offset):
+    """torch leaves uninitialised memory for an entry that the directory calls a folder."""
+    weight = torch.arange(64.0)
+    save_atomic({"weight": weight}, path)
+    good = path.read_bytes()
+    offset = good.index(b"PK\x01\x02") + offset % (len(good) - good.index(b"PK\x01\x02"))
+    for bit in range(8):
+        content = bytearray(good)
+        content[offset] ^= 1 << bit
+        path.write_bytes(content)
+        try:
+            found = load(path)
+        except InputError:
+            continue
+        assert torch.equal(found["weight"], weight)
+
+
+def test_entry_that_the_directory_calls_a_folder(path):
+    save_atomic({"weight": torch.zeros(4)}, path)
+    content = bytearray(path.read_bytes())
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0"))
+    content[entry + 38] |= 0x10  # the external attributes begin at byte 38
+    path.write_bytes(content)
+    assert "damaged" in refusal(load, path)
+
+
+def rewritten(path, method=zipfile.ZIP_STORED, more=()):
+    """Write the entries of the archive anew: no code of ours does, but torch could read it."""
+    with zipfile.ZipFile(path) as archive:
+        entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+    with zipfile.ZipFile(path, "w", method) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of two entries of one name
+        for name, content in [*entries, *more]:
+            archive.writestr(name, content)
+
+
+def test_archive_that_is_not_as_torch_writes_it(path):
+    """Compressed data could unfold without end, and of two entries of one name torch picks one."""
+    save_atomic({"weight": torch.zeros(4)}, path)
+    rewritten(path)
+    assert torch.equal(load(path)["weight"], torch.zeros(4))
+    rewritten(path, zipfile.ZIP_DEFLATED)
+    refusal(load, path)
+    save_atomic({"weight": torch.zeros(4)}, path)
+    rewritten(path, more=[("checkpoint/data/0", torch.ones(4).numpy().tobytes())] * 2)
+    refusal(load, path)
+
+
+@pytest.mark.parametrize("bytes_", [b"\x89PNG\r\n\x1a\n" + bytes(40), b"text\n", bytes(512)])
+def test_message_about_other_files_speaks_of_no_code(path, bytes_):
+    path.write_bytes(bytes_)
+    assert "not a readable checkpoint" in refusal(load, path)
+
+
+def legacy(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def test_published_file_of_old_torch_form(path, model):
+    state = {key: value + 1 for key, value in model.state_dict().items()}
+    legacy(state, path)
+    load_weights(model, path)
+    assert_same_weights(model, state)
+
+
+@given(data=st.data())
+def test_damaged_file_of_old_torch_form(tmp_path_factory, data):
+    """It has no checksum, so numbers may differ; but nothing else than an InputError is raised."""
+    path = tmp_path_factory.mktemp("legacy") / "weights.pt"
+    legacy({"weight": torch.ones(5, 5), "bias": torch.zeros(5), "step": 1}, path)
+    content = bytearray(path.read_bytes())
+    for position in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=4)):
+        content[position] = data.draw(st.integers(0, 255))
+    end = data.draw(st.integers(0, len(content)) | st.just(len(content)))
+    path.write_bytes(content[:end] + data.draw(st.binary(max_size=2)))
+    with contextlib.suppress(InputError):
+        load(path)
+
+
+@pytest.mark.parametrize("change", ["cut", "appended"])
+def test_length_of_a_file_of_old_torch_form(path, change):
+    legacy({"weight": torch.ones(5)}, path)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] if change == "cut" else content + b"\0")
+    refusal(load, path)
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -247,6 +356,35 @@ def test_weights_that_are_not_finite_are_named(path, model, value):
 def test_no_state_dict(path, model, content):
     save_atomic(content, path)
     assert "no state dict" in refusal(load_weights, model, path)
+
+
+@pytest.mark.parametrize("key", [1, None, ("a", "b"), b"weight"])
+def test_keys_that_are_no_names(path, model, key):
+    save_atomic({key: torch.ones(2)}, path)
+    assert "no state dict" in refusal(load_weights, model, path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize(
+    "change",
+    [
+        Tensor.to_sparse,
+        Tensor.cfloat,
+        lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+        lambda tensor: tensor.to("meta"),
+    ],
+    ids=["sparse", "complex", "quantised", "without data"],
+)
+def test_tensors_that_no_model_has(path, model, change):
+    save_atomic(model.state_dict() | {"0.weight": change(torch.ones(4, 3))}, path)
+    assert "0.weight" in refusal(load_weights, model, path)
+
+
+def test_numbers_of_8_bits_are_loaded(path, model):
+    state = {key: value.to(torch.float8_e4m3fn) for key, value in model.state_dict().items()}
+    save_atomic(state, path)
+    load_weights(model, path)
+    assert_same_weights(model, {key: value.float() for key, value in state.items()})
 
 
 def test_empty_state_dict(path, model):

@@ -6,19 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from lib.checkpoint import load
 from lib.deq import DEQ
 from lib.errors import InputError
-from lib.experiment import CHECKPOINT, Run
+from lib.stopping import Stopped
 from lib.training import (
     TrainingError,
     evaluating,
     exit_code,
-    give_up,
     random_states,
     restore_random_states,
     restore_stats,
-    save_checkpoint,
     solver_figures,
     stats_state,
 )
@@ -36,13 +33,6 @@ class Model(nn.Module):
         return self.deq(lambda z: torch.tanh(self.weight * z + x), torch.zeros_like(x)).z
 
 
-@pytest.fixture
-def run(tmp_path):
-    run = Run(tmp_path / "run", ("settings.json", "{}"))
-    yield run
-    run.close()
-
-
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
@@ -50,6 +40,12 @@ def run(tmp_path):
         (InputError("bad\n  thing"), 2, "tool: bad thing\n"),
         (TrainingError("the loss is nan"), 1, "tool: the loss is nan\n"),
         (PermissionError(13, "Permission denied", "x.pt"), 2, "'x.pt'"),
+        (
+            Stopped("stopped by SIGTERM at step 7", 143),
+            143,
+            "at step 7 (--again continues the run)\n",
+        ),
+        (RuntimeError("[gloo] Connection closed by peer\n x"), 1, "tool: lost the other processes"),
         (KeyboardInterrupt(), 130, "tool: interrupted (--again continues the run)\n"),
     ],
 )
@@ -109,18 +105,3 @@ def test_solver_figures_and_their_state():
     other = Model()
     restore_stats(stats_state(model.deq.stats), other.deq.stats)
     assert solver_figures(other.deq.stats) == (values, text)
-
-
-def test_a_checkpoint_of_weights_that_are_not_finite_is_refused(run):
-    model = Model()
-    save_checkpoint(run, model, {"step": 1}, 1, "do better")
-    with torch.no_grad():
-        model.weight.fill_(torch.nan)
-    with pytest.raises(TrainingError, match=r"weight.* at step 2: do better; the last good state"):
-        save_checkpoint(run, model, {"step": 2}, 2, "do better")
-    assert load(run.folder / CHECKPOINT) == {"step": 1}
-
-
-def test_give_up_without_a_checkpoint(run):
-    with pytest.raises(TrainingError, match=r"^the loss is nan at step 5: lower it$"):
-        give_up(run, "the loss is nan", 5, "lower it")

@@ -9,7 +9,7 @@ import torch
 from deq_sequence.command import build_model, main
 from deq_sequence.corpus import get_lm_corpus
 from deq_sequence.options import parse
-from deq_sequence.training import Trainer
+from deq_sequence.training import LMTrainer
 from lib.experiment import read_metrics
 
 TINY = """
@@ -96,6 +96,6 @@ def make_trainer(flags, small_corpus):
         torch.manual_seed(args.seed)
         torch.set_num_threads(1)
         device = torch.device("cpu")
-        return Trainer(args, build_model(args, small_corpus, device), small_corpus, device)
+        return LMTrainer(args, build_model(args, small_corpus, device), small_corpus, device)
 
     return make

@@ -15,6 +15,7 @@ import torch
 
 from deq_sequence.command import main
 from lib.experiment import CHECKPOINT, WEIGHTS
+from lib.retention import versions
 
 TRAIN = Path(__file__).parents[2] / "DEQ-Sequence" / "train_transformer.py"
 TRAP = "executed"  # what the code in a malicious file would create
@@ -174,8 +175,15 @@ def _(place):
     return [*FRESH, "--eval_batch_size", "100000"], "100000"
 
 
+def only_the_newest(place):
+    """A damaged checkpoint with one before it is no bad input: the run goes on from that one."""
+    for older in versions(place.run / CHECKPOINT)[1:]:
+        older.unlink()
+
+
 @case("truncated checkpoint (--restart)")
 def _(place):
+    only_the_newest(place)
     content = (place.run / CHECKPOINT).read_bytes()
     (place.run / CHECKPOINT).write_bytes(content[: len(content) // 2])
     return RESTART, str(place.run / CHECKPOINT)
@@ -215,6 +223,7 @@ def _(place):
 
 @case("checkpoint with code in it (--restart)")
 def _(place):
+    only_the_newest(place)
     state = torch.load(place.run / CHECKPOINT, weights_only=True)
     torch.save(state | {"x": Opens(place.folder / TRAP)}, place.run / CHECKPOINT)
     return RESTART, str(place.run / CHECKPOINT)
@@ -273,9 +282,9 @@ def _(place):
     return ["--restart", "--name", "N/A"], "--restart_dir"
 
 
-@case("--restart with another batch_chunk")
+@case("--restart with another batch_size")
 def _(place):
-    return [*RESTART, "--batch_chunk", "2"], "--batch_chunk 1"
+    return [*RESTART, "--batch_size", "2"], "--batch_size 4"
 
 
 @case("folder of the run cannot be made")

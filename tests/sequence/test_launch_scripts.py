@@ -20,13 +20,13 @@ SMALL = """
 """
 
 
-def launch(script, *arguments, python=sys.executable, cwd=None):
+def launch(script, *arguments, python=sys.executable, cwd=None, **variables):
     return subprocess.run(
         ["bash", str(ROOM / script), *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={**os.environ, "PYTHON": str(python)},
+        env={**os.environ, "NPROC": "", "TORCHRUN": "", "PYTHON": str(python), **variables},
     )
 
 
@@ -37,11 +37,13 @@ def show(tmp_path):
     stub.write_text('#!/bin/sh\npwd\nprintf "%s\\n" "$@"\n')
     stub.chmod(0o755)
 
-    def run(script, *arguments):
-        done = launch(script, *arguments, python=stub, cwd=tmp_path)
+    def run(script, *arguments, torchrun=(), **variables):
+        done = launch(script, *arguments, python=stub, cwd=tmp_path, **variables)
         assert done.returncode == 0
         assert done.stderr == ""
-        folder, command, *flags = done.stdout.splitlines()
+        folder, *words = done.stdout.splitlines()
+        launcher, (command, *flags) = words[: len(torchrun)], words[len(torchrun) :]
+        assert launcher == list(torchrun)
         assert Path(folder) == ROOM
         assert (Path(folder) / command).is_file()
         return flags
@@ -93,6 +95,34 @@ def test_flags_after_the_mode_override(show, script):
     flags = show(script, "train", "--max_step", "7", "--data", "a folder")
     args = parse(flags)
     assert (args.max_step, args.data) == (7, "a folder")
+
+
+TORCHRUN = ["-m", "torch.distributed.run"]
+ONE_MACHINE = ["--standalone", "--nproc_per_node=4"]
+TWO_MACHINES = ["--nnodes=2", "--nproc_per_node=4", "--rdzv_endpoint=host0:29400"]
+BY_TORCHRUN = [
+    ({"NPROC": "4"}, ONE_MACHINE),
+    ({"TORCHRUN": " ".join(TWO_MACHINES)}, TWO_MACHINES),
+    ({"TORCHRUN": " ".join(TWO_MACHINES), "NPROC": "3"}, TWO_MACHINES),
+]
+
+
+@pytest.mark.parametrize("script", RUNS)
+@pytest.mark.parametrize(("variables", "flags"), BY_TORCHRUN)
+def test_the_same_settings_under_torchrun(show, script, variables, flags):
+    """But for those of the one process that uses all GPUs."""
+    published = {**RUNS[script], "--name": script.removesuffix(".sh")}
+    del published["--multi_gpu"], published["--gpu0_bsz"]
+    for mode, more in (("train", {}), ("eval", {"--eval": True})):
+        found = as_dict(show(script, mode, torchrun=[*TORCHRUN, *flags], **variables))
+        assert found == published | more
+    found = show(script, "train", "--data", "a folder", torchrun=[*TORCHRUN, *flags], **variables)
+    assert found[-2:] == ["--data", "a folder"]
+
+
+def test_empty_variables_mean_one_process(show):
+    script = next(iter(RUNS))
+    assert show(script, "train", NPROC="", TORCHRUN="") == show(script, "train")
 
 
 @pytest.mark.parametrize("script", RUNS)

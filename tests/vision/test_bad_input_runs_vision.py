@@ -9,7 +9,6 @@ import torch
 
 import refusals
 from lib.checkpoint import load
-from lib.distributed import Processes
 from lib.experiment import CHECKPOINT, WEIGHTS
 from mdeq_vision.command import CONFIG
 from refusals import STAGE, TRAP, Opens, cases, check
@@ -208,13 +207,6 @@ def _(place):
         [*place.digits(), "--logDir", f"{place.folder}/file"],
         f"{place.folder}/file",
     )
-
-
-@case("classification in several processes")
-def _(place):
-    place.monkeypatch.setattr(Processes, "start", lambda: Processes(0, 2, 0))
-    place.monkeypatch.setattr(Processes, "stop", lambda self: None)
-    return "cls_train", place.digits(), "without torchrun"
 
 
 @case(

@@ -18,6 +18,7 @@ from mdeq_vision import command
 from mdeq_vision.command import CONFIG
 from mdeq_vision.config import config, merge_file
 from mdeq_vision.datasets import digit_scenes
+from measures import differences
 from small_runs import DIGITS, ROOM, SCENES, TINY, TINY_DIGITS, run_tool
 
 # So few iterations do not converge.
@@ -113,19 +114,6 @@ def stop_at(monkeypatch):
 def records(folder):
     """Everything in the records but times; a validation without labels is not expected here."""
     return [{k: v for k, v in r.items() if k != "images_per_s"} for r in read_metrics(folder)]
-
-
-def differences(a, b, name=""):
-    """Names of the entries in which two checkpoints differ by as much as a bit."""
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        a, b = dict(enumerate(a)), dict(enumerate(b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        found = [f"{name}/{key}" for key in a.keys() ^ b.keys()]
-        for key in a.keys() & b.keys():
-            found += differences(a[key], b[key], f"{name}/{key}")
-        return found
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    return [] if same else [name]
 
 
 def assert_same_run(one, two):

@@ -57,7 +57,7 @@ def trainer_of(kind, **changes):
         label[:, :5] = 255
         data, cls = Scenes(x, label), SegmentationTrainer
     trainer = cls(cfg, model, data, data, CPU, [], Processes())
-    trainer.parallel.train()
+    trainer.model.train()
     return trainer, [data[4 * i : 4 * i + 4] for i in range(3)]
 
 
@@ -113,7 +113,7 @@ def test_steps_by_hand(kind, phase, changes):
     total = 0.0
     for step, (x, target) in enumerate(batches):
         torch.manual_seed(step)
-        trainer._update(x, target)
+        trainer.update((x, target))
 
         torch.manual_seed(step)  # the same masks and the same vectors
         output, jac_loss, _ = model(
@@ -132,7 +132,7 @@ def test_steps_by_hand(kind, phase, changes):
                 g.mul_(cfg.TRAIN.CLIP / (norm + 1e-6))
         with torch.no_grad():
             update_by_hand(cfg, parameters, memory, cfg.TRAIN.LR * (1 - step / 300) ** 0.9)
-    assert trainer._window["loss"].item() == pytest.approx(total, rel=1e-10)
+    assert trainer._window["loss"] == pytest.approx(total, rel=1e-10)
     found = trainer.model.state_dict()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9, msg=name)
@@ -170,7 +170,7 @@ def spied(trainer, steps):
     trainer.parallel = forward
     x, target = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
     for _ in range(steps):
-        trainer._update(x, target)
+        trainer.update((x, target))
     return calls
 
 

@@ -15,7 +15,7 @@ from mdeq_vision.command import CONFIG
 from mdeq_vision.evaluation import Evaluation
 from mdeq_vision.model import MDEQNet
 from mdeq_vision.tasks import ClassificationTrainer
-from mdeq_vision.training import Trainer
+from mdeq_vision.training import ImageTrainer
 from small_digits import assert_same, of_kind, state_of
 from small_runs import DIGITS, SCENES, run_tool
 
@@ -275,7 +275,9 @@ def is_parameter(key):
 def test_model_file(digits, tmp_path, monkeypatch):
     weights = load(digits("TRAIN.END_EPOCH", 1) / WEIGHTS)
     started = []
-    monkeypatch.setattr(Trainer, "train", lambda self, run: started.append(state_of(self.model)))
+    monkeypatch.setattr(
+        ImageTrainer, "train", lambda self, run: started.append(state_of(self.model))
+    )
     more = ["--modelDir", tmp_path / "next", "TRAIN.MODEL_FILE", digits.folder / WEIGHTS]
     assert run_tool("cls_train", *digits.argv(*more)) == 0
     assert_same(started[0], weights)
@@ -283,7 +285,7 @@ def test_model_file(digits, tmp_path, monkeypatch):
 
 def test_no_epochs(digits):
     folder = digits("TRAIN.END_EPOCH", 0)
-    assert read_metrics(folder) == []
+    assert [r["kind"] for r in read_metrics(folder)] == ["summary"]
     assert not (folder / WEIGHTS).exists()
 
 
@@ -292,12 +294,12 @@ def test_no_epochs(digits):
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_same_seed_same_run(digits, tmp_path, workers):
-    expected = [r["loss"] for r in read_metrics(digits())]
+    expected = [r.get("loss") for r in read_metrics(digits())]
     other = tmp_path / "other"
     argv = digits.argv("--modelDir", other, "WORKERS", workers)
     assert run_tool("cls_train", *argv) == 0
     folder = other / "digits" / DIGITS.stem
-    assert [r["loss"] for r in read_metrics(folder)] == expected
+    assert [r.get("loss") for r in read_metrics(folder)] == expected
     assert_same(load(folder / WEIGHTS), load(digits.folder / WEIGHTS))
 
 
@@ -334,44 +336,64 @@ def test_it_learns(digits):
 
 @pytest.fixture
 def nan_at(monkeypatch):
-    """``nan_at(step)`` makes the training loss of that step NaN."""
+    """``nan_at(*steps)`` makes the training loss of those steps NaN."""
     real = ClassificationTrainer.loss
 
-    def patch(step):
+    def patch(*steps):
         def loss(self, output, target):
             total, weight = real(self, output, target)
-            return total * (math.nan if self.step == step else 1.0), weight
+            return total * (math.nan if self.step in steps else 1.0), weight
 
         monkeypatch.setattr(ClassificationTrainer, "loss", loss)
 
     return patch
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(digits, nan_at, capsys):
+@pytest.mark.parametrize("step", [1, 4], ids=["stacked", "equilibrium"])
+def test_a_loss_that_is_not_finite_costs_one_step(digits, nan_at, step):
+    """Its batch leaves no trace in weights, statistics or optimiser; the run goes on."""
+    nan_at(step)
+    folder = digits("SAVE_FREQ", 1, "KEEP_CHECKPOINTS", 6)
+    (skipped,) = of_kind(folder, "skipped")
+    assert skipped["step"] == step + 1
+    assert math.isnan(skipped["loss"])
+    assert f"step {step + 1} | skipped: the loss is nan" in (folder / LOG).read_text()
+    before, after = (load(folder / f"checkpoint.{5 - k}.pt") for k in (step - 1, step))
+    assert (before["step"], after["step"]) == (step, step + 1)
+    assert_same(before["state_dict"], after["state_dict"])
+    steps = [{p["step"].item() for p in s["optimizer"]["state"].values()} for s in (before, after)]
+    assert steps == [{step}, {step}]
+    assert of_kind(folder, "summary")[-1]["skipped"] == 1
+    assert load(folder / CHECKPOINT)["step"] == 6
+    assert all(v.isfinite().all() for v in load(folder / WEIGHTS).values())
+
+
+def test_too_many_in_a_row_end_the_run(digits, nan_at, capsys):
     """Exit code 1, one line with the last good state, whose weights are finite."""
-    nan_at(4)
-    assert run_tool("cls_train", *digits.argv()) == 1
+    nan_at(1, 3, 4)
+    assert run_tool("cls_train", *digits.argv("TRAIN.MAX_SKIPPED", 2)) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("cls_train.py: the loss is nan at step 5: lower TRAIN.LR")
+    assert line.startswith(
+        "cls_train.py: 2 steps in a row were not finite, the last one at step 5: lower TRAIN.LR"
+    )
     assert str(digits.folder / CHECKPOINT) in line
     state = load(digits.folder / CHECKPOINT)
     assert state["step"] == 4
     assert all(v.isfinite().all() for v in state["state_dict"].values())
 
 
-def test_a_loss_that_is_not_finite_between_two_lines(digits, nan_at, capsys):
-    """Not logged until the end of the run: the checkpoints on the way are refused, too."""
-    nan_at(1)
-    assert run_tool("cls_train", *digits.argv("PRINT_FREQ", 100, "SAVE_FREQ", 1)) == 1
+def test_weights_that_are_not_finite_are_never_saved(digits, monkeypatch, capsys):
+    """A rate beyond all bounds spoils them although no gradient was to blame."""
+    real = ClassificationTrainer.set_learning_rate
+
+    def rate(self):
+        real(self)
+        for group in self.optimizer.param_groups:
+            group["lr"] *= math.nan if self.step == 4 else 1.0
+
+    monkeypatch.setattr(ClassificationTrainer, "set_learning_rate", rate)
+    assert run_tool("cls_train", *digits.argv("SAVE_FREQ", 1)) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "weights are not finite" in line
-    state = load(digits.folder / CHECKPOINT)
-    assert state["step"] == 1
-    assert all(v.isfinite().all() for v in state["state_dict"].values())
-
-
-def test_model_pt_is_never_without_finite_weights(digits, nan_at):
-    nan_at(1)
-    assert run_tool("cls_train", *digits.argv("PRINT_FREQ", 100, "SAVE_FREQ", 0)) == 1
-    weights = digits.folder / WEIGHTS
-    assert not weights.exists() or all(v.isfinite().all() for v in load(weights).values())
+    assert load(digits.folder / CHECKPOINT)["step"] == 4
+    assert all(v.isfinite().all() for v in load(digits.folder / WEIGHTS).values())

@@ -6,6 +6,7 @@ epoch sees what the uninterrupted run saw.
 """
 
 import hashlib
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from lib.distributed import Processes
 from lib.errors import InputError
 
 
@@ -69,6 +71,7 @@ def make_loader(
     percent: float = 1.0,
     rank: int = 0,
     world_size: int = 1,
+    nobody_idle: bool = False,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Loader:
@@ -82,8 +85,10 @@ def make_loader(
         batch_size: over all ranks together. Each rank gets a contiguous share; what cannot be
             shared evenly goes to the first ranks.
         start: number of the first batch, to go on in the middle of an epoch.
-        drop_last: leave out a last batch that is not full. If it is kept and has fewer samples
-            than there are ranks, the ranks without a sample do not get that batch.
+        drop_last: leave out a last batch that is not full.
+        nobody_idle: what becomes of a last batch with fewer samples than there are ranks: each
+            rank gets all of it, which leaves means over the ranks as they are (True); or the ranks
+            without a sample do not get that batch (False).
         percent: load only this share of the epoch's batches, at least one.
         workers: processes that load; 0 loads in this one.
 
@@ -106,9 +111,11 @@ def make_loader(
         order = torch.randperm(len(dataset), generator=generator).tolist()
     else:
         order = list(range(len(dataset)))
+    batches = (order[k * batch_size : (k + 1) * batch_size] for k in range(start, count))
+    part = Processes(rank, world_size).part
     shares = (
-        _share(order[k * batch_size : (k + 1) * batch_size], rank, world_size)
-        for k in range(start, count)
+        batch if nobody_idle and len(batch) < world_size else batch[part(len(batch))]
+        for batch in batches
     )
     return Loader(
         DataLoader(
@@ -117,6 +124,7 @@ def make_loader(
             num_workers=workers,
             pin_memory=pin_memory,
             collate_fn=_collate,
+            worker_init_fn=_outlive_signals,
             # Otherwise each iterator draws a number from the global generator.
             generator=torch.Generator().manual_seed(0),
         )
@@ -154,10 +162,11 @@ def _arrived(batch: list[Tensor], copied: torch.cuda.Event) -> list[Tensor]:
     return batch
 
 
-def _share(batch: list[int], rank: int, world_size: int) -> list[int]:
-    each, rest = divmod(len(batch), world_size)
-    first = rank * each + min(rank, rest)
-    return batch[first : first + each + (rank < rest)]
+def _outlive_signals(worker: int) -> None:
+    """Terminals and clusters signal a whole group of processes. The trainer finishes its step then,
+    and needs its workers to; they end with it, however it ends."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _mix(*numbers: int) -> int:

@@ -1,0 +1,264 @@
+"""The loop of all trainers: steps that are skipped, solves that diverge, stops, checkpoints."""
+
+import math
+import os
+import signal
+
+import pytest
+import torch
+
+from lib.checkpoint import load
+from lib.errors import InputError
+from lib.experiment import CHECKPOINT, LOG, WEIGHTS, Run, read_metrics
+from lib.retention import versions
+from lib.stopping import Stopped
+from lib.trainer import FORMAT, Trainer
+from lib.training import TrainingError
+from measures import differences
+from toy_trainer import ToyTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
+
+
+@pytest.fixture
+def start(tmp_path):
+    """``start(trainer, name)`` trains in a folder of that name; the folder."""
+
+    def train(trainer, name="run"):
+        folder = tmp_path / name
+        run = Run(folder, ("settings.json", "{}"), trainer.step or None)
+        try:
+            trainer.train(run)
+            trainer.summarise()
+        finally:
+            run.close()
+        return folder
+
+    return train
+
+
+def of_kind(folder, kind):
+    return [r for r in read_metrics(folder) if r["kind"] == kind]
+
+
+def state_of(trainer):
+    return {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def resumed(folder, **options):
+    trainer = ToyTrainer(**options)
+    trainer.load_state_dict(load(folder / CHECKPOINT), folder / CHECKPOINT)
+    return trainer
+
+
+# ---- steps that are not finite ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_a_step_that_is_not_finite_changes_nothing(start, factor, clip):
+    trainer, seen = ToyTrainer(clip=clip), {}
+    trainer.spoil = {2: factor}
+    trainer.on_step = lambda step: seen.setdefault(step, state_of(trainer))
+    momentum = []
+    trainer.set_learning_rate = lambda: momentum.append(
+        trainer.optimizer.state_dict()["state"].get(0, {}).get("momentum_buffer", torch.zeros(3))
+        + 0
+    )
+    folder = start(trainer)
+    assert_same(seen[2], seen[3])  # weights, and the statistics of batch norm
+    assert torch.equal(momentum[2], momentum[3])
+    assert not torch.equal(seen[3]["weight"], seen[4]["weight"])
+    (record,) = of_kind(folder, "skipped")
+    assert record["step"] == 3
+    assert not math.isfinite(record["loss"])
+    (summary,) = of_kind(folder, "summary")
+    assert summary["skipped"] == 1
+    assert summary["finished"]
+    assert "step 3 | skipped: the loss is " in (folder / LOG).read_text()
+    assert [r["loss"] for r in of_kind(folder, "train") if math.isfinite(r["loss"])] != []
+
+
+def test_a_gradient_that_is_not_finite_although_the_loss_is():
+    trainer = ToyTrainer()
+    before = state_of(trainer)
+    trainer.model.weight.register_hook(lambda grad: grad * math.inf)
+    trainer.update(torch.randn(6, 3))
+    assert trainer.counts["skipped"] == 1
+    assert_same(state_of(trainer), before)
+    assert trainer.step == 1
+
+
+def test_too_many_in_a_row(start):
+    trainer = ToyTrainer(max_skipped=3)
+    trainer.saves = (1,)
+    trainer.spoil = dict.fromkeys((1, 3, 4, 5), math.nan)
+    words = r"^3 steps in a row were not finite, the last one at step 6: lower the rate; .*run/chec"
+    with pytest.raises(TrainingError, match=words):
+        start(trainer)
+    assert trainer.counts["skipped"] == 4
+
+
+def test_the_count_in_a_row_survives_a_resume(start, tmp_path):
+    trainer = ToyTrainer(max_skipped=3)
+    trainer.saves = (2,)
+    trainer.spoil = dict.fromkeys(range(9), math.nan)
+    with pytest.raises(TrainingError):
+        start(trainer)
+    trainer = resumed(tmp_path / "run", max_skipped=3)
+    trainer.spoil = {2: math.nan}
+    with pytest.raises(TrainingError, match="3 steps in a row were not finite, the last one at st"):
+        start(trainer)
+
+
+# ---- solves that diverge ------------------------------------------------------------------------
+
+
+def test_a_solve_that_diverges_is_reported_with_residual_and_step(start):
+    trainer = ToyTrainer()
+
+    def diverging(f, x0, **options):
+        solution = solver(f, x0, **options)
+        return solution | {"prot_break": trainer.step == 2}
+
+    solver = trainer.model.deq.f_solver
+    trainer.model.deq.f_solver = diverging
+    folder = start(trainer)
+    found = of_kind(folder, "diverged")
+    # Two parts of a batch, two solves; the backward solver is the forward one here.
+    assert [(r["step"], r["pass"]) for r in found] == [(3, "forward")] * 2 + [(3, "backward")] * 2
+    assert all(0 <= r["rel_residual"] < 1e-3 for r in found)
+    log = (folder / LOG).read_text()
+    assert log.count("step 3 | the forward solver diverged: relative residual ") == 2
+    (summary,) = of_kind(folder, "summary")
+    assert (summary["diverged_forward"], summary["diverged_backward"]) == (2, 2)
+
+
+def test_many_of_them_do_not_fill_the_log(start):
+    trainer = ToyTrainer()
+    solver = trainer.model.deq.f_solver
+    trainer.model.deq.f_solver = lambda f, x0, **o: solver(f, x0, **o) | {"prot_break": True}
+    folder = start(trainer)
+    assert len(of_kind(folder, "diverged")) == 8 * 4
+    assert (folder / LOG).read_text().count("solver diverged") == 20
+
+
+# ---- stopping -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def whole(start):
+    """An uninterrupted run."""
+    folder = start(ToyTrainer(), "whole")
+    return folder, load(folder / CHECKPOINT)
+
+
+def assert_whole(folder, whole):
+    other, state = whole
+    assert read_metrics(folder) == read_metrics(other)
+    assert differences(load(folder / CHECKPOINT), state) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_a_signal_saves_and_stops(start, whole, number, code, step):
+    """After the step; at 3 a validation is due as well, which the resumed run makes up for."""
+    trainer = ToyTrainer()
+    trainer.on_step = lambda at: at == step and os.kill(os.getpid(), number)
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match=f"stopped by {number.name} at step {step + 1}") as caught:
+        start(trainer)
+    assert caught.value.code == code
+    assert signal.getsignal(number) is before
+    folder = whole[0].parent / "run"
+    assert load(folder / CHECKPOINT)["step"] == step + 1
+    assert not of_kind(folder, "summary")[-1]["finished"]
+    trainer = resumed(folder)
+    trainer.scores = iter(range(0 if step < 4 else 1, 9))
+    assert_whole(start(trainer), whole)
+
+
+def test_a_validation_that_is_broken_off_comes_again(start, whole):
+    trainer = ToyTrainer()
+    trainer.stop_validation_at = 4
+    with pytest.raises(Stopped, match="stopped by the time limit at step 4"):
+        start(trainer)
+    folder = whole[0].parent / "run"
+    assert load(folder / CHECKPOINT)["unfinished"]
+    assert of_kind(folder, "valid") == []
+    assert_whole(start(resumed(folder)), whole)
+
+
+def test_a_time_limit_stops_in_time(start, tmp_path):
+    trainer = ToyTrainer(max_minutes=1e-9)
+    with pytest.raises(Stopped, match="the time limit") as caught:
+        start(trainer)
+    assert caught.value.code == 0
+    assert load(tmp_path / "run" / CHECKPOINT)["step"] == 1
+
+
+# ---- checkpoints --------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_has_the_parts_that_are_asked_for():
+    state = ToyTrainer().state_dict()
+    ToyTrainer.check(state, "x.pt")
+    for name in state:
+        with pytest.raises(InputError):
+            ToyTrainer.check({k: v for k, v in state.items() if k != name}, "x.pt")
+    with pytest.raises(InputError, match="not a checkpoint of this trainer"):
+        ToyTrainer.check(state | {"format": FORMAT - 1}, "x.pt")
+
+
+def test_other_settings_are_refused():
+    state = ToyTrainer().state_dict()
+    trainer = ToyTrainer()
+    trainer.border = 5
+    with pytest.raises(InputError, match="--border 4, and this run has 5"):
+        trainer.load_state_dict(state, "x.pt")
+
+
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_so_many_are_kept(start, keep):
+    trainer = ToyTrainer(keep=keep)
+    trainer.saves = range(9)
+    folder = start(trainer)
+    assert [load(p)["step"] for p in versions(folder / CHECKPOINT)] == [8, 7, 6, 5][:keep]
+
+
+def test_the_best_weights_are_those_of_the_last_phase(start):
+    trainer = ToyTrainer()
+    trainer.every = 2
+    trainer.scores = iter([9, 8, 3, 4])
+    seen = {}
+    trainer.after_validation = lambda found: seen.setdefault(trainer.step, state_of(trainer))
+    folder = start(trainer)
+    assert trainer.best == {"phase": "equilibrium", "score": 4, "step": 8, "name": "score"}
+    assert_same(load(folder / WEIGHTS), seen[8])
+
+
+def test_a_disk_that_is_full_leaves_what_was_there(start, tmp_path, monkeypatch):
+    trainer = ToyTrainer()
+    trainer.saves = (2, 3)
+    fsync = os.fsync
+
+    def full(descriptor):
+        if trainer.step == 3:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises((InputError, OSError), match="No space left"):
+        start(trainer)
+    assert load(tmp_path / "run" / CHECKPOINT)["step"] == 2
+
+
+def test_a_base_without_a_task_does_nothing():
+    """Every part that a task has to define says so."""
+    with pytest.raises(NotImplementedError):
+        Trainer.draw(ToyTrainer())
