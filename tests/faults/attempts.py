@@ -175,8 +175,8 @@ def _serve(connection: socket.socket) -> None:
             connection.send(str(os.waitstatus_to_exitcode(status)).encode())
             continue
         pid = os.fork()
+        os.setpgid(pid, pid)  # by both, as either may be the first to need it
         if pid == 0:
-            os.setsid()
             connection.close()
             for number, file in enumerate(files, start=1):
                 os.dup2(file, number)

@@ -60,8 +60,7 @@ class Language:
 
     def resume(self, parent: Path, to: str) -> list[str]:
         """The command line that goes on, or starts anew where there is nothing to go on from."""
-        saved = any(self.folder(parent, to).glob("checkpoint*.pt"))
-        return [*self.start(parent, to), *(["--restart"] if saved else [])]
+        return [*self.start(parent, to), "--auto_restart"]
 
     def folder(self, parent: Path, to: str) -> Path:
         return parent / "runs-ptb" / to

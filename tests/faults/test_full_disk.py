@@ -141,6 +141,17 @@ def test_events_that_do_not_fit(server, tmp_path):
     assert str(trainer.folder(tmp_path, TO)) in line
 
 
+@pytest.mark.slow
+# So a loading process has to end when the trainer's asks for it, though it outlives a signal to all.
+def test_an_error_of_a_loading_process_ends_the_run(server, tmp_path):
+    """Here, that there is no more shared memory: nobody waits for ever for the process to end."""
+    trainer = TRAINERS["classification"]
+    command = [*trainer.start(tmp_path, TO), "SAVE_FREQ", "0"]
+    code, errors = run(command, server=server, patience=60, max_file_size=15_000)
+    assert code != 0
+    assert "to the right size" in errors
+
+
 # ---- a full file system --------------------------------------------------------------------------
 
 
