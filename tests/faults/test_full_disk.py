@@ -142,7 +142,7 @@ def test_events_that_do_not_fit(server, tmp_path):
 
 
 @pytest.mark.slow
-# So a loading process has to end when the trainer's asks for it, though it outlives a signal to all.
+# So a loading process has to end when the trainer's asks for it, though no signal to all ends it.
 def test_an_error_of_a_loading_process_ends_the_run(server, tmp_path):
     """Here, that there is no more shared memory: nobody waits for ever for the process to end."""
     trainer = TRAINERS["classification"]
