@@ -5,8 +5,9 @@ from torch import nn
 
 from lib.deq import DEQ
 from lib.distributed import Processes
+from lib.steps import Care, Choices
 from lib.stopping import Stopping
-from lib.trainer import Care, Choices, Trainer
+from lib.trainer import Trainer
 from lib.training import EvaluationStopped
 
 CPU = torch.device("cpu")

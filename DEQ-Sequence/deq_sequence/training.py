@@ -17,8 +17,9 @@ from lib.distributed import BalancedDataParallel, Processes
 from lib.errors import InputError
 from lib.jacobian import jac_loss_weight_at
 from lib.precision import autocast
+from lib.steps import Care, Choices
 from lib.stopping import Stopping
-from lib.trainer import Care, Choices, Trainer
+from lib.trainer import Trainer
 
 _ALONE = Processes()
 

@@ -11,9 +11,10 @@ from yacs.config import CfgNode
 from lib.distributed import BalancedDataParallel, Processes
 from lib.errors import InputError
 from lib.precision import autocast
+from lib.steps import Care, Choices
 from lib.stopping import Stopping
 from lib.sync_batchnorm import convert_sync_batchnorm
-from lib.trainer import Care, Choices, Trainer
+from lib.trainer import Trainer
 from mdeq_vision.datasets import make_loader, n_batches, on_device
 from mdeq_vision.evaluation import Evaluation
 from mdeq_vision.losses import mean_loss

@@ -1,0 +1,17 @@
+"""A few of the corruptions that corrupted_runs.py makes, through the real commands."""
+
+import pytest
+
+from corrupted_runs import judged
+from corruptions import ALLOWED, KINDS
+
+
+@pytest.mark.parametrize(
+    "count", [4, pytest.param(len(KINDS), marks=pytest.mark.slow)], ids=["some", "each kind"]
+)
+def test_corrupted_runs(trainer, count, server, whole, tmp_path):
+    outcomes = []
+    for corruption, outcome, said in judged(trainer, tmp_path, whole(trainer), server, count):
+        assert outcome in ALLOWED, f"{corruption}: {said}"
+        outcomes.append(outcome)
+    assert "fell back" in outcomes
