@@ -119,6 +119,12 @@ class Processes:
             raise outcome[1]
         return outcome[0]
 
+    def lead_keeps(self, action: Callable[[], _T]) -> _T | None:
+        """:meth:`lead` for a result that only the first process needs: None in the others."""
+        kept: list = []
+        self.lead(lambda: kept.append(action()))
+        return kept[0] if kept else None
+
     def in_turn(self, action: Callable[[], _T]) -> _T:
         """Every process acts, the first one of each machine before the others.
 

@@ -67,6 +67,7 @@ def test_alone():
     """A single process has no group, leads itself, and is never ended behind its back."""
     with Processes.joined() as processes:
         assert processes == Processes()
+        assert processes.lead_keeps(lambda: 3) == 3
         end_at_once(1)
 
 
