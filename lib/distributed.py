@@ -1,9 +1,13 @@
 """Several processes under torchrun, or several GPUs in one process."""
 
 import contextlib
+import math
 import os
+import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,6 +19,8 @@ from torch.nn.parallel.scatter_gather import gather
 from lib.errors import InputError
 
 _T = TypeVar("_T")
+TIMEOUT = "DEQ_TIMEOUT"  # environment variable
+_LONGEST = 10_000  # minutes: a week
 
 
 @dataclass(frozen=True)
@@ -30,14 +36,18 @@ class Processes:
     def joined(cls) -> Iterator["Processes"]:
         """Join the processes that torchrun started, for the length of a ``with`` block.
 
-        Tensors on GPUs travel by NCCL, others by gloo.
+        Tensors on GPUs travel by NCCL, others by gloo. A process that waits for another longer
+        than $DEQ_TIMEOUT minutes (15) takes it for lost: a machine without power or network says
+        nothing. The longest honest wait is for the first process, which reads a corpus
+        (WikiText-103: half a minute) or a list of images for the first time, or writes a
+        checkpoint to a slow disk.
+
+        An error leaves their group as it is: see :func:`end_at_once`.
         """
         processes = cls._start()
-        try:
-            yield processes
-        finally:
-            if processes.world_size > 1:
-                dist.destroy_process_group()
+        yield processes
+        if processes.world_size > 1:
+            dist.destroy_process_group()
 
     @classmethod
     def _start(cls) -> "Processes":
@@ -54,7 +64,7 @@ class Processes:
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank % torch.cuda.device_count())
             backend = "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=_timeout())
         return cls(dist.get_rank(), dist.get_world_size(), local_rank)
 
     @property
@@ -109,6 +119,12 @@ class Processes:
             raise outcome[1]
         return outcome[0]
 
+    def lead_keeps(self, action: Callable[[], _T]) -> _T | None:
+        """:meth:`lead` for a result that only the first process needs: None in the others."""
+        kept: list = []
+        self.lead(lambda: kept.append(action()))
+        return kept[0] if kept else None
+
     def in_turn(self, action: Callable[[], _T]) -> _T:
         """Every process acts, the first one of each machine before the others.
 
@@ -158,13 +174,47 @@ def _settle_buckets(parallel: DistributedDataParallel) -> None:
     parallel.zero_grad(set_to_none=True)
 
 
-def lost_contact(error: BaseException) -> bool:
-    """Whether an error says that another process, or the way to it, is gone."""
-    if isinstance(error, dist.DistError):
-        return True
+def _timeout() -> timedelta:
+    """How long a process waits for another before it takes it for lost."""
+    text = os.environ.get(TIMEOUT, "15")
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes <= _LONGEST:
+        raise InputError(
+            f"{TIMEOUT} is {text!r}, but must be a number of minutes above 0, at most {_LONGEST}"
+        )
+    return timedelta(minutes=minutes)
+
+
+def lost_contact(error: BaseException) -> str:
+    """What an error says about another process, or the way to it, being gone; "" if nothing."""
     words = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out waiting",
              "gloo", "NCCL", "Socket")  # fmt: skip
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    text = str(error)
+    if not isinstance(error, dist.DistError) and not (
+        isinstance(error, RuntimeError) and any(word in text for word in words)
+    ):
+        return ""
+    first = next(iter(text.strip().splitlines()), type(error).__name__)
+    # gloo's own source file in front, and general advice behind
+    return re.sub(r"^\[\S+:\d+\] ", "", first).split(". This is typically caused by")[0]
+
+
+def end_at_once(code: int) -> None:
+    """End this process, if it is one of several, without taking their group apart.
+
+    For an error's end, while the error is still held, and with it all that it came through.
+    Tensors may be on their way to a process that is gone, and whoever drops the last reference to
+    their group, such as the traceback's to DistributedDataParallel, waits for them: with Python's
+    lock, which gloo's threads need to drop the tensors (torch 2.13), so for ever.
+    """
+    if dist.is_available() and dist.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # whoever read it may be gone too
+                stream.flush()
+        os._exit(code)
 
 
 def shares(batch: int, n_devices: int, first: int = -1) -> list[int]:

@@ -1,18 +1,20 @@
 """One run's folder: text log, TensorBoard events, metrics, settings, and the progress bar."""
 
+import contextlib
 import json
 import math
 import os
 import resource
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
 import torch
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from lib.errors import InputError
+from lib.events import Events
 from lib.files import atomic_write
 from lib.retention import clean_temporaries, versions
 
@@ -65,13 +67,19 @@ def peak_memory_mib(device: torch.device) -> float:
 class Run:
     """Where a training run writes: everything goes through here, so a debug run writes nothing.
 
+    What cannot be logged or recorded for want of space is an error in ``sync`` only: there all
+    processes learn of it, and no checkpoint is saved that is ahead of its records.
+
+    Attributes:
+        failure: the first error of a log or a record; nothing more is written after it.
+
     Args:
         folder: the run's folder, created if absent; None writes no file (a debug run).
         settings: name and content of the file that holds the resolved settings.
         resume_step: None for a new run; else the step to continue from: records beyond it, and
             those of the end (kind "final_..." and "summary"), are dropped, as they come again.
         events: folder of the TensorBoard events; the run's if None.
-        quiet: print nothing, as all processes but the first do.
+        quiet: print nothing.
     """
 
     def __init__(
@@ -84,8 +92,9 @@ class Run:
         quiet: bool = False,
     ):
         self.folder, self.quiet = folder, quiet
-        self.writer, self._log, self._metrics = None, None, None
+        self._events, self._log, self._metrics = None, None, None
         self.bar: tqdm | None = None
+        self.failure: OSError | None = None
         if folder is None:
             return
         # Both folders before any file: if one cannot be made, no run is half begun.
@@ -106,8 +115,14 @@ class Run:
             file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
         self._metrics = open(folder / METRICS, "a")  # noqa: SIM115  (open for the whole run)
         self._log = open(folder / LOG, "w" if resume_step is None else "a")  # noqa: SIM115
-        purge = {} if resume_step is None else {"purge_step": resume_step + 1}
-        self.writer = SummaryWriter(str(events or folder), **purge)
+        self._events_folder = events or folder
+        purge_step = None if resume_step is None else resume_step + 1
+        self._events = Events(self._events_folder, purge_step)
+
+    @classmethod
+    def silent(cls) -> "Run":
+        """Writes and prints nothing, as all processes but the first do."""
+        return cls(None, ("", ""), quiet=True)
 
     def log(self, line: str) -> None:
         """One line to the terminal and to log.txt."""
@@ -115,22 +130,43 @@ class Run:
             tqdm.write(line)
             sys.stdout.flush()
         if self._log is not None:
-            print(line, file=self._log, flush=True)
+            self._attempt(self.folder / LOG, lambda: print(line, file=self._log, flush=True))
 
     def record(self, kind: str, step: int, **values: float) -> None:
         """One record to metrics.jsonl, and each value to TensorBoard as ``kind/name``."""
         if self._metrics is None:
             return
-        print(json.dumps({"kind": kind, "step": step, **values}), file=self._metrics, flush=True)
-        for name, value in values.items():
-            if isinstance(value, (int, float)) and math.isfinite(value):
-                self.writer.add_scalar(f"{kind}/{name}", value, step)
+        text = json.dumps({"kind": kind, "step": step, **values})
+        self._attempt(self.folder / METRICS, lambda: print(text, file=self._metrics, flush=True))
+
+        def write() -> None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and math.isfinite(value):
+                    self._events.scalar(f"{kind}/{name}", value, step)
+
+        self._attempt(self._events_folder, write)
 
     def sync(self) -> None:
-        """Bring log and metrics to the disk, so that no checkpoint is ahead of its records."""
-        for file in (self._log, self._metrics):
-            if file is not None:
-                os.fsync(file.fileno())
+        """Bring all that was logged and recorded to the disk.
+
+        Raises:
+            OSError: some of it could not be written, now or earlier.
+        """
+        if self.folder is not None:
+            self._attempt(self.folder / LOG, lambda: os.fsync(self._log.fileno()))
+            self._attempt(self.folder / METRICS, lambda: os.fsync(self._metrics.fileno()))
+            self._attempt(self._events_folder, self._events.flush)
+        if self.failure is not None:
+            raise self.failure
+
+    def _attempt(self, path: Path, write: Callable[[], object]) -> None:
+        """Do a write to ``path``, unless one has failed."""
+        if self.failure is not None:
+            return
+        try:
+            write()
+        except OSError as error:
+            self.failure = OSError(error.errno, error.strerror, str(path))
 
     def progress(self, total: int, initial: int) -> tqdm:
         """A bar over the steps, on a terminal only."""
@@ -140,6 +176,7 @@ class Run:
         return self.bar
 
     def close(self) -> None:
-        for resource_ in (self.bar, self.writer, self._log, self._metrics):
+        for resource_ in (self.bar, self._events, self._log, self._metrics):
             if resource_ is not None:
-                resource_.close()
+                with contextlib.suppress(OSError):  # a rest that sync has reported
+                    resource_.close()

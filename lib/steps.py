@@ -88,7 +88,7 @@ class Stepper:
         self.step = 0
         self.counts = {"skipped": 0, "diverged_forward": 0, "diverged_backward": 0}
         self.skipped_in_a_row = 0
-        self.run = Run(None, ("", ""), quiet=True)
+        self.run = Run.silent()
         self._reset_window()
 
     # ---- what subclasses define ----------------------------------------------------------------
@@ -144,7 +144,7 @@ class Stepper:
             sums += torch.stack([x.detach().double() for x in (loss, jac_loss, *extra)])
         norm = self._clip()
         events = [
-            self.stopping.check(),
+            self.stopping.check() or self.run.failure is not None,  # save tells all of it
             *(b - a for a, b in zip(broken, self._broken(), strict=True)),
         ]
         events = torch.tensor(events, dtype=torch.float64).to(self.device, non_blocking=True)

@@ -173,10 +173,12 @@ class Trainer(Stepper):
     def save(self) -> None:
         """Write the checkpoint of the run, unless its weights are no longer finite."""
         state = self.state_dict()
-        self.run.sync()
-        self.processes.lead(
-            lambda: self._write(lambda path: save_newest(state, path, self.care.keep), CHECKPOINT)
-        )
+
+        def write(path: Path) -> None:
+            self.run.sync()
+            save_newest(state, path, self.care.keep)
+
+        self.processes.lead(lambda: self._write(write, CHECKPOINT))
 
     def _write(self, write, name: str) -> None:
         if self.run.folder is None:
@@ -188,8 +190,9 @@ class Trainer(Stepper):
             write(path)
         except OSError as error:
             raise InputError(
-                f"{path} could not be written at step {self.step} ({error.strerror or error}): "
-                f"mend that, and {self.care.resume} continues the run{self._last_good()}"
+                f"{error.filename or path} could not be written at step {self.step} "
+                f"({error.strerror or error}): mend that, and {self.care.resume} continues the run"
+                f"{self._last_good()}"
             ) from error
 
     def state_dict(self) -> dict:

@@ -2,16 +2,18 @@
 
 import random
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from lib.deq import PassStats, SolverStats
-from lib.distributed import Processes, lost_contact
+from lib.distributed import Processes, end_at_once, lost_contact
 from lib.errors import InputError
 from lib.experiment import CHECKPOINT
 from lib.stopping import Stopped
@@ -26,6 +28,8 @@ class TrainingError(RuntimeError):
 def exit_code(program: str, action: Callable[[], object], resume: str) -> int:
     """Run ``action``; bad input is one line on the error stream and 2, without a traceback.
 
+    One of several processes ends here, at once, unless all went well.
+
     Args:
         program: the command's name, which begins the line.
         action: what the command does.
@@ -33,26 +37,35 @@ def exit_code(program: str, action: Callable[[], object], resume: str) -> int:
     """
     try:
         action()
-    except (InputError, TrainingError) as error:
-        print(f"{program}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    except OSError as error:  # no permission, no space: its message names the file
-        print(f"{program}: {error}", file=sys.stderr)
-        return 2
-    except Stopped as stop:
-        print(f"{program}: {stop} ({resume} continues the run)", file=sys.stderr)
-        return stop.code
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted ({resume} continues the run)", file=sys.stderr)
-        return 130
-    except RuntimeError as error:
-        if not lost_contact(error):
-            raise
-        first = str(error).strip().splitlines()[0]
-        print(f"{program}: lost the other processes ({first}): start all of them again, {resume} "
-              "continues the run", file=sys.stderr)  # fmt: skip
-        return 1
+    except (Exception, KeyboardInterrupt) as error:
+        found = _explanation(error, resume)
+        if found is None:  # a mistake of our own
+            if not dist.is_initialized():
+                raise
+            traceback.print_exc()
+            end_at_once(1)
+        line, code = found
+        print(f"{program}: {' '.join(line.split())}", file=sys.stderr)
+        end_at_once(code)
+        return code
     return 0
+
+
+def _explanation(error: BaseException, resume: str) -> tuple[str, int] | None:
+    """The line and the exit code of an error that a run has to expect."""
+    match error:
+        case InputError() | OSError():  # no permission, no space: the message names the file
+            return str(error), 2
+        case TrainingError():
+            return str(error), 1
+        case Stopped():
+            return f"{error} ({resume} continues the run)", error.code
+        case KeyboardInterrupt():
+            return f"interrupted ({resume} continues the run)", 130
+    if lost := lost_contact(error):
+        way_out = f"start all of them again, {resume} continues the run"
+        return f"lost the other processes ({lost}): {way_out}", 1
+    return None
 
 
 @contextmanager

@@ -124,14 +124,15 @@ def train_command(
     elif args.load:
         load_weights(model, args.load)
 
-    run = Run(
-        folder if processes.leads and not args.debug else None,
-        (SETTINGS, json.dumps(settings, indent=1) + "\n"),
-        trainer.step if restart else None,
-        quiet=not processes.leads,
-    )
-    if processes.leads and not args.debug:
-        set_aside(file, source)
+    def begin() -> Run:
+        content = json.dumps(settings, indent=1) + "\n"
+        place = None if args.debug else folder
+        run = Run(place, (SETTINGS, content), trainer.step if restart else None)
+        if not args.debug:
+            set_aside(file, source)
+        return run
+
+    run = processes.lead_keeps(begin) or Run.silent()
     try:
         n_params = sum(p.numel() for p in model.parameters())
         run.log(f"{args.dataset}: {len(corpus.train)} training tokens, {len(corpus.vocab)} types")
@@ -150,6 +151,7 @@ def train_command(
         _final_evaluation(trainer, run, folder)
         trainer.summarise()
         run.log(f"peak memory {peak_memory_mib(device):.0f} MiB")
+        processes.lead(run.sync)
     finally:
         run.close()
     return run.folder

@@ -216,16 +216,17 @@ def _train(
     if not processes.lead((folder / WEIGHTS).exists):
         trainer.best = {}  # of a run elsewhere
 
-    writes = processes.leads and not cfg.DEBUG.DEBUG
-    run = Run(
-        folder if writes else None,
-        (CONFIG, cfg.dump()),
-        None if checkpoint is None else trainer.step,
-        events=Path(cfg.LOG_DIR) / folder.relative_to(folder.parents[1]) if cfg.LOG_DIR else None,
-        quiet=not processes.leads,
-    )
-    if writes and file == folder / CHECKPOINT:
-        set_aside(file, source)
+    def begin() -> Run:
+        place = None if cfg.DEBUG.DEBUG else folder
+        step = None if checkpoint is None else trainer.step
+        inner = folder.relative_to(folder.parents[1])
+        events = Path(cfg.LOG_DIR) / inner if cfg.LOG_DIR else None
+        run = Run(place, (CONFIG, cfg.dump()), step, events=events)
+        if place is not None and file == folder / CHECKPOINT:
+            set_aside(file, source)
+        return run
+
+    run = processes.lead_keeps(begin) or Run.silent()
     lines = [
         "debug: nothing is written" if cfg.DEBUG.DEBUG else f"run folder {folder}",
         f"{len(train_set)} training and {len(valid_set)} validation images",
@@ -253,6 +254,7 @@ def _train(
                 f"({best['phase']}) | peak memory {peak_memory_mib(device):.0f} MiB"
             )
         trainer.summarise()
+        processes.lead(run.sync)
     finally:
         run.close()
     return run.folder

@@ -1,11 +1,75 @@
-"""Shares of a batch, and the DataParallel that splits by them, as far as a CPU can tell."""
+"""What a process makes of the others; shares of a batch, and DataParallel as far as a CPU tells."""
+
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from lib.distributed import BalancedDataParallel, shares
+from lib.distributed import (
+    TIMEOUT,
+    BalancedDataParallel,
+    Processes,
+    _timeout,
+    end_at_once,
+    lost_contact,
+    shares,
+)
 from lib.errors import InputError
+
+# ---- several processes -------------------------------------------------------------------------
+
+_GLOO = "[/a/b/third_party/gloo/gloo/transport/tcp/"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        # Of torch 2.13, from tests/scale.
+        (
+            RuntimeError(
+                f"{_GLOO}pair.cc:537] Read error [10.77.0.2]:83: Connection reset by peer. This is "
+                "typically caused by a remote worker hanging or bugs in the application. Check ..."
+            ),
+            "Read error [10.77.0.2]:83: Connection reset by peer",
+        ),
+        (
+            RuntimeError(f"{_GLOO}unbound_buffer.cc:78] Timed out waiting 6000ms for recv"),
+            "Timed out waiting 6000ms for recv",
+        ),
+        (dist.DistNetworkError("failed to recv\nException raised from"), "failed to recv"),
+        (dist.DistStoreError(""), "DistStoreError"),
+        (RuntimeError("shape '[2]' is invalid"), ""),
+        (ValueError("gloo"), ""),
+    ],
+)
+def test_lost_contact(error, said):
+    assert lost_contact(error) == said
+
+
+@pytest.mark.parametrize(("text", "minutes"), [(None, 15), ("0.5", 0.5), ("10000", 10_000)])
+def test_timeout(monkeypatch, text, minutes):
+    monkeypatch.delenv(TIMEOUT, raising=False)
+    if text is not None:
+        monkeypatch.setenv(TIMEOUT, text)
+    assert _timeout() == timedelta(minutes=minutes)
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "nan", "inf", "1e9", "ten"])
+def test_bad_timeout(monkeypatch, text):
+    monkeypatch.setenv(TIMEOUT, text)
+    with pytest.raises(InputError, match=f"{TIMEOUT} is '{text}', but must be a number"):
+        _timeout()
+
+
+def test_alone():
+    """A single process has no group, leads itself, and is never ended behind its back."""
+    with Processes.joined() as processes:
+        assert processes == Processes()
+        assert processes.lead_keeps(lambda: 3) == 3
+        end_at_once(1)
+
 
 # ---- shares ----------------------------------------------------------------------------------
 

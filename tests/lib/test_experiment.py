@@ -1,9 +1,12 @@
 """A run's folder: what is written there, and what a restart keeps of it."""
 
 import json
+import math
 import os
 import re
+import resource
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +105,31 @@ def test_files_of_a_run(folder, capsys):
         ("train/lr", 3, 0.5),
         ("valid/loss", 4, 2.25),
     ]
+
+
+@pytest.mark.parametrize("loss", [1.0, math.nan])  # TensorBoard is not given the latter
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_full_disk_is_an_error_of_sync(folder, loss, lines):
+    """Of no other call, and of each of its own; nothing waits for ever or prints a traceback."""
+    run = Run(folder, SAVED, quiet=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        for step in range(1000):
+            run.record("train", step, loss=loss)
+            run.log("a line" * 100 * lines)
+        for _ in range(2):
+            with pytest.raises(OSError, match="File too large") as caught:
+                run.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    run.close()
+    assert run.failure is caught.value
+    first = LOG if lines else METRICS if math.isnan(loss) else ""
+    assert Path(caught.value.filename) == folder / first
+    steps = [record["step"] for record in read_metrics(folder)]
+    assert steps == list(range(len(steps)))
+    assert 10 < len(steps) < 1000
 
 
 def test_floats_survive_bit_for_bit(folder):
