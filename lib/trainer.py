@@ -20,6 +20,7 @@ from lib.checkpoint import load_state, not_finite, save_atomic
 from lib.distributed import Processes
 from lib.errors import InputError
 from lib.experiment import CHECKPOINT, WEIGHTS, Run
+from lib.memory import release_free_memory
 from lib.retention import save_newest, versions
 from lib.stopping import Stopped, Stopping
 from lib.training import (
@@ -372,6 +373,7 @@ class Trainer:
         except EvaluationStopped:
             restore_random_states(states, self.rng, self.device)  # it will come again
             return False
+        release_free_memory()  # else what it used would stay resident
         phase = record["phase"]
         self.run.log(f"step {self.step} | valid ({phase}) | {record.pop('text')}")
         self.run.record("valid", self.step, **record)
