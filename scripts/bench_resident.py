@@ -2,7 +2,7 @@
 
     python scripts/bench_resident.py                                # 2000 steps of each
     python scripts/bench_resident.py --trainers words --steps 400 --border 100
-    MALLOC_ARENA_MAX=1 python scripts/bench_resident.py             # with other settings of malloc
+    MALLOC_TRIM_THRESHOLD_=131072 python scripts/bench_resident.py  # without malloc's own noise
 
 Each run is the training command itself, in a new process: small models of the quickstart's data,
 with the Jacobian loss in both kinds of step, validations, log lines, TensorBoard events and
@@ -16,7 +16,8 @@ warm-up (100 steps after the border, or a twentieth of the run if that is less) 
 hundred MiB or more are Python and PyTorch themselves, so the slope after the warm-up is given in
 MiB too. Beside the resident memory stand what malloc has given out and not got back (glibc), the
 tensors that Python can see, and the objects that its collector knows: if these stay while the
-resident memory moves, memory is held by the allocator, not by the program.
+resident memory moves, memory is held by the allocator, not by the program. glibc moves its
+thresholds for what it keeps as a program runs; any fixed one, as in the last command, ends that.
 """
 
 import argparse
