@@ -434,7 +434,8 @@ def _half_precision(state: Tensor) -> bool:
     """Whether autocast makes f round more coarsely than the state."""
     kind = state.device.type
     return (
-        torch.is_autocast_enabled(kind)
+        torch.amp.is_autocast_available(kind)  # not on the meta device
+        and torch.is_autocast_enabled(kind)
         and state.dtype == torch.float32
         and torch.finfo(torch.get_autocast_dtype(kind)).eps > torch.finfo(state.dtype).eps
     )

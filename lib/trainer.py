@@ -9,6 +9,7 @@ from typing import Any
 from lib.checkpoint import load_state, not_finite, save_atomic
 from lib.errors import InputError
 from lib.experiment import CHECKPOINT, WEIGHTS, Run
+from lib.memory import release_free_memory
 from lib.retention import save_newest
 from lib.steps import Stepper
 from lib.stopping import Stopped
@@ -155,6 +156,7 @@ class Trainer(Stepper):
         except EvaluationStopped:
             restore_random_states(states, self.rng, self.device)  # it will come again
             return False
+        release_free_memory()  # else what it used would stay resident
         phase = record["phase"]
         self.run.log(f"step {self.step} | valid ({phase}) | {record.pop('text')}")
         self.run.record("valid", self.step, **record)

@@ -67,7 +67,10 @@ def _peak_resident() -> int:
 def in_new_process(function: Callable, *arguments):
     """``function(*arguments)`` in a process of its own, which ends afterwards."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+        found = pool.apply(function, arguments)
+        pool.close()  # else it is killed, and cannot clean up
+        pool.join()
+        return found
 
 
 def describe_machine(device: torch.device) -> str:
