@@ -6,7 +6,9 @@ epoch sees what the uninterrupted run saw.
 """
 
 import hashlib
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -165,8 +167,17 @@ def _arrived(batch: list[Tensor], copied: torch.cuda.Event) -> list[Tensor]:
 def _outlive_signals(worker: int) -> None:
     """Terminals and clusters signal a whole group of processes. The trainer finishes its step then,
     and needs its workers to; they end with it, however it ends."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_trainer, daemon=True).start()
+
+
+def _end_with_the_trainer() -> None:
+    """End this process when the trainer's asks for it, as it does when an error ends it."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _mix(*numbers: int) -> int:
