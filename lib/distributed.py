@@ -5,6 +5,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -147,12 +148,15 @@ class Processes:
         """
         if self.world_size == 1:
             return model
-        parallel = DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,  # batch statistics are the same everywhere, or a process's own
-            gradient_as_bucket_view=True,
-        )
+        with warnings.catch_warnings():
+            # PyTorch 2.13 announces another name, which 2.4 does not know yet.
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+            parallel = DistributedDataParallel(
+                model,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,  # batch statistics are everywhere the same
+                gradient_as_bucket_view=True,
+            )
         _settle_buckets(parallel)
         return parallel
 
