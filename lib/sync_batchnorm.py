@@ -4,6 +4,10 @@ PyTorch's own ``nn.SyncBatchNorm`` takes GPU tensors only; this one lets runs on
 compute the same.
 """
 
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -97,6 +101,23 @@ def convert_sync_batchnorm(
             if child in replaced:
                 setattr(parent, name, replaced[child])
     return replaced.get(model, model)
+
+
+@contextlib.contextmanager
+def each_by_itself(model: nn.Module) -> Iterator[None]:
+    """Within a ``with`` block, no batch norm of ``model`` looks beyond its own process.
+
+    For a batch that all processes have whole: taken together, its copies would have another
+    unbiased variance than the batch has.
+    """
+    norms = [m for m in model.modules() if isinstance(m, (SyncBatchNorm2d, nn.SyncBatchNorm))]
+    for norm in norms:
+        norm.forward = partial(_BatchNorm.forward, norm)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
 
 
 def _converted(name: str, norm: _BatchNorm, process_group) -> SyncBatchNorm2d:

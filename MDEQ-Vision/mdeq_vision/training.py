@@ -1,5 +1,6 @@
 """Training of image models: what a step of images is."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from lib.distributed import BalancedDataParallel, Processes
 from lib.errors import InputError
 from lib.precision import autocast
 from lib.stopping import Stopping
-from lib.sync_batchnorm import convert_sync_batchnorm
+from lib.sync_batchnorm import convert_sync_batchnorm, each_by_itself
 from lib.trainer import Care, Choices, Trainer
 from mdeq_vision.datasets import make_loader, n_batches, on_device
 from mdeq_vision.evaluation import Evaluation
@@ -26,13 +27,17 @@ RESUME = "TRAIN.RESUME True"
 @dataclass(frozen=True)
 class Part:
     """Images and labels of one forward, and what they are a part of: ``n`` images and a
-    ``weight`` of labels in all processes (None: it depends on predictions), in ``chunks``."""
+    ``weight`` of labels in all processes (None: it depends on predictions), in ``chunks``.
+
+    Copies count as often as there are.
+    """
 
     images: Tensor
     target: Tensor
     n: Tensor
     weight: Tensor | None
     chunks: int
+    copies: int  # processes that have the same images
 
 
 class ImageTrainer(Trainer):
@@ -164,11 +169,13 @@ class ImageTrainer(Trainer):
         # forwards, as batch norm needs them together.
         left = len(self.train_set) - self.position * self.batch_size
         least = min(left, self.batch_size) // self.processes.world_size
-        chunks = min(self.cfg.TRAIN.BATCH_CHUNK, max(least, 1))
+        # Of fewer images than there are processes, each has all.
+        copies = self.processes.world_size if least == 0 else 1
+        chunks = min(self.cfg.TRAIN.BATCH_CHUNK, least or left)
         images, target = batch
         counts = [torch.tensor(len(images), device=self.device), self.weight(target)]
         counts = self.processes.sum(torch.stack([c.double() for c in counts if c is not None]))
-        of_all = counts[0], (counts[1] if len(counts) > 1 else None), chunks
+        of_all = counts[0], (counts[1] if len(counts) > 1 else None), chunks, copies
         return [
             Part(*part, *of_all)
             for part in zip(images.tensor_split(chunks), target.tensor_split(chunks), strict=True)
@@ -176,7 +183,8 @@ class ImageTrainer(Trainer):
 
     def part(self, index: int, part: Part, choices: Choices):
         images, target = part.images, part.target
-        with autocast(self.cfg.AMP, self.device):
+        copied = self._alike() if part.copies > 1 else contextlib.nullcontext()
+        with autocast(self.cfg.AMP, self.device), copied:
             output, jac_loss, _ = self.parallel(
                 images,
                 train_step=self.step,
@@ -194,7 +202,17 @@ class ImageTrainer(Trainer):
         jac_loss = jac_loss.mean() * (len(images) / part.n).to(jac_loss.dtype)
         figures = [torch.tensor(len(images), device=self.device)]
         figures += self.hits(output.detach(), target)
+        figures = [figure.double() / part.copies for figure in figures]
         return mean_loss(total, weight.to(total)), jac_loss, figures
+
+    @contextlib.contextmanager
+    def _alike(self) -> Iterator[None]:
+        """Within a ``with`` block all processes compute the same on the same images: batch norm
+        does not look beyond its own, and what is drawn is drawn alike."""
+        gpus = [self.device] if self.device.type == "cuda" else []
+        with each_by_itself(self.model), torch.random.fork_rng(gpus):
+            torch.manual_seed(self.cfg.SEED + self.step)
+            yield
 
     def set_learning_rate(self) -> None:
         for group in self.optimizer.param_groups:
