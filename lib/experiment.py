@@ -41,6 +41,13 @@ def check_unused(folder: Path, way_out: str) -> None:
         raise InputError(f"{folder} already holds a run: {way_out}")
 
 
+def last_good(folder: Path | None) -> str:
+    """The end of a message that names the last good state of a run, if there is one."""
+    if folder is None or not versions(folder / CHECKPOINT):
+        return ""
+    return f"; the last good state is {folder / CHECKPOINT}"
+
+
 def read_metrics(folder: Path) -> list[dict]:
     """The records of a run, oldest first, up to the first damaged one (a kill cuts the last)."""
     path = folder / METRICS
@@ -101,7 +108,19 @@ class Run:
         for place in (events or folder, folder):
             place.mkdir(parents=True, exist_ok=True)
         clean_temporaries(folder)
-        name, content = settings
+        self._events_folder = events or folder
+        try:
+            self._begin(settings, resume_step)
+        except OSError as error:
+            self.close()
+            raise InputError(
+                f"{error.filename or self._events_folder} could not be written "
+                f"({error.strerror or error}): mend that{last_good(folder)}"
+            ) from error
+
+    def _begin(self, settings: tuple[str, str], resume_step: int | None) -> None:
+        """Write the settings, trim the records, open the files."""
+        folder, (name, content) = self.folder, settings
         with atomic_write(folder / name) as file:
             file.write(content.encode())
         kept = [
@@ -115,7 +134,6 @@ class Run:
             file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
         self._metrics = open(folder / METRICS, "a")  # noqa: SIM115  (open for the whole run)
         self._log = open(folder / LOG, "w" if resume_step is None else "a")  # noqa: SIM115
-        self._events_folder = events or folder
         purge_step = None if resume_step is None else resume_step + 1
         self._events = Events(self._events_folder, purge_step)
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lib.distributed import Processes
-from lib.experiment import CHECKPOINT, Run
-from lib.retention import versions
+from lib.experiment import Run, last_good
 from lib.stopping import Stopping
 from lib.training import PASSES, TrainingError
 
@@ -244,12 +243,5 @@ class Stepper:
 
     def _give_up(self, trouble: str) -> NoReturn:
         raise TrainingError(
-            f"{trouble} at step {self.step}: {self.care.way_out}{self._last_good()}"
+            f"{trouble} at step {self.step}: {self.care.way_out}{last_good(self.run.folder)}"
         )
-
-    def _last_good(self) -> str:
-        """The end of a message that names the last good state."""
-        folder = self.run.folder
-        if folder is None or not versions(folder / CHECKPOINT):
-            return ""
-        return f"; the last good state is {folder / CHECKPOINT}"

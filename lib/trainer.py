@@ -8,7 +8,7 @@ from typing import Any
 
 from lib.checkpoint import load_state, not_finite, save_atomic
 from lib.errors import InputError
-from lib.experiment import CHECKPOINT, WEIGHTS, Run
+from lib.experiment import CHECKPOINT, WEIGHTS, Run, last_good
 from lib.memory import release_free_memory
 from lib.retention import save_newest
 from lib.steps import Stepper
@@ -194,7 +194,7 @@ class Trainer(Stepper):
             raise InputError(
                 f"{error.filename or path} could not be written at step {self.step} "
                 f"({error.strerror or error}): mend that, and {self.care.resume} continues the run"
-                f"{self._last_good()}"
+                f"{last_good(self.run.folder)}"
             ) from error
 
     def state_dict(self) -> dict:

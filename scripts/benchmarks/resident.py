@@ -67,7 +67,8 @@ class Watch:
         if step in self.at:
             objects = gc.get_objects()
             tensors = [o for o in objects if issubclass(type(o), torch.Tensor)]  # no __class__
-            storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
+            dense = [t for t in tensors if t.layout == torch.strided]  # others have no storage
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in dense}
             held = sum(storage.nbytes() for storage in storages.values())
             counts = len(tensors), held, len(objects)
             self.marks.append(Mark(step, self.resident[-1], heap_bytes(), *counts))

@@ -297,9 +297,13 @@ def test_restart_without_a_checkpoint(refused, run_folder):
     assert not run_folder.exists()
 
 
+# With a checkpoint before it, the run would go on from that one (tests/faults).
+ALONE = ["--keep_checkpoints", "1"]
+
+
 def test_restart_of_other_weights(flags, refused, run_folder):
     """model.pt in the place of checkpoint.pt."""
-    assert main(flags) == 0
+    assert main([*flags, *ALONE]) == 0
     (run_folder / CHECKPOINT).write_bytes((run_folder / WEIGHTS).read_bytes())
     assert "not a checkpoint of this trainer" in refused()
 
@@ -307,7 +311,7 @@ def test_restart_of_other_weights(flags, refused, run_folder):
 @pytest.mark.parametrize("entry", ["fixed", "mems", "window", "random_states", "model"])
 def test_restart_of_a_checkpoint_that_lacks_an_entry(flags, refused, run_folder, entry):
     """Such as one of an earlier version under the same format number."""
-    assert main(flags) == 0
+    assert main([*flags, *ALONE]) == 0
     state = load(run_folder / CHECKPOINT)
     del state[entry]
     torch.save(state, run_folder / CHECKPOINT)

@@ -25,6 +25,7 @@ STAGE = "MODEL.EXTRA.FULL_STAGE"
 # Two narrow branches, and one epoch of two steps, where something is refused on the way.
 NARROW = f"{STAGE}.NUM_CHANNELS [8,8] {STAGE}.HEAD_CHANNELS [4,4] {STAGE}.NUM_BLOCKS [1,1]".split()
 NARROW += f"{STAGE}.NUM_BRANCHES 2 {STAGE}.BIG_KERNELS [0,0] WORKERS 0".split()
+NARROW += ["KEEP_CHECKPOINTS", "1"]  # with another, a run goes on where the newest is damaged
 CITYSCAPES = """
     DATASET.DATASET cityscapes DATASET.NUM_CLASSES 19 DATASET.TRAIN_SET list/cityscapes/train.lst
     DATASET.TEST_SET list/cityscapes/val.lst TRAIN.IMAGE_SIZE [32,32] TRAIN.BASE_SIZE 64
