@@ -1,11 +1,11 @@
 """Do several processes compute what one does? Trains all models both ways, and prints a table.
 
-    PYTHONPATH=tests/vision python tests/scale/same_losses.py [--steps 50] [--models words ...]
+    python tests/scale/same_losses.py [--steps 50] [--models words digits scenes]
 
 1, 2 and 4 processes (gloo, a CPU thread each) share the same batches of the embedded text, the
 digits and the digit scenes; half of the steps are stacked, half at equilibrium. All is computed in
 float64 with tight solves (see cases.py): beside rounding there must be no difference. Exit code 1
-if there is one.
+if there is one. The commands as shipped, in float32, are in shipped_losses.py.
 """
 
 import argparse
@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "vision"))  # under pytest it is there already
 
 from cases import BATCH, Case, Found, difference, largest, make_trainer, train
 from groups import run_group, work
@@ -33,22 +35,19 @@ UNEQUAL = "2 parts, as they come"  # the one variant in which batch norm sees ot
 
 def variants(model: str, steps: int) -> list[Case]:
     """The runs of a model that are compared."""
-    cases = [Case(model), Case(model, "Jacobian loss", jacobian=True)]
+    cases = [
+        Case(model),
+        Case(model, "Jacobian loss", jacobian=True),
+        Case(model, "batch of 6", batch=6),  # over 4 processes: 2, 2, 1, 1
+    ]
     if model == "words":
-        cases += [
-            Case(model, "batch of 6", batch=6),
-            Case(model, "2 parts", chunk=2),
-            Case(model, "clusters", more=ADAPTIVE),
-        ]
+        cases += [Case(model, "2 parts", chunk=2), Case(model, "clusters", more=ADAPTIVE)]
     else:
-        # A batch of 6 over 4 processes is 2, 2, 1, 1.
         cases += [
-            Case(model, "batch of 6", batch=6),
             Case(model, "2 parts, same groups", chunk=2),
             Case(model, "2 parts, frozen norm", chunk=2, frozen=True),
             Case(model, UNEQUAL, chunk=2),
         ]
-    # A batch of 6 cannot be in two parts in each of 4 processes.
     return [replace(case, steps=steps) for case in cases]
 
 
@@ -70,8 +69,7 @@ def comparison(found: Found, expected: Found, border: int) -> dict[str, float]:
 
 
 def run_cases(processes: Processes, data: str, cases: list[Case]) -> dict[Case, Found]:
-    """Train all cases, one after another; only the first process keeps what it found, unless
-    another one ends with other weights."""
+    """Train all cases, one after another; all processes must end with the same bits."""
     warnings.simplefilter("ignore", DEQWarning)
     results = {}
     for case in cases:
@@ -84,6 +82,7 @@ def run_cases(processes: Processes, data: str, cases: list[Case]) -> dict[Case, 
 
 
 def child(processes: Processes, data: str, file: str) -> dict[Case, Found] | None:
+    """What a process of a group does; one copy of the result is enough."""
     found = run_cases(processes, data, torch.load(file, weights_only=False))
     return found if processes.leads else None
 
@@ -102,6 +101,8 @@ def main() -> int:
     parser.add_argument("--data", default=str(ROOT / "DEQ-Sequence/data/demo"))
     args = parser.parse_args()
     print(f"float64, batch of {BATCH}, {args.steps} steps; differences are relative to 1 process")
+    print("Batch norm sees a part of a batch at a time. 'same groups': one process gets the parts "
+          "of several;\n'as they come': it has its own, which is another computation.")  # fmt: skip
     print("model | variant | processes | stacked | equilibrium | gradient | validation | weights "
           "| worst residual | seconds")  # fmt: skip
     good = True

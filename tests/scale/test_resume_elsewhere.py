@@ -1,5 +1,6 @@
 """A run goes on in another number of processes, or in other parts, as if it had always had them."""
 
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,9 @@ from cases import Case, Recorder, make_trainer
 from groups import run_group, work
 from lib.checkpoint import load, save_atomic
 from lib.distributed import Processes
+from lib.stopping import Stopped
 
-BEFORE, AFTER = 10, 8  # steps of the first part and of the second; the border is between the two
+BEFORE, AFTER = 10, 8  # steps of the first part, which ends just beyond the border, and the second
 # Losses, the position in the data, the memory and the optimiser's moments all matter.
 CASES = {
     "words": Case("words", steps=BEFORE + AFTER, more=("--varlen", "--scheduler", "inv_sqrt")),
@@ -24,42 +26,35 @@ TOLERANCE = 1e-8
 
 
 def run_on(
-    processes: Processes, case: Case, data: str, checkpoint: Path | None, until: int
+    processes: Processes, case: Case, data: str, checkpoint: Path | None, stop: int | None = None
 ) -> dict:
-    """Train up to ``until`` steps, from the start or a checkpoint; what happened, and the state."""
-    trainer, run, due = make_trainer(case, processes, data), Recorder(), None
-    lines = []
+    """Train from the start or a checkpoint, to the end or as if the time were up at step ``stop``.
+
+    Returns the losses, what the checkpoint had to say, and the state of the run.
+    """
+    trainer, run, lines = make_trainer(case, processes, data), Recorder(), []
     if checkpoint is not None:
         lines = trainer.load_state_dict(load(checkpoint), checkpoint)
     due = trainer.due
-    trainer.due = lambda: (True, due()[1], False)
-    trainer.last_step = until
-    trainer.batches = stopping_at(trainer, until)
-    trainer.train(run)
+
+    def due_or_over():
+        trainer.stopping.time_is_up |= processes.leads and trainer.step + 1 == stop
+        return due()
+
+    trainer.due = due_or_over
+    with contextlib.suppress(Stopped):
+        trainer.train(run)
     return {"losses": run.losses(), "lines": lines, "state": trainer.state_dict()}
-
-
-def stopping_at(trainer, until: int):
-    """The trainer's batches as far as step ``until``."""
-    batches = trainer.batches
-
-    def some():
-        for batch in batches():
-            yield batch
-            if trainer.step >= until:
-                return
-
-    return some
 
 
 def found_by(processes: Processes, name: str, data: str, file: str, chunk: str, part: str) -> dict:
     """The first part, whose state is saved in ``file``, or the second, which begins with that."""
     case = replace(CASES[name], chunk=int(chunk))
     if part == "first":
-        found = run_on(processes, case, data, None, BEFORE)
+        found = run_on(processes, case, data, None, stop=BEFORE)
         processes.lead(lambda: save_atomic(found["state"], Path(file)))
     else:
-        found = run_on(processes, case, data, Path(file), BEFORE + AFTER)
+        found = run_on(processes, case, data, Path(file))
     return found
 
 
@@ -70,9 +65,7 @@ def found_by(processes: Processes, name: str, data: str, file: str, chunk: str, 
 def whole(demo_folder):
     """The uninterrupted run of one process."""
     data = str(demo_folder)
-    return {
-        name: run_on(Processes(), case, data, None, BEFORE + AFTER) for name, case in CASES.items()
-    }
+    return {name: run_on(Processes(), case, data, None) for name, case in CASES.items()}
 
 
 @pytest.fixture(scope="module")
