@@ -31,7 +31,8 @@ from lib.solvers import SOLVERS
 from mdeq_vision import MDEQClsNet, MDEQSegNet
 
 IMAGES = {"cifar10": 50_000, "imagenet": 1_281_167, "cityscapes": 2_975}  # to train on
-BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends together
+# Bytes of gradients, at least, that DistributedDataParallel sends together: first, and later on.
+BUCKETS = (2**20, 25 * 2**20)
 _TOY = 64  # size of the state on which a solver's own operations are counted
 
 
@@ -57,6 +58,7 @@ class Work:
             their thresholds, the mean where those vary.
         jac_share: share of the equilibrium's steps with the Jacobian loss.
         parameters: distinct ones; a gradient of 4 bytes each is summed over all processes.
+        buckets: sums in which the gradients travel.
         norms: batch norms, which communicate once forward and once backward.
         state: elements of the state that the solvers iterate.
         forward, backward, jacobian, rest, stacked: of one evaluation of f; of one product with its
@@ -75,6 +77,7 @@ class Work:
     b_evals: float
     jac_share: float
     parameters: int
+    buckets: int
     norms: int
     state: int
     forward: Cost
@@ -91,7 +94,8 @@ class Work:
     @property
     def collectives(self) -> int:
         """Per step: gradients, batch norms, and the counts that steer a step."""
-        return -(-self.gradient_bytes // BUCKET) + 2 * self.norms + 2
+        counts = 1 if self.name in LANGUAGE else 2
+        return self.buckets + 2 * self.norms + counts
 
     def flops(self, samples: int = 1) -> float:
         """Of a step of the equilibrium phase whose solves run to their thresholds."""
@@ -207,6 +211,7 @@ def _counts(
         "f_solver": f_solver,
         "b_solver": b_solver,
         "parameters": sum(p.numel() for p in model.parameters()),
+        "buckets": buckets([4 * p.numel() for p in model.parameters()]),
         "norms": norms,
         "forward": forward,
         "backward": backward,
@@ -215,6 +220,17 @@ def _counts(
         "stacked": cost(1, 1, step=0),
         "solver_kernels": (solver_kernels(f_solver), solver_kernels(b_solver)),
     }
+
+
+def buckets(sizes: list[int]) -> int:
+    """How many sums the gradients of these bytes travel in: they are collected from the last one
+    on, and sent when there are enough."""
+    count, collected = 0, 0
+    for size in reversed(sizes):
+        collected += size
+        if collected >= BUCKETS[min(count, 1)]:
+            count, collected = count + 1, 0
+    return count + (collected > 0)
 
 
 def _evaluating(times: int, note: Callable[[torch.Size], None]) -> Callable:
