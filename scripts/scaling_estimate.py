@@ -7,9 +7,9 @@
 
 Counted: parameters, FLOPs, operations and collectives of a step at its published size
 (scripts/benchmarks/work.py). Measured, on a CPU: the share of the attainable rate that a step
-reaches (--train: the --json of bench_train.py), and how many evaluations the slowest of several
-processes needs (--scaling: the --json of bench_scaling.py). Assumed: everything about the GPUs.
-The model that puts them together is scripts/benchmarks/cluster.py.
+reaches and the evaluations that it makes (--train: the --json of bench_train.py), and how many
+more the slowest of several processes needs (--scaling: the --json of bench_scaling.py). Assumed:
+everything about the GPUs. The model that puts them together is scripts/benchmarks/cluster.py.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from benchmarks.cluster import (
     efficiency,
     filled_of,
     run_hours,
+    spread_of,
     step_on,
     useful,
     utilisation_of,
@@ -64,7 +65,7 @@ def run(argv: list[str] | None = None) -> str:
     train, scaling = _records(args.train, "setting"), _records(args.scaling, "trainer")
     page = None if args.page is None else _split(args.page)
     works = {name: count(name, "tiny" if args.tiny else "full") for name in names}
-    measured = {name: _measured(name, train, scaling) for name in names}
+    measured = {name: _measured(work, train, scaling) for name, work in works.items()}
     text = "\n\n".join(
         [
             _assumptions(Hardware(), args, train, scaling),
@@ -86,7 +87,8 @@ def run(argv: list[str] | None = None) -> str:
 def _assumptions(gpu: Hardware, args: argparse.Namespace, train: dict, scaling: dict) -> str:
     rates = ", ".join(f"{kind} {rate / 1e12:.0f} TFLOP/s" for kind, rate in gpu.peak.items())
     utilisation = "measured" if train else f"{ASSUMED_UTILISATION} (no --train was given)"
-    solves = "measured" if scaling else "every solve runs to its threshold (no --scaling was given)"
+    solves = "measured" if train else "every solve runs to its threshold (no --train was given)"
+    slowest = "measured" if scaling else "as many as all (no --scaling was given)"
     rows = [
         ["GPU", gpu.name, "assumed"],
         ["peak of dense products", rates, "data sheet"],
@@ -98,7 +100,8 @@ def _assumptions(gpu: Hardware, args: argparse.Namespace, train: dict, scaling: 
         ["wait for a residual, once per evaluation", f"{1e6 * gpu.wait:.0f} µs", "assumed"],
         ["hop of a collective, log2 N of them", f"{1e6 * gpu.latency:.0f} µs", "assumed"],
         ["share of the floor's rate", utilisation, "stand-in, from a CPU"],
-        ["evaluations", solves, "stand-in, small models on a CPU"],
+        ["evaluations of a solve", solves, "stand-in, smaller models on a CPU"],
+        ["evaluations of the slowest process", slowest, "stand-in, small models on a CPU"],
     ]  # fmt: skip
     return "### Assumptions\n\n" + table(["what", "value", "from"], rows)
 
@@ -129,21 +132,24 @@ def _counts(works) -> str:
                 f"{whole / 1e18:.3g}",
             ]
         )
-    return "### Counted\n\n" + table(head, rows)
+    never = [w.name for w in works if w.steps <= w.stacked_steps]
+    note = f"\n\nWithout a step at equilibrium, as published: {', '.join(never)}." if never else ""
+    return "### Counted\n\n" + table(head, rows) + note
 
 
 def _inputs(measured: dict[str, Measured]) -> str:
-    counts = (1, 2, *SIZES)
-    head = ["setting", "share of the floor's rate", *(f"slowest of {n}" for n in counts)]
+    counts = (2, *SIZES)
+    head = ["setting", "share of the floor's rate", "share of the threshold f / b",
+            *(f"slowest of {n}" for n in counts)]  # fmt: skip
     rows = [
-        [name, f"{m.utilisation:.2f}",
-         *(f"{m.evaluations(0, n):.2f} / {m.evaluations(1, n):.2f}" for n in counts)]
+        [name, f"{m.utilisation:.2f}", f"{m.filled[0]:.2f} / {m.filled[1]:.2f}",
+         *(f"{m.slowest(0, n):.2f} / {m.slowest(1, n):.2f}" for n in counts)]
         for name, m in measured.items()
     ]  # fmt: skip
     return (
-        "### Measured on a CPU, as stand-ins\n\nEvaluations of the slowest of N processes, forward "
-        "/ backward, as a share of what the thresholds allow; its draws are taken to be "
-        f"independent.\n\n{table(head, rows)}"
+        "### Measured on a CPU, as stand-ins\n\nThe slowest of N processes: its evaluations over "
+        "the mean of all, forward / backward, if processes were independent. A threshold cuts "
+        f"them.\n\n{table(head, rows)}"
     )
 
 
@@ -189,8 +195,8 @@ def _limits(works, measured: dict) -> str:
         n = min(w.batch, max(SIZES))
         step = step_on(w, n, math.ceil(w.batch / n), "bf16", gpu, measured[w.name], False)
         parts = [f"{100 * part / step.seconds:.0f}" for part in vars(step).values()]
-        eff = efficiency(w, n, "bf16", gpu, measured[w.name])
-        rows.append([w.name, str(n), *parts, f"{eff:.2f}", step.limit])
+        reached = efficiency(w, n, "bf16", gpu, measured[w.name])
+        rows.append([w.name, str(n), *parts, f"{reached:.2f}", step.limit])
     head = ["setting", "GPUs", "computing %", "launches and waits %", "gradients %",
             "latency %", "efficiency", "most"]  # fmt: skip
     return "### Where sharing the published batch ends (bf16)\n\n" + table(head, rows)
@@ -219,14 +225,16 @@ def _figures(works: dict[str, Work], measured: dict[str, Measured]) -> list[dict
     ]
 
 
-def _measured(name: str, train: dict, scaling: dict) -> Measured:
+def _measured(work: Work, train: dict, scaling: dict) -> Measured:
     """Figures of the setting itself, or of its like."""
+    name, words = work.name, work.name in LANGUAGE
     found = {key: utilisation_of(record) for key, record in train.items()}
-    alike = [u for key, u in found.items() if (key in LANGUAGE) == (name in LANGUAGE)]
+    alike = [u for key, u in found.items() if (key in LANGUAGE) == words]
     other = statistics.median(alike or found.values()) if found else ASSUMED_UTILISATION
-    trainer = "words" if name in LANGUAGE else "scenes" if "cityscapes" in name else "digits"
+    filled = filled_of(train[name], work) if name in train else (1.0, 1.0)
+    trainer = "words" if words else "scenes" if "cityscapes" in name else "digits"
     record = scaling.get(name) or scaling.get(trainer)
-    return Measured(found.get(name, other), *([filled_of(record)] if record else []))
+    return Measured(found.get(name, other), filled, spread_of(record) if record else ((), ()))
 
 
 def _records(path: Path | None, key: str) -> dict[str, dict]:

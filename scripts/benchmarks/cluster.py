@@ -13,6 +13,7 @@ only once the adjoint is solved.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import mean
 
 from benchmarks.steps import least_bytes
 from benchmarks.work import Cost, Work
@@ -50,16 +51,23 @@ class Measured:
 
     Attributes:
         utilisation: floor of a step over its time.
-        filled: evaluations of a solve over those of one that runs to its threshold, of each process
-            and step, forward and backward; empty takes every solve to run to its threshold.
+        filled: evaluations of a solve over those of one that runs to its threshold, forward and
+            backward.
+        spread: evaluations of the solves of many processes and steps over their mean, forward and
+            backward; empty takes all processes to need as many.
     """
 
     utilisation: float
-    filled: tuple[Sequence[float], Sequence[float]] = ((), ())
+    filled: tuple[float, float] = (1.0, 1.0)
+    spread: tuple[Sequence[float], Sequence[float]] = ((), ())
+
+    def slowest(self, which: int, n: int) -> float:
+        """Expected evaluations of the slowest of n independent solves over those of all."""
+        return expected_maximum(self.spread[which], n) if self.spread[which] else 1.0
 
     def evaluations(self, which: int, n: int) -> float:
-        """Expected share of the most evaluations that the slowest of n independent solves makes."""
-        return expected_maximum(self.filled[which], n) if self.filled[which] else 1.0
+        """Those of the slowest of n solves, over those of one that runs to its threshold."""
+        return min(self.filled[which] * self.slowest(which, n), 1.0)
 
 
 @dataclass(frozen=True)
@@ -162,9 +170,18 @@ def utilisation_of(record: dict) -> float:
     return fast["floor"] / fast["step"]
 
 
-def filled_of(record: dict) -> tuple[list[float], list[float]]:
-    """Evaluations over the most that the threshold allows, from a record of bench_scaling.py: of
-    all processes and steps of the arrangement in which they share a batch."""
+def filled_of(record: dict, work: Work) -> tuple[float, float]:
+    """Evaluations over those of solves that run to their thresholds, from such a record."""
+    fast = record["forms"]["fast"]
+    # Of a backward solve the first evaluation, at zero, is known.
+    shares = fast["f_nfe"] / work.f_evals, (fast["b_nfe"] - 1) / work.b_evals
+    return tuple(min(share, 1.0) for share in shares)
+
+
+def spread_of(record: dict) -> tuple[list[float], list[float]]:
+    """Evaluations over their mean, from a record of bench_scaling.py: of all processes and steps of
+    the arrangement in which they share a batch."""
     each = record["phases"]["equilibrium"]["strong"]["each"]
     nfe = [step for process in each for step in process["nfe"]]
-    return tuple([min(n[i] / record["most"][i], 1.0) for n in nfe] for i in (0, 1))
+    means = [mean(step[i] for step in nfe) for i in (0, 1)]
+    return tuple([step[i] / means[i] for step in nfe] for i in (0, 1))

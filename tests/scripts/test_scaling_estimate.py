@@ -17,11 +17,12 @@ from benchmarks.cluster import (
     expected_maximum,
     filled_of,
     run_hours,
+    spread_of,
     step_on,
     useful,
 )
 from benchmarks.settings import chosen_settings
-from benchmarks.work import Cost, count, counted, most_evaluations
+from benchmarks.work import Cost, buckets, count, counted, most_evaluations
 from lib.solvers import SOLVERS
 from scaling_estimate import BEGIN, END
 
@@ -72,6 +73,13 @@ def test_counts_of_a_language_model(words):
     assert words.gradient_bytes == 4 * words.parameters
 
 
+def test_gradients_are_collected():
+    mib = 2**20
+    assert buckets([100]) == 1
+    assert buckets([10 * mib, 20 * mib, mib]) == 2  # the last one alone, the others together
+    assert buckets([5, 30 * mib, 30 * mib, 30 * mib]) == 4
+
+
 def test_all_published_runs_are_there():
     assert len(chosen_settings(scaling_estimate.build_parser().parse_args([]).settings)) == 14
 
@@ -116,35 +124,39 @@ def test_slowest_of_several_solves(cifar):
     assert expected_maximum([0.5, 1.0], 1) == 0.75
     assert expected_maximum([1.0, 0.5], 2) == pytest.approx((0.5 + 3 * 1.0) / 4)
     assert expected_maximum([0.5, 1.0], 1000) == pytest.approx(1)
-    uneven = Measured(1.0, ([0.5, 1.0], [1.0]))
-    ideal = replace(GPU, near=math.inf)
-    one, two = (step_on(cifar, n, 64, "bf16", ideal, uneven, False).compute for n in (1, 2))
-    saved = 64 * cifar.f_evals * cifar.forward.flops / 312e12
-    assert two - one == pytest.approx((0.875 - 0.75) * saved)
+    uneven = Measured(1.0, (0.5, 1.0), ([0.5, 1.5], [0.5, 1.5]))
+    assert [uneven.evaluations(0, n) for n in (1, 2)] == pytest.approx([0.5, 0.625])
+    assert [uneven.evaluations(1, n) for n in (1, 2)] == [1, 1]  # cut by the threshold
+    one, two = (step_on(cifar, n, 64, "bf16", GPU, uneven, False).compute for n in (1, 2))
+    longer = 64 * cifar.f_evals * cifar.forward.flops / 312e12
+    assert two - one == pytest.approx((0.625 - 0.5) * longer)
 
 
-def record_of(trainer, nfe, most):
+def record_of(trainer, nfe):
     strong = {"each": [{"nfe": steps} for steps in nfe]}
-    return {"trainer": trainer, "most": most, "phases": {"equilibrium": {"strong": strong}}}
+    return {"trainer": trainer, "phases": {"equilibrium": {"strong": strong}}}
 
 
-def test_evaluations_of_a_scaling_run():
-    record = record_of("digits", [[[7, 10]], [[14, 12]]], [14, 20])
-    assert filled_of(record) == ([0.5, 1.0], [0.5, 0.6])
+def test_evaluations_of_measured_runs(cifar):
+    record = record_of("digits", [[[7, 10]], [[21, 10]]])
+    assert spread_of(record) == ([0.5, 1.5], [1.0, 1.0])
+    assert filled_of({"forms": {"fast": {"f_nfe": 9.5, "b_nfe": 21.0}}}, cifar) == (0.5, 1.0)
 
 
 def test_command_with_measurements_and_a_page(tmp_path, capsys):
     train, scaling, page, out = (tmp_path / name for name in ("t", "s", "page.md", "out.json"))
-    figures = {"forms": {"fast": {"floor": 1.0, "step": 4.0}}}
+    fast = {"floor": 1.0, "step": 4.0, "f_nfe": 9.5, "b_nfe": 21.0}
+    figures = {"forms": {"fast": fast}}
     train.write_text(json.dumps([{"setting": CIFAR, **figures}]))
-    scaling.write_text(json.dumps([record_of("digits", [[[7, 10]], [[14, 20]]], [14, 20])]))
+    scaling.write_text(json.dumps([record_of("digits", [[[7, 10]], [[21, 10]]])]))
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     flags = ["--tiny", "--settings", CIFAR, "--train", str(train), "--scaling", str(scaling)]
     assert scaling_estimate.main([*flags, "--page", str(page), "--json", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "| measured" in printed
-    assert "| 0.25" in printed
-    assert "0.75 / 0.75" in printed
+    assert "| 0.25 " in printed
+    assert "| 0.50 / 1.00 " in printed
+    assert "| 1.25 / 1.00 " in printed
     assert "ends at 128" in printed
     assert page.read_text() == f"before\n{BEGIN}\n\n{printed.strip()}\n\n{END}\nafter\n"
     (found,) = json.loads(out.read_text())
