@@ -59,7 +59,7 @@ def build_parser() -> Parser:
     add("--steps", type=int, default=40, help="counted steps of an arrangement in a phase")
     add("--turn", type=int, default=4, help="counted steps of a turn; one more begins it")
     add("--warmup", type=int, default=2, help="steps of each arrangement before a phase")
-    add("--lead", type=int, default=60, help="training steps before a phase (quickstart's)")
+    add("--lead", type=int, default=200, help="training steps before a phase (quickstart's)")
     add("--batch", type=int, help="samples per step of one process; default: the trainer's")
     add("--tiny", action="store_true", help="sizes for tests")
     add("--seed", type=int, default=1, help="of weights and data")
@@ -150,6 +150,8 @@ def report(record: dict) -> str:
                 ]
             )  # fmt: skip
         steps = f"{record['steps']} steps of each in turns of {record['turn']}"
+        if phase != "stacked":
+            steps += "; thresholds allow nfe of {:g} / {:g}".format(*record["most"])
         text += f"\n{phase}, {steps}\n\n{table(HEAD, rows)}\n"
     return text.rstrip("\n")
 
