@@ -41,7 +41,11 @@ def variants(model: str, steps: int) -> list[Case]:
         Case(model, "batch of 6", batch=6),  # over 4 processes: 2, 2, 1, 1
     ]
     if model == "words":
-        cases += [Case(model, "2 parts", chunk=2), Case(model, "clusters", more=ADAPTIVE)]
+        cases += [
+            Case(model, "2 parts", chunk=2),
+            Case(model, "clusters", more=ADAPTIVE),
+            Case(model, "clipped", more=("--clip", "0.25")),
+        ]
     else:
         cases += [
             Case(model, "2 parts, same groups", chunk=2),
