@@ -189,6 +189,8 @@ def two_machines() -> Iterator[Pair]:
         _run("ip", "-n", spaces[1], "link", "set", _CABLE, state)
 
     pair = Pair(tuple(machines), _NAMES[0], cable)
+    # A time limit must not leave the namespaces behind.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         for space in spaces:
             _run("ip", "netns", "add", space)
@@ -207,6 +209,7 @@ def two_machines() -> Iterator[Pair]:
             with contextlib.suppress(PermissionError):  # it may not have come to that
                 _run("ip", "netns", "del", space)
         hosts.unlink()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(*command: str) -> None:

@@ -66,7 +66,8 @@ class Trial:
         return self.folder / "runs-wt103" / name
 
     def start(self, name: str, *more: str, **variables: str) -> list[Launch]:
-        """Begin or continue the run ``name`` on both machines."""
+        """Begin or continue the run ``name`` on both machines, on which nothing else runs then."""
+        self.pair.power_off()
         if self.pictures:
             words = [*PICTURES, "OUTPUT_DIR", str(self.folder / name), *more]
         else:
