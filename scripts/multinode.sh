@@ -15,6 +15,9 @@
 #                    from the last checkpoint; a machine that is gone can be replaced within ten
 #                    minutes, by the same line on another one (not MASTER)
 #     AUTO_RESTART   1: continue the run if there is one, also without RESTARTS
+#     DEQ_TIMEOUT    minutes that a process waits for another before it ends, as where a machine
+#                    falls silent (15). torchrun itself ends when the kernel gives the connection
+#                    to MASTER up: by default on Linux, after a quarter of an hour too
 #     MAX_TIME       minutes after which the run saves and stops
 #     RUN_ID         tells runs apart that share MASTER and PORT (deq)
 #     TORCHRUN       further flags of torchrun
