@@ -1,17 +1,21 @@
-"""Two machines train together; what happens to one must not lose the run."""
+"""Two machines train together; what happens to one must not lose the run.
 
+Where there can be no network namespaces, the tests of ``two`` are skipped, and those of ``one``
+have both launch files on one machine.
+"""
+
+import signal
 from pathlib import Path
 
 import pytest
 
-from machines import two_machines
-from two_machines import BORDER, Trial, fall_silent, lose, stop, terminate
-
-pytestmark = pytest.mark.slow
+from lib.distributed import TIMEOUT
+from machines import Pair, one_machine, two_machines
+from two_machines import BORDER, PATIENCE, Trial, fall_silent, little_space, lose, stop, terminate
 
 
 @pytest.fixture(scope="module")
-def pair():
+def two() -> Pair:
     try:
         with two_machines() as pair:
             yield pair
@@ -20,13 +24,49 @@ def pair():
 
 
 @pytest.fixture(scope="module")
-def trial(pair, tmp_path_factory) -> Trial:
-    """With an uninterrupted run, "whole"."""
-    trial = Trial(pair, Path(tmp_path_factory.mktemp("machines")))
+def one() -> Pair:
+    with one_machine() as pair:
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def trial(request, tmp_path_factory) -> Trial:
+    """With an uninterrupted run, "whole"; the parameter says what is trained, and where."""
+    what, where = request.param.split(" on ")
+    folder = Path(tmp_path_factory.mktemp("machines"))
+    trial = Trial(request.getfixturevalue(where), folder, pictures=what == "pictures")
     trial.finish("whole")
     return trial
 
 
+def on(*kinds):
+    return pytest.mark.parametrize("trial", kinds, indirect=True)
+
+
+# ---- by default ----------------------------------------------------------------------------------
+
+
+def test_a_power_cut_is_noticed(two, tmp_path):
+    lose(Trial(two, tmp_path), "run", 2, lost=1)
+
+
+def test_a_machine_that_falls_silent_is_noticed(one, tmp_path):
+    """Its connections stay open, but nothing comes any more."""
+    machine = one.machines[1]
+    try:
+        silence = lambda: machine.signal(signal.SIGSTOP)  # noqa: E731
+        seconds = fall_silent(Trial(one, tmp_path), "run", 2, silence, 0.05)
+    finally:
+        machine.power_off()
+    assert len(seconds) == 2
+    assert seconds[0] >= 2
+
+
+# ---- lost ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@on("words on two", "pictures on two", "words on one")
 def test_two_power_cuts(trial):
     """Of either machine, in either phase."""
     lose(trial, "run", 20, lost=1)
@@ -35,6 +75,8 @@ def test_two_power_cuts(trial):
     assert trial.differences("run", "whole") == []
 
 
+@pytest.mark.slow
+@on("words on two", "pictures on two")
 def test_a_cut_cable_is_noticed(trial):
     try:
         seconds = fall_silent(trial, "cut", 20, lambda: trial.pair.cable("down"), 0.05)
@@ -45,17 +87,74 @@ def test_a_cut_cable_is_noticed(trial):
     assert trial.differences("cut", "whole") == []
 
 
-def test_a_signal_to_one_process_stops_both(trial):
-    stop(trial, "stopped", 20, terminate(trial.pair, 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("machine", [0, 1])
+@on("words on two")
+def test_a_killed_worker_is_started_again(trial, machine):
+    """By torchrun, in the same job; also the one that writes the files."""
+    name = f"again{machine}"
+    launches = trial.start(name, AUTO_RESTART="0", RESTARTS="1")
+    trial.reach(name, 20, launches)
+    trial.pair.machines[machine].signal(signal.SIGKILL, workers=True)
+    for launch in launches:
+        assert launch.ended(PATIENCE) == 0, launch.err
+    assert trial.differences(name, "whole") == []
+
+
+# ---- stopped -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@on("words on two", "pictures on two")
+def test_signals_stop_both(trial):
+    """To one training process; then, in the other phase, to one torchrun."""
+    first = stop(trial, "stopped", 20, terminate(trial.pair, 1))
+    assert first < BORDER
+    torchrun = lambda launches: launches[1].process.send_signal(signal.SIGTERM)  # noqa: E731
+    assert stop(trial, "stopped", BORDER + 20, torchrun) > first
     trial.finish("stopped")
     assert trial.differences("stopped", "whole") == []
 
 
-def test_a_killed_worker_is_started_again(trial):
-    """By torchrun, in the same job."""
-    launches = trial.start("again", RESTARTS="1")
-    trial.reach("again", 20, launches)
-    trial.pair.machines[1].signal(9, workers=True)
-    for launch in launches:
-        assert launch.ended(180) == 0, launch.err
-    assert trial.differences("again", "whole") == []
+# ---- full, or refused ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def said_by_all(two, tmp_path):
+    """The line that both training processes end with, and the run's folder."""
+
+    def run(*more, size=10**9, **variables):
+        trial = Trial(two, tmp_path)
+        with little_space(size):
+            launches = trial.start("run", *more, **variables)
+        for launch in launches:
+            assert launch.ended(PATIENCE) == 1, launch.err
+        (line,) = {trial.said(launch) for launch in launches}
+        return line, trial.run_folder("run")
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_cannot_be_written(said_by_all):
+    line, folder = said_by_all(size=30_000)
+    assert f"{folder}/checkpoint.pt could not be written at step 7 (File too large)" in line
+
+
+@pytest.mark.slow
+def test_records_that_cannot_be_written(said_by_all):
+    line, folder = said_by_all("--save-interval", "900", "--eval-interval", "900", size=25_000)
+    assert f"{folder} could not be written at step " in line  # its TensorBoard events
+
+
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_made(said_by_all, tmp_path):
+    (tmp_path / "file-wt103").write_text("")
+    line, _ = said_by_all("--work_dir", str(tmp_path / "file"))
+    assert "file-wt103" in line
+
+
+@pytest.mark.slow
+def test_a_bad_timeout(said_by_all):
+    line, _ = said_by_all(**{TIMEOUT: "soon"})
+    assert f"{TIMEOUT} is 'soon', but must be a number of minutes" in line
