@@ -66,7 +66,8 @@ class Watch:
         self.resident.append(resident_bytes())
         if step in self.at:
             objects = gc.get_objects()
-            tensors = [o for o in objects if issubclass(type(o), torch.Tensor)]  # no __class__
+            # Others, such as those of torch.compile, may be without memory of their own.
+            tensors = [o for o in objects if type(o) in (torch.Tensor, torch.nn.Parameter)]
             dense = [t for t in tensors if t.layout == torch.strided]  # others have no storage
             storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in dense}
             held = sum(storage.nbytes() for storage in storages.values())

@@ -124,6 +124,7 @@ def steps(case, phase, norm, processes):
     found = {"losses": []}
     for step in range(STEPS if phase == "stacked" else 2):
         image, label = batch(step, CASES[case][2], 2 * EACH)
+        trainer.position = 0  # these batches are not of its data set
         trainer.update((image[mine], label[mine]))
         found["losses"].append(trainer._window["loss"])
         if step == 0:
