@@ -43,12 +43,13 @@ class Processes:
         (WikiText-103: half a minute) or a list of images for the first time, or writes a
         checkpoint to a slow disk.
 
-        An error leaves their group as it is: see :func:`end_at_once`.
+        The group is left as it is, after an error at once, else when all have come to the end:
+        whoever joined it ends with :func:`end_at_once`.
         """
         processes = cls._start()
         yield processes
         if processes.world_size > 1:
-            dist.destroy_process_group()
+            dist.barrier()
 
     @classmethod
     def _start(cls) -> "Processes":
@@ -209,10 +210,12 @@ def lost_contact(error: BaseException) -> str:
 def end_at_once(code: int) -> None:
     """End this process, if it is one of several, without taking their group apart.
 
-    For an error's end, while the error is still held, and with it all that it came through.
-    Tensors may be on their way to a process that is gone, and whoever drops the last reference to
-    their group, such as the traceback's to DistributedDataParallel, waits for them: with Python's
-    lock, which gloo's threads need to drop the tensors (torch 2.13), so for ever.
+    After an error that is while it is still held, and with it all that it came through. Tensors
+    may be on their way to a process that is gone, and whoever drops the last reference to their
+    group, such as the traceback's to DistributedDataParallel, waits for them: with Python's lock,
+    which gloo's threads need to drop the tensors (torch 2.13), so for ever. And where all went
+    well, Python's own way to the end takes gloo apart in an order that aborts one process in some
+    hundreds ("terminate called without an active exception"), which torchrun takes for a failure.
     """
     if dist.is_available() and dist.is_initialized():
         for stream in (sys.stdout, sys.stderr):

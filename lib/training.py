@@ -28,7 +28,7 @@ class TrainingError(RuntimeError):
 def exit_code(program: str, action: Callable[[], object], resume: str) -> int:
     """Run ``action``; bad input is one line on the error stream and 2, without a traceback.
 
-    One of several processes ends here, at once, unless all went well.
+    One of several processes ends here, at once.
 
     Args:
         program: the command's name, which begins the line.
@@ -48,6 +48,7 @@ def exit_code(program: str, action: Callable[[], object], resume: str) -> int:
         print(f"{program}: {' '.join(line.split())}", file=sys.stderr)
         end_at_once(code)
         return code
+    end_at_once(0)
     return 0
 
 

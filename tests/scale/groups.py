@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lib.distributed import Processes
+from lib.distributed import Processes, end_at_once
 
 
 def run_group(
@@ -54,9 +54,8 @@ def work(find: Callable[..., Any], argv: list[str]) -> None:
         dist.init_process_group(
             "gloo", init_method=meeting, rank=processes.rank, world_size=processes.world_size
         )
-    try:
-        found = find(processes, *rest)
-    finally:
-        if processes.world_size > 1:
-            dist.destroy_process_group()
+    found = find(processes, *rest)
     torch.save(found, Path(folder) / f"{rank}.pt")
+    if processes.world_size > 1:
+        dist.barrier()
+    end_at_once(0)
