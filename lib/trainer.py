@@ -48,7 +48,7 @@ class Trainer(Stepper):
     # ---- what subclasses define ----------------------------------------------------------------
 
     last_step: int
-    stacked: bool  # whether the next step is one of the stacked phase
+    pretrain_steps: int  # the length of the stacked phase
 
     def batches(self) -> Iterator[Any]:
         """This process's shares of the batches from the present position up to ``last_step``."""
@@ -59,8 +59,8 @@ class Trainer(Stepper):
         raise NotImplementedError
 
     def validate(self) -> tuple[Any, dict, str, float]:
-        """Evaluate in the phase of the last update: the findings, their record, the name of the
-        score, and the score, the higher the better."""
+        """Evaluate in the phase of the last update: the findings, their record and ``text``, the
+        name of the score, and the score, the higher the better."""
         raise NotImplementedError
 
     def after_validation(self, found: Any) -> None:
@@ -157,9 +157,9 @@ class Trainer(Stepper):
             restore_random_states(states, self.rng, self.device)  # it will come again
             return False
         release_free_memory()  # else what it used would stay resident
-        phase = record["phase"]
+        phase = "stacked" if 0 < self.step <= self.pretrain_steps else "equilibrium"
         self.run.log(f"step {self.step} | valid ({phase}) | {record.pop('text')}")
-        self.run.record("valid", self.step, **record)
+        self.run.record("valid", self.step, phase=phase, **record)
         # A stacked network and an equilibrium are compared with their own kind.
         if phase != self.best.get("phase") or not score <= self.best["score"]:
             self.best = {"phase": phase, "score": score, "step": self.step, "name": name}

@@ -18,16 +18,3 @@ def saved_bytes(forward: Callable) -> int:
         result = forward()
     del result
     return total
-
-
-def differences(a, b, name=""):
-    """Names of the entries in which two checkpoints differ by as much as a bit."""
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        a, b = dict(enumerate(a)), dict(enumerate(b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        found = [f"{name}/{key}" for key in a.keys() ^ b.keys()]
-        for key in a.keys() & b.keys():
-            found += differences(a[key], b[key], f"{name}/{key}")
-        return found
-    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-    return [] if same else [name]

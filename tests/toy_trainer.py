@@ -35,7 +35,7 @@ class ToyTrainer(Trainer):
 
     extra_parts = ("place",)
     extra_sums = ("numbers",)
-    border, every, saves, last_step = 4, 4, (), 8
+    pretrain_steps, every, saves, last_step = 4, 4, (), 8
 
     def __init__(self, *, keep=2, max_skipped=3, clip=0.0, max_minutes=0.0):
         torch.manual_seed(0)
@@ -52,10 +52,6 @@ class ToyTrainer(Trainer):
         self.place, self.spoil, self.on_step = 0, {}, lambda step: None
         self.scores = iter(range(100))
         self.stop_validation_at = None
-
-    @property
-    def stacked(self):
-        return self.step < self.border
 
     def batches(self):
         while self.step < self.last_step:
@@ -87,9 +83,8 @@ class ToyTrainer(Trainer):
             self.stop_validation_at = None
             self.stopping.time_is_up = True
             raise EvaluationStopped
-        phase = "stacked" if self.step <= self.border else "equilibrium"
         score = next(self.scores)
-        return None, {"phase": phase, "text": f"score {score}", "score": score}, "score", score
+        return None, {"text": f"score {score}", "score": score}, "score", score
 
     def figures(self, loss, elapsed):
         return {"loss": loss, "numbers": self._window["numbers"]}, f"step {self.step} | {loss:.4f}"
@@ -104,4 +99,4 @@ class ToyTrainer(Trainer):
         self.place = state["place"]
 
     def fixed(self):
-        return {"--border": self.border}
+        return {"--border": self.pretrain_steps}

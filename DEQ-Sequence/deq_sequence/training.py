@@ -80,14 +80,10 @@ class LMTrainer(Trainer):
             share = args.gpu0_bsz // args.batch_chunk if args.gpu0_bsz >= 0 else -1
             # loss, jac_loss, sradius, z_mem, u_mem
             self.parallel = BalancedDataParallel(model, share, 1, output_dims=(1, None, 0, 1, 1))
-        self.last_step = args.max_step
+        self.last_step, self.pretrain_steps = args.max_step, args.pretrain_steps
         self.step = args.start_train_steps
         self.epoch, self.row = 0, 0
         self.forget()
-
-    @property
-    def stacked(self) -> bool:
-        return 0 <= self.step < self.args.pretrain_steps
 
     # ---- a step --------------------------------------------------------------------------------
 
@@ -114,7 +110,7 @@ class LMTrainer(Trainer):
         f_thres = max(1, self.args.f_thres - self.rng.randint(0, self.args.rand_f_thres_delta))
         regularise = self.rng.random() < self.args.jac_loss_freq
         weight = self.jac_weight_of(self.step)
-        return Choices(f_thres, weight if regularise and not self.stacked else 0.0)
+        return Choices(f_thres, weight if regularise and self.step >= self.pretrain_steps else 0.0)
 
     def split(self, batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
         chunks = self.args.batch_chunk
@@ -189,9 +185,7 @@ class LMTrainer(Trainer):
 
     def validate(self) -> tuple[Evaluation, dict, str, float]:
         found = self.evaluate(self.corpus.valid)
-        phase = "stacked" if 0 <= self.step - 1 < self.args.pretrain_steps else "equilibrium"
         record = {
-            "phase": phase,
             "perplexity": found.perplexity,
             "text": found.text(self.corpus.characters),
         }

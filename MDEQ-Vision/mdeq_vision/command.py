@@ -272,8 +272,9 @@ def _checkpoint_to_resume(cfg: CfgNode, folder: Path, resume: str) -> Path | Non
 
 # Settings that may differ between a run and its continuation without a word.
 _FREE = ("OUTPUT_DIR", "LOG_DIR", "DATA_DIR", "GPUS", "WORKERS", "PRINT_FREQ", "SAVE_FREQ",
-         "AUTO_RESUME", "PIN_MEMORY", "DEBUG", "TEST", "TRAIN.RESUME", "TRAIN.CHECKPOINT",
-         "TRAIN.MODEL_FILE", "MODEL.PRETRAINED")  # fmt: skip
+         "KEEP_CHECKPOINTS", "MAX_TIME", "AUTO_RESUME", "PIN_MEMORY", "DEBUG", "TEST",
+         "TRAIN.RESUME", "TRAIN.CHECKPOINT", "TRAIN.MODEL_FILE", "TRAIN.MAX_SKIPPED",
+         "MODEL.PRETRAINED")  # fmt: skip
 
 
 def _changes(cfg: CfgNode, path: Path) -> list[str]:

@@ -112,6 +112,7 @@ class ImageTrainer(Trainer):
         self.epoch, self.position = cfg.TRAIN.BEGIN_EPOCH, 0  # batches done in this epoch
         self.step = self.epoch * self.n_batches
         self.last_step = cfg.TRAIN.END_EPOCH * self.n_batches
+        self.pretrain_steps = cfg.TRAIN.PRETRAIN_STEPS
 
     # ---- what subclasses define ----------------------------------------------------------------
 
@@ -131,10 +132,6 @@ class ImageTrainer(Trainer):
     evaluator: Callable[..., Evaluation]  # a function of mdeq_vision.evaluation
 
     # ---- a step --------------------------------------------------------------------------------
-
-    @property
-    def stacked(self) -> bool:
-        return self.step < self.cfg.TRAIN.PRETRAIN_STEPS
 
     def batches(self) -> Iterator[list[Tensor]]:
         """This process's shares (images, labels), to the end of the last epoch."""
@@ -258,9 +255,8 @@ class ImageTrainer(Trainer):
         )
 
     def validate(self) -> tuple[Evaluation, dict, str, float]:
-        phase = "stacked" if self.step - 1 < self.cfg.TRAIN.PRETRAIN_STEPS else "equilibrium"
         found = self.evaluate(self.step - 1)
-        record = {"phase": phase, "text": found.text(), **found.figures}
+        record = {"text": found.text(), **found.figures}
         return found, record, found.score, found.figures[found.score]
 
     def after_validation(self, found: Evaluation) -> None:

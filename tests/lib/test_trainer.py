@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 
+from harness import differences
 from lib.checkpoint import load
 from lib.errors import InputError
 from lib.experiment import CHECKPOINT, LOG, WEIGHTS, Run, read_metrics
@@ -14,7 +15,6 @@ from lib.retention import versions
 from lib.stopping import Stopped
 from lib.trainer import FORMAT, Trainer
 from lib.training import TrainingError
-from measures import differences
 from toy_trainer import ToyTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
@@ -161,7 +161,7 @@ def whole(start):
 def assert_whole(folder, whole):
     other, state = whole
     assert read_metrics(folder) == read_metrics(other)
-    assert differences(load(folder / CHECKPOINT), state) == []
+    assert list(differences(load(folder / CHECKPOINT), state)) == []
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -218,7 +218,7 @@ def test_a_checkpoint_has_the_parts_that_are_asked_for():
 def test_other_settings_are_refused():
     state = ToyTrainer().state_dict()
     trainer = ToyTrainer()
-    trainer.border = 5
+    trainer.pretrain_steps = 5
     with pytest.raises(InputError, match="--border 4, and this run has 5"):
         trainer.load_state_dict(state, "x.pt")
 

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from harness import differences
 from image_files import write_cityscapes, write_imagenet
 from lib.checkpoint import load
 from lib.experiment import CHECKPOINT, LOG, METRICS, WEIGHTS, Run, read_metrics
@@ -18,7 +19,6 @@ from mdeq_vision import command
 from mdeq_vision.command import CONFIG
 from mdeq_vision.config import config, merge_file
 from mdeq_vision.datasets import digit_scenes
-from measures import differences
 from small_runs import DIGITS, ROOM, SCENES, TINY, TINY_DIGITS, run_tool
 
 # So few iterations do not converge.
@@ -119,7 +119,7 @@ def records(folder):
 def assert_same_run(one, two):
     assert records(one) == records(two)
     for name in (WEIGHTS, CHECKPOINT):
-        assert differences(load(one / name), load(two / name)) == []
+        assert list(differences(load(one / name), load(two / name))) == []
 
 
 # ---- stopped within the process, which is cheaper than a kill and as abrupt ---------------------
@@ -299,8 +299,8 @@ def test_a_finished_run_is_left_as_it_is(settings, capsys):
     assert settings.resume() == 0
     assert f"at step {LAST}" in capsys.readouterr().out
     assert records(settings.folder()) == found
-    assert differences(load(settings.folder() / WEIGHTS), weights) == []
-    assert differences(load(settings.folder() / CHECKPOINT), checkpoint) == []
+    assert list(differences(load(settings.folder() / WEIGHTS), weights)) == []
+    assert list(differences(load(settings.folder() / CHECKPOINT), checkpoint)) == []
 
 
 @pytest.mark.parametrize("key", ["TRAIN.RESUME", "AUTO_RESUME"])
@@ -332,6 +332,7 @@ def test_changed_settings_are_named_and_saved(digits, capsys):
     assert digits.train() == 0
     capsys.readouterr()
     more = "TRAIN.END_EPOCH 3 TRAIN.WD 0.5 TRAIN.LR 0.004 WORKERS 1 PRINT_FREQ 2 AMP bf16".split()
+    more += "KEEP_CHECKPOINTS 3 MAX_TIME 600 TRAIN.MAX_SKIPPED 5".split()
     assert digits.resume(*more) == 0
     out = capsys.readouterr().out
     changed = [line for line in out.splitlines() if line.startswith("changed since")]
@@ -365,7 +366,7 @@ def test_a_checkpoint_from_elsewhere(settings, whole, stop_at):
     expected = whole(settings, "WORKERS", 0)
     assert records(settings.folder("new")) == [r for r in records(expected) if r["step"] > 6]
     found = load(settings.folder("new") / CHECKPOINT)
-    assert differences(found, load(expected / CHECKPOINT)) == []
+    assert list(differences(found, load(expected / CHECKPOINT))) == []
 
 
 @pytest.mark.slow
