@@ -75,7 +75,7 @@ def _defaults() -> CfgNode:
     cfg.LOSS.PRETRAIN_JAC_LOSS_WEIGHT = 0.0
     cfg.LOSS.USE_OHEM = False
     cfg.LOSS.OHEMTHRES = 0.9
-    cfg.LOSS.OHEMKEEP = 100_000
+    cfg.LOSS.OHEMKEEP = 100_000  # pixels of a process and a part of its share of a batch
 
     cfg.DATASET = CfgNode()
     cfg.DATASET.ROOT = ""

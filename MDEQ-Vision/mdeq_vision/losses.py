@@ -21,7 +21,8 @@ class SegmentationLoss:
       with p_i the probability of the true class, in ascending order p_(0) <= ... <= p_(n-1), the
       threshold is max(ohem_thres, p_(min(ohem_keep, n-1))); kept are the pixels strictly below
       it, over which total = sum w[y_i] nll_i and weight = their number. Hence none is kept where
-      all p_i are equal and at least ohem_thres.
+      all p_i are equal and at least ohem_thres. The n pixels are those of one call, as published:
+      each process, and each part of its share of a batch, has a threshold of its own.
 
     The mean loss is ``mean_loss(total, weight)``. The two come apart so that several processes
     can divide by the sum of their weights.
