@@ -23,6 +23,9 @@ _STEP = re.compile(r"\bstep (\d+) \| (valid)?")
 _PATIENCE = 120  # seconds without a line after which a run hangs
 # Modules of both rooms that a command imports where they are used.
 _LAZY = ("deq_sequence.command", "mdeq_vision.command", "sklearn.datasets", "torchinfo")
+# Models this small gain nothing from a second thread, and on a busy machine the first one would
+# wait for it in every operation.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
 class Attempt:
@@ -51,6 +54,7 @@ class Attempt:
                 stderr=self._errors,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                env=os.environ | _ONE_THREAD,
                 preexec_fn=lambda: _limit_files(max_file_size),
             )
             self.pid = self._process.pid
@@ -139,7 +143,10 @@ class ForkServer:
         with theirs:
             command = [sys.executable, __file__, str(theirs.fileno())]
             self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], start_new_session=True
+                command,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                env=os.environ | _ONE_THREAD,
             )
 
     def __enter__(self):

@@ -25,7 +25,7 @@ _LANGUAGE = f"""
     --f_thres 6 --b_thres 6 --lr 0.01 --warmup_step 5 --wnorm --dropout 0.1 --dropatt 0.1
     --jac_loss_weight 1 --jac_loss_freq 0.5 --rand_f_thres_delta 2 --batch_chunk 2
     --max_step {STEPS} --pretrain_steps {BORDER} --eval-interval 10 --save-interval {SAVED_EVERY}
-    --log-interval 1 --num_threads 1
+    --log-interval 1
 """
 _STAGE = "MODEL.EXTRA.FULL_STAGE"
 _IMAGES = f"""
