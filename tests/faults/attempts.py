@@ -55,7 +55,7 @@ class Attempt:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 env=os.environ | _ONE_THREAD,
-                preexec_fn=lambda: _limit_files(max_file_size),
+                preexec_fn=lambda: _prepare(max_file_size),
             )
             self.pid = self._process.pid
         else:
@@ -127,6 +127,12 @@ def run(command, **options) -> tuple[int, str]:
         return attempt.wait(), attempt.errors()
 
 
+def _prepare(max_file_size: int | None = None) -> None:
+    # A job that a script has put into the background ignores it, and so would its children.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _limit_files(max_file_size)
+
+
 def _limit_files(size: int | None) -> None:
     if size is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -147,6 +153,7 @@ class ForkServer:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
                 env=os.environ | _ONE_THREAD,
+                preexec_fn=_prepare,
             )
 
     def __enter__(self):
