@@ -28,6 +28,7 @@ _LANGUAGE = f"""
     --log-interval 1
 """
 _STAGE = "MODEL.EXTRA.FULL_STAGE"
+# Small batches to validate on: a signal during a validation is to find it still there.
 _IMAGES = f"""
     {_STAGE}.NUM_BRANCHES 2 {_STAGE}.NUM_CHANNELS [8,8] {_STAGE}.HEAD_CHANNELS [4,4]
     {_STAGE}.NUM_BLOCKS [1,1] {_STAGE}.BIG_KERNELS [0,0] MODEL.NUM_LAYERS 2 MODEL.DROPOUT 0.1
