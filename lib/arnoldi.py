@@ -1,0 +1,112 @@
+"""Arnoldi's process on a batch of matrices that are known by their products with vectors.
+
+A V = V H + h w e_m' after m steps, with orthonormal columns in (V, w) that span the Krylov space of
+the first, and H (m, m) of Hessenberg form. Eigenvalues t of H, the Ritz values, approach those of
+A, the outermost first: for H y = t y and ||y|| = 1, the residual ||A x - t x|| of x = V y is
+|h| |y_m| (Saad, Numerical Methods for Large Eigenvalue Problems, chapter 6).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_CHECK_EVERY = 10  # steps: solving the small eigenvalue problem at each would be slow
+
+
+class Eigenvalues(NamedTuple):
+    """Eigenvalues by falling modulus, (B, k) complex, and their residuals, (B, k) real."""
+
+    values: Tensor
+    residuals: Tensor
+
+
+def arnoldi(
+    product: Callable[[Tensor], Tensor], v: Tensor, steps: int, *, renew: bool = False
+) -> Iterator[Tensor]:
+    """Hessenberg matrices (B, m + 1, m) of ``product`` in the Krylov space of v (B, D).
+
+    One for every m from 1 to ``steps``; its last row holds only h, which leads out of the space.
+    A sample whose space is exhausted (the residual is rounding alone) has h = 0 and keeps zero
+    columns: a further direction would be noise, and its Ritz values could exceed the spectral
+    radius. With ``renew`` the sample goes on from a random direction across the space instead.
+    """
+    batch, size = v.shape
+    basis = v.new_zeros(batch, steps + 1, size)
+    basis[:, 0] = v
+    hessenberg = torch.zeros(batch, steps + 1, steps, dtype=torch.float64, device=v.device)
+    for j in range(steps):
+        w = product(basis[:, j])
+        scale = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+        w, hessenberg[:, : j + 1, j] = _orthogonalise(w, basis[:, : j + 1])
+        w, rest = normalise(w)
+        alive = rest > 100 * torch.finfo(w.dtype).eps * scale
+        hessenberg[:, j + 1, j] = torch.where(alive, rest, 0.0).squeeze(1).double()
+        yield hessenberg[:, : j + 2, : j + 1]
+        basis[:, j + 1] = torch.where(alive, w, 0.0)
+        if renew:
+            # Drawn at every step, so that a sample's random numbers do not depend on the others.
+            fresh = torch.randn_like(v)
+            if not alive.all():
+                fresh = normalise(_orthogonalise(fresh, basis[:, : j + 1])[0])[0]
+                basis[:, j + 1] = torch.where(alive, w, fresh)
+
+
+def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """w (B, D) less its part in the rows of basis (B, m, D), and that part's overlaps (B, m)."""
+    overlaps = 0.0
+    for _ in range(2):  # twice is enough (Giraud et al. 2005)
+        overlap = torch.bmm(basis, w[:, :, None])  # (B, m, 1)
+        w = w - torch.bmm(overlap.transpose(1, 2), basis).squeeze(1)
+        overlaps = overlaps + overlap.squeeze(2).double()
+    return w, overlaps
+
+
+def leading_ritz_values(
+    product: Callable[[Tensor], Tensor], v: Tensor, k: int, steps: int, tol: float
+) -> Eigenvalues:
+    """The k Ritz values of largest modulus from v (B, D), and their residuals.
+
+    A sample is done once its k residuals are at most ``tol`` times its largest modulus, and keeps
+    the values of then, so that they do not depend on the others. A sample whose products are not
+    finite has NaN. At most ``steps`` products are made, and at most D.
+    """
+    steps = min(steps, v.shape[1])
+    done = torch.zeros(len(v), 1, dtype=torch.bool, device=v.device)
+    values, residuals = 0.0, 0.0
+    for hessenberg in arnoldi(product, v, steps, renew=True):
+        m = hessenberg.shape[2]
+        if m < steps and (m < k or m % _CHECK_EVERY):
+            continue
+        found = ritz_values(hessenberg, k)
+        values = torch.where(done, values, found.values)
+        residuals = torch.where(done, residuals, found.residuals)
+        done = ~(residuals > tol * values[:, :1].abs()).any(dim=1, keepdim=True)
+        if done.all():
+            break
+    return Eigenvalues(values, residuals)
+
+
+def ritz_values(hessenberg: Tensor, k: int) -> Eigenvalues:
+    """The k eigenvalues of largest modulus of (B, m + 1, m) without its last row, and residuals."""
+    square, finite = only_finite(hessenberg[:, :-1])
+    values, vectors = torch.linalg.eig(square)
+    values = values.where(finite[:, None], torch.nan)
+    residuals = hessenberg[:, -1, -1:] * vectors[:, -1].abs()
+    residuals = residuals.where(finite[:, None], torch.nan)
+    # Stable: LAPACK puts the two of a pair side by side, that above the real axis first.
+    order = values.abs().argsort(dim=1, descending=True, stable=True)[:, :k]
+    return Eigenvalues(values.gather(1, order), residuals.gather(1, order))
+
+
+def only_finite(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, m, m) with zeros for matrices that are not finite, which LAPACK refuses; which are."""
+    finite = matrices.isfinite().all(dim=2).all(dim=1)
+    return matrices.where(finite[:, None, None], 0.0), finite
+
+
+def normalise(v: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors and norms per row; a zero row stays zero."""
+    norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)
+    return v / torch.where(norm > 0, norm, 1.0), norm
