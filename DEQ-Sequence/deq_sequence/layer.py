@@ -71,6 +71,17 @@ class AttentionTensors(NamedTuple):
     drop: Tensor | None  # (B, 1, d)
     dropatt: Tensor | None  # (h, B, L, K)
 
+    def select(self, rows: Tensor) -> "AttentionTensors":
+        """Those of the samples ``rows`` alone; what samples share is not copied."""
+        injected = self.injected.unflatten(0, (-1, self.bias.shape[2]))  # (B, L, 3d)
+        return self._replace(
+            injected=_select(injected, 0, rows).flatten(0, 1),
+            memory_k=_select(self.memory_k, 1, rows),
+            memory_v=_select(self.memory_v, 1, rows),
+            drop=_select(self.drop, 0, rows),
+            dropatt=_select(self.dropatt, 1, rows),
+        )
+
 
 class FeedForwardTensors(NamedTuple):
     """What the feed-forward block needs beside its input."""
@@ -81,6 +92,15 @@ class FeedForwardTensors(NamedTuple):
     bias2: Tensor
     drop1: Tensor | None  # (B, 1, d_inner)
     drop2: Tensor | None  # (B, 1, d)
+
+    def select(self, rows: Tensor) -> "FeedForwardTensors":
+        """Those of the samples ``rows`` alone; what samples share is not copied."""
+        drop1, drop2 = _select(self.drop1, 0, rows), _select(self.drop2, 0, rows)
+        return self._replace(drop1=drop1, drop2=drop2)
+
+
+def _select(x: Tensor | None, dim: int, rows: Tensor) -> Tensor | None:
+    return None if x is None else x.index_select(dim, rows)
 
 
 def evaluate(
@@ -292,6 +312,11 @@ class TransformerLayer(nn.Module):
 
         ``f.plain`` is the same map in operations that all have second derivatives.
 
+        ``f.select(rows)`` is the same map for some samples alone, with ``plain`` and ``select`` of
+        its own: f.select(rows)(z[rows]) = f(z)[rows] to rounding, for rows (n,) int64 on f's
+        device. Its first evaluation in a number format gathers what belongs to single samples; all
+        else it shares with f.
+
         Args:
             us: injected input, (B, K, 3d), the memory's on the left.
             memory: (B, M, d).
@@ -311,6 +336,23 @@ class TransformerLayer(nn.Module):
         # and slower in bfloat16 (medians of attention at B 4, L = M 150, d 700, one thread: 62 ms
         # against 63 and 27 against 19).
         fused = self.dec_attn.dropatt.mask is None and us.device.type != "cpu"
+        return self._map(tensors, fused)
+
+    def _map(
+        self,
+        whole: Callable[[torch.dtype], tuple[AttentionTensors, FeedForwardTensors]],
+        fused: bool,
+        rows: Tensor | None = None,
+    ) -> Callable[[Tensor], Tensor]:
+        """f for the samples ``rows`` (all if None), from the tensors of the whole batch."""
+
+        @cache
+        def selected(dtype: torch.dtype) -> tuple[AttentionTensors, FeedForwardTensors]:
+            attention, feed_forward = whole(dtype)
+            with torch.enable_grad():  # what has a graph keeps it, also in a solver
+                return attention.select(rows), feed_forward.select(rows)
+
+        tensors = whole if rows is None else selected
 
         def plain(z: Tensor) -> Tensor:
             return run(evaluate, z, False)
@@ -328,5 +370,9 @@ class TransformerLayer(nn.Module):
             with torch.autocast(z.device.type, enabled=False):
                 return form(z, *tensors(dtype), self.pre_lnorm, fused)
 
-        f.plain = plain
+        def select(some: Tensor) -> Callable[[Tensor], Tensor]:
+            # From the whole batch again: a selection of a selection keeps no tensors of the latter.
+            return self._map(whole, fused, some if rows is None else rows[some])
+
+        f.plain, f.select = plain, select
         return f

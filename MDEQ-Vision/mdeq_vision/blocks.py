@@ -5,11 +5,12 @@ published state dicts.
 
 ``prepare`` of a piece gives the tensors that its ``forward`` uses beside its input: the weights,
 a mask, an injection. They are fetched once per forward of the model, not once per application of
-f, and may come back in another number format. What nothing else needs is overwritten on the way.
+f, and may come back in another number format, or for some of the samples alone. What nothing else
+needs is overwritten on the way.
 """
 
 from collections import OrderedDict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,25 @@ from lib.layer_utils import conv3x3, conv5x5
 from lib.linear import conv2d
 from lib.optimization import VariationalHidDropout2d, WeightNorm, weight_norm
 
-Held = list[Any]  # tensors (or None), or lists of them
+Held = list[Any]  # tensors (or None), BlockTensors, or lists of them
+
+
+class BlockTensors(NamedTuple):
+    """What a residual block needs beside z. Nothing else that is held belongs to single samples."""
+
+    weight1: Tensor  # (inner, C, k, k)
+    weight2: Tensor  # (C, inner, k, k)
+    gn1: Held
+    gn2: Held
+    gn3: Held
+    mask: Tensor | None  # (B, C, 1, 1)
+    injection: Tensor | None  # (B, C, H, W)
+
+    def select(self, rows: Tensor) -> "BlockTensors":
+        """Those of the samples ``rows`` alone; what samples share is not copied."""
+        own = self.mask, self.injection
+        mask, injection = (None if t is None else t.index_select(0, rows) for t in own)
+        return self._replace(mask=mask, injection=injection)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -87,7 +106,7 @@ class ResidualBlock(nn.Module):
         if wnorm:
             self._norms = {name: _normed(getattr(self, name)) for name in ("conv1", "conv2")}
 
-    def prepare(self, z: Tensor, x: Tensor | None = None) -> Held:
+    def prepare(self, z: Tensor, x: Tensor | None = None) -> BlockTensors:
         """Compute the weights and draw the mask of one forward, for states like z.
 
         x is the injection, of the shape of z; None injects nothing.
@@ -96,9 +115,9 @@ class ResidualBlock(nn.Module):
             norm.reset(getattr(self, name))
         mask = self.drop.reset_mask(*z.shape, device=z.device, dtype=z.dtype)
         norms = [norm.prepare() for norm in (self.gn1, self.gn2, self.gn3)]
-        return [self.conv1.weight, self.conv2.weight, *norms, mask, x]
+        return BlockTensors(self.conv1.weight, self.conv2.weight, *norms, mask, x)
 
-    def forward(self, z: Tensor, held: Held) -> Tensor:
+    def forward(self, z: Tensor, held: BlockTensors) -> Tensor:
         """z (B, C, H, W)."""
         weight1, weight2, gn1, gn2, gn3, mask, x = held
         t = self.gn1(_convolve(self.conv1, z, weight1), gn1).relu_()  # (B, inner, H, W)

@@ -14,6 +14,7 @@ from yacs.config import CfgNode
 from lib.compiling import compiled
 from lib.errors import InputError, naming
 from mdeq_vision.blocks import (
+    BlockTensors,
     Branch,
     FuseFromHigher,
     FuseFromLower,
@@ -98,6 +99,11 @@ class MultiscaleLayer(nn.Module):
         is on, the backward pass of compiled code would compute the gradients of the weights in
         every product with the Jacobian, and it has no second derivatives.
 
+        ``f.select(rows)`` is the same map for some samples alone, with a ``select`` of its own:
+        f.select(rows) of the z_i[rows] gives the rows of f(z) to rounding, for rows (n,) int64 on
+        f's device. Its first evaluation in a number format gathers what belongs to single samples;
+        all else it shares with f.
+
         Args:
             injection: x of branch 0, (B, C_0, H, W); the other branches have none.
             z0: a state of the sizes to come.
@@ -110,19 +116,44 @@ class MultiscaleLayer(nn.Module):
                 [[t if t is None else t.prepare() for t in row] for row in self.fuse_layers],
                 [post.prepare() for post in self.post_fuse_layers],
             ]
-        dtype = _autocast_dtype(kind)
-        low = None if dtype is None else _cast(held, dtype)
+        whole, dtype = {None: held}, _autocast_dtype(kind)
+        if dtype is not None:
+            whole[dtype] = _cast(held, dtype)
+        return self._map(whole, dtype)
+
+    def _map(
+        self,
+        whole: dict[torch.dtype | None, Held],
+        low: torch.dtype | None,
+        rows: Tensor | None = None,
+    ) -> Callable[[list[Tensor]], list[Tensor]]:
+        """f for the samples ``rows`` (all if None), from what is held for the whole batch.
+
+        Args:
+            whole: in full precision, at None, and in the number format ``low`` of autocast.
+        """
+
+        @cache
+        def held(dtype: torch.dtype | None) -> Held:
+            with torch.enable_grad():  # what has a graph keeps it, also in a solver
+                return whole[dtype] if rows is None else _select(whole[dtype], rows)
 
         def f(z: list[Tensor]) -> list[Tensor]:
+            kind = z[0].device.type
             compiles = self.compile_f and not torch.is_grad_enabled()
             apply = partial(_compiled(kind), self) if compiles else self
             if low is None or not torch.is_autocast_enabled(kind):
-                return apply(held, z)
+                return apply(held(None), z)
             # All is in that format already; autocast would only look for what to cast.
             with torch.autocast(kind, enabled=False):
-                outs = apply(low, [z_i.to(dtype) for z_i in z])
+                outs = apply(held(low), [z_i.to(low) for z_i in z])
                 return [out.to(z_i.dtype) for out, z_i in zip(outs, z, strict=True)]
 
+        def select(some: Tensor) -> Callable[[list[Tensor]], list[Tensor]]:
+            # From the whole batch again: a selection of a selection keeps no tensors of the latter.
+            return self._map(whole, low, some if rows is None else rows[some])
+
+        f.select = select
         return f
 
     def forward(self, held: Held, z: list[Tensor]) -> list[Tensor]:
@@ -157,7 +188,16 @@ def _cast(held, dtype: torch.dtype):
     """The same in another number format, with its graph."""
     if isinstance(held, list):
         return [_cast(part, dtype) for part in held]
+    if isinstance(held, BlockTensors):
+        return BlockTensors(*_cast([*held], dtype))
     return None if held is None else held.to(dtype)
+
+
+def _select(held, rows: Tensor):
+    """The same for some of the samples; what samples share is not copied."""
+    if isinstance(held, list):
+        return [_select(part, rows) for part in held]
+    return held.select(rows) if isinstance(held, BlockTensors) else held
 
 
 def _autocast_dtype(kind: str) -> torch.dtype | None:

@@ -1,8 +1,9 @@
-"""The layer f: its formula, both forms of its attention, number formats, what it does once."""
+"""The layer f: its formula, both forms of its attention, number formats, some samples alone."""
 
 import gc
 import math
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -32,17 +33,17 @@ every_variant = pytest.mark.parametrize("variant", VARIANTS)
 every_memory = pytest.mark.parametrize("mlen", [0, 5])
 
 
-def build(variant="post-LN", mlen=5, dtype=torch.float64):
+def build(variant="post-LN", mlen=5, dtype=torch.float64, batch=BATCH, **changes):
     """A layer with weights that matter; us (B, K, 3d), memory, positions; a state."""
     torch.manual_seed(0)
-    settings = {"dropout": 0.0, "dropatt": 0.0} | VARIANTS[variant]
+    settings = {"dropout": 0.0, "dropatt": 0.0} | VARIANTS[variant] | changes
     layer = TransformerLayer(HEADS, D, D // HEADS, INNER, **settings).to(dtype)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.4)
-    us = torch.randn(BATCH, mlen + QLEN, 3 * D, dtype=dtype, requires_grad=True)
-    memory = torch.randn(BATCH, mlen, D, dtype=dtype)
+    us = torch.randn(batch, mlen + QLEN, 3 * D, dtype=dtype, requires_grad=True)
+    memory = torch.randn(batch, mlen, D, dtype=dtype)
     positions = torch.randn(1, mlen + QLEN, D, dtype=dtype)
-    return layer, (us, memory, positions), torch.randn(BATCH, QLEN, D, dtype=dtype)
+    return layer, (us, memory, positions), torch.randn(batch, QLEN, D, dtype=dtype)
 
 
 def by_the_book(layer, inputs, z) -> Tensor:
@@ -251,8 +252,161 @@ def test_a_forward_leaves_nothing_to_the_garbage_collector():
     try:
         f = layer.prepare(*inputs)
         f(z) + f.plain(z)
-        gone = weakref.ref(f)
-        del f
-        assert gone() is None
+        some = f.select(torch.tensor([1])).select(torch.tensor([0]))
+        some(z[1:]) + some.plain(z[1:])
+        gone = [weakref.ref(f), weakref.ref(some)]
+        del f, some
+        assert [reference() for reference in gone] == [None, None]
     finally:
         gc.enable()
+
+
+# --- Some samples alone -----------------------------------------------------------------------
+
+ROWS = {
+    "one": [3],
+    "some": [0, 2, 3],
+    "in another order": [4, 1],
+    "all": [0, 1, 2, 3, 4],
+    "all, in another order": [2, 4, 0, 1, 3],
+}
+every_rows = pytest.mark.parametrize("rows", [torch.tensor(r) for r in ROWS.values()], ids=ROWS)
+close = partial(torch.testing.assert_close, rtol=0, atol=1e-12)
+
+
+def build_batch(variant="post-LN", mlen=5, dtype=torch.float64):
+    """As ``build``: five samples, and all masks."""
+    return build(variant, mlen, dtype, batch=5, dropout=0.3, dropatt=0.3)
+
+
+@every_rows
+@every_memory
+@every_variant
+def test_selected_samples(variant, mlen, rows):
+    layer, inputs, z = build_batch(variant, mlen)
+    f = layer.prepare(*inputs)
+    expected, some = f(z), f.select(rows)
+    close(some(z[rows]), expected[rows])
+    close(some.plain(z[rows]), expected[rows])
+    with torch.no_grad():
+        close(f.select(rows)(z[rows]), expected[rows])
+    assert torch.equal(f(z), expected)
+    f = layer.eval().prepare(*inputs)  # without masks
+    close(f.select(rows)(z[rows]), f(z)[rows])
+
+
+@every_rows
+def test_selected_samples_with_fused_attention(rows):
+    layer, inputs, z = build("dropout", batch=5)
+    attention = layer.dec_attn.prepare(*inputs)(torch.float64)
+    feed_forward = layer.pos_ff.prepare(5, dtype=torch.float64)(torch.float64)
+    expected = evaluate(z, attention, feed_forward, False, True)[rows]
+    close(
+        evaluate(z[rows], attention.select(rows), feed_forward.select(rows), False, True), expected
+    )
+
+
+@every_memory
+@every_variant
+def test_selections_of_selections(variant, mlen):
+    """Rows count within the selection, whether that was evaluated before or not."""
+    layer, inputs, z = build_batch(variant, mlen)
+    f = layer.prepare(*inputs)
+    some, own, expected = f, torch.arange(5), f(z)
+    for rows in ([4, 1, 3, 0], [1, 2, 3], [2, 0], [1]):
+        some, own = some.select(torch.tensor(rows)), own[rows]
+        if len(own) != 3:
+            close(some(z[own]), expected[own])
+            close(some.plain(z[own]), expected[own])
+    assert own.tolist() == [1]
+
+
+@every_rows
+@every_variant
+@pytest.mark.parametrize("form", ["f", "plain"])
+def test_gradients_of_selected_samples(variant, rows, form):
+    """First and second ones, of z and of all that is trained; the first use is a solver's."""
+    layer, inputs, z = build_batch(variant)
+    f = layer.prepare(*inputs)
+    some, direction = f.select(rows), torch.randn(len(rows), QLEN, D, dtype=z.dtype)
+    with torch.no_grad():
+        some(z[rows])
+    if form == "plain":
+        f, some = f.plain, some.plain
+    z.requires_grad_()
+    leaves, gradients = [z, inputs[0], *layer.parameters()], []
+    for selected in (some(z[rows]), f(z)[rows]):
+        first = torch.autograd.grad(selected, leaves, direction, create_graph=True)
+        loss = first[0].square().sum()
+        options = {"retain_graph": True, "materialize_grads": True}  # both have a part in common
+        second = torch.autograd.grad(loss, leaves, **options)
+        gradients.append(first + second)
+    for a, b in zip(*gradients, strict=True):
+        close(a, b, rtol=1e-10)
+    assert all(g.abs().max() > 0 for g in first + second[:2])
+
+
+@every_memory
+@every_variant
+def test_bf16_of_selected_samples(variant, mlen):
+    layer, inputs, z = build_batch(variant, mlen, torch.float32)
+    rows = torch.tensor([4, 0, 3])
+    with bf16(), torch.no_grad():
+        f = layer.prepare(*inputs)
+        some = f.select(rows)
+        with bf16(False):
+            exact = some(z[rows])
+            close(exact, f(z)[rows], atol=1e-5)
+        for found, expected in ((some, f), (some.plain, f.plain)):
+            found = found(z[rows])
+            assert found.dtype == torch.float32
+            close(found, expected(z)[rows], atol=0.05)  # eight bits of values up to 3
+            assert (found - exact).abs().max() > 1e-3
+
+
+class Gathers(TorchDispatchMode):
+    """The shapes of all tensors that rows are taken of."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.index_select.default, torch.ops.aten.index.Tensor):
+            self.shapes.append(tuple(args[0].shape))
+        return function(*args, **(kwargs or {}))
+
+
+def test_samples_are_gathered_once_and_weights_never():
+    """At the first evaluation in a number format, and from the whole batch."""
+    layer, inputs, z = build_batch(dtype=torch.float32)
+    f, rows = layer.prepare(*inputs), torch.tensor([4, 0, 3])
+    masks = [(5, 1, D), (HEADS, 5, QLEN, QLEN + 5), (5, 1, INNER), (5, 1, D)]
+    expected = [(5, QLEN, 3 * D), *[(HEADS, 5, 5, D // HEADS)] * 2, *masks]
+    with Gathers() as gathers:
+        f(z)
+        some = f.select(rows)
+    assert gathers.shapes == []
+    own = z[rows]
+    for enabled in (False, True):
+        for times in (1, 0):
+            with Gathers() as gathers, bf16(enabled), torch.no_grad():
+                some(own)
+                some.plain(own)
+            assert gathers.shapes == expected * times
+    with Gathers() as gathers:
+        some.select(torch.tensor([1]))(own[1:2])
+    assert gathers.shapes == [(3,), *expected]
+
+
+def test_selected_samples_of_a_compiled_layer():
+    torch._dynamo.reset()
+    layer, inputs, z = build_batch("pre-LN")
+    f, rows = layer.prepare(*inputs), torch.tensor([4, 0, 3])
+    expected, graphs = f(z)[rows], torch._dynamo.utils.counters["stats"]
+    layer._compiled = torch.compile(evaluate, backend="eager", dynamic=False)  # generates no code
+    with torch.no_grad():
+        before = graphs["unique_graphs"]
+        close(f.select(rows)(z[rows]), expected)
+        assert graphs["unique_graphs"] == before + 1
+        close(f.select(rows).select(rows[1:2])(z[4:]), expected[:1])
