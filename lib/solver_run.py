@@ -5,22 +5,60 @@ What the methods of :mod:`lib.solvers` share.
 
 import functools
 import math
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lib.errors import InputError
+from lib.maps import transformed
 
 # A residual this many times the first one is a diverging iteration. Measured on the absolute
 # residual in both stop modes: the relative residual of z -> 3 z stays at 2/3 for ever.
 DIVERGENCE_FACTOR = 1e6
-_TINY = 1e-30  # keeps 0 / 0 out of the relative residual of f = 0; far below any real norm
+TINY = 1e-30  # keeps 0 / 0 out of the relative residual of f = 0; far below any real norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """Keywords that all solvers take.
+
+    Attributes:
+        stop: 'batch' stops by norms over the whole batch, as published; 'sample' by each sample's
+            own: see :mod:`lib.sample_run`.
+        check_every: look at the residual only every so many evaluations. Between checks a GPU
+            need not wait for the host; up to ``check_every - 1`` evaluations may be done in vain,
+            and as many more points are held. The point returned is the best one all the same.
+        floor: stop as well, in either mode, once ||f(z) - z|| / ||f(z)|| is below this: where
+            the rounding of f itself begins, say.
+        max_nfe: stop after so many evaluations, whatever the threshold counts.
+        max_seconds: begin no further evaluation after so much time. What is reached by then
+            depends on the machine: a run is no longer repeatable.
+    """
+
+    stop: str = "batch"
+    check_every: int = 1
+    floor: float = 0.0
+    max_nfe: int | None = None
+    max_seconds: float | None = None
+
+    def __post_init__(self):
+        check(self.stop in ("batch", "sample"), "stop", self.stop, "'batch' or 'sample'")
+        check_count("check_every", self.check_every)
+        check(self.floor >= 0, "floor", self.floor, "a number of at least 0")
+        if self.max_nfe is not None:
+            check_count("max_nfe", self.max_nfe)
+        if self.max_seconds is not None:
+            check(self.max_seconds > 0, "max_seconds", self.max_seconds, "a number above 0")
+        if self.stop == "sample" and self.check_every > 1:
+            raise InputError("stop='sample' looks at every residual: leave check_every out")
 
 
 class Run:
-    """One solve of z = f(z) from ``x0``.
+    """One solve of z = f(z) from ``x0``; made by :func:`start`.
 
     Points are (B, D) tensors in the working dtype: that of ``x0``, but float32 for half
     precision, whose inner products would not carry a solver. f sees the shape and dtype of x0.
@@ -36,20 +74,23 @@ class Run:
         threshold: int,
         eps: float,
         stop_mode: str,
-        check_every: int = 1,
-        floor: float = 0.0,
+        control: Control,
     ):
-        _check_arguments(f, x0, threshold, eps, stop_mode, check_every, floor)
+        _check_arguments(f, x0, threshold, eps, stop_mode)
         self.f = f
         self.shape, self.dtype, self.device = x0.shape, x0.dtype, x0.device
         self.threshold, self.eps, self.stop_mode = threshold, float(eps), stop_mode
-        self.check_every, self.floor = check_every, floor
+        self.control, self.check_every = control, control.check_every
+        self._start = time.perf_counter()
         self.work_dtype = torch.promote_types(x0.dtype, torch.float32)
         self.x0 = x0.detach().reshape(len(x0), -1).to(self.work_dtype)  # (B, D)
         self.nfe = 0
+        self.products = 0  # with the Jacobian, by methods that take them
+        self.kept: Tensor | None = None  # see SampleRun
         self.abs_trace: list[float] = []
         self.rel_trace: list[float] = []
         self.best, self.best_index, self.lowest = self.x0, 0, math.inf
+        self.lowest_of = {"abs": math.inf, "rel": math.inf}
         self.best_residual = np.full(len(x0), math.inf)
         # Samples on which f was not finite, on the host and (once there are any) on the device.
         self.lost, self.lost_mask = np.zeros(len(x0), dtype=bool), None
@@ -58,12 +99,30 @@ class Run:
         # The best finite iterate of each sample: what a sample falls back to once f fails on it.
         self.own_best, self.own_residual = self.x0, self.best_residual
         self._pending: list[Tensor] = []  # points not yet judged, and their norms:
-        self._norms = self.x0.new_empty(min(check_every, threshold + 1), 2, len(x0))
+        self._norms = self.x0.new_empty(min(self.check_every, threshold + 1), 2, len(x0))
         self._slots = [norms.unbind() for norms in self._norms]
 
     @property
     def stopped(self) -> bool:
-        return self.converged or self.diverged or self.at_floor
+        return self.reason != "threshold"
+
+    @property
+    def reason(self) -> str:
+        """Why the solve ends here, if it does: 'threshold' where nothing else ends it."""
+        control = self.control
+        if self.converged:
+            return "eps"
+        if self.diverged:
+            return "diverged"
+        if self.at_floor:
+            return "floor"
+        if control.max_nfe is not None and self.nfe + self.products >= control.max_nfe:
+            return "max_nfe"
+        if control.max_seconds is not None:
+            # The first evaluation is always made: without it there is nothing to return.
+            late = time.perf_counter() - self._start >= control.max_seconds
+            return "max_seconds" if late and self.nfe else "threshold"
+        return "threshold"
 
     def evaluate(
         self, x: Tensor, out: Tensor | None = None, forgive: bool = False
@@ -79,20 +138,9 @@ class Run:
             x: the point; kept by reference, so it must not be overwritten afterwards.
             out: where f(x) - x is written; a new tensor if None.
         """
-        x = self._settle(x, self.own_best)
-        z = x if self.dtype == self.work_dtype else x.to(self.dtype)
-        fz = self.f(z.view(self.shape))
-        if not isinstance(fz, Tensor) or fz.shape != self.shape:
-            found = tuple(fz.shape) if isinstance(fz, Tensor) else type(fz).__name__
-            raise InputError(f"f must map {tuple(self.shape)} to the same shape, but gave {found}")
-        fx = fz.detach().reshape(x.shape)
-        if fx.dtype != self.work_dtype or z is not x:
-            # Half precision rounds: the residual belongs to the point that was used.
-            x, fx = z.to(self.work_dtype), fx.to(self.work_dtype)
-        gx = torch.sub(fx, x, out=out)
+        x, fx, gx = self._value(self._settle(x, self.own_best), self.f, out)
         for vectors, norms in zip((gx, fx), self._slots[len(self._pending)], strict=True):
             torch.linalg.vector_norm(vectors, dim=1, out=norms)
-        self.nfe += 1
         self._pending.append(x)
         if forgive or self.nfe == 1 or len(self._pending) >= self.check_every:
             if not self._check(forgive):
@@ -103,6 +151,23 @@ class Run:
         elif self.lost_mask is not None:
             gx[self.lost_mask] = 0.0
         return x, fx, gx
+
+    def _value(
+        self, x: Tensor, f: Callable, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(x, f(x), f(x) - x), all (b, D) in the working dtype, for b samples of x's."""
+        z = x if self.dtype == self.work_dtype else x.to(self.dtype)
+        shape = (len(x), *self.shape[1:])
+        fz = f(z.view(shape))
+        if not isinstance(fz, Tensor) or fz.shape != shape:
+            found = tuple(fz.shape) if isinstance(fz, Tensor) else type(fz).__name__
+            raise InputError(f"f must map {shape} to the same shape, but gave {found}")
+        self.nfe += 1
+        fx = fz.detach().reshape(x.shape)
+        if fx.dtype != self.work_dtype or z is not x:
+            # Half precision rounds: the residual belongs to the point that was used.
+            x, fx = z.to(self.work_dtype), fx.to(self.work_dtype)
+        return x, fx, torch.sub(fx, x, out=out)
 
     def _check(self, forgive: bool = False) -> bool:
         """Judge what was evaluated since the last check; False for a trial to be forgotten."""
@@ -119,7 +184,7 @@ class Run:
             if forgive and fails.any():
                 self._record(math.inf, math.inf)
                 return False
-            self._lose(fails)
+            self.lose(fails)
             g, f = np.where(self.lost, 0.0, g), np.where(self.lost, 0.0, f)
             x = self._settle(x, self.own_best)
             if self.lost.all():
@@ -127,8 +192,8 @@ class Run:
                 self.diverged = True
                 return True
             total_g, total_f = math.sqrt(g.dot(g)), math.sqrt(f.dot(f))
-        self._record(total_g, total_g / (total_f + _TINY))
-        residual = g if self.stop_mode == "abs" else g / (f + _TINY)
+        self._record(total_g, total_g / (total_f + TINY))
+        residual = g if self.stop_mode == "abs" else g / (f + TINY)
         if self.lost_mask is not None:
             # What is lost keeps its own best iterate and that iterate's residual.
             residual = np.where(self.lost, self.own_residual, residual)
@@ -143,16 +208,23 @@ class Run:
         if current < self.lowest:
             self.best, self.best_index, self.lowest = x, len(self.abs_trace) - 1, current
             self.best_residual = residual
+            self.lowest_of = {"abs": self.abs_trace[-1], "rel": self.rel_trace[-1]}
         self.converged |= current < self.eps or current == 0.0
-        self.at_floor |= self.rel_trace[-1] < self.floor
+        self.at_floor |= self.rel_trace[-1] < self.control.floor
         if len(self.abs_trace) == 1:
-            # A warm start may have a residual of rounding errors, whose growth says nothing.
-            floor = math.sqrt(torch.finfo(self.work_dtype).eps) * total_f
-            self.limit = DIVERGENCE_FACTOR * max(total_g, floor)
+            self.limit = self._divergence_limit(total_g, total_f)
         self.diverged |= total_g > self.limit
         return True
 
-    def _lose(self, fails: np.ndarray) -> None:
+    def _divergence_limit(self, g, f):
+        """What a residual must not exceed, from the norms of the first one (numbers or arrays).
+
+        A warm start may have a residual of rounding errors, whose growth says nothing.
+        """
+        return DIVERGENCE_FACTOR * np.maximum(g, math.sqrt(torch.finfo(self.work_dtype).eps) * f)
+
+    def lose(self, fails: np.ndarray) -> None:
+        """Mark samples as lost: they rest at their best point from now on."""
         if fails.any():
             self.lost = self.lost | fails
             self.lost_mask = torch.from_numpy(self.lost).to(self.device)
@@ -169,20 +241,27 @@ class Run:
         """What the solver returns (see :mod:`lib.solvers`)."""
         if self._pending:
             self._check()
-        residual = self.best_residual
+        return self._solution(self.best, self.best_residual, np.full(len(self.x0), self.nfe))
+
+    def _solution(self, best: Tensor, residual: np.ndarray, sample_nfe: np.ndarray) -> dict:
         per_sample = {
             "converged": (residual < self.eps) | (residual == 0),
             "residual": residual,
             "finite": ~self.lost,
+            "sample_nfe": sample_nfe,
         }
         return {
-            "result": self.best.to(self.dtype).view(self.shape),
+            "result": best.to(self.dtype).view(self.shape),
             "lowest": self.lowest,
+            "abs_lowest": self.lowest_of["abs"],
+            "rel_lowest": self.lowest_of["rel"],
             "nstep": self.best_index,
             "prot_break": self.diverged and not self.converged,
             "abs_trace": self.abs_trace,
             "rel_trace": self.rel_trace,
             "nfe": self.nfe,
+            "products": self.products,
+            "reason": self.reason,
             **{k: torch.from_numpy(v).to(self.device) for k, v in per_sample.items()},
             "eps": self.eps,
             "threshold": self.threshold,
@@ -204,12 +283,15 @@ def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
             return method(f, x0, *args, **options)
         dtype = torch.get_autocast_dtype(kind)
 
-        def autocast_f(z: Tensor) -> Tensor:
-            with torch.autocast(kind, dtype):
-                return f(z)
+        def autocast(f: Callable) -> Callable:
+            def autocast_f(z: Tensor) -> Tensor:
+                with torch.autocast(kind, dtype):
+                    return f(z)
+
+            return autocast_f
 
         with torch.autocast(kind, enabled=False):
-            return method(autocast_f, x0, *args, **options)
+            return method(transformed(f, autocast), x0, *args, **options)
 
     return solve
 
@@ -220,15 +302,23 @@ def check(condition: bool, name: str, value, accepted: str) -> None:
         raise InputError(f"{name} is {value!r}, but must be {accepted}")
 
 
-def _check_arguments(f, x0, threshold, eps, stop_mode, check_every, floor) -> None:
+def check_count(name: str, value) -> None:
+    """Refuse what is not an integer of at least 1."""
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    check(integer and value >= 1, name, value, "an integer of at least 1")
+
+
+def check_damping(value) -> None:
+    """Refuse what is not the share of a step."""
+    check(isinstance(value, (int, float)) and 0 < value <= 1, "damping", value, "in (0, 1]")
+
+
+def _check_arguments(f, x0, threshold, eps, stop_mode) -> None:
     check(callable(f), "f", f, "a function of the state")
     check(isinstance(x0, Tensor), "x0", type(x0).__name__, "a tensor (see list2vec for lists)")
     check(x0.is_floating_point(), "dtype of x0", x0.dtype, "a floating dtype")
     check(x0.dim() >= 1 and x0.numel() > 0, "shape of x0", tuple(x0.shape), "(batch, ...)")
-    for name, value in (("threshold", threshold), ("check_every", check_every)):
-        integer = isinstance(value, int) and not isinstance(value, bool)
-        check(integer and value >= 1, name, value, "an integer of at least 1")
-    for name, value in (("eps", eps), ("floor", floor)):
-        check(value >= 0, name, value, "a number of at least 0")
+    check_count("threshold", threshold)
+    check(eps >= 0, "eps", eps, "a number of at least 0")
     check(stop_mode in ("abs", "rel"), "stop_mode", stop_mode, "'abs' or 'rel'")
     check(bool(torch.isfinite(x0).all()), "x0", "not finite", "finite everywhere")

@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lib.deq import PassStats, SolverStats
 from lib.distributed import Processes, end_at_once, lost_contact
 from lib.errors import InputError
 from lib.experiment import CHECKPOINT
+from lib.solver_stats import PassStats, SolverStats
 from lib.stopping import Stopped
 
 PASSES = ("forward", "backward")

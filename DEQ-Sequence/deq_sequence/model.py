@@ -11,10 +11,11 @@ from deq_sequence.initialization import initialize
 from deq_sequence.layer import TransformerLayer
 from deq_sequence.softmax import ProjectedAdaptiveLogSoftmax
 from lib.checkpoint import load_weights
-from lib.deq import DEQ, SRADIUS_ITERS, SolverAttributes, scalars_to, stacked
+from lib.deq import DEQ, SRADIUS_ITERS, SolverAttributes, stacked
 from lib.errors import InputError
 from lib.linear import linear
 from lib.optimization import VariationalDropout
+from lib.solver_stats import scalars_to
 from lib.solvers import anderson
 
 

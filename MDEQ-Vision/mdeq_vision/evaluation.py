@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.data import Subset
 from yacs.config import CfgNode
 
-from lib.deq import SolverStats
 from lib.distributed import Processes
 from lib.precision import autocast
+from lib.solver_stats import SolverStats
 from lib.training import EvaluationStopped, evaluating, summed_stats
 from mdeq_vision.datasets import SegmentationDataset, make_loader, on_device
 from mdeq_vision.inference import predict

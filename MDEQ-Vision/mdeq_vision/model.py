@@ -5,10 +5,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from lib.deq import DEQ, SRADIUS_ITERS, SolverAttributes, scalars_to, stacked
+from lib.deq import DEQ, SRADIUS_ITERS, SolverAttributes, stacked
 from lib.errors import InputError
 from lib.jacobian import jac_loss_estimate
 from lib.layer_utils import conv3x3, list2vec, vec2list
+from lib.solver_stats import scalars_to
 from mdeq_vision.heads import classification_modules, segmentation_layer, to_highest_resolution
 from mdeq_vision.layer import MultiscaleLayer, branch_sizes
 from mdeq_vision.stage import check_integer, full_stage

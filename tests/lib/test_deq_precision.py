@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lib.deq import COARSE_EPS, DEQ
+from lib.deq import DEQ
+from lib.precision import COARSE_EPS
 from lib.solvers import SOLVERS, anderson, broyden, fixed_point_iteration
 from problems import contraction
 

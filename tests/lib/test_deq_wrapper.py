@@ -87,7 +87,7 @@ def test_solvers_by_name_and_by_callable():
     deq.b_solver = None
     assert deq.b_solver is own
     for assign in ("f_solver", "b_solver"):
-        with pytest.raises(InputError, match=r"newton.*anderson, broyden"):
+        with pytest.raises(InputError, match=r"newton'.*anderson, .*broyden"):
             setattr(deq, assign, "newton")
         with pytest.raises(InputError, match="newton"):
             DEQ(**{"f_solver": "anderson", assign: "newton"})

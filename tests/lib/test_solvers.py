@@ -296,11 +296,13 @@ def test_algebra_is_per_sample(name, mate):
         second = 1e3 * other.f(z[1:]) if mate == "another scale" else 1.2 * z[1:] + 1
         return torch.cat([problem.f(z[:1]), second])
 
-    alone = visited(SOLVERS[name], problem.f, problem.x0, threshold=12)
+    newton = name == "newton_krylov"  # its threshold counts the products with J as well
+    threshold = 80 if newton else 12
+    alone = visited(SOLVERS[name], problem.f, problem.x0, threshold=threshold)
     x0 = torch.zeros(2, 12, dtype=torch.float64)
-    together = visited(SOLVERS[name], both, x0, threshold=12)
+    together = visited(SOLVERS[name], both, x0, threshold=threshold)
     n = min(len(alone), len(together))
-    assert n >= 6
+    assert n >= (4 if newton else 6)
     # Equal but for the order of summation in batched products.
     torch.testing.assert_close(together[:n, :1], alone[:n], rtol=0, atol=1e-10)
 
@@ -350,7 +352,7 @@ def test_no_graph_is_kept(name):
         return value
 
     assert not SOLVERS[name](f, x0, threshold=5)["result"].requires_grad
-    assert not any(graphs)
+    assert any(graphs) == (name == "newton_krylov")  # which differentiates f
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

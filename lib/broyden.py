@@ -1,0 +1,286 @@
+"""Broyden's method."""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib.inner_products import products
+from lib.sample_run import start
+from lib.solver_run import Run, check, check_count, check_damping, solver_method
+
+# Stored vectors come in blocks: few kernels, little unused memory.
+_BLOCK_ROWS, _BLOCK_BYTES = 8, 2**20  # whichever is more
+
+
+@solver_method
+def broyden(
+    f: Callable[[Tensor], Tensor],
+    x0: Tensor,
+    threshold: int = 50,
+    eps: float = 1e-3,
+    stop_mode: str = "rel",
+    ls: bool = False,
+    name: str = "unknown",
+    *,
+    memory: int | None = None,
+    damping: float = 1.0,
+    keep_inverse: bool = False,
+    **control,
+) -> dict:
+    """Broyden's ("good") quasi-Newton method on g(z) = f(z) - z (Broyden 1965).
+
+    The inverse Jacobian estimate H of g starts at -I, so the first step goes to f(x0); then
+
+        z+ = z - t H g(z),   H <- H + (dz - H dg) (H' dz)' / (dz' H dg)
+
+    with t = ``damping``, or chosen by a backtracking line search. All of H is per sample.
+
+    Args:
+        f, x0, eps, stop_mode: as for :func:`~lib.anderson.anderson`.
+        threshold: updates at most: f is evaluated at x0 and at most this often more (plus the
+            rejected trials of the line search).
+        ls: Armijo line search on ||g||^2 over the batch (at most 4 halvings or so per step).
+        name: label of the solve, handed back in the result.
+        memory: so many of the last updates make up H, each by two stored vectors; None keeps all,
+            by one vector each.
+        damping: length t of a step, in (0, 1].
+        keep_inverse: hand H back, under "inverse".
+        **control: see :class:`~lib.solver_run.Control`; a line search looks at every residual, and
+            needs stop='batch'.
+
+    Returns:
+        The dict that :mod:`lib.solvers` describes, and ``name``.
+
+    Raises:
+        InputError: as for :func:`~lib.anderson.anderson`.
+    """
+    if memory is not None:
+        check_count("memory", memory)
+    check_damping(damping)
+    if ls:
+        control["check_every"] = 1
+        per_batch = control.get("stop") != "sample" and damping == 1
+        check(per_batch, "ls", ls, "False with stop='sample', and with damping")
+    run = start(f, x0, threshold, eps, stop_mode, control)
+    if memory is None:
+        inverse = BroydenInverse(run.x0, threshold)
+    else:
+        inverse = LimitedInverse(run.x0, min(memory, threshold))
+    x, _, _ = run.evaluate(run.x0, out=inverse.residual)
+    length = None
+    for _ in range(threshold):
+        if run.stopped:
+            break
+        if run.kept is not None:
+            inverse.select(run.kept)
+        direction = inverse.newton_direction(length)
+        if ls:
+            x, gx, length = _line_search(run, x, direction)
+            inverse.residual.copy_(gx)
+        else:
+            step = direction if damping == 1 else damping * direction
+            x, _, _ = run.evaluate(x + step, out=inverse.residual)
+            length = damping
+    if keep_inverse and length is not None and run.kept is None:
+        inverse.newton_direction(length)  # the update that belongs to the last evaluation
+    return {**run.result(), "name": name} | ({"inverse": inverse} if keep_inverse else {})
+
+
+class BroydenInverse:
+    r"""Broyden's inverse estimate H as a product of rank-one factors in the directions alone.
+
+    With d_j = -H_j g_j and steps s_j = t_j d_j, Sherman-Morrison gives
+
+        H_{j+1} = (I + w_j d_j' / d_j'd_j) H_j,   w_j = d_{j+1} - (1 - t_j) d_j
+
+    (unit steps: Kelley, Iterative Methods for Linear and Nonlinear Equations, section 7.3). So one
+    vector per update is stored instead of two. Applying k factors to -g gives p + sum c_j w_j with
+    c_j = d_j'p_j / d_j'd_j, a triangular system in the products d_i'd_j and d_i'g:
+
+        d_j'd_j c_j - sum_{i<j} c_i (d_j'd_{i+1} - (1 - t_i) d_j'd_i) = -d_j'g
+
+    It is solved in float64 from direct inner products: a recurrence for them would save reading
+    the directions once, but lose the small residuals.
+
+    ``residual`` (B, D) is where the caller writes g at the newest point.
+    """
+
+    def __init__(self, like: Tensor, capacity: int):
+        batch, size = like.shape
+        self._newest = like.new_empty(2, batch, size)
+        self.direction, self.residual = self._newest
+        self.capacity = capacity  # directions at most
+        self.blocks: list[Tensor] = []  # (rows, B, D), filled in order
+        self.count = self._free = 0  # directions stored; rows left in the last block
+        self.short: list[float] = []  # 1 - t_j
+        self.triangle = torch.zeros(batch, 16, 16, dtype=torch.float64, device=like.device)
+
+    def newton_direction(self, length: float | None) -> Tensor:
+        """-H g, (B, D), overwritten by the next call.
+
+        Args:
+            length: t of the step along the last direction, which ended where g is; None at first.
+        """
+        if length is None:
+            return self.direction.copy_(self.residual)  # H = -I
+        self._store(length)
+        coefficients = self._coefficients()  # (B, k); the last, sigma, is of the unknown w_k
+        denominator = 1 + coefficients[:, -1:]
+        # A vanishing denominator has no update: take the plain step g.
+        usable = denominator.abs() > torch.finfo(torch.float64).eps
+        scale = torch.where(usable, denominator.reciprocal(), 0.0)
+        weights = F.pad(-scale * coefficients[:, :-1], (1, 0))
+        if any(self.short):
+            weights += scale * self._like(self.short, coefficients) * coefficients
+        scale = torch.where(usable, scale, 1.0)
+
+        torch.mul(self.residual, scale.to(self.residual.dtype), out=self.direction)
+        self._add_directions(weights.to(self.residual.dtype))
+        return self.direction
+
+    def transposed(self, vector: Tensor, updates: int) -> Tensor:
+        """H' v for v (B, D), with H as it was after so many updates.
+
+        The factors of H' are I + d_j w_j' / d_j'd_j, the last update's applied first.
+        """
+        out = vector.clone()
+        directions = [d for rows in self._filled() for d in rows] + [self.direction]
+        for j in reversed(range(min(updates, self.count))):
+            d, w = directions[j], directions[j + 1]
+            if self.short[j]:
+                w = w - self.short[j] * directions[j]
+            norm, overlap = products(d[None], d[None])[:, 0], products(w[None], out[None])[:, 0]
+            share = overlap / torch.where(norm > 0, norm, 1.0)
+            out += share.to(out.dtype) * d
+        return out.neg_()
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these samples alone."""
+        self._newest = self._newest[:, rows]
+        self.direction, self.residual = self._newest
+        self.blocks = [block[:, rows] for block in self.blocks]
+        self.triangle = self.triangle[rows]
+
+    def _store(self, length: float) -> None:
+        """Keep the newest direction, along which a step of that length was taken."""
+        if self._free == 0:
+            _, batch, size = self._newest.shape
+            fitting = _BLOCK_BYTES // (self.direction.nbytes or 1)
+            self._free = min(max(_BLOCK_ROWS, fitting), self.capacity - self.count)
+            self.blocks.append(self._newest.new_empty(self._free, batch, size))
+        self.blocks[-1][-self._free] = self.direction
+        self._free -= 1
+        self.count += 1
+        self.short.append(1 - length)
+
+    def _coefficients(self) -> Tensor:
+        """c of the class's docstring, (B, k) in float64, after extending the triangle."""
+        k = self.count - 1
+        if k == self.triangle.shape[1]:
+            self.triangle = F.pad(self.triangle, (0, k, 0, k))
+        parts = [products(self._newest, rows) for rows in self._filled()]
+        overlaps = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]  # (B, 2, k + 1)
+        own, right = overlaps[:, 0], overlaps[:, 1].neg()
+        row = self.triangle[:, k, : k + 1]
+        torch.neg(own[:, 1:], out=row[:, :-1])
+        if any(self.short):
+            row[:, :-1] += self._like(self.short[:-1], own) * own[:, :-1]
+        norm = own[:, -1]
+        row[:, -1] = torch.where(norm > 0, norm, 1.0)
+        system = self.triangle[:, : k + 1, : k + 1]
+        return torch.linalg.solve_triangular(system, right[:, :, None], upper=False)[:, :, 0]
+
+    def _add_directions(self, weights: Tensor) -> None:
+        """direction += sum_j weights_j d_j, for weights (B, k)."""
+        out, first = self.direction[:, None], 0
+        for rows in self._filled():
+            part = weights[:, None, first : first + len(rows)]
+            out.baddbmm_(part, rows.transpose(0, 1))
+            first += len(rows)
+
+    def _filled(self):
+        yield from self.blocks[:-1]
+        yield self.blocks[-1][: len(self.blocks[-1]) - self._free]
+
+    @staticmethod
+    def _like(values: list[float], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device)
+
+
+class LimitedInverse:
+    """H = -I + sum u_j v_j' over the last updates, u = (s - H y) / s'H y and v = H's.
+
+    For steps s and differences y of residuals. The newest secant equation H y = s always holds,
+    however many updates are dropped. The interface is that of :class:`BroydenInverse`.
+    """
+
+    def __init__(self, like: Tensor, memory: int):
+        batch, size = like.shape
+        self.memory, self.count = memory, 0
+        self.residual, self._before = torch.empty_like(like), torch.empty_like(like)
+        self.direction = torch.empty_like(like)
+        self._u = like.new_empty(memory, batch, size)
+        self._v = like.new_empty(memory, batch, size)
+
+    def newton_direction(self, length: float | None) -> Tensor:
+        """-H g, (B, D), overwritten by the next call."""
+        if length is not None:
+            step, change = length * self.direction, self.residual - self._before
+            image = self._apply(self._u, self._v, change)  # H y
+            v = self._apply(self._v, self._u, step)
+            denominator = products(step[None], image[None])[:, 0]
+            usable = denominator.abs() > torch.finfo(torch.float64).tiny
+            scale = torch.where(usable, denominator.reciprocal(), 0.0)
+            self._u[self.count % self.memory] = scale.to(v.dtype) * (step - image)
+            self._v[self.count % self.memory] = v
+            self.count += 1
+        self._before.copy_(self.residual)
+        torch.neg(self._apply(self._u, self._v, self.residual), out=self.direction)
+        return self.direction
+
+    def transposed(self, vector: Tensor, updates: int) -> Tensor:
+        """H' v for v (B, D), without the updates past the first ``updates``."""
+        kept = [j % self.memory for j in range(max(self.count - self.memory, 0), self.count)]
+        kept = kept[: max(len(kept) - max(self.count - updates, 0), 0)]
+        return self._apply(self._v[kept], self._u[kept], vector)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these samples alone."""
+        self.residual, self._before = self.residual[rows], self._before[rows]
+        self.direction = self.direction[rows]
+        self._u, self._v = self._u[:, rows], self._v[:, rows]
+
+    def _apply(self, left: Tensor, right: Tensor, vector: Tensor) -> Tensor:
+        """-x + sum left_j right_j'x."""
+        n = min(self.count, len(left))
+        if n == 0:
+            return -vector
+        weights = products(vector[None], right[:n]).to(vector.dtype)  # (B, 1, n)
+        return torch.baddbmm(vector[:, None], weights, left[:n].transpose(0, 1), beta=-1)[:, 0]
+
+
+def _line_search(run: Run, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Backtrack t from 1 until ||g(x + t d)||^2 falls by the Armijo share; else the best trial.
+
+    Returns the point taken, its residual g, and t. The model parabola has the value ||g||^2 and
+    the slope -2 ||g||^2 at t = 0, those of a Newton direction.
+    """
+    tries, share = 5, 1e-4
+    start = run.abs_trace[-1] ** 2
+    length, best = 1.0, None
+    for left in reversed(range(tries)):
+        # Only the last resort may lose a sample: a shorter step often stays finite.
+        point = run.evaluate(x + length * direction, forgive=left > 0 or best is not None)
+        value = run.abs_trace[-1] ** 2
+        if point is not None and (best is None or value < best[0]):
+            best = (value, point[0], point[2], length)
+        if run.stopped or value <= (1 - 2 * share * length) * start:
+            break
+        curvature = value - start + 2 * start * length
+        shorter = start * length**2 / curvature if 0 < curvature < math.inf else 0.0
+        length = min(max(shorter, 0.1 * length), 0.5 * length)
+    _, point, gx, length = best
+    return point, gx, length

@@ -1,0 +1,32 @@
+"""Inner products of stored vectors, as solvers need them: per sample, and accurate."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+# Inner products of vectors longer than this are summed over chunks.
+_LONG, _CHUNK = 4096, 512
+
+
+def products(vectors: Tensor, rows: Tensor) -> Tensor:
+    """Inner products of vectors (v, B, D) with rows (r, B, D), per sample: (B, v, r) in float64.
+
+    They are cut into short chunks, whose sums are added in float64: more accurate, and with long
+    ones MKL spends up to twice the time of reading the rows on packing them.
+    """
+    v, batch, size = vectors.shape
+    parts = chunks(size)
+    if parts == 1:
+        return torch.bmm(vectors.transpose(0, 1), rows.permute(1, 2, 0)).double()
+    chunked = [t.view(-1, batch * parts, size // parts) for t in (vectors, rows)]
+    found = torch.bmm(chunked[0].transpose(0, 1), chunked[1].permute(1, 2, 0))
+    return found.view(batch, parts, v, -1).sum(1, dtype=torch.float64)
+
+
+@functools.cache
+def chunks(size: int) -> int:
+    """Into how many chunks: as many as divide ``size`` and leave ``_CHUNK`` or more in each."""
+    if size <= _LONG:
+        return 1
+    return next((n for n in range(size // _CHUNK, 1, -1) if size % n == 0), 1)

@@ -1,0 +1,177 @@
+"""A solve that stops per sample: what has converged leaves it and costs nothing more.
+
+A sample is finished once its own residual is below ``eps`` (or the floor), once it diverges, or
+once f is not finite for it. Its result is its own best point, so that it does not depend on the
+other samples of the batch.
+
+Methods go on with the rows that are left: after an evaluation ``run.kept`` says which of their
+rows those are (None: all of them). f sees these samples only, if it can be restricted to them
+(``f.select``, see :mod:`lib.maps`); otherwise it sees the whole batch, with the finished samples
+at rest. Methods that multiply with the Jacobian of the whole batch keep all rows instead
+(``shrinks=False``): finished ones stay at their best point, with a residual of zero.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.solver_run import TINY, Control, Run
+
+
+class SampleRun(Run):
+    """As :class:`~lib.solver_run.Run`, with everything per sample.
+
+    The traces are norms over the whole batch all the same: a finished sample counts with the
+    residual of its result.
+    """
+
+    def __init__(
+        self,
+        f: Callable,
+        x0: Tensor,
+        threshold: int,
+        eps: float,
+        stop_mode: str,
+        control: Control,
+        shrinks: bool = True,
+    ):
+        super().__init__(f, x0, threshold, eps, stop_mode, control)
+        batch = len(x0)
+        self.shrinks = shrinks
+        self.rows = np.arange(batch)  # the samples that the method holds
+        self.done = np.zeros(batch, dtype=bool)
+        self.own_residual = self.own_residual.copy()
+        # Norms of f(z) - z and f(z) at each sample's best point, and at its last one.
+        self._own_norms = np.full((2, batch), np.inf)
+        self._norms_now = self._own_norms.copy()
+        self._own_step, self._sample_nfe = np.zeros((2, batch), dtype=np.int64)
+        self._diverged = np.zeros(batch, dtype=bool)
+        self._f_rows = f
+        self._borrowed = True  # own_best is a tensor of the method's, not to be written to
+
+    def evaluate(
+        self, x: Tensor, out: Tensor | None = None, forgive: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(x, f(x), f(x) - x) of the rows that go on, from x (b, D) of those that went on before.
+
+        ``out`` keeps its rows: the method removes those of finished samples from all it holds.
+        """
+        x, fx, gx = self._value(x, self._f_rows, out)
+        norms = torch.stack([torch.linalg.vector_norm(v, dim=1) for v in (gx, fx)])
+        self._judge_rows(x, norms.cpu().numpy().astype(np.float64))
+        done, self.kept = self.done[self.rows], None
+        if not done.any():
+            return x, fx, gx
+        if not self.shrinks:
+            rest = torch.from_numpy(done).to(self.device)[:, None]
+            gx.masked_fill_(rest, 0.0)
+            return *(torch.where(rest, self.own_best, v) for v in (x, fx)), gx
+        self.kept = torch.from_numpy(np.flatnonzero(~done)).to(self.device)
+        self.rows = self.rows[~done]
+        if len(self.rows):
+            self._f_rows = self._restricted()
+        return x[self.kept], fx[self.kept], gx[self.kept]
+
+    def _restricted(self) -> Callable[[Tensor], Tensor]:
+        """f of the rows that are left."""
+        rows = torch.from_numpy(self.rows).to(self.device)
+        if hasattr(self.f, "select"):
+            return self.f.select(rows)
+        rest = self.own_best.to(self.dtype).view(self.shape)
+
+        def f(z: Tensor) -> Tensor:
+            return self.f(rest.index_copy(0, rows, z))[rows]
+
+        return f
+
+    def _judge_rows(self, x: Tensor, norms: np.ndarray) -> None:
+        """Record the norms (2, b) of g and f at x (b, D); keep best points; find who is done."""
+        went_on = ~self.done[self.rows]
+        rows, norms = self.rows[went_on], norms[:, went_on]
+        g, f = norms
+        relative = g / (f + TINY)
+        finite = np.isfinite(g + f)
+        residual = np.where(finite, g if self.stop_mode == "abs" else relative, np.inf)
+        if self.nfe == 1:
+            self.limit = self._divergence_limit(g, f)
+        self._sample_nfe[rows] += 1
+        better = residual < self.own_residual[rows]
+        self._keep_best(x, rows[better], np.flatnonzero(went_on)[better])
+        self.own_residual[rows[better]] = residual[better]
+        self._own_norms[:, rows[better]] = norms[:, better]
+        self._own_step[rows[better]] = self.nfe - 1
+
+        self.lost[rows[~finite]] = True
+        reached = (residual < self.eps) | (residual == 0)
+        diverged = finite & ~reached & (g > self.limit[rows])
+        self._diverged[rows[diverged]] = True
+        ends = ~finite | reached | diverged | (relative < self.control.floor)
+        self.done[rows[ends]] = True
+        self._norms_now[:, rows] = norms
+        self._norms_now[:, self.done] = self._own_norms[:, self.done]
+        self._record(*self._totals(self._norms_now))
+
+    def _keep_best(self, x: Tensor, samples: np.ndarray, places: np.ndarray) -> None:
+        """Row ``places[i]`` of x is the best point so far of sample ``samples[i]``."""
+        if len(samples) == len(self.x0):  # the usual step: a reference, no copy
+            self.own_best, self._borrowed = x, True
+        elif len(samples):
+            if self._borrowed:
+                self.own_best, self._borrowed = self.own_best.clone(), False
+            samples, places = (torch.from_numpy(i).to(self.device) for i in (samples, places))
+            self.own_best.index_copy_(0, samples, x[places])
+
+    @staticmethod
+    def _totals(norms: np.ndarray) -> tuple[float, float]:
+        """The residual over the batch, 'abs' and 'rel', from norms (2, B) of g and f."""
+        found = np.isfinite(norms).all(0)  # where f never was finite there is none
+        if not found.any():
+            return math.inf, math.inf
+        g, f = (math.sqrt(own.dot(own)) for own in norms[:, found])
+        return g, g / (f + TINY)
+
+    def lose(self, fails: np.ndarray) -> None:
+        self.lost, self.done = self.lost | fails, self.done | fails
+
+    @property
+    def reason(self) -> str:
+        if not self.done.all():
+            return super().reason
+        if self._broken():
+            return "diverged"
+        own = self.own_residual[~self.lost]
+        return "eps" if ((own < self.eps) | (own == 0)).all() else "floor"
+
+    def _broken(self) -> bool:
+        return bool(self._diverged.any() or self.lost.all())
+
+    def result(self) -> dict:
+        """What the solver returns; ``nstep`` is the last step at which a sample was at its best."""
+        self.lowest_of = dict(zip(("abs", "rel"), self._totals(self._own_norms), strict=True))
+        self.lowest, self.best_index = self.lowest_of[self.stop_mode], int(self._own_step.max())
+        self.diverged = self._broken()
+        return self._solution(self.own_best, self.own_residual, self._sample_nfe)
+
+
+def start(
+    f: Callable,
+    x0: Tensor,
+    threshold: int,
+    eps: float,
+    stop_mode: str,
+    control: dict,
+    shrinks: bool = True,
+) -> Run:
+    """The run of a solve; ``control`` are keywords of :class:`~lib.solver_run.Control`.
+
+    Raises:
+        InputError: a value out of range.
+        TypeError: a keyword that does not exist.
+    """
+    options = Control(**control)
+    if options.stop == "sample":
+        return SampleRun(f, x0, threshold, eps, stop_mode, options, shrinks)
+    return Run(f, x0, threshold, eps, stop_mode, options)

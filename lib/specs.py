@@ -1,0 +1,86 @@
+"""One text for a choice and its options: ``name`` or ``name:option=value,option=value``.
+
+For command lines, configuration files and notebooks alike; nothing needs quotes in a shell.
+
+    >>> from lib.specs import parse
+    >>> parse("anderson:m=4,stop=sample")
+    ('anderson', {'m': 4, 'stop': 'sample'})
+"""
+
+import ast
+import inspect
+from collections.abc import Callable, Collection
+from dataclasses import fields
+from functools import partial
+
+from lib.errors import InputError, did_you_mean
+
+
+def parse(text: str) -> tuple[str, dict]:
+    """Name and options. A value is a Python literal, or true, false, none, or a word.
+
+    Raises:
+        InputError: an option without a value, or given twice.
+    """
+    name, colon, rest = text.partition(":")
+    options: dict = {}
+    for part in rest.split(",") if colon else []:
+        key, equals, value = part.partition("=")
+        key = key.strip()
+        if not key or not equals or not value.strip():
+            raise InputError(f"{part!r} in {text!r} is not option=value")
+        if key in options:
+            raise InputError(f"{key} stands twice in {text!r}")
+        options[key] = _value(value.strip())
+    return name.strip(), options
+
+
+def _value(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+
+
+def accepts(function: Callable, option: str) -> bool:
+    """Whether a function takes a keyword of that name, by itself or among ``**keywords``."""
+    parameters = inspect.signature(function).parameters
+    return option in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def named(
+    kind: str,
+    text: str,
+    choices: dict[str, Callable],
+    *,
+    without: Collection[str] = (),
+    more: type | None = None,
+) -> Callable:
+    """What ``text`` names among ``choices``; with options, a partial of it.
+
+    Args:
+        kind: what is chosen, for messages.
+        without: parameters that are no options.
+        more: a dataclass whose fields are options too, where a choice takes ``**keywords``.
+
+    Raises:
+        InputError: an unknown name or option, naming the accepted ones.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"{kind} is {text!r}, but must be a name or a callable")
+    name, options = parse(text)
+    if name not in choices:
+        raise InputError(f"unknown {kind} {name!r}: choose from {', '.join(sorted(choices))}")
+    accepted = set()
+    for parameter in inspect.signature(choices[name]).parameters.values():
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            accepted.add(parameter.name)
+        elif more is not None:
+            accepted |= {field.name for field in fields(more)}
+    accepted -= set(without)
+    for option in options:
+        if option not in accepted:
+            listed = ", ".join(sorted(accepted)) or "none"
+            hint = did_you_mean(option, sorted(accepted), otherwise=f" (it has: {listed})")
+            raise InputError(f"{kind} {name} has no option {option}{hint}")
+    return partial(choices[name], **options) if options else choices[name]
