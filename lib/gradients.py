@@ -64,6 +64,9 @@ class Gradient:
     def refuse(self, f_solver: Callable[..., dict]) -> None:
         """Raise an InputError for a forward solver that it cannot follow."""
 
+    def refuse_threshold(self, f_thres: int) -> None:
+        """Any threshold of a forward solver will do."""
+
     def attach(self, solved: Solved) -> Tensor:
         """The state to go on with: a value at the fixed point, and this gradient."""
         raise NotImplementedError
@@ -206,6 +209,15 @@ GRADIENTS: dict[str, type] = {
     "shine": Shine,
     "unroll": Unroll,
 }
+
+
+def unused_settings(grad: Gradient | Iteration) -> list[str]:
+    """Which settings of a model a gradient makes no use of."""
+    if isinstance(grad, Iteration):
+        return ["f_solver", "stop_mode", "b_solver", "b_thres"]
+    if not grad.solves:
+        return ["b_solver", "b_thres"]
+    return ["b_thres"] if isinstance(grad, Shine) else []
 
 
 def get_gradient(grad: str | Gradient | Iteration) -> Gradient | Iteration:

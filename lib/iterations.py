@@ -32,6 +32,9 @@ class Iteration:
     def refuse(self, f_solver) -> None:
         """Any forward solver will do: it is not used."""
 
+    def refuse_threshold(self, evaluations: int) -> None:
+        """Raise an InputError for a threshold that it cannot run to."""
+
     def run(
         self, f: Map, z0: Tensor, evaluations: int, indexing: Collection[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor], dict]:
@@ -99,10 +102,15 @@ class Reversible(Iteration):
         good = isinstance(value, (int, float)) and 0 < value < 1
         check(good, "damping", value, "between 0 and 1: a full step cannot be undone")
 
-    def most_steps(self) -> int:
-        """How many steps rounding in float64 lets one undo."""
+    def refuse_threshold(self, evaluations: int) -> None:
         growth = ALLOWED_GROWTH / torch.finfo(torch.float64).eps
-        return int(math.log(growth) / -math.log1p(-self.damping))
+        most = int(math.log(growth) / -math.log1p(-self.damping))
+        if evaluations // 2 > most:
+            raise InputError(
+                f"f_thres {evaluations} makes {evaluations // 2} coupled steps, but with a damping "
+                f"of {self.damping} rounding lets backward undo {most} at most: lower f_thres to "
+                f"{2 * most + 1}, or the damping"
+            )
 
     def run(
         self, f: Map, z0: Tensor, evaluations: int, indexing: Collection[int] = ()
@@ -112,13 +120,8 @@ class Reversible(Iteration):
         Raises:
             InputError: more steps than can be undone.
         """
+        self.refuse_threshold(evaluations)
         n = max(evaluations // 2, 1)
-        if n > self.most_steps():
-            raise InputError(
-                f"f_thres {evaluations} makes {n} coupled steps, but with a damping of "
-                f"{self.damping} rounding lets backward undo {self.most_steps()} at most: lower "
-                "one of them"
-            )
         history = _History(f, z0, self.damping)
         pair, states, steps = [z0.double(), z0.double()], {}, _Steps()  # y, z
         for i in range(1, 2 * n + 1):

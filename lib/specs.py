@@ -42,6 +42,13 @@ def _value(text: str):
         return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
+class Names(list):
+    """Names as the choices of a command line: with options, a name still counts as one."""
+
+    def __contains__(self, text: object) -> bool:
+        return super().__contains__(str(text).partition(":")[0])
+
+
 def accepts(function: Callable, option: str) -> bool:
     """Whether a function takes a keyword of that name, by itself or among ``**keywords``."""
     parameters = inspect.signature(function).parameters

@@ -12,7 +12,7 @@ from deq_sequence.corpus import Corpus, get_lm_corpus
 from deq_sequence.evaluation import evaluate, settings_from
 from deq_sequence.initialization import initialize
 from deq_sequence.model import DEQTransformerLM
-from deq_sequence.options import cutoffs_for, parse
+from deq_sequence.options import cutoffs_for, own_b_solver, parse
 from deq_sequence.training import LMTrainer
 from lib.checkpoint import load_weights
 from lib.distributed import Processes
@@ -26,6 +26,7 @@ from lib.experiment import (
     peak_memory_mib,
     run_folder,
 )
+from lib.gradients import unused_settings
 from lib.precision import allow_tf32
 from lib.resume import read_checkpoint
 from lib.retention import set_aside, versions
@@ -83,8 +84,9 @@ def build_model(args: argparse.Namespace, corpus: Corpus, device: torch.device):
         pretrain_steps=args.pretrain_steps,
         cutoffs=cutoffs,
         f_solver=args.f_solver,
-        b_solver=None if args.b_solver == "None" else args.b_solver,
+        b_solver=own_b_solver(args),
         stop_mode=args.stop_mode,
+        grad=args.grad,
     )
     initialize(
         model,
@@ -143,6 +145,8 @@ def train_command(
         run.log("debug: nothing is written" if args.debug else f"run folder {folder}")
         if args.jac_loss_weight > 0 and args.jac_loss_freq == 0:
             run.log("note: --jac_loss_weight has no effect while --jac_loss_freq is 0")
+        if unused := unused_settings(model.grad):
+            run.log(f"note: --grad {args.grad} makes no use of --{', --'.join(unused)}")
         for line in [*lines, *(f"changed since the checkpoint: {line}" for line in changes)]:
             run.log(line)
         if restart:

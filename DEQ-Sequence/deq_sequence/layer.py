@@ -328,9 +328,10 @@ class TransformerLayer(nn.Module):
 
         @cache
         def tensors(dtype: torch.dtype) -> tuple[AttentionTensors, FeedForwardTensors]:
-            # Made at the first use, which is a solver's, without autograd.
-            with torch.set_grad_enabled(trained):
+            with torch.set_grad_enabled(trained):  # a solver may be the first to ask
                 return attention(dtype), feed_forward(dtype)
+
+        tensors(working_dtype(us))  # now: every evaluation of f is to do the same
 
         # Fused kernels know no mask of attention weights. On a CPU they are no faster in float32
         # and slower in bfloat16 (medians of attention at B 4, L = M 150, d 700, one thread: 62 ms

@@ -13,6 +13,8 @@ from deq_sequence.softmax import ProjectedAdaptiveLogSoftmax
 from lib.checkpoint import load_weights
 from lib.deq import DEQ, SRADIUS_ITERS, SolverAttributes, stacked
 from lib.errors import InputError
+from lib.gradients import Gradient
+from lib.iterations import Iteration
 from lib.linear import linear
 from lib.optimization import VariationalDropout
 from lib.solver_stats import scalars_to
@@ -57,6 +59,7 @@ class DEQTransformerLM(SolverAttributes, nn.Module):
         f_solver, b_solver: names or callables (see :class:`lib.deq.DEQ`).
         stop_mode: 'rel' or 'abs', for the forward solve; the adjoint stops by 'rel'.
         logging: function that is given one line after ``load``; None is silent.
+        grad: how to differentiate the equilibrium (see :mod:`lib.gradients`).
 
     Raises:
         InputError: sizes that do not fit together, a bad solver or stop_mode, a bad ``load``.
@@ -89,6 +92,7 @@ class DEQTransformerLM(SolverAttributes, nn.Module):
         b_solver: str | Callable | None = None,
         stop_mode: str = "rel",
         logging: Callable[[str], None] | None = None,
+        grad: str | Gradient | Iteration = "ift",
     ):
         super().__init__()
         d_embed = d_model if d_embed is None else d_embed
@@ -101,7 +105,7 @@ class DEQTransformerLM(SolverAttributes, nn.Module):
             raise InputError(f"local_size is {local_size}, but must be 0 (all positions) or more")
         if stop_mode not in ("abs", "rel"):
             raise InputError(f"stop_mode is {stop_mode!r}, but must be 'abs' or 'rel'")
-        self.deq = DEQ(f_solver, b_solver, stop_mode=stop_mode, b_stop_mode="rel")
+        self.deq = DEQ(f_solver, b_solver, stop_mode=stop_mode, b_stop_mode="rel", grad=grad)
 
         self.word_emb = AdaptiveEmbedding(n_token, d_embed, d_model, cutoffs, div_val)
         self.inject_conv = nn.Conv1d(d_model, 3 * d_model, 1)

@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 
 from deq_sequence.corpus import DATASETS
-from lib.errors import InputError, did_you_mean
+from lib.deq import DEQ
+from lib.errors import InputError, did_you_mean, naming
+from lib.gradients import GRADIENTS
 from lib.precision import AMP
-from lib.solvers import SOLVERS
+from lib.solvers import ADJOINT_SOLVERS, SOLVERS
+from lib.specs import Names
 
 DEFAULT_DATA = "../data/wikitext-103"
 # Where get_data.sh (and the embedded corpus) puts each set, relative to DEQ-Sequence.
@@ -101,9 +104,12 @@ def _model_flags(group) -> None:
 
 def _solver_flags(group) -> None:
     add = group.add_argument
-    names = sorted(SOLVERS)
-    add("--f_solver", default="anderson", choices=names, help="forward solver")
-    add("--b_solver", default="broyden", choices=[*names, "None"], help="None: as forward")
+    forward, backward, grads = (Names(sorted(d)) for d in (SOLVERS, ADJOINT_SOLVERS, GRADIENTS))
+    add("--f_solver", default="anderson", choices=forward, help="name, or name:option=value,...")
+    add(
+        "--b_solver", default="broyden", choices=Names([*backward, "None"]), help="None: as forward"
+    )
+    add("--grad", default="ift", choices=grads, help="gradient of the equilibrium, likewise")
     add("--stop_mode", default="rel", choices=("abs", "rel"), help="of the forward solver")
     add("--f_thres", type=int, default=40, help="forward threshold")
     add("--b_thres", type=int, default=40, help="backward threshold")
@@ -191,7 +197,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.eval and not args.load and args.name == "N/A":
         raise InputError("--eval needs --load WEIGHTS, or the --name of a run with weights")
     _check_ranges(args)
+    with naming("--f_solver, --b_solver and --grad"):
+        deq = DEQ(args.f_solver, own_b_solver(args), grad=args.grad)
+        deq.grad.refuse_threshold(args.f_thres)
     return args
+
+
+def own_b_solver(args: argparse.Namespace) -> str | None:
+    """The backward solver; None takes the forward one."""
+    return None if args.b_solver == "None" else args.b_solver
 
 
 def _check_ranges(args: argparse.Namespace) -> None:

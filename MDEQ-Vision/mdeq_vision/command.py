@@ -11,6 +11,7 @@ from lib.checkpoint import load_weights
 from lib.distributed import Processes
 from lib.errors import InputError, naming
 from lib.experiment import CHECKPOINT, WEIGHTS, Run, check_unused, peak_memory_mib
+from lib.gradients import unused_settings
 from lib.precision import allow_tf32
 from lib.resume import read_checkpoint
 from lib.retention import set_aside, versions
@@ -235,6 +236,9 @@ def _train(
     ]
     if cfg.LOSS.JAC_LOSS_WEIGHT > 0 and cfg.LOSS.JAC_LOSS_FREQ == 0:
         lines.append("note: LOSS.JAC_LOSS_WEIGHT has no effect while LOSS.JAC_LOSS_FREQ is 0")
+    if unused := unused_settings(model.grad):
+        names = ", ".join(f"DEQ.{name.upper()}" for name in unused)
+        lines.append(f"note: DEQ.GRAD {cfg.DEQ.GRAD} makes no use of {names}")
     lines += [f"changed since the checkpoint: {line}" for line in changes]
     if checkpoint is not None:
         lines.append(f"continuing {source} at step {trainer.step}")

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from lib.deq import DEQ, SRADIUS_ITERS, SolverAttributes, stacked
-from lib.errors import InputError
+from lib.errors import InputError, naming
 from lib.jacobian import jac_loss_estimate
 from lib.layer_utils import conv3x3, list2vec, vec2list
 from lib.solver_stats import scalars_to
@@ -57,7 +57,14 @@ class MDEQNet(SolverAttributes, nn.Module):
             raise InputError(f"DEQ.STOP_MODE is {cfg.DEQ.STOP_MODE!r}, but must be 'abs' or 'rel'")
         self.n_layer, self.pretrain_steps = model.NUM_LAYERS, cfg.TRAIN.PRETRAIN_STEPS
         self.f_thres, self.b_thres = cfg.DEQ.F_THRES, cfg.DEQ.B_THRES
-        self.deq = DEQ(cfg.DEQ.F_SOLVER, cfg.DEQ.B_SOLVER, stop_mode=cfg.DEQ.STOP_MODE)
+        with naming("DEQ.F_SOLVER, DEQ.B_SOLVER and DEQ.GRAD"):
+            self.deq = DEQ(
+                cfg.DEQ.F_SOLVER,
+                cfg.DEQ.B_SOLVER,
+                stop_mode=cfg.DEQ.STOP_MODE,
+                grad=cfg.DEQ.GRAD,
+            )
+            self.deq.grad.refuse_threshold(self.f_thres + 1)  # as much as it ever varies upwards
         self.channels = list(stage.NUM_CHANNELS)
         self.downsample = _stem(self.channels[0], model.DOWNSAMPLE_TIMES, bn_momentum)
         self.stage0 = None

@@ -9,13 +9,14 @@ import pytest
 
 from deq_sequence.options import build_parser, cutoffs_for, parse
 from lib.errors import InputError
-from lib.solvers import SOLVERS
+from lib.gradients import GRADIENTS
+from lib.solvers import ADJOINT_SOLVERS, SOLVERS
 
 CONTRACT = json.loads((Path(__file__).parents[1] / "data" / "lm_flags.json").read_text())["flags"]
 ADDED = {
     *("--help", "--cutoffs", "--num_threads", "--amp", "--eval_batch_size"),
     *("--batch_chunk", "--save-interval", "--compile", "--tf32", "--max_time", "--max_skipped"),
-    *("--auto_restart", "--keep_checkpoints"),
+    *("--auto_restart", "--keep_checkpoints", "--grad"),
 }
 ACTIONS = {flag: action for action in build_parser()._actions for flag in action.option_strings}
 
@@ -53,7 +54,8 @@ def test_no_other_flags():
 def test_choices():
     assert set(ACTIONS["--dataset"].choices) == {"wt103", "wt2", "ptb", "enwik8", "text8", "demo"}
     assert set(ACTIONS["--f_solver"].choices) == set(SOLVERS)
-    assert set(ACTIONS["--b_solver"].choices) == {*SOLVERS, "None"}
+    assert set(ACTIONS["--b_solver"].choices) == {*ADJOINT_SOLVERS, "None"}
+    assert set(ACTIONS["--grad"].choices) == set(GRADIENTS)
     assert set(ACTIONS["--amp"].choices) == {"none", "bf16"}
     assert list(ACTIONS["--attn_type"].choices) == [0]
     for flag in ("--init", "--emb_init"):
