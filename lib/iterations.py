@@ -16,14 +16,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lib.adjoint import warn
+from lib.double_double import Pair, combine, take_apart
 from lib.errors import InputError
 from lib.maps import Map
 from lib.precision import same_autocast
 from lib.solver_run import TINY, check, check_damping
 
-# Rounding may grow to this, relative to the state, on the way back to the start: as far as the
-# damping is to blame, and in all, with what f adds.
-ALLOWED_GROWTH, RECOVERED = 1e-6, 1e-4
+# On the way back to the start, rounding of the pair may grow to this part of a rounding error of
+# f's own format: too little to change what f is given, but for one number in a million.
+_GROWN = 1e-6
 
 
 class Iteration:
@@ -88,8 +89,10 @@ class Reversible(Iteration):
     is kept and the gradient is that of the iteration actually run. A step makes two of the
     ``f_thres`` evaluations of f; backward makes as many, with a product each.
 
-    Undoing n steps grows rounding errors by (1 - b)^-n: the pair is kept in float64, n is bounded,
-    and backward checks that the start is recovered.
+    Undoing n steps grows rounding errors by (1 - b)^-n, and faster if f fed them back. So y and z
+    are kept with more digits than f is given (float64, and an error term in f's own format): what
+    f is given is then the same on the way back, bit for bit, as long as n is bounded. Backward
+    checks that the start is recovered.
 
     Args:
         damping: b, in (0, 1).
@@ -103,8 +106,8 @@ class Reversible(Iteration):
         check(good, "damping", value, "between 0 and 1: a full step cannot be undone")
 
     def refuse_threshold(self, evaluations: int) -> None:
-        growth = ALLOWED_GROWTH / torch.finfo(torch.float64).eps
-        most = int(math.log(growth) / -math.log1p(-self.damping))
+        # The error term makes the pair more precise than f by the digits of float64.
+        most = int(math.log(_GROWN / torch.finfo(torch.float64).eps) / -math.log1p(-self.damping))
         if evaluations // 2 > most:
             raise InputError(
                 f"f_thres {evaluations} makes {evaluations // 2} coupled steps, but with a damping "
@@ -123,17 +126,35 @@ class Reversible(Iteration):
         self.refuse_threshold(evaluations)
         n = max(evaluations // 2, 1)
         history = _History(f, z0, self.damping)
-        pair, states, steps = [z0.double(), z0.double()], {}, _Steps()  # y, z
+        start = z0.double(), torch.zeros_like(z0, dtype=history.rest)
+        pair, states, steps = [start, start], {}, _Steps()  # y, z
         for i in range(1, 2 * n + 1):
             at, moved = _roles(i)
-            fz = history.evaluate(i, pair[at])
-            steps.add(pair[at], fz)
-            pair[moved] = (1 - self.damping) * pair[moved] + self.damping * fz.double()
+            point = pair[at][0].to(z0.dtype)
+            fz = history.evaluate(i, point)
+            steps.add(point, fz)
+            pair[moved] = _Damped.apply(*pair[moved], fz, self.damping)
             if i in indexing:
-                states[i] = pair[moved].to(z0.dtype)
+                states[i] = pair[moved][0].to(z0.dtype)
         history.close(pair)
-        z = pair[1].to(z0.dtype)
+        z = pair[1][0].to(z0.dtype)
         return z, states, steps.solution(z)
+
+
+class _Damped(torch.autograd.Function):
+    """(1 - b) x + b f for x = high + rest; keeps nothing for backward."""
+
+    @staticmethod
+    def forward(ctx, high: Tensor, rest: Tensor, fz: Tensor, b: float) -> tuple[Tensor, Tensor]:
+        ctx.b, ctx.dtype = b, fz.dtype
+        high, more = combine((high, rest.double()), fz.double(), 1 - b, b)
+        more = more.to(rest.dtype)
+        ctx.mark_non_differentiable(more)
+        return high, more
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        return (1 - ctx.b) * grad, None, (ctx.b * grad).to(ctx.dtype), None
 
 
 def _roles(i: int) -> tuple[int, int]:
@@ -152,27 +173,28 @@ class _History:
 
     def __init__(self, f: Map, z0: Tensor, damping: float):
         self._f, self._dtype, self._damping = f, z0.dtype, damping
+        self.rest = torch.promote_types(z0.dtype, torch.float32)  # format of the error terms
         self._start = z0.detach()
         self._autocast = same_autocast(z0.device)
         self._evaluations: dict[int, dict] = {}  # by number, from 1 on
-        self._end: list[Tensor] = []
-        self._pair: list[Tensor] = []  # as it was after evaluation number _at
+        self._end: list[Pair] = []
+        self._pair: list[Pair] = []  # as it was after evaluation number _at
         self._at, self._open, self._values = 0, None, []
 
-    def evaluate(self, i: int, state: Tensor) -> Tensor:
-        """f at a state of the pair, whose saved tensors are not kept."""
-        own = self._evaluations[i] = {"saved": 0, "trained": state.requires_grad}
+    def evaluate(self, i: int, point: Tensor) -> Tensor:
+        """f at a point, whose saved tensors are not kept."""
+        own = self._evaluations[i] = {"saved": 0, "trained": point.requires_grad}
 
         def count(t: Tensor) -> tuple[int, int]:
             own["saved"] += 1
             return i, own["saved"] - 1
 
         with saved_tensors_hooks(count, self._saved):
-            return self._f(state.to(self._dtype))
+            return self._f(point)
 
-    def close(self, pair: list[Tensor]) -> None:
+    def close(self, pair: list[Pair]) -> None:
         """The iteration has ended with this pair."""
-        self._end = [t.detach() for t in pair]
+        self._end = [(high.detach(), rest) for high, rest in pair]
         self._rewind()
 
     def _rewind(self) -> None:
@@ -189,7 +211,8 @@ class _History:
     def _step_back(self) -> None:
         i, self._open, self._values = self._at, None, []
         at, moved = _roles(i)
-        point = self._pair[at].to(self._dtype).requires_grad_(self._evaluations[i]["trained"])
+        point = self._pair[at][0].to(self._dtype, copy=True)
+        point.requires_grad_(self._evaluations[i]["trained"])
         values = []
         with (
             torch.enable_grad(),
@@ -203,21 +226,21 @@ class _History:
                 f"{self._evaluations[i]['saved']} before: for a reversible gradient it must do the "
                 "same at every call (if it fills a cache in the first one, call it once before)"
             )
-        b = self._damping
-        back = (self._pair[moved] - b * fz.detach().double()) / (1 - b)
-        self._pair[moved] = back
+        b, (high, rest) = self._damping, self._pair[moved]
+        high, more = take_apart((high, rest.double()), fz.detach().double(), 1 - b, b)
+        self._pair[moved] = high, more.to(rest.dtype)
         self._at, self._open, self._values = i - 1, i, values
         if self._at == 0:
             self._check_start()
 
     def _check_start(self) -> None:
-        size = max(t.norm().item() for t in self._end)
-        lost = max((t - self._start).norm().item() for t in self._pair) / (size + TINY)
-        if not lost <= RECOVERED:
+        size = max(high.norm().item() for high, _ in self._end)
+        lost = max((high - self._start).norm().item() for high, _ in self._pair) / (size + TINY)
+        if not lost <= torch.finfo(self._dtype).eps:
             warn(
                 f"going back, the reversible iteration misses its start by {lost:.1e} of the "
-                "state's norm, so what its first steps add to the gradient is wrong: lower "
-                "f_thres or the damping"
+                "state's norm, so what its first steps add to the gradient is wrong: f must give "
+                "the same at every call; else lower f_thres or the damping"
             )
 
 

@@ -50,12 +50,22 @@ def peak_extra_bytes(action: Callable[[], object], device: torch.device) -> dict
     before = _peak_resident()
     action()
     resident = _peak_resident() - before
+    return {"resident": resident, "tensors": max(_held(action), default=0)}
+
+
+def held_bytes(action: Callable[[], object]) -> int:
+    """Bytes of tensors that are there because of ``action``, as long as its result is (CPU)."""
+    return [0, *_held(action)][-1]
+
+
+def _held(action: Callable[[], object]) -> list[int]:
+    """Bytes of tensors beyond those held before, after each allocation or release."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it prints a line per profile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        action()
+        result = action()
+    del result
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
-    return {"resident": resident, "tensors": max(held, default=0)}
+    return list(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 def _peak_resident() -> int:
