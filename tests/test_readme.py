@@ -34,6 +34,10 @@ RUN = {
     "DEQ.SPECTRAL_RADIUS_MODE True": "MDEQ-Vision",
     "python tools/seg_train.py --cfg experiments/digit_scenes/seg_mdeq_TINY.yaml": "MDEQ-Vision",
     "python tools/seg_test.py --cfg experiments/digit_scenes/seg_mdeq_TINY.yaml": "MDEQ-Vision",
+    "python train_transformer.py --dataset demo --name steps "
+    "--grad phantom:steps=3,damping=0.8 --f_thres 6": "DEQ-Sequence",
+    "python train_transformer.py --dataset demo --name solvers "
+    "--f_solver broyden:memory=8,stop=sample --b_solver gmres": "DEQ-Sequence",
     "bash scripts/quickstart.sh": ".",
 }
 # Commands that other tests run, by the file that does.
@@ -76,6 +80,8 @@ ELSEWHERE = {
     "pip install --no-deps torchdeq==0.1.0": "scripts/test_bench_solvers.py",
     "python scripts/bench_solvers.py": "scripts/test_bench_solvers.py",
     "python scripts/bench_train.py": "scripts/test_bench_train.py",
+    "python scripts/bench_gradients.py": "scripts/test_bench_gradients.py",
+    "python scripts/compare_gradients.py": "scripts/test_compare_gradients.py",
 }
 
 

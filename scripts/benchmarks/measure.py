@@ -50,7 +50,12 @@ def peak_extra_bytes(action: Callable[[], object], device: torch.device) -> dict
     before = _peak_resident()
     action()
     resident = _peak_resident() - before
-    return {"resident": resident, "tensors": max(_held(action), default=0)}
+    return {"resident": resident, "tensors": peak_tensor_bytes(action)}
+
+
+def peak_tensor_bytes(action: Callable[[], object]) -> int:
+    """Most bytes of tensors that ``action`` held at once beyond those held before (CPU)."""
+    return max(_held(action), default=0)
 
 
 def held_bytes(action: Callable[[], object]) -> int:

@@ -1,0 +1,238 @@
+"""Train the quickstart's models with every gradient and solver, from one start; a table, a figure.
+
+    python scripts/compare_gradients.py                    # half an hour on two cores
+    python scripts/compare_gradients.py --tasks words --steps 400 --only phantom ift,
+
+Words (the quickstart's language model) and digits (its classifier) are trained stacked once. From
+there each variant trains at equilibrium, with and without the Jacobian loss, at the same constant
+learning rate and on the same batches: for the same number of steps, and, where these took less
+than the same time, on to that. Every run has one thread; two run at a time.
+
+On the way a few samples are probed: the variant's gradient against the exact one (fixed point and
+adjoint solved to 1e-6), the residuals of its solves, and the spectral radius at the fixed point.
+"""
+
+import argparse
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.arguments import Parser
+from benchmarks.comparison import FIGURE, TASKS, Plan, Variant, make_start, run_variant
+from benchmarks.measure import describe_machine, table
+from lib.errors import InputError
+from lib.training import exit_code
+
+# The published way with three budgets, then other solvers and gradients at the smaller ones.
+VARIANTS = [
+    Variant("ift", f_thres=12, b_thres=12),
+    Variant("ift"),
+    Variant("ift", f_thres=30, b_thres=30),
+    Variant("ift", "broyden", "broyden", 12, 12),
+    Variant("ift", "fixed_point_iteration", "fixed_point_iteration", 12, 12),
+    Variant("ift", "newton_krylov", "gmres", 12, 12),
+    Variant("ift", "anderson", "gmres", 12, 12),
+    Variant("ift", "anderson", "bicgstab", 12, 13),
+    Variant("shine", "broyden", f_thres=12),
+    Variant("shine:refine=3", "broyden", f_thres=12),
+    Variant("jfb"),
+    Variant("phantom:steps=3,damping=0.8"),
+    Variant("phantom:steps=3,damping=0.8,form=neumann"),
+    Variant("phantom:steps=5,damping=0.5"),
+    Variant("reversible"),
+    Variant("unroll"),
+    Variant("unroll:checkpointing=true"),
+]
+REGULARISED = VARIANTS[:3] + [VARIANTS[i] for i in (8, 10, 11, 14, 15)]
+PLANS = {
+    "words": Plan("words", 200, 220, 35.0, (0.002, 0.001), 0.3),
+    "digits": Plan("digits", 200, 260, 15.0, (0.005, 0.002), 2.0),
+}
+FIGURE_FILE, TABLE_FILE, JSON_FILE = "gradients.png", "gradients.md", "gradients.json"
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code("compare_gradients.py", lambda: run(parse(argv)), "calling it again")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="compare_gradients.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to train")
+    add("--only", nargs="+", help="variants whose names begin so; all if left out")
+    add("--steps", type=int, help="at equilibrium, instead of the task's own")
+    add("--stacked", type=int, help="steps of the common start, likewise")
+    add("--seconds", type=float, help="of the same-time columns, likewise")
+    add("--out", type=Path, default=Path("comparison"), help="folder of table, figure and figures")
+    add("--tiny", action="store_true", help="tiny models, for a test of this command")
+    options = parser.parse_args(argv)
+    for name in ("steps", "stacked", "seconds"):
+        value = getattr(options, name)
+        if value is not None and value <= 0:
+            raise InputError(f"--{name} is {value}, but must be above 0")
+    options.variants = [
+        (variant, regularised)
+        for regularised, variants in ((False, VARIANTS), (True, REGULARISED))
+        for variant in variants
+        if options.only is None or variant.name.startswith(tuple(options.only))
+    ]
+    if not options.variants:
+        raise InputError(
+            f"--only {' '.join(options.only)}: no variant begins so; there are "
+            + "; ".join(variant.name for variant in VARIANTS)
+        )
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    machine, begin = describe_machine(torch.device("cpu")), time.perf_counter()
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(machine, flush=True)
+    found: dict = {"machine": machine}
+    for task in options.tasks:
+        plan = _plan(task, options)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool,
+        ):
+            path = Path(folder) / "start.pt"
+            start = pool.apply(make_start, (plan, path))
+            jobs = [
+                pool.apply_async(run_variant, (plan, variant, regularised, path))
+                for variant, regularised in options.variants
+            ]
+            outcomes = []
+            for (variant, _), job in zip(options.variants, jobs, strict=True):
+                outcomes.append({"name": variant.name, **job.get()})
+                print(f"{task}: {_line(task, outcomes[-1])}", flush=True)
+            pool.close()
+            pool.join()
+        found[task] = {"plan": vars(plan), "start": start, "outcomes": outcomes}
+    found["minutes"] = (time.perf_counter() - begin) / 60
+    text = report(found)
+    (options.out / TABLE_FILE).write_text(text + "\n", encoding="utf-8")
+    (options.out / JSON_FILE).write_text(json.dumps(found, indent=1) + "\n")
+    draw(found, options.out / FIGURE_FILE)
+    print(f"\n{text}\n\n{options.out}: {TABLE_FILE}, {FIGURE_FILE}, {JSON_FILE}")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _plan(task: str, options: argparse.Namespace) -> Plan:
+    plan = PLANS[task]
+    plan.tiny = options.tiny
+    plan.probes = 1 if options.tiny else plan.probes
+    plan.steps = options.steps or plan.steps
+    plan.stacked = options.stacked or plan.stacked
+    plan.seconds = options.seconds or plan.seconds
+    return plan
+
+
+# ---- table -----------------------------------------------------------------------------------
+
+
+def report(found: dict) -> str:
+    """The tables of all tasks, in markdown."""
+    parts = [f"{found['machine']}; {found['minutes']:.0f} minutes in all"]
+    for task in TASKS:
+        if task not in found:
+            continue
+        plan, start = found[task]["plan"], found[task]["start"]
+        what = FIGURE[task]
+        parts.append(
+            f"**{task}**: {plan['stacked']} stacked steps (validation {what} "
+            f"{_shown(task, start)}), then {plan['steps']} steps, or {plan['seconds']:.0f} s of "
+            f"training on one thread, at equilibrium"
+        )
+        head = (
+            "gradient, forward solver / backward solver", "Jacobian loss",
+            f"loss, {what} after the steps", "after the time", "ms per step",
+            "evaluations forward", "backward", "MiB", "cosine", "spectral radius",
+        )  # fmt: skip
+        rows = [_row(task, outcome) for outcome in found[task]["outcomes"]]
+        parts.append(table(head, rows))
+    return "\n\n".join(parts)
+
+
+def _row(task: str, outcome: dict) -> list[str]:
+    probes = outcome["probes"]
+    last = probes[-1]
+    cosines = [p["cosine"] for p in probes]
+    return [
+        outcome["name"],
+        "yes" if outcome["regularised"] else "",
+        _figures(task, outcome["at_steps"]),
+        f"{_figures(task, outcome['at_seconds'])} ({outcome['at_seconds']['steps']})",
+        f"{1000 * outcome['seconds_per_step']:.0f}",
+        f"{outcome['forward_nfe']:.1f}",
+        f"{outcome['backward_nfe']:.1f}",
+        f"{outcome['peak_mib']:.0f}",
+        f"{min(cosines):.3f} to {max(cosines):.3f}",
+        f"{probes[0]['spectral_radius']:.2f} to {last['spectral_radius']:.2f}",
+    ]
+
+
+def _figures(task: str, figures: dict) -> str:
+    return f"{figures['loss']:.3f}, {_shown(task, figures)}"
+
+
+def _shown(task: str, figures: dict) -> str:
+    value = figures[FIGURE[task]]
+    return f"{value:.1f}" if task == "words" else f"{100 * value:.1f} %"
+
+
+def _line(task: str, outcome: dict) -> str:
+    return " | ".join(cell for cell in _row(task, outcome) if cell)
+
+
+# ---- figure ----------------------------------------------------------------------------------
+
+_ROWS = {
+    "loss": "training loss",
+    "cosine": "cosine to the exact gradient",
+    "spectral_radius": "spectral radius",
+    "backward_residual": "relative residual of the adjoint",
+}
+
+
+def draw(found: dict, path: Path) -> None:
+    """Curves over the steps, tasks side by side; with the Jacobian loss dashed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks = [task for task in TASKS if task in found]
+    figure = Figure(figsize=(7 * len(tasks), 15), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(_ROWS), len(tasks), sharex="col", squeeze=False)
+    names = list(dict.fromkeys(o["name"] for t in tasks for o in found[t]["outcomes"]))
+    for column, task in enumerate(tasks):
+        for axes, (key, label) in zip(grid[:, column], _ROWS.items(), strict=True):
+            for outcome in found[task]["outcomes"]:
+                points = outcome["curve"] if key == "loss" else outcome["probes"]
+                points = [(p["step"], p[key]) for p in points if p[key] is not None]
+                if points:
+                    axes.plot(
+                        *zip(*points, strict=True),
+                        "--" if outcome["regularised"] else "-",
+                        color=f"C{names.index(outcome['name']) % 10}",
+                        marker="os^"[names.index(outcome["name"]) // 10],
+                        ms=3,
+                        lw=1,
+                        label=None if outcome["regularised"] else outcome["name"],
+                    )
+            axes.set(ylabel=label)
+            axes.grid(alpha=0.3)
+            if key == "backward_residual":
+                axes.set(yscale="log", xlabel="steps at equilibrium")
+        grid[0, column].set_title(task)
+    grid[0, 0].legend(fontsize=6)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
