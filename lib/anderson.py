@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lib.inner_products import products
 from lib.sample_run import start
-from lib.solver_run import check, solver_method
+from lib.solver_run import check, check_count, check_number, solver_method
 
 
 @solver_method
@@ -54,9 +54,10 @@ def anderson(
     Raises:
         InputError: an argument out of range, ``x0`` not finite, or f changing the shape.
     """
-    check(isinstance(m, int) and m >= 1, "m", m, "an integer of at least 1")
-    check(lam is None or lam >= 0, "lam", lam, "None or a number of at least 0")
-    check(beta > 0, "beta", beta, "a number above 0")
+    check_count("m", m)
+    if lam is not None:
+        check_number("lam", lam)
+    check_number("beta", beta, positive=True)
     check(isinstance(restart, bool), "restart", restart, "True or False")
     run = start(f, x0, threshold, eps, stop_mode, control)
     past = _AndersonWindow(run.x0, m=min(m, threshold), lam=lam)

@@ -44,12 +44,12 @@ def broyden(
             rejected trials of the line search).
         ls: Armijo line search on ||g||^2 over the batch (at most 4 halvings or so per step).
         name: label of the solve, handed back in the result.
-        memory: so many of the last updates make up H, each by two stored vectors; None keeps all,
-            by one vector each.
+        memory: H is made up of so many of the last updates, by two stored vectors each; None keeps
+            all, by one vector each.
         damping: length t of a step, in (0, 1].
-        keep_inverse: hand H back, under "inverse".
-        **control: see :class:`~lib.solver_run.Control`; a line search looks at every residual, and
-            needs stop='batch'.
+        keep_inverse: hand H back, under "inverse", and how many of its updates were made on the
+            way to the result, under "updates"; not with stop='sample'.
+        **control: see :class:`~lib.solver_run.Control`; a line search needs stop='batch'.
 
     Returns:
         The dict that :mod:`lib.solvers` describes, and ``name``.
@@ -60,17 +60,19 @@ def broyden(
     if memory is not None:
         check_count("memory", memory)
     check_damping(damping)
-    if ls:
-        control["check_every"] = 1
-        per_batch = control.get("stop") != "sample" and damping == 1
-        check(per_batch, "ls", ls, "False with stop='sample', and with damping")
-    run = start(f, x0, threshold, eps, stop_mode, control)
+    per_sample = control.get("stop") == "sample"
+    for option, value in (("ls", ls), ("keep_inverse", keep_inverse)):
+        check(isinstance(value, bool), option, value, "True or False")
+        check(not (value and per_sample), option, value, "False with stop='sample'")
+    check(not ls or damping == 1, "ls", ls, "False with a damping")
+    run = start(f, x0, threshold, eps, stop_mode, control, heeds_check_every=not ls)
     if memory is None:
         inverse = BroydenInverse(run.x0, threshold)
     else:
         inverse = LimitedInverse(run.x0, min(memory, threshold))
     x, _, _ = run.evaluate(run.x0, out=inverse.residual)
-    length = None
+    value, length = run.abs_trace[-1] ** 2, None  # at x; of the step that led there
+    taken = [0]  # which evaluations were at the points of the iteration
     for _ in range(threshold):
         if run.stopped:
             break
@@ -78,15 +80,24 @@ def broyden(
             inverse.select(run.kept)
         direction = inverse.newton_direction(length)
         if ls:
-            x, gx, length = _line_search(run, x, direction)
+            found = _line_search(run, x, direction, value)
+            if found is None:  # no step is taken, so that there is none to learn from
+                length = None
+                break
+            x, gx, value, length, evaluation = found
             inverse.residual.copy_(gx)
         else:
             step = direction if damping == 1 else damping * direction
             x, _, _ = run.evaluate(x + step, out=inverse.residual)
-            length = damping
-    if keep_inverse and length is not None and run.kept is None:
-        inverse.newton_direction(length)  # the update that belongs to the last evaluation
-    return {**run.result(), "name": name} | ({"inverse": inverse} if keep_inverse else {})
+            length, evaluation = damping, run.nfe - 1
+        taken.append(evaluation)
+    solution = run.result() | {"name": name}
+    if keep_inverse:
+        if length is not None:
+            inverse.newton_direction(length)  # the update that belongs to the last evaluation
+        updates = sum(evaluation <= solution["nstep"] for evaluation in taken) - 1
+        solution |= {"inverse": inverse, "updates": updates}
+    return solution
 
 
 class BroydenInverse:
@@ -203,7 +214,8 @@ class BroydenInverse:
 
     def _filled(self):
         yield from self.blocks[:-1]
-        yield self.blocks[-1][: len(self.blocks[-1]) - self._free]
+        for last in self.blocks[-1:]:
+            yield last[: len(last) - self._free]
 
     @staticmethod
     def _like(values: list[float], like: Tensor) -> Tensor:
@@ -211,76 +223,97 @@ class BroydenInverse:
 
 
 class LimitedInverse:
-    """H = -I + sum u_j v_j' over the last updates, u = (s - H y) / s'H y and v = H's.
+    r"""H by the last updates alone, as if the iteration had begun with them, from -I.
 
-    For steps s and differences y of residuals. The newest secant equation H y = s always holds,
-    however many updates are dropped. The interface is that of :class:`BroydenInverse`.
+    For unit steps s_j, the columns of S, and the changes y_j of the residual along them, Broyden's
+    updates in this order make up (Byrd, Nocedal and Schnabel 1994)
+
+        H = -I + W M^-1 S',   w_j = s_j + y_j,   M_ij = s_i'w_j for i after j, else s_i'y_j
+
+    so that a new update overwrites one row and one column of M, and the oldest vectors. (Dropping
+    the oldest terms of a sum of rank-one terms would be no Broyden's method: the later ones were
+    made for another H, and the iteration diverges on plain contractions.)
+
+    The interface is that of :class:`BroydenInverse`.
     """
 
     def __init__(self, like: Tensor, memory: int):
         batch, size = like.shape
-        self.memory, self.count = memory, 0
+        self.memory, self.count = memory, 0  # updates at most; in all so far
         self.residual, self._before = torch.empty_like(like), torch.empty_like(like)
         self.direction = torch.empty_like(like)
-        self._u = like.new_empty(memory, batch, size)
-        self._v = like.new_empty(memory, batch, size)
+        self._s, self._w = like.new_empty(2, memory, batch, size)
+        self._m = torch.zeros(batch, memory, memory, dtype=torch.float64, device=like.device)
 
     def newton_direction(self, length: float | None) -> Tensor:
         """-H g, (B, D), overwritten by the next call."""
         if length is not None:
-            step, change = length * self.direction, self.residual - self._before
-            image = self._apply(self._u, self._v, change)  # H y
-            v = self._apply(self._v, self._u, step)
-            denominator = products(step[None], image[None])[:, 0]
-            usable = denominator.abs() > torch.finfo(torch.float64).tiny
-            scale = torch.where(usable, denominator.reciprocal(), 0.0)
-            self._u[self.count % self.memory] = scale.to(v.dtype) * (step - image)
-            self._v[self.count % self.memory] = v
-            self.count += 1
+            self._store(length)
         self._before.copy_(self.residual)
-        torch.neg(self._apply(self._u, self._v, self.residual), out=self.direction)
-        return self.direction
+        slots = slice(min(self.count, self.memory))
+        image = self._times(self.residual, self._w, self._m, self._s, slots)
+        return torch.neg(image, out=self.direction)
 
     def transposed(self, vector: Tensor, updates: int) -> Tensor:
         """H' v for v (B, D), without the updates past the first ``updates``."""
-        kept = [j % self.memory for j in range(max(self.count - self.memory, 0), self.count)]
-        kept = kept[: max(len(kept) - max(self.count - updates, 0), 0)]
-        return self._apply(self._v[kept], self._u[kept], vector)
+        held = range(max(self.count - self.memory, 0), min(self.count, updates))
+        slots = [j % self.memory for j in held]
+        return self._times(vector, self._s, self._m.mT, self._w, slots)
 
     def select(self, rows: Tensor) -> None:
         """Go on with these samples alone."""
         self.residual, self._before = self.residual[rows], self._before[rows]
-        self.direction = self.direction[rows]
-        self._u, self._v = self._u[:, rows], self._v[:, rows]
+        self.direction, self._m = self.direction[rows], self._m[rows]
+        self._s, self._w = self._s[:, rows], self._w[:, rows]
 
-    def _apply(self, left: Tensor, right: Tensor, vector: Tensor) -> Tensor:
-        """-x + sum left_j right_j'x."""
-        n = min(self.count, len(left))
-        if n == 0:
+    def _store(self, length: float) -> None:
+        """Learn from the step of that length along the newest direction."""
+        slot = self.count % self.memory
+        self.count += 1
+        n = min(self.count, self.memory)
+        size = torch.linalg.vector_norm(self.direction, dim=1, keepdim=True)  # (B, 1)
+        moved = size > 0
+        size = torch.where(moved, size, 1.0)
+        change = (self.residual - self._before) / (length * size)
+        torch.div(self.direction, size, out=self._s[slot])
+        torch.add(self._s[slot], change, out=self._w[slot])
+        self._m[:, slot, :n] = products(self._s[slot][None], self._w[:n])[:, 0]
+        self._m[:, :n, slot] = products(change[None], self._s[:n])[:, 0]
+        own = self._m[:, slot, slot]
+        own.copy_(torch.where(moved[:, 0], own, 1.0))  # a sample at rest has nothing to learn
+
+    @staticmethod
+    def _times(vector: Tensor, left: Tensor, m: Tensor, right: Tensor, slots) -> Tensor:
+        """-v + L M^-1 R'v, with those rows of L and R; -v where M is singular."""
+        left, m, right = left[slots], m[:, slots][:, :, slots], right[slots]
+        if len(left) == 0:
             return -vector
-        weights = products(vector[None], right[:n]).to(vector.dtype)  # (B, 1, n)
-        return torch.baddbmm(vector[:, None], weights, left[:n].transpose(0, 1), beta=-1)[:, 0]
+        overlaps = products(vector[None], right).mT  # (B, n, 1)
+        weights, failed = torch.linalg.solve_ex(m, overlaps)
+        weights = torch.where(failed.view(-1, 1, 1) == 0, weights, 0.0).mT.to(vector.dtype)
+        return torch.baddbmm(vector[:, None], weights, left.transpose(0, 1), beta=-1)[:, 0]
 
 
-def _line_search(run: Run, x: Tensor, direction: Tensor) -> tuple[Tensor, Tensor, float]:
+def _line_search(
+    run: Run, x: Tensor, direction: Tensor, start: float
+) -> tuple[Tensor, Tensor, float, float, int] | None:
     """Backtrack t from 1 until ||g(x + t d)||^2 falls by the Armijo share; else the best trial.
 
-    Returns the point taken, its residual g, and t. The model parabola has the value ||g||^2 and
-    the slope -2 ||g||^2 at t = 0, those of a Newton direction.
+    Returns the point taken, its residual g, ||g||^2, t, and which evaluation that was; None if f
+    was not finite at any trial before the run was stopped. The model parabola has the value
+    ``start`` = ||g(x)||^2 and the slope -2 ||g||^2 at t = 0, those of a Newton direction.
     """
     tries, share = 5, 1e-4
-    start = run.abs_trace[-1] ** 2
     length, best = 1.0, None
     for left in reversed(range(tries)):
         # Only the last resort may lose a sample: a shorter step often stays finite.
         point = run.evaluate(x + length * direction, forgive=left > 0 or best is not None)
         value = run.abs_trace[-1] ** 2
-        if point is not None and (best is None or value < best[0]):
-            best = (value, point[0], point[2], length)
+        if point is not None and (best is None or value < best[2]):
+            best = (point[0], point[2], value, length, run.nfe - 1)
         if run.stopped or value <= (1 - 2 * share * length) * start:
             break
         curvature = value - start + 2 * start * length
         shorter = start * length**2 / curvature if 0 < curvature < math.inf else 0.0
         length = min(max(shorter, 0.1 * length), 0.5 * length)
-    _, point, gx, length = best
-    return point, gx, length
+    return best

@@ -64,7 +64,7 @@ class Gradient:
     def refuse(self, f_solver: Callable[..., dict]) -> None:
         """Raise an InputError for a forward solver that it cannot follow."""
 
-    def refuse_threshold(self, f_thres: int) -> None:
+    def refuse_threshold(self, f_thres: int, name: str = "f_thres", more: int = 0) -> None:
         """Any threshold of a forward solver will do."""
 
     def attach(self, solved: Solved) -> Tensor:
@@ -165,7 +165,8 @@ class Shine(Gradient):
     keeps_inverse = True
 
     def __post_init__(self):
-        check(self.limit > 0, "limit", self.limit, "a number above 0")
+        number = isinstance(self.limit, (int, float)) and not isinstance(self.limit, bool)
+        check(number and self.limit > 0, "limit", self.limit, "a number above 0")
         if self.refine != 0:
             check_count("refine", self.refine)
 
@@ -186,7 +187,7 @@ class Shine(Gradient):
             )
 
     def attach(self, solved: Solved) -> Tensor:
-        inverse, updates = solved.solution.pop("inverse"), solved.solution["nstep"]
+        inverse, updates = solved.solution.pop("inverse"), solved.solution["updates"]
 
         def adjoint(grad: Tensor) -> Tensor:
             like = inverse.residual

@@ -33,8 +33,9 @@ class Iteration:
     def refuse(self, f_solver) -> None:
         """Any forward solver will do: it is not used."""
 
-    def refuse_threshold(self, evaluations: int) -> None:
-        """Raise an InputError for a threshold that it cannot run to."""
+    def refuse_threshold(self, evaluations: int, name: str = "f_thres", more: int = 0) -> None:
+        """Raise an InputError for a threshold of that name that it cannot run to, or as many
+        evaluations ``more``."""
 
     def run(
         self, f: Map, z0: Tensor, evaluations: int, indexing: Collection[int] = ()
@@ -105,14 +106,15 @@ class Reversible(Iteration):
         good = isinstance(value, (int, float)) and 0 < value < 1
         check(good, "damping", value, "between 0 and 1: a full step cannot be undone")
 
-    def refuse_threshold(self, evaluations: int) -> None:
+    def refuse_threshold(self, evaluations: int, name: str = "f_thres", more: int = 0) -> None:
         # The error term makes the pair more precise than f by the digits of float64.
-        most = int(math.log(_GROWN / torch.finfo(torch.float64).eps) / -math.log1p(-self.damping))
-        if evaluations // 2 > most:
+        allowed = math.log(_GROWN / torch.finfo(torch.float64).eps)
+        shrinks = -math.log1p(-self.damping)
+        if (evaluations + more) // 2 * shrinks > allowed:
+            most = 2 * int(allowed / shrinks) + 1 - more
             raise InputError(
-                f"f_thres {evaluations} makes {evaluations // 2} coupled steps, but with a damping "
-                f"of {self.damping} rounding lets backward undo {most} at most: lower f_thres to "
-                f"{2 * most + 1}, or the damping"
+                f"{name} is {evaluations}, but with a damping of {self.damping} rounding is too "
+                f"much for backward to undo that: lower {name} to {most}, or the damping"
             )
 
     def run(

@@ -2,11 +2,12 @@
 
 The adjoint of an equilibrium is such a system. All is per sample: every sample has its own Krylov
 space. A :class:`~lib.maps.Affine` map gives products with J directly; of any other f they are
-differences of its values.
+differences of its values, an evaluation each.
 
 Within a cycle the recursion of a method knows the residual; at its end f itself is evaluated, and
-only such true residuals are reported. ``threshold`` and the budget ``max_nfe`` count evaluations
-of f and products with J together; the result tells them apart, as ``nfe`` and ``products``.
+only such true residuals are reported: ``nfe`` counts those evaluations, that at the start
+included, and ``products`` the products. ``threshold`` and ``max_nfe`` limit both together. The
+solve ends as 'stalled' where a cycle lowers no residual, as rounding or a singular I - J have it.
 """
 
 from collections.abc import Callable
@@ -15,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.maps import Affine
+from lib.maps import Affine, Map
 from lib.sample_run import start
-from lib.solver_run import check_count, solver_method
+from lib.solver_run import TINY, Run, check_count, solver_method
 
 
 @solver_method
@@ -55,68 +56,126 @@ def gmres(
     if restart is not None:
         check_count("restart", restart)
     system = System(f, x0, threshold, eps, stop_mode, control)
-    while system.goes_on():
-        size = min(restart or threshold, system.left - 1, system.x.shape[1])
-        system.move(gmres_cycle(system, size))
-    return system.result()
+    while system.goes_on(products=1):
+        size = min(restart or threshold, system.run.left - 1, system.x.shape[1])
+        system.move(*gmres_cycle(system, system.g, size, system.x))
+    return system.run.result()
 
 
-def gmres_cycle(system: "System", size: int) -> Tensor:
-    """The correction V c after at most ``size`` products, (B, D).
+def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[Tensor, np.ndarray]:
+    """The correction V c (B, D) after at most ``size`` products; for whom it lowers the residual.
 
     The small problems are on the host, in float64: one transfer per step brings a column of H. A
     sample that takes no further part has columns of the identity and no right-hand side.
+
+    Args:
+        system: has ``product`` (J v, both (B, D)); ``enough`` (the samples that need not go on, by
+            their residual and ||x + V c||); and the ``run``.
+        g: residual at the start, (B, D).
+        size: products at most.
+        x: the start, (B, D); None is zero.
     """
-    batch, length = system.x.shape
-    rest = system.residual.copy()  # (B,) of the recursion, with a sign
-    active = ~system.finished(rest, system.value)
+    batch, length = g.shape
+    first = norms(g)  # (B,)
+    rest, active = first.copy(), (first > 0) & ~system.run.resting  # of the recursion, with a sign
     triangle, right = np.zeros((batch, size, size)), np.zeros((batch, size))
+    along, chosen = np.zeros((2, batch, size))  # V'x; the c of the result
+    square = np.zeros(batch) if x is None else norms(x) ** 2
+    best = _Best(first, np.sqrt(square), g)
     rotations: list[tuple[np.ndarray, np.ndarray]] = []
-    basis = system.x.new_empty(min(size + 1, 16), batch, length)
-    basis[0] = _unit(system.g, np.where(active, rest, 0.0))
+    basis = g.new_empty(min(size + 1, 16), batch, length)
+    basis[0] = _unit(g, np.where(active, first, 0.0))
     for j in range(size):
-        if j + 2 > len(basis):
+        n = j + 1
+        if n + 1 > len(basis):
             more = min(len(basis), size + 1 - len(basis))
             basis = torch.cat([basis, basis.new_empty(more, batch, length)])
         image = system.product(basis[j])
-        column = _orthogonalise(image, basis[: j + 1]).cpu().numpy()  # (B, j + 2)
-        finite = np.isfinite(column).all(1)
-        system.lose(active & ~finite)
-        active &= finite
-        column[~active] = 0.0
-        exhausted = column[:, -1] <= 10 * system.rounding * np.linalg.norm(column, axis=1)
-        column[exhausted, -1] = 0.0
-        basis[j + 1] = _unit(image, column[:, -1])
+        column = _orthogonalise(image, basis[:n])
+        if x is not None:
+            column = torch.cat([column, _dot(basis[j], x).double()], dim=1)
+        column = column.cpu().numpy()  # (B, n + 1)
+        if x is not None:
+            column, along[:, j] = column[:, :-1], column[:, -1]
+        fails = active & ~np.isfinite(column).all(1)
+        system.run.lose(fails)
+        active &= ~fails
+        column = np.where(active[:, None], column, 0.0)
+        exhausted = column[:, n] <= best.rounding * (1 + np.linalg.norm(column, axis=1))
+        column[exhausted, n] = 0.0
+        basis[n] = _unit(image, column[:, n])
 
         column = -column  # of I - J
         column[:, j] += 1.0
         for i, (c, s) in enumerate(rotations):
             upper, lower = column[:, i], column[:, i + 1]
             column[:, i], column[:, i + 1] = c * upper + s * lower, c * lower - s * upper
-        radius = np.hypot(column[:, j], column[:, j + 1])
-        active &= radius > 0  # else I - J is singular on the space
-        safe = np.where(active, radius, 1.0)
-        c, s = column[:, j] / safe, column[:, j + 1] / safe
+        radius = np.hypot(column[:, j], column[:, n])
+        active &= radius > TINY  # else I - J is singular on the space
+        c, s = (column[:, i] / np.where(active, radius, 1.0) for i in (j, n))
         rotations.append((c, s))
-        column[:, j] = safe
-        column[~active, :j] = 0.0
-        triangle[:, : j + 1, j] = column[:, : j + 1]
+        column[:, j] = radius
+        triangle[:, :n, j] = np.where(active[:, None], column[:, :n], np.eye(n)[j])
         right[:, j] = np.where(active, c * rest, 0.0)
         rest = np.where(active, -s * rest, rest)
 
-        n = j + 1
-        weights = np.linalg.solve(triangle[:, :n, :n], right[:, :n, None])[:, :, 0]
-        value = system.value if system.moved else np.linalg.norm(weights, axis=1)
-        finished = system.finished(np.abs(rest), value)
-        active &= ~exhausted
-        if system.per_sample:
-            active &= ~finished
-        elif system.finished_together(rest, value):
+        weights = _solve_triangular(triangle[:, :n, :n], right[:, :n])
+        squares = square + (weights * (weights + 2 * along[:, :n])).sum(1)
+        value = np.sqrt(np.maximum(squares, 0.0))
+        better = best.offer(active, np.abs(rest), np.linalg.norm(weights, axis=1), value)
+        chosen[better, :n] = weights[better]
+        active &= ~exhausted & ~system.enough(best.residual, best.value)
+        if not active.any() or system.run.stopped:
             break
-        if not active.any() or system.out_of_budget():
-            break
-    weights = torch.from_numpy(weights).to(basis)[:, None]  # (B, 1, n)
-    return torch.bmm(weights, basis[:n].transpose(0, 1))[:, 0]
+    weights = torch.from_numpy(chosen[:, None, :n]).to(basis)  # (B, 1, n)
+    return torch.bmm(weights, basis[:n].transpose(0, 1))[:, 0], best.improved
+
+
+def _solve_triangular(systems: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Solutions (B, n) of upper triangular systems (B, n, n)."""
+    systems, columns = torch.from_numpy(systems), torch.from_numpy(right)[:, :, None]
+    return torch.linalg.solve_triangular(systems, columns, upper=True)[:, :, 0].numpy()
+
+
+class _Best:
+    """The best point of a cycle for each sample: residual and norm (B,) of x + correction.
+
+    Where I - J is all but singular, points run away for little. So the residual must halve before
+    one counts that is a thousand times as far, and rounding must not make more of a residual there.
+    """
+
+    def __init__(self, residual: np.ndarray, value: np.ndarray, like: Tensor):
+        self.rounding = 10 * torch.finfo(like.dtype).eps
+        self.residual, self.value = residual.copy(), value.copy()
+        self._first = self._level = self._far = residual  # since the residual last was halved
+
+    def offer(
+        self, samples: np.ndarray, residual: np.ndarray, length: np.ndarray, value: np.ndarray
+    ) -> np.ndarray:
+        """Which of the samples take a point at a correction of that length; all (B,)."""
+        halved = residual < 0.5 * self._level
+        better = samples & (np.maximum(residual, self.rounding * length) < self.residual)
+        better &= halved | (length <= 1000 * self._far)
+        self.residual = np.where(better, residual, self.residual)
+        self.value = np.where(better, value, self.value)
+        self._level = np.where(better & halved, residual, self._level)
+        self._far = np.where(better & halved, np.maximum(length, self._far), self._far)
+        return better
+
+    @property
+    def improved(self) -> np.ndarray:
+        """The samples that it was worth it for."""
+        return self.residual < 0.999 * self._first
+
+
+def norms(vectors: Tensor) -> np.ndarray:
+    """Norms (B,) of vectors (B, D), on the host."""
+    return torch.linalg.vector_norm(vectors, dim=1).double().cpu().numpy()
+
+
+def rows(samples: np.ndarray, like: Tensor) -> Tensor:
+    """A mask (B, 1) of the samples (B,), on the device of ``like``."""
+    return torch.from_numpy(samples).to(like.device)[:, None]
 
 
 def _unit(vectors: Tensor, norms: np.ndarray) -> Tensor:
@@ -150,143 +209,136 @@ def bicgstab(
 ) -> dict:
     """BiCGSTAB (van der Vorst 1992): two products per step, and a handful of vectors in all.
 
-    Where its recursion breaks down, a sample begins anew from where it is. Arguments and result
-    are those of :func:`gmres`.
+    With the longer stabilising steps of Sleijpen and van der Vorst (1995): they change nothing on
+    a contraction and help where there is none, as far as a skew-symmetric I - J. Where the
+    recursion breaks down, a sample begins anew from where it is. Arguments and result are those
+    of :func:`gmres`.
     """
     system = System(f, x0, threshold, eps, stop_mode, control)
-    while system.goes_on():
-        system.move(_bicgstab_cycle(system))
-    return system.result()
+    while system.goes_on(products=2):
+        system.move(*_bicgstab_cycle(system))
+    return system.run.result()
 
 
-def _bicgstab_cycle(system: "System") -> Tensor:
-    """The correction of the least residual that the recursion came by, (B, D)."""
-    r = system.g.clone()
-    shadow, p, rho = r, r, _dot(r, r)
-    correction, best = torch.zeros_like(r), torch.zeros_like(r)
-    lowest = system.residual.copy()
-    active = ~system.finished(lowest, system.value)
-    while active.any() and not system.out_of_budget(products=2):
-        ap = p - system.product(p)
-        alpha = _ratio(rho, _dot(shadow, ap))
-        half = r - alpha * ap
-        image = half - system.product(half)
-        omega = _ratio(_dot(image, half), _dot(image, image))
-        rows = torch.from_numpy(active).to(r.device)[:, None]
-        correction = correction + torch.where(rows, alpha * p + omega * half, 0.0)
-        r = torch.where(rows, half - omega * image, r)
+def _bicgstab_cycle(system: "System") -> tuple[Tensor, np.ndarray]:
+    """The best correction that the recursion came by, (B, D); for whom it lowers the residual."""
+    run, r = system.run, system.g.clone()
+    correction, chosen = torch.zeros_like(r), torch.zeros_like(r)
+    first = norms(r)
+    best, active = _Best(first, norms(system.x), r), (first > 0) & ~run.resting
+    going = rows(active, r)
+    shadow, p, rho = r, torch.where(going, r, 0.0), _dot(r, r)
+    while active.any() and run.affords(3) and not run.stopped:
+        ap, finite = _finite(p - system.product(p))
+        sizes = _norm(shadow) * (_norm(p) + _norm(ap))
+        alpha = _ratio(rho, _dot(shadow, ap), best.rounding * sizes)
+        half = torch.where(going, r - alpha * ap, 0.0)
+        image, finite_too = _finite(half - system.product(half))
+        cosine = _ratio(_dot(image, half), _norm(image) * _norm(half))
+        # Not the least residual where that is a short step, by which the recursion would end.
+        sign = torch.where(cosine < -best.rounding, -1.0, 1.0)
+        omega = sign * cosine.abs().clamp(min=0.7) * _ratio(_norm(half), _norm(image))
+        correction = torch.where(going, correction + alpha * p + omega * half, correction)
+        r = torch.where(going, half - omega * image, r)
 
         before, rho = rho, _dot(shadow, r)
         p = r + _ratio(rho * alpha, before * omega) * (p - omega * ap)
-        norms = torch.linalg.vector_norm(r, dim=1, keepdim=True)
-        shadow_norms = torch.linalg.vector_norm(shadow, dim=1, keepdim=True)
-        broken = rho.abs() <= system.rounding * norms * shadow_norms
+        broken = rho.abs() <= best.rounding * _norm(r) * _norm(shadow)
         shadow, p = torch.where(broken, r, shadow), torch.where(broken, r, p)
-        rho = torch.where(broken, norms.square(), rho)
+        rho = torch.where(broken, _dot(r, r), rho)
 
-        both = torch.stack([norms[:, 0], torch.linalg.vector_norm(correction, dim=1)])
-        residual, length = both.double().cpu().numpy()
-        finite = np.isfinite(residual)
-        system.lose(active & ~finite)
-        active &= finite
-        better = active & (residual < lowest)
-        best = torch.where(torch.from_numpy(better).to(r.device)[:, None], correction, best)
-        lowest = np.where(better, residual, lowest)
-        value = system.value if system.moved else length
-        if system.per_sample:
-            active &= ~system.finished(residual, value)
-        elif system.finished_together(residual[~system.run.lost], value[~system.run.lost]):
-            break
-        active &= residual > 0
-    return best
+        moved = (alpha != 0) | (omega != 0)
+        parts = [_norm(r), _norm(correction), _norm(system.x + correction)]
+        parts += [finite & finite_too, moved]
+        found = torch.cat([part.double() for part in parts], dim=1).T.cpu().numpy()
+        residual, length, value = found[:3]
+        fails = active & ~(np.isfinite(residual + length) & (found[3] > 0))
+        run.lose(fails)
+        active &= ~fails
+        better = best.offer(active, residual, length, value)
+        chosen = torch.where(rows(better, r), correction, chosen)
+        # What has grown by so much has lost all digits of the least residual.
+        active &= (found[4] > 0) & (residual > 0) & (best.rounding * residual < best.residual)
+        active &= ~system.enough(best.residual, best.value)
+        going = rows(active, r)
+        p = torch.where(going, p, 0.0)
+    return chosen, best.improved
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.linalg.vecdot(a, b)[:, None]
 
 
-def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, zero where b is."""
-    return torch.where(b != 0, a / torch.where(b != 0, b, 1.0), 0.0)
+def _norm(a: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(a, dim=1, keepdim=True)
+
+
+def _finite(a: Tensor) -> tuple[Tensor, Tensor]:
+    """a (B, D) with zero for the samples that are not finite; which are, (B, 1)."""
+    finite = torch.isfinite(_norm(a))
+    return torch.where(finite, a, 0.0), finite
+
+
+def _ratio(a: Tensor, b: Tensor, least: Tensor | float = 0.0) -> Tensor:
+    """a / b, zero where |b| is not above ``least``."""
+    fits = b.abs() > least
+    return torch.where(fits, a / torch.where(fits, b, 1.0), 0.0)
 
 
 class System:
-    """A linear system on its way: the point x (B, D), g = f(x) - x, and when to stop.
-
-    ``residual`` and ``value`` (B,) are ||g|| and ||f(x)||, on the host.
-    """
+    """A linear system on its way: the point x (B, D), g = f(x) - x, and when to stop."""
 
     def __init__(self, f, x0: Tensor, threshold: int, eps: float, stop_mode: str, control: dict):
-        self.run = start(f, x0, threshold, eps, stop_mode, control, shrinks=False)
-        self.per_sample = self.run.control.stop == "sample"
-        self.f, self.rounding = f, torch.finfo(self.run.work_dtype).eps
-        self.moved = bool((self.run.x0 != 0).any())  # else ||f(x)|| is that of the correction
-        self._at_zero: Tensor | None = None
-        self.x, self.g = self.run.x0, torch.zeros_like(self.run.x0)
-        self._stuck = False
-        self._evaluate(self.x)
+        options = {"shrinks": False, "heeds_check_every": False}
+        self.run = start(f, x0, threshold, eps, stop_mode, control, **options)
+        self.f = f
+        self.x, self.fx, self.g = self.run.evaluate(self.run.x0)
 
-    def _evaluate(self, x: Tensor) -> None:
-        self.x, fx, self.g = self.run.evaluate(x)
-        norms = [torch.linalg.vector_norm(v, dim=1) for v in (self.g, fx)]
-        self.residual, self.value = torch.stack(norms).double().cpu().numpy()
+    def move(self, correction: Tensor, improved: np.ndarray) -> None:
+        """Go to x + correction, and find the true residual there.
 
-    def move(self, correction: Tensor) -> None:
-        """Go to x + correction, and find the true residual there."""
-        before = self.residual
-        self._evaluate(self.x + correction)
-        self.moved, self._stuck = True, not (self.residual < before).any()
+        ``improved`` (B,): the samples whose residual that should lower, as their recursion has it.
+        """
+        if improved.any() and not self.run.resting.all():
+            before, moves = norms(self.g), rows(improved, correction)
+            x = self.x + torch.where(moves, correction, 0.0)
+            self.x, self.fx, self.g = self.run.evaluate(x)
+            improved = norms(self.g) < before
+        self.run.stall(~improved)
 
     def product(self, v: Tensor) -> Tensor:
-        """J v, (B, D), a tensor of the caller's own."""
-        run = self.run
-        run.products += 1
-        shaped = v.to(run.dtype).view(run.shape)
+        """J v, (B, D)."""
         if isinstance(self.f, Affine):
-            image = self.f.product(shaped)
-        else:
-            if self._at_zero is None:
-                run.products += 1
-                self._at_zero = self.f(torch.zeros_like(shaped))
-            image = self.f(shaped) - self._at_zero
-        return image.reshape(v.shape).to(v.dtype, copy=True)
+            return multiply(self.run, self.f.product, v)
+        # Along v as far as x and f(x) are, so that the difference keeps its digits.
+        scale = _ratio(torch.maximum(_norm(self.x), _norm(self.fx)), _norm(v))
+        scale = torch.where(scale > 0, scale, 1.0)
+        value = multiply(self.run, self.f, self.x + scale * v)
+        return (value - self.fx) / scale
 
-    def lose(self, samples: np.ndarray) -> None:
-        """Give up samples (B,) whose products are not finite; they rest at their best point."""
-        self.run.lose(samples)
+    def goes_on(self, products: int) -> bool:
+        """Whether another cycle is needed, and possible with steps of so many products."""
+        return not self.run.stopped and self.run.affords(products + 1)
 
-    # ---- when to stop --------------------------------------------------------------------------
+    def enough(self, residual: np.ndarray, value: np.ndarray) -> np.ndarray:
+        """Which samples (B,) a cycle need not take further, by ||g|| and ||x|| (B,) at its point.
 
-    @property
-    def left(self) -> int:
-        run = self.run
-        return min(run.threshold, run.control.max_nfe or run.threshold) - run.nfe - run.products
-
-    def out_of_budget(self, products: int = 1) -> bool:
-        """Whether so many products and the evaluation after them are too many."""
-        return self.left < products + 1 or self.run.reason in ("max_nfe", "max_seconds")
-
-    def goes_on(self) -> bool:
-        """Whether another cycle is needed, possible, and of use."""
-        done = self.finished(self.residual, self.value)  # what is lost has a residual of zero
-        return not (self.run.stopped or self._stuck or done.all() or self.out_of_budget())
-
-    def finished(self, residual: np.ndarray, value: np.ndarray) -> np.ndarray:
-        """Which samples need not go on, by ||g|| and ||f(x)|| (B,).
-
-        In a batch that stops together, those alone that cannot fall further.
+        ||x|| stands for ||f(x)|| = ||x + g||. In a batch that stops together, all of them or those
+        alone that cannot fall further.
         """
-        if not self.per_sample:
-            return residual == 0
-        return self._small(residual, value)
-
-    def finished_together(self, residual: np.ndarray, value: np.ndarray) -> bool:
-        return bool(self._small(np.linalg.norm(residual), np.linalg.norm(value)))
+        if self.run.control.stop == "sample":
+            return self._small(residual, value)
+        counts = ~self.run.lost
+        together = self._small(*(np.linalg.norm(v[counts]) for v in (residual, value)))
+        return together | (residual == 0)
 
     def _small(self, residual, value):
         limit = self.run.eps if self.run.stop_mode == "abs" else self.run.eps * value
         return (residual < limit) | (residual < self.run.control.floor * value) | (residual == 0)
 
-    def result(self) -> dict:
-        """What the solver returns."""
-        return self.run.result()
+
+def multiply(run: Run, product: Map, v: Tensor) -> Tensor:
+    """product(v), for v (B, D) in the working dtype: a tensor of the caller's own. Counted."""
+    run.products += 1
+    image = product(v.to(run.dtype).view(run.shape))
+    return image.reshape(v.shape).to(v.dtype, copy=True)

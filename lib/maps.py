@@ -11,6 +11,7 @@ of f (autocast, lists of tensors) keep them by :func:`transformed`:
 """
 
 from collections.abc import Callable
+from copy import copy
 
 from torch import Tensor
 
@@ -28,14 +29,19 @@ class Affine:
     """
 
     def __init__(self, product: Map, shift: Tensor, zero: Tensor | None = None):
-        self.product, self.shift = product, shift
-        self._zero, self._version = zero, None if zero is None else zero._version
+        self.product, self.shift, self.zero = product, shift, zero
+        self._version = None if zero is None else zero._version
 
     def __call__(self, z: Tensor) -> Tensor:
-        zero = self._zero
-        if zero is not None and z.data_ptr() == zero.data_ptr() and zero._version == self._version:
+        if self._is_zero(z):
             return self.shift.clone()
         return self.product(z) + self.shift
+
+    def _is_zero(self, z: Tensor) -> bool:
+        zero = self.zero
+        if zero is None or zero._version != self._version:
+            return False
+        return z.data_ptr() == zero.data_ptr() and z.shape == zero.shape
 
 
 def plain(f: Map) -> Map:
@@ -44,7 +50,11 @@ def plain(f: Map) -> Map:
 
 
 def transformed(f: Map, change: Callable[[Map], Map]) -> Map:
-    """``change(f)``, offering what f offers."""
+    """``change(f)``, offering what f offers. A change of an affine map must keep its shapes."""
+    if isinstance(f, Affine):
+        out = copy(f)
+        out.product = change(f.product)
+        return out
     out = change(f)
     if hasattr(f, "plain"):
         out.plain = change(f.plain)

@@ -2,14 +2,15 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from lib.krylov import System, gmres_cycle
-from lib.maps import Affine, Map, plain
+from lib.krylov import gmres_cycle, multiply, norms, rows
+from lib.maps import Map, plain
 from lib.sample_run import start
-from lib.solver_run import check, check_count, check_damping, solver_method
+from lib.solver_run import Run, check, check_count, check_damping, is_number, solver_method
 
 
 @solver_method
@@ -20,7 +21,7 @@ def newton_krylov(
     eps: float = 1e-3,
     stop_mode: str = "rel",
     *,
-    inner: int = 20,
+    inner: int = 6,
     inner_eps: float = 0.1,
     damping: float = 1.0,
     jvp: str = "reverse",
@@ -36,8 +37,9 @@ def newton_krylov(
     Args:
         f, x0, eps, stop_mode: as for :func:`~lib.anderson.anderson`.
         threshold: evaluations of f and products with J at most, together.
-        inner: products per system at most.
-        inner_eps: relative residual at which a system counts as solved.
+        inner: products per system at most: a few, or a small threshold ends in the first step.
+        inner_eps: relative residual ||g - (I - J) d|| / ||g|| at which a sample's system counts as
+            solved: by that factor each step lowers the residual, once near the solution.
         damping: length t of a step, in (0, 1].
         jvp: 'reverse' keeps one graph per iterate, and needs second derivatives; 'forward'
             evaluates f anew for each product, and needs forward-mode derivatives.
@@ -52,29 +54,38 @@ def newton_krylov(
     check(callable(f), "f", f, "a function of the state")
     check_count("inner", inner)
     check_damping(damping)
-    check(0 < inner_eps < 1, "inner_eps", inner_eps, "between 0 and 1")
+    fits = is_number(inner_eps) and 0 < inner_eps < 1
+    check(fits, "inner_eps", inner_eps, "a number between 0 and 1")
     check(jvp in _PRODUCTS, "jvp", jvp, "'reverse' or 'forward'")
     linearised = _Linearised(f, _PRODUCTS[jvp])
-    run = start(linearised, x0, threshold, eps, stop_mode, control, shrinks=False)
+    options = {"shrinks": False, "heeds_check_every": False}
+    run = start(linearised, x0, threshold, eps, stop_mode, control, **options)
     x, _, gx = run.evaluate(run.x0)
-    while not run.stopped:
-        left = min(threshold, run.control.max_nfe or threshold) - run.nfe - run.products
-        if left < 2:  # a product, and the evaluation after it
+    while not run.stopped and run.affords(2):  # a product, and the evaluation after it
+        system = _Step(run, linearised, inner_eps * norms(gx))
+        step, improved = gmres_cycle(system, gx, min(inner, run.left - 1, x.shape[1]))
+        if run.resting.all():
             break
-        residual = gx.to(x0.dtype).view(x0.shape)
-        zero = torch.zeros_like(residual)
-        system = System(
-            Affine(linearised.product(), residual, zero),
-            zero,
-            threshold=min(inner, left - 1) + 2,  # with the two evaluations that are not made
-            eps=inner_eps,
-            stop_mode="rel",
-            control={"stop": "sample"},  # or a sample's steps would depend on its batch mates
-        )
-        step = gmres_cycle(system, min(inner, left - 1, x.shape[1]))
-        run.products += system.run.products
+        step = torch.where(rows(improved, gx), step, gx)  # J has the eigenvalue 1: a plain step
         x, _, gx = run.evaluate(x + damping * step)
     return run.result()
+
+
+class _Step:
+    """The system of one step, for :func:`~lib.krylov.gmres_cycle`.
+
+    Samples are solved for one by one, however the solve stops: or their steps would depend on
+    their batch mates.
+    """
+
+    def __init__(self, run: Run, linearised: "_Linearised", goal: np.ndarray):
+        self.run, self._linearised, self._goal = run, linearised, goal
+
+    def product(self, v: Tensor) -> Tensor:
+        return multiply(self.run, self._linearised.product, v)
+
+    def enough(self, residual: np.ndarray, size: np.ndarray) -> np.ndarray:
+        return residual <= self._goal
 
 
 class _Linearised:
@@ -82,15 +93,12 @@ class _Linearised:
 
     def __init__(self, f: Map, make_product: Callable[[Map, Tensor], tuple[Tensor, Map]]):
         self._f, self._make_product = plain(f), make_product
-        self._product: Map | None = None
+        self.product: Map | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
-        self._product = None  # frees the graph before
-        value, self._product = self._make_product(self._f, z)
+        self.product = None  # frees the graph before
+        value, self.product = self._make_product(self._f, z)
         return value
-
-    def product(self) -> Map:
-        return self._product
 
 
 def _reverse(f: Map, z: Tensor) -> tuple[Tensor, Map]:
@@ -103,7 +111,7 @@ def _reverse(f: Map, z: Tensor) -> tuple[Tensor, Map]:
             return value, torch.zeros_like
         u = torch.zeros_like(value, requires_grad=True)
         (vjp,) = torch.autograd.grad(value, point, u, create_graph=True, allow_unused=True)
-    if vjp is None:
+    if vjp is None or not vjp.requires_grad:  # zero, such as that of a step function
         return value.detach(), torch.zeros_like
 
     def product(v: Tensor) -> Tensor:

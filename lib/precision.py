@@ -92,7 +92,7 @@ def solve_in_stages(
         f: the map in half precision, on float32 states.
         make_precise: makes the map in float32, if it is needed.
         z0, threshold, stop_mode: as for the solver; the threshold is that of both stages.
-        **options: more of the solver's.
+        **options: more of the solver's. Budgets that its partial holds are those of each stage.
 
     Returns:
         The solver's dict, with the traces and evaluations of both stages; the rest is by the last
@@ -103,7 +103,7 @@ def solve_in_stages(
         return solver(f, z0, threshold=threshold, **options)
     coarse = solver(f, z0, threshold=threshold, floor=COARSE_EPS, **options)
     left = threshold - coarse["nfe"] - coarse["products"]
-    rounding = coarse["rel_trace"][coarse["nstep"]] < COARSE_EPS
+    rounding = coarse["rel_lowest"] < COARSE_EPS
     if left < 1 or not rounding or coarse["lowest"] < coarse["eps"]:
         return coarse
     fine = solver(make_precise(), coarse["result"], threshold=left, **options)

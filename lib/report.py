@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lib.errors import InputError
+from lib.training import PASSES
 
 CURVES = "curves.png"
 
@@ -24,29 +25,34 @@ def last_record(records: list[dict], kind: str, **values) -> dict:
 
 
 def solver_rows(records: list[dict], border: int, evaluated: dict) -> list[tuple[str, str, str]]:
-    """Rows with residual and nfe: means over the training steps after ``border``, evaluation."""
-    solved = [r for r in records if r["kind"] == "train" and "backward_nfe" in r]
-    solved = [r for r in solved if r["step"] > border]
+    """Rows with residual and nfe: means over the training steps after ``border``, evaluation.
 
-    def mean(name: str) -> float:
-        return sum(r[name] for r in solved) / max(len(solved), 1)
-
+    What was not solved, such as backward with a gradient that does without, has no row.
+    """
+    found = []
+    for which in PASSES:
+        solved = [r for r in _solved(records, which) if r["step"] > border]
+        if solved:
+            means = {
+                name: sum(r[f"{which}_{name}"] for r in solved) / len(solved)
+                for name in ("rel_residual", "nfe")
+            }
+            found.append((f"{which}, training mean", means))
+    if evaluated["nfe"]:
+        found.append(("forward, evaluation mean", evaluated))
     return [
         ("equilibrium solves", "rel. residual", "nfe"),
-        *(
-            (
-                f"{which}, training mean",
-                f"{mean(f'{which}_rel_residual'):.2e}",
-                f"{mean(f'{which}_nfe'):.1f}",
-            )
-            for which in ("forward", "backward")
-        ),
-        ("forward, evaluation mean", f"{evaluated['rel_residual']:.2e}", f"{evaluated['nfe']:.1f}"),
+        *((title, f"{v['rel_residual']:.2e}", f"{v['nfe']:.1f}") for title, v in found),
     ]
 
 
+def _solved(records: list[dict], which: str) -> list[dict]:
+    """The training records of steps with a solve in that pass."""
+    return [r for r in records if r["kind"] == "train" and f"{which}_nfe" in r]
+
+
 def draw_curves(records: list[dict], border: int, path: Path, draw: Callable) -> None:
-    """A figure of two panels over the steps: what ``draw(axes)`` draws, and both residuals.
+    """A figure of two panels over the steps: what ``draw(axes)`` draws, and the residuals.
 
     Args:
         records: of metrics.jsonl.
@@ -58,18 +64,18 @@ def draw_curves(records: list[dict], border: int, path: Path, draw: Callable) ->
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    solved = [r for r in records if r["kind"] == "train" and "forward_rel_residual" in r]
     figure = Figure(figsize=(7, 6.5), layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     draw(top)
     top.set_title("stacked pre-training, then equilibrium")
     top.legend()
-    for which in ("forward", "backward"):
-        residuals = [r.get(f"{which}_rel_residual") for r in solved]
-        bottom.plot([r["step"] for r in solved], residuals, label=f"{which} residual")
+    for which in PASSES:
+        if solved := _solved(records, which):
+            residuals = [r[f"{which}_rel_residual"] for r in solved]
+            bottom.plot([r["step"] for r in solved], residuals, label=f"{which} residual")
     bottom.set(yscale="log", xlabel="step", ylabel="relative residual")
-    if solved:
+    if bottom.lines:
         bottom.legend()
     for axes in (top, bottom):
         axes.axvline(border, color="black", lw=0.8)

@@ -1,18 +1,29 @@
 """A solve that stops per sample: what has converged leaves it and costs nothing more.
 
-A sample is finished once its own residual is below ``eps`` (or the floor), once it diverges, or
-once f is not finite for it. Its result is its own best point, so that it does not depend on the
-other samples of the batch.
+A sample is finished once its own residual is below ``eps`` (or the floor), once it diverges, once
+f is not finite for it, or once a Krylov method cannot lower its residual. Its result is its own
+best point, so that it does not depend on the other samples of the batch.
 
 Methods go on with the rows that are left: after an evaluation ``run.kept`` says which of their
 rows those are (None: all of them). f sees these samples only, if it can be restricted to them
 (``f.select``, see :mod:`lib.maps`); otherwise it sees the whole batch, with the finished samples
 at rest. Methods that multiply with the Jacobian of the whole batch keep all rows instead
 (``shrinks=False``): finished ones stay at their best point, with a residual of zero.
+
+What the result says, where it differs from a solve that stops by the batch:
+
+- ``sample_nfe`` is the number of evaluations up to the sample's own end;
+- the traces are norms over the whole batch still, in which a finished sample counts with the
+  residual of its result. ``lowest`` is that of the result, so that it can be below all of the
+  trace; ``nstep`` is the last step at which a sample was at its best;
+- ``reason``, once all samples are finished, is the worst of them: 'diverged' if one did or all
+  are lost, else 'stalled', else 'floor', else 'eps'. Lost samples are told by ``finite``;
+- ``prot_break`` is True if a sample diverged, or all are lost.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,11 +33,7 @@ from lib.solver_run import TINY, Control, Run
 
 
 class SampleRun(Run):
-    """As :class:`~lib.solver_run.Run`, with everything per sample.
-
-    The traces are norms over the whole batch all the same: a finished sample counts with the
-    residual of its result.
-    """
+    """As :class:`~lib.solver_run.Run`, with everything per sample."""
 
     def __init__(
         self,
@@ -48,7 +55,7 @@ class SampleRun(Run):
         self._own_norms = np.full((2, batch), np.inf)
         self._norms_now = self._own_norms.copy()
         self._own_step, self._sample_nfe = np.zeros((2, batch), dtype=np.int64)
-        self._diverged = np.zeros(batch, dtype=bool)
+        self._diverged, self._stalled = np.zeros((2, batch), dtype=bool)
         self._f_rows = f
         self._borrowed = True  # own_best is a tensor of the method's, not to be written to
 
@@ -58,7 +65,10 @@ class SampleRun(Run):
         """(x, f(x), f(x) - x) of the rows that go on, from x (b, D) of those that went on before.
 
         ``out`` keeps its rows: the method removes those of finished samples from all it holds.
+        Nothing is forgiven: line searches are over the whole batch.
         """
+        if not self.shrinks:
+            x = self._at_rest(x)
         x, fx, gx = self._value(x, self._f_rows, out)
         norms = torch.stack([torch.linalg.vector_norm(v, dim=1) for v in (gx, fx)])
         self._judge_rows(x, norms.cpu().numpy().astype(np.float64))
@@ -66,14 +76,19 @@ class SampleRun(Run):
         if not done.any():
             return x, fx, gx
         if not self.shrinks:
-            rest = torch.from_numpy(done).to(self.device)[:, None]
-            gx.masked_fill_(rest, 0.0)
-            return *(torch.where(rest, self.own_best, v) for v in (x, fx)), gx
+            gx.masked_fill_(torch.from_numpy(done).to(self.device)[:, None], 0.0)
+            return self._at_rest(x), self._at_rest(fx), gx
         self.kept = torch.from_numpy(np.flatnonzero(~done)).to(self.device)
         self.rows = self.rows[~done]
         if len(self.rows):
             self._f_rows = self._restricted()
         return x[self.kept], fx[self.kept], gx[self.kept]
+
+    def _at_rest(self, x: Tensor) -> Tensor:
+        """x (B, D) with the finished samples at their best point."""
+        if not self.done.any():
+            return x
+        return torch.where(torch.from_numpy(self.done).to(self.device)[:, None], self.own_best, x)
 
     def _restricted(self) -> Callable[[Tensor], Tensor]:
         """f of the rows that are left."""
@@ -91,9 +106,9 @@ class SampleRun(Run):
         """Record the norms (2, b) of g and f at x (b, D); keep best points; find who is done."""
         went_on = ~self.done[self.rows]
         rows, norms = self.rows[went_on], norms[:, went_on]
-        g, f = norms
+        finite = np.isfinite(norms).all(0)
+        g, f = norms = np.where(finite, norms, 0.0)
         relative = g / (f + TINY)
-        finite = np.isfinite(g + f)
         residual = np.where(finite, g if self.stop_mode == "abs" else relative, np.inf)
         if self.nfe == 1:
             self.limit = self._divergence_limit(g, f)
@@ -136,24 +151,33 @@ class SampleRun(Run):
     def lose(self, fails: np.ndarray) -> None:
         self.lost, self.done = self.lost | fails, self.done | fails
 
+    def stall(self, samples: np.ndarray) -> None:
+        self._stalled |= samples & ~self.done
+        self.done = self.done | samples
+
+    @property
+    def resting(self) -> np.ndarray:
+        return self.done
+
     @property
     def reason(self) -> str:
         if not self.done.all():
             return super().reason
-        if self._broken():
+        if self._gave_up():
             return "diverged"
+        if self._stalled.any():
+            return "stalled"
         own = self.own_residual[~self.lost]
         return "eps" if ((own < self.eps) | (own == 0)).all() else "floor"
 
-    def _broken(self) -> bool:
+    def _gave_up(self) -> bool:
         return bool(self._diverged.any() or self.lost.all())
 
     def result(self) -> dict:
-        """What the solver returns; ``nstep`` is the last step at which a sample was at its best."""
+        """What the solver returns."""
         self.lowest_of = dict(zip(("abs", "rel"), self._totals(self._own_norms), strict=True))
         self.lowest, self.best_index = self.lowest_of[self.stop_mode], int(self._own_step.max())
-        self.diverged = self._broken()
-        return self._solution(self.own_best, self.own_residual, self._sample_nfe)
+        return self._solution(self.own_best, self.own_residual, self._sample_nfe, self._gave_up())
 
 
 def start(
@@ -163,7 +187,9 @@ def start(
     eps: float,
     stop_mode: str,
     control: dict,
+    *,
     shrinks: bool = True,
+    heeds_check_every: bool = True,
 ) -> Run:
     """The run of a solve; ``control`` are keywords of :class:`~lib.solver_run.Control`.
 
@@ -172,6 +198,8 @@ def start(
         TypeError: a keyword that does not exist.
     """
     options = Control(**control)
+    if not heeds_check_every:
+        options = replace(options, check_every=1)
     if options.stop == "sample":
         return SampleRun(f, x0, threshold, eps, stop_mode, options, shrinks)
     return Run(f, x0, threshold, eps, stop_mode, options)

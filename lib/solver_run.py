@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 import torch
@@ -32,11 +33,14 @@ class Control:
         check_every: look at the residual only every so many evaluations. Between checks a GPU
             need not wait for the host; up to ``check_every - 1`` evaluations may be done in vain,
             and as many more points are held. The point returned is the best one all the same.
+            A line search and Krylov methods need every residual, and take no notice of it.
         floor: stop as well, in either mode, once ||f(z) - z|| / ||f(z)|| is below this: where
             the rounding of f itself begins, say.
-        max_nfe: stop after so many evaluations, whatever the threshold counts.
-        max_seconds: begin no further evaluation after so much time. What is reached by then
-            depends on the machine: a run is no longer repeatable.
+        max_nfe: stop after so many evaluations and products with the Jacobian, whatever the
+            threshold counts.
+        max_seconds: begin no further evaluation or product after so much time, but for that at
+            the point that products have led to. What is reached by then depends on the machine:
+            a run is no longer repeatable.
     """
 
     stop: str = "batch"
@@ -48,17 +52,17 @@ class Control:
     def __post_init__(self):
         check(self.stop in ("batch", "sample"), "stop", self.stop, "'batch' or 'sample'")
         check_count("check_every", self.check_every)
-        check(self.floor >= 0, "floor", self.floor, "a number of at least 0")
+        check_number("floor", self.floor)
         if self.max_nfe is not None:
             check_count("max_nfe", self.max_nfe)
         if self.max_seconds is not None:
-            check(self.max_seconds > 0, "max_seconds", self.max_seconds, "a number above 0")
+            check_number("max_seconds", self.max_seconds, positive=True)
         if self.stop == "sample" and self.check_every > 1:
             raise InputError("stop='sample' looks at every residual: leave check_every out")
 
 
 class Run:
-    """One solve of z = f(z) from ``x0``; made by :func:`start`.
+    """One solve of z = f(z) from ``x0``; made by :func:`~lib.sample_run.start`.
 
     Points are (B, D) tensors in the working dtype: that of ``x0``, but float32 for half
     precision, whose inner products would not carry a solver. f sees the shape and dtype of x0.
@@ -94,7 +98,8 @@ class Run:
         self.best_residual = np.full(len(x0), math.inf)
         # Samples on which f was not finite, on the host and (once there are any) on the device.
         self.lost, self.lost_mask = np.zeros(len(x0), dtype=bool), None
-        self.converged = self.diverged = self.at_floor = False
+        self.converged = self.diverged = self.at_floor = self.stalled = False
+        self._short = ""  # of what the solve ran out: a reason
         self.limit = math.inf  # of the absolute residual
         # The best finite iterate of each sample: what a sample falls back to once f fails on it.
         self.own_best, self.own_residual = self.x0, self.best_residual
@@ -104,25 +109,44 @@ class Run:
 
     @property
     def stopped(self) -> bool:
+        """Whether the solve ends here, for another reason than the threshold.
+
+        Asked after an evaluation: without one there is nothing to return.
+        """
+        seconds = self.control.max_seconds
+        if seconds is not None and time.perf_counter() - self._start >= seconds:
+            self._short = "max_seconds"
         return self.reason != "threshold"
 
     @property
     def reason(self) -> str:
         """Why the solve ends here, if it does: 'threshold' where nothing else ends it."""
-        control = self.control
         if self.converged:
             return "eps"
         if self.diverged:
             return "diverged"
         if self.at_floor:
             return "floor"
-        if control.max_nfe is not None and self.nfe + self.products >= control.max_nfe:
+        if self.stalled:
+            return "stalled"
+        if self.nfe + self.products >= self._max_nfe:
             return "max_nfe"
-        if control.max_seconds is not None:
-            # The first evaluation is always made: without it there is nothing to return.
-            late = time.perf_counter() - self._start >= control.max_seconds
-            return "max_seconds" if late and self.nfe else "threshold"
-        return "threshold"
+        return self._short or "threshold"
+
+    @property
+    def left(self) -> int:
+        """How many evaluations and products may follow, where the threshold counts both."""
+        return min(self.threshold, self._max_nfe) - self.nfe - self.products
+
+    @property
+    def _max_nfe(self) -> float:
+        return math.inf if self.control.max_nfe is None else self.control.max_nfe
+
+    def affords(self, count: int) -> bool:
+        """Whether so many may follow; where not, that is what the solve ends by."""
+        if self.left < count:
+            self._short = "max_nfe" if self._max_nfe <= self.threshold else "threshold"
+        return self.left >= count
 
     def evaluate(
         self, x: Tensor, out: Tensor | None = None, forgive: bool = False
@@ -189,7 +213,6 @@ class Run:
             x = self._settle(x, self.own_best)
             if self.lost.all():
                 self._record(math.inf, math.inf)
-                self.diverged = True
                 return True
             total_g, total_f = math.sqrt(g.dot(g)), math.sqrt(f.dot(f))
         self._record(total_g, total_g / (total_f + TINY))
@@ -213,7 +236,7 @@ class Run:
         self.at_floor |= self.rel_trace[-1] < self.control.floor
         if len(self.abs_trace) == 1:
             self.limit = self._divergence_limit(total_g, total_f)
-        self.diverged |= total_g > self.limit
+        self.diverged |= bool(total_g > self.limit)
         return True
 
     def _divergence_limit(self, g, f):
@@ -224,10 +247,20 @@ class Run:
         return DIVERGENCE_FACTOR * np.maximum(g, math.sqrt(torch.finfo(self.work_dtype).eps) * f)
 
     def lose(self, fails: np.ndarray) -> None:
-        """Mark samples as lost: they rest at their best point from now on."""
+        """Mark samples (B,) as lost: they rest at their best point from now on."""
         if fails.any():
             self.lost = self.lost | fails
             self.lost_mask = torch.from_numpy(self.lost).to(self.device)
+            self.diverged |= bool(self.lost.all())
+
+    def stall(self, samples: np.ndarray) -> None:
+        """Note samples (B,) that their method cannot bring any further; if all, it ends there."""
+        self.stalled |= bool(samples.all())
+
+    @property
+    def resting(self) -> np.ndarray:
+        """Samples (B,) that take no further part."""
+        return self.lost
 
     def _settle(self, x: Tensor, rest: Tensor) -> Tensor:
         """Replace the lost samples of x by ``rest``: chosen, since NaN times zero is NaN."""
@@ -241,9 +274,13 @@ class Run:
         """What the solver returns (see :mod:`lib.solvers`)."""
         if self._pending:
             self._check()
-        return self._solution(self.best, self.best_residual, np.full(len(self.x0), self.nfe))
+        gave_up = self.diverged and not self.converged
+        sample_nfe = np.full(len(self.x0), self.nfe)
+        return self._solution(self.best, self.best_residual, sample_nfe, gave_up)
 
-    def _solution(self, best: Tensor, residual: np.ndarray, sample_nfe: np.ndarray) -> dict:
+    def _solution(
+        self, best: Tensor, residual: np.ndarray, sample_nfe: np.ndarray, gave_up: bool
+    ) -> dict:
         per_sample = {
             "converged": (residual < self.eps) | (residual == 0),
             "residual": residual,
@@ -256,7 +293,7 @@ class Run:
             "abs_lowest": self.lowest_of["abs"],
             "rel_lowest": self.lowest_of["rel"],
             "nstep": self.best_index,
-            "prot_break": self.diverged and not self.converged,
+            "prot_break": gave_up,
             "abs_trace": self.abs_trace,
             "rel_trace": self.rel_trace,
             "nfe": self.nfe,
@@ -308,9 +345,20 @@ def check_count(name: str, value) -> None:
     check(integer and value >= 1, name, value, "an integer of at least 1")
 
 
+def is_number(value) -> bool:
+    """Whether a value is a real number; True and False are none here."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_number(name: str, value, *, positive: bool = False) -> None:
+    """Refuse what is not a number of at least 0, or above it."""
+    fits = is_number(value) and (value > 0 if positive else value >= 0)
+    check(fits, name, value, "a number above 0" if positive else "a number of at least 0")
+
+
 def check_damping(value) -> None:
     """Refuse what is not the share of a step."""
-    check(isinstance(value, (int, float)) and 0 < value <= 1, "damping", value, "in (0, 1]")
+    check(is_number(value) and 0 < value <= 1, "damping", value, "in (0, 1]")
 
 
 def _check_arguments(f, x0, threshold, eps, stop_mode) -> None:
@@ -319,6 +367,6 @@ def _check_arguments(f, x0, threshold, eps, stop_mode) -> None:
     check(x0.is_floating_point(), "dtype of x0", x0.dtype, "a floating dtype")
     check(x0.dim() >= 1 and x0.numel() > 0, "shape of x0", tuple(x0.shape), "(batch, ...)")
     check_count("threshold", threshold)
-    check(eps >= 0, "eps", eps, "a number of at least 0")
+    check_number("eps", eps)
     check(stop_mode in ("abs", "rel"), "stop_mode", stop_mode, "'abs' or 'rel'")
     check(bool(torch.isfinite(x0).all()), "x0", "not finite", "finite everywhere")

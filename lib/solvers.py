@@ -25,18 +25,20 @@ What a solver returns
     nfe        number of evaluations of f (the length of the traces)
     converged  (batch,) bool: the sample's own residual at ``result`` is below ``eps``
     residual   (batch,) that residual, in ``stop_mode``; inf if f was never finite
-    finite     (batch,) bool: f stayed finite for this sample at every evaluated point
+    finite     (batch,) bool: f stayed finite for this sample at every evaluated point (and
+               products with its Jacobian did)
     sample_nfe (batch,) evaluations that the sample took part in
     products   products with the Jacobian, by the methods that take them
-    reason     what ended the solve: 'eps', 'threshold', 'diverged', 'floor', 'max_nfe' or
-               'max_seconds'
+    reason     what ended the solve: 'eps', 'threshold', 'diverged', 'floor', 'max_nfe',
+               'max_seconds', or 'stalled' where a Krylov method lowers no residual any more
     abs_lowest, rel_lowest     residual of ``result`` over the batch, either way
     eps, threshold, stop_mode  as given
     ========== ===========================================================================
 
-All of them take the keywords of :class:`~lib.solver_run.Control`: stopping per sample, rarer
-checks, a budget of evaluations or of time. ``x0`` is the initial guess; a good one saves
-evaluations, and one that is a solution already costs a single one.
+All of them take the keywords of :class:`~lib.solver_run.Control`: stopping per sample (whose
+result differs in a few points: :mod:`lib.sample_run`), rarer checks, a budget of evaluations or of
+time. ``x0`` is the initial guess; a good one saves evaluations, and one that is a solution already
+costs a single one.
 
 Not converging is a status in this dict; misuse is an :class:`~lib.errors.InputError`.
 Nothing is differentiated here (see :mod:`lib.deq`), so solvers run under ``torch.no_grad``.
@@ -132,7 +134,7 @@ def get_solver(solver: str | Callable[..., dict], *, adjoint: bool = False) -> C
         name = getattr(getattr(solver, "func", solver), "__name__", "")  # of a partial
         ours = any(getattr(solver, "func", solver) is found for found in others.values())
     else:
-        name = str(solver).partition(":")[0]
+        name = str(solver).partition(":")[0].strip()
         ours = name in others
     if ours and name not in accepted:
         why = "differentiates f, and the adjoint is linear already"
@@ -146,7 +148,7 @@ def get_solver(solver: str | Callable[..., dict], *, adjoint: bool = False) -> C
     found = named("solver", solver, accepted, without=_CALLERS, more=Control)
     if ":" in solver:  # try the options on a trivial map, so that a bad value is refused here
         try:
-            found(torch.zeros_like, torch.zeros(1, 1), threshold=3)
+            found(torch.zeros_like, torch.zeros(1, 1, device="cpu"), threshold=3)
         except TypeError as error:
             raise InputError(f"{solver}: {error}") from error
     return found

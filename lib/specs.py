@@ -38,7 +38,7 @@ def parse(text: str) -> tuple[str, dict]:
 def _value(text: str):
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return {"true": True, "false": False, "none": None}.get(text.lower(), text)
 
 
@@ -51,8 +51,12 @@ class Names(list):
 
 def accepts(function: Callable, option: str) -> bool:
     """Whether a function takes a keyword of that name, by itself or among ``**keywords``."""
-    parameters = inspect.signature(function).parameters
-    return option in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    parameters = inspect.signature(function).parameters.values()
+    return any(
+        p.kind is p.VAR_KEYWORD
+        or (p.name == option and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        for p in parameters
+    )
 
 
 def named(

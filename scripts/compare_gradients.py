@@ -33,6 +33,9 @@ VARIANTS = [
     Variant("ift", f_thres=12, b_thres=12),
     Variant("ift"),
     Variant("ift", f_thres=30, b_thres=30),
+    # An absolute ridge, as published: it swamps the small residuals of an adjoint.
+    Variant("ift", "anderson", "anderson:lam=1e-4"),
+    Variant("ift", "anderson", "anderson:lam=1e-4", 12, 12),
     Variant("ift", "broyden", "broyden", 12, 12),
     Variant("ift", "fixed_point_iteration", "fixed_point_iteration", 12, 12),
     Variant("ift", "newton_krylov", "gmres", 12, 12),
@@ -48,7 +51,11 @@ VARIANTS = [
     Variant("unroll"),
     Variant("unroll:checkpointing=true"),
 ]
-REGULARISED = VARIANTS[:3] + [VARIANTS[i] for i in (8, 10, 11, 14, 15)]
+REGULARISED = [
+    *VARIANTS[:3],
+    *(v for v in VARIANTS if v.grad in ("shine", "jfb", "reversible", "unroll")),
+    Variant("phantom:steps=3,damping=0.8"),
+]
 PLANS = {
     "words": Plan("words", 200, 220, 35.0, (0.002, 0.001), 0.3),
     "digits": Plan("digits", 200, 260, 15.0, (0.005, 0.002), 2.0),

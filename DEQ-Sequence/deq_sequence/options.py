@@ -199,7 +199,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     _check_ranges(args)
     with naming("--f_solver, --b_solver and --grad"):
         deq = DEQ(args.f_solver, own_b_solver(args), grad=args.grad)
-        deq.grad.refuse_threshold(args.f_thres)
+    deq.grad.refuse_threshold(args.f_thres, "--f_thres")
     return args
 
 

@@ -60,7 +60,7 @@ def _defaults() -> CfgNode:
 
     cfg.DEQ = CfgNode()
     cfg.DEQ.F_SOLVER = "broyden"
-    cfg.DEQ.B_SOLVER = "broyden"
+    cfg.DEQ.B_SOLVER = "broyden"  # None: as forward
     cfg.DEQ.GRAD = "ift"  # how to differentiate; name, or name:option=value,... as for solvers
     cfg.DEQ.STOP_MODE = "abs"
     cfg.DEQ.RAND_F_THRES_DELTA = 2

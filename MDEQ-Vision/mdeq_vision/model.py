@@ -57,14 +57,13 @@ class MDEQNet(SolverAttributes, nn.Module):
             raise InputError(f"DEQ.STOP_MODE is {cfg.DEQ.STOP_MODE!r}, but must be 'abs' or 'rel'")
         self.n_layer, self.pretrain_steps = model.NUM_LAYERS, cfg.TRAIN.PRETRAIN_STEPS
         self.f_thres, self.b_thres = cfg.DEQ.F_THRES, cfg.DEQ.B_THRES
+        b_solver = None if cfg.DEQ.B_SOLVER == "None" else cfg.DEQ.B_SOLVER
         with naming("DEQ.F_SOLVER, DEQ.B_SOLVER and DEQ.GRAD"):
             self.deq = DEQ(
-                cfg.DEQ.F_SOLVER,
-                cfg.DEQ.B_SOLVER,
-                stop_mode=cfg.DEQ.STOP_MODE,
-                grad=cfg.DEQ.GRAD,
+                cfg.DEQ.F_SOLVER, b_solver, stop_mode=cfg.DEQ.STOP_MODE, grad=cfg.DEQ.GRAD
             )
-            self.deq.grad.refuse_threshold(self.f_thres + 1)  # as much as it ever varies upwards
+        # In training it varies upwards by one at most.
+        self.deq.grad.refuse_threshold(self.f_thres, "DEQ.F_THRES", more=1)
         self.channels = list(stage.NUM_CHANNELS)
         self.downsample = _stem(self.channels[0], model.DOWNSAMPLE_TIMES, bn_momentum)
         self.stage0 = None

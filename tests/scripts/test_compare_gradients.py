@@ -49,18 +49,14 @@ def one_process(monkeypatch):
 
 def test_the_command(tmp_path, capsys):
     argv = ["--tiny", "--steps", "4", "--stacked", "2", "--seconds", "0.01", "--out", str(tmp_path)]
-    only = ["--only", "ift, anderson 6", "phantom:steps=3,damping=0.8, ", "unroll, "]
+    only = ["--only", "ift, anderson 6 / broyden", "phantom:steps=3,damping=0.8, "]
     assert compare_gradients.main([*argv, *only]) == 0
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "gradients.json").read_text())
     for task in ("words", "digits"):
         outcomes = found[task]["outcomes"]
-        assert [o["name"].partition(",")[0] for o in outcomes[:3]] == [
-            "ift",
-            "phantom:steps=3",
-            "unroll",
-        ]
-        assert [o["regularised"] for o in outcomes] == [False] * 3 + [True] * 3
+        assert [o["name"][:4] for o in outcomes] == ["ift,", "phan"] * 2
+        assert [o["regularised"] for o in outcomes] == [False, False, True, True]
         for outcome in outcomes:
             assert outcome["name"] in printed
             assert outcome["skipped"] == 0
@@ -73,7 +69,6 @@ def test_the_command(tmp_path, capsys):
         # All begin at the same point.
         firsts = [o["probes"][0] for o in outcomes]
         assert len({round(p["spectral_radius"], 4) for p in firsts}) == 1
-        assert outcomes[0]["probes"][0]["cosine"] > outcomes[1]["probes"][0]["cosine"] - 1e-3
     assert (tmp_path / "gradients.png").stat().st_size > 10_000
     assert (tmp_path / "gradients.md").read_text().strip() in printed
 

@@ -1,0 +1,471 @@
+"""Every solver and every gradient by name, through train_transformer.py: ten steps at equilibrium.
+
+Where solves converge, all exact gradients are one: with a descent that does not divide by the size
+of a gradient, ten steps have the same losses whatever finds the equilibrium and its adjoint.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from itertools import product
+
+import pytest
+import torch
+
+import run_progress
+from deq_sequence import quickstart
+from deq_sequence.command import main
+from deq_sequence.options import parse
+from deq_sequence.training import LMTrainer
+from lib.checkpoint import load
+from lib.experiment import CHECKPOINT, LOG, WEIGHTS, Run, read_metrics
+from lib.gradients import GRADIENTS
+from lib.report import draw_curves, solver_rows
+from lib.solvers import ADJOINT_SOLVERS, SOLVERS
+
+TEN = "--pretrain_steps 2 --max_step 12 --max_eval_steps 1".split()
+FORWARD = """
+    anderson broyden fixed_point_iteration newton_krylov
+    anderson:stop=sample anderson:m=3,restart=true
+    broyden:memory=4 broyden:stop=sample broyden:damping=0.8
+""".split()
+BACKWARD = "anderson broyden fixed_point_iteration gmres bicgstab gmres:restart=4".split()
+# What the log says that a gradient makes no use of.
+BACK, BOTH = "--b_solver, --b_thres", "--f_solver, --stop_mode, --b_solver, --b_thres"
+UNUSED = {
+    "ift": "",
+    "jfb": BACK,
+    "phantom": BACK,
+    "phantom:form=neumann": BACK,
+    "phantom:steps=2,damping=0.8": BACK,
+    "reversible": BOTH,
+    "shine": BACK,
+    "shine:refine=2": "--b_thres",
+    "unroll": BOTH,
+    "unroll:checkpointing=true": BOTH,
+}
+SOLVES_BACK = {"ift", "shine:refine=2"}
+DROPOUT = "--dropout 0.1 --dropatt 0.1 --jac_loss_weight 1 --jac_loss_freq 1"
+
+
+@dataclass
+class Trained:
+    """A run: its training records, its log, and the gradients that each step was given."""
+
+    steps: list[dict]
+    log: str
+    gradients: list[dict[str, torch.Tensor]]
+
+    @property
+    def losses(self):
+        return [r["loss"] for r in self.steps]
+
+
+@pytest.fixture
+def run(train, run_folder, monkeypatch):
+    """Train with a gradient, and more flags: two stacked steps, ten at equilibrium."""
+    seen, real = [], LMTrainer.set_learning_rate
+
+    def note(trainer):  # after backward, before the update
+        named = trainer.model.named_parameters()
+        seen.append({n: p.grad.clone() for n, p in named if p.grad is not None})
+        real(trainer)
+
+    monkeypatch.setattr(LMTrainer, "set_learning_rate", note)
+
+    def go(grad, *more, name="run"):
+        seen.clear()
+        solver = ["--f_solver", "broyden"] if grad.startswith("shine") else []
+        records = train(*TEN, "--grad", grad, *solver, *more, name=name)
+        steps = [r for r in records if r["kind"] == "train"]
+        return Trained(steps, (run_folder.parent / name / LOG).read_text(), list(seen))
+
+    return go
+
+
+def check(found, grad="ift", *, f_thres=6):
+    """All that has to hold of ten steps with that gradient."""
+    assert [r["step"] for r in found.steps] == list(range(1, 13))
+    values = [v for r in found.steps for k, v in r.items() if k != "kind"]
+    assert all(map(math.isfinite, values))
+    assert "skipped 0 | diverged solves: forward 0, backward 0" in found.log
+
+    solves = grad in SOLVES_BACK
+    assert ["forward_nfe" in r for r in found.steps] == [False] * 2 + [True] * 10
+    assert ["backward_nfe" in r for r in found.steps] == [False] * 2 + [solves] * 10
+    assert (" | b res " in found.log) == solves
+    assert found.log.count(" | f res ") >= 10
+    solved = found.steps[2:]
+    assert all(0 < r["forward_nfe"] <= f_thres + 1 for r in solved)  # Broyden counts updates
+    assert all(0 < r["forward_rel_residual"] < 1 for r in solved)
+    if solves:
+        assert all(0 < r["backward_nfe"] <= 7 for r in solved)
+        assert all(0 < r["backward_rel_residual"] < 1 for r in solved)
+
+    notes = re.findall(r"^note: --grad (\S+) makes no use of (.*)$", found.log, re.MULTILINE)
+    assert notes == ([(grad, UNUSED[grad])] if UNUSED[grad] else [])
+
+    # From the equilibrium, gradients reach all that they reach by plain autograd.
+    stacked = {name for name, g in found.gradients[1].items() if g.any()}
+    assert {"word_emb.emb_layers.0.weight", "inject_conv.weight"} < stacked
+    for gradients in found.gradients[2:]:
+        assert all(g.isfinite().all() for g in gradients.values())
+        assert stacked <= {name for name, g in gradients.items() if g.any()}
+
+
+def test_every_name_is_here():
+    names = [{text.partition(":")[0] for text in texts} for texts in (FORWARD, BACKWARD, UNUSED)]
+    assert names == [set(SOLVERS), set(ADJOINT_SOLVERS), set(GRADIENTS)]
+
+
+# ---- ten steps -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solver", FORWARD)
+def test_forward_solver(run, solver):
+    check(run("ift", "--f_solver", solver))
+
+
+@pytest.mark.parametrize("solver", [*BACKWARD, "None"])
+def test_backward_solver(run, solver):
+    check(run("ift", "--b_solver", solver))
+
+
+@pytest.mark.parametrize(
+    ("grad", "more"),
+    [*product(UNUSED, [""]), *product(("shine", "phantom", "reversible", "unroll"), [DROPOUT])],
+)
+def test_gradient(run, grad, more):
+    found = run(grad, *more.split())
+    check(found, grad)
+    if grad.startswith(("reversible", "unroll")):
+        assert {r.get("forward_nfe") for r in found.steps} == {None, 6}
+    assert ["jac_loss" in r for r in found.steps] == [False] * 2 + [bool(more)] * 10
+
+
+@pytest.mark.parametrize("grad", UNUSED)
+def test_bfloat16(run, grad):
+    """Three steps at equilibrium, close to those in float32: bfloat16 has 8 bits."""
+    exact = run(grad, "--max_step", 5)
+    half = run(grad, "--max_step", 5, "--amp", "bf16", name="half")
+    assert half.losses != exact.losses
+    assert half.losses == pytest.approx(exact.losses, rel=0.02)
+    assert ["backward_nfe" in r for r in half.steps] == [False] * 2 + [grad in SOLVES_BACK] * 3
+    assert all(g.isfinite().all() for step in half.gradients for g in step.values())
+
+
+CROSS = [
+    *product(FORWARD, BACKWARD, ["ift"]),
+    *product(FORWARD, ["broyden"], [g for g in UNUSED if not g.startswith("shine")]),
+    *product(["broyden", "broyden:memory=4", "broyden:damping=0.8"], BACKWARD, ["shine:refine=2"]),
+]
+
+
+MORE = ["", DROPOUT, "--amp bf16 --pre_lnorm --wnorm --batch_chunk 2"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")  # six evaluations are few for Newton
+@pytest.mark.parametrize(
+    ("f_solver", "b_solver", "grad", "more"),
+    [(*names, MORE[(i + i // 6) % 3]) for i, names in enumerate(CROSS)],  # each with each
+)
+def test_combination(run, f_solver, b_solver, grad, more):
+    solvers = ["--f_solver", f_solver, "--b_solver", b_solver]
+    found = run(grad, *solvers, *more.split())
+    assert all(math.isfinite(loss) for loss in found.losses)
+    assert ["backward_nfe" in r for r in found.steps] == [False] * 2 + [grad in SOLVES_BACK] * 10
+
+
+# ---- what is exact is the same ---------------------------------------------------------------
+
+# Gradient descent, without clipping: it does not turn rounding into whole steps, as Adam does.
+DESCENT = "--optim SGD --lr 0.5 --clip 0 --f_thres 120 --b_thres 60".split()
+CLOSE = ["--f_solver", "broyden:eps=1e-6", "--b_solver", "broyden:eps=1e-6"]
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """The run that others are compared with, made once."""
+    return {}
+
+
+@pytest.fixture
+def reference(run, exact):
+    if not exact:
+        exact["run"] = run("ift", *DESCENT, *CLOSE, name="reference")
+    return exact["run"]
+
+
+def tight(text):
+    return text + (",eps=1e-6" if ":" in text else ":eps=1e-6")
+
+
+@pytest.mark.parametrize(
+    ("grad", "flag", "value"),
+    [
+        *(("ift", "--f_solver", tight(solver)) for solver in FORWARD),
+        *(("ift", "--b_solver", tight(solver)) for solver in BACKWARD),
+        ("unroll", "--f_thres", 60),
+        pytest.param("unroll:damping=0.8", "--f_thres", 60, marks=pytest.mark.slow),
+        ("reversible:damping=0.6", "--f_thres", 40),
+        ("shine:refine=60", "--f_thres", 60),
+        ("phantom:steps=30,damping=1", "--f_thres", 60),
+        ("phantom:steps=40,damping=0.8,form=neumann", "--f_thres", 60),
+    ],
+)
+def test_exact_gradients_train_alike(run, reference, grad, flag, value):
+    """Up to what is left of the residual: 1e-6, but for 40 evaluations of a coupled iteration."""
+    found = run(grad, *DESCENT, *CLOSE, flag, value)
+    rel = 1e-3 if grad.startswith("reversible") else 1e-5
+    assert found.losses == pytest.approx(reference.losses, rel=rel)
+
+
+def flat(gradients):
+    return torch.cat([g.flatten() for g in gradients.values()])
+
+
+@pytest.mark.parametrize(
+    ("grad", "least"),
+    [("jfb", 0.7), ("shine", 0.7), ("shine:refine=2", 0.95), ("phantom", 0.9)],
+)
+def test_others_point_the_same_way(run, reference, grad, least):
+    """Cosine with the exact gradient, of the same weights: in the first step at equilibrium."""
+    found = run(grad, *DESCENT, *CLOSE)
+    assert found.losses[:3] == pytest.approx(reference.losses[:3], rel=1e-6)
+    assert found.losses != pytest.approx(reference.losses, rel=1e-5)
+    assert found.gradients[2].keys() == reference.gradients[2].keys()
+    one, other = flat(found.gradients[2]), flat(reference.gradients[2])
+    assert least < torch.cosine_similarity(one, other, dim=0) < 0.9999
+
+
+@pytest.mark.parametrize(
+    ("grad", "same"),
+    [
+        ("unroll:checkpointing=true", "unroll"),
+        ("phantom:steps=1,damping=1", "jfb"),
+        ("shine:limit=1e-9", "jfb --f_solver broyden"),  # every sample falls back
+    ],
+)
+def test_same_by_another_name(run, grad, same):
+    """Bit for bit, with dropout and the Jacobian loss."""
+    found = run(grad, *DROPOUT.split())
+    again = run(*same.split(), *DROPOUT.split(), name="same")
+    assert found.losses == again.losses
+
+
+# ---- learning, going on, evaluation ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", ["ift", "jfb", "phantom", "reversible", "shine", "unroll"])
+def test_it_learns(run, grad):
+    """At equilibrium, from the first step on."""
+    found = run(grad, "--pretrain_steps", 0, "--max_step", 80, "--log-interval", 20).losses
+    assert found[-1] < found[0] - 0.25
+    assert max(found[2:]) < found[0]
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Make a run stop right after the record of a step, before anything is saved."""
+    real = Run.record
+
+    def arm(step):
+        def record(self, kind, at, **values):
+            real(self, kind, at, **values)
+            if (kind, at) == ("train", step):
+                monkeypatch.setattr(Run, "record", real)
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Run, "record", record)
+
+    return arm
+
+
+@pytest.mark.parametrize(
+    "grad", [pytest.param(g, marks=[pytest.mark.slow] * (g != "phantom")) for g in UNUSED]
+)
+def test_restarted_at_equilibrium(flags, run_folder, stop_after, grad):
+    """Saved after step 6, stopped after step 8: bit for bit the run that was not."""
+    solver = ["--f_solver", "broyden"] if grad.startswith("shine") else []
+    argv = [*flags, *TEN, *DROPOUT.split(), "--jac_loss_freq", "0.5", "--rand_f_thres_delta", "2"]
+    argv += [*solver, "--grad", grad, "--save-interval", "6"]
+    assert main([*argv, "--name", "whole"]) == 0
+    stop_after(8)
+    assert main(argv) == 130
+    assert load(run_folder / CHECKPOINT)["step"] == 6
+    assert main([*argv, "--restart"]) == 0
+    whole = run_folder.parent / "whole"
+    records, expected = (
+        [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in read_metrics(folder)]
+        for folder in (run_folder, whole)
+    )
+    assert records == expected
+    a, b = load(run_folder / WEIGHTS), load(whole / WEIGHTS)
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def test_a_gradient_may_change_at_a_restart(flags, run_folder):
+    argv = [*flags, *TEN]
+    assert main([*argv, "--max_step", "6"]) == 0
+    assert main([*argv, "--restart", "--grad", "jfb"]) == 0
+    log = (run_folder / LOG).read_text()
+    assert "changed since the checkpoint: --grad from 'ift' to 'jfb'" in log
+    steps = [r for r in read_metrics(run_folder) if r["kind"] == "train"]
+    assert ["backward_nfe" in r for r in steps] == [False] * 2 + [True] * 4 + [False] * 6
+
+
+def test_evaluation_with_other_gradients(train, flags, capsys):
+    """Those that follow a solver leave evaluation to it; the others evaluate f to the threshold."""
+    train(*TEN, "--grad", "phantom")
+    texts = {}
+    for grad in ("ift", "jfb", "phantom", "unroll", "reversible"):
+        capsys.readouterr()
+        assert main([*flags, "--eval", "--grad", grad, "--max_eval_steps", "1"]) == 0
+        texts[grad] = capsys.readouterr().out
+    assert texts["ift"] == texts["jfb"] == texts["phantom"] != texts["unroll"]
+    assert texts["unroll"].count("nfe 6.0") == texts["reversible"].count("nfe 6.0") == 2
+
+
+# ---- reports ---------------------------------------------------------------------------------
+
+SMALL = """
+    --dataset wt103 --d_model 16 --n_head 2 --d_head 8 --d_inner 32 --pretrain_steps 2
+    --max_step 5 --tgt_len 8 --mem_len 8 --eval_tgt_len 16 --batch_size 4 --eval_batch_size 4
+    --max_eval_steps 1 --f_thres 6 --log-interval 1 --num_threads 1
+""".split()
+
+
+@pytest.mark.parametrize(
+    "grad",
+    [
+        pytest.param(g, marks=[pytest.mark.slow] * (g not in ("jfb", "reversible")))
+        for g in UNUSED
+        if g not in SOLVES_BACK
+    ],
+)
+def test_quickstart_reports_forward_solves_alone(corpus_folder, tmp_path, capsys, grad):
+    argv = [*SMALL, "--data", str(corpus_folder), "--f_solver", "broyden", "--grad", grad]
+    assert quickstart.main(argv, tmp_path) == 0
+    folder = tmp_path / "LM-TFM-wt103" / "quickstart"
+    text = (folder / "report.txt").read_text()
+    assert "nan" not in text.split("a few words")[0].lower()
+    assert "backward" not in text
+    table = {line[0]: line[1:] for line in (re.split("  +", x) for x in text.splitlines())}
+    solved = [r for r in read_metrics(folder) if "forward_nfe" in r]
+    assert len(solved) == 3
+    residual, nfe = map(float, table["forward, training mean"])
+    assert residual == pytest.approx(sum(r["forward_rel_residual"] for r in solved) / 3, rel=0.01)
+    assert nfe == pytest.approx(sum(r["forward_nfe"] for r in solved) / 3, abs=0.05)
+    assert float(table["forward, evaluation mean"][1]) > 0
+    assert (folder / "curves.png").stat().st_size > 10_000
+
+
+def test_progress_of_a_run(train, flags, capsys):
+    more = [*TEN, "--grad", "phantom:steps=2,damping=0.8", "--f_solver", "anderson:m=3"]
+    train(*more)
+    capsys.readouterr()
+    assert run_progress.main(["train_transformer.py", *flags, *more]) == 0
+    assert capsys.readouterr().out == "finished 12\n"
+
+
+FORWARD_ONLY = [
+    {"kind": "train", "step": 1, "loss": 3.0},
+    {"kind": "train", "step": 2, "loss": 3.0, "forward_nfe": 8.0, "forward_rel_residual": 0.3},
+    {"kind": "train", "step": 3, "loss": 3.0, "forward_nfe": 6.0, "forward_rel_residual": 0.1},
+]
+EVALUATED = {"rel_residual": 0.05, "nfe": 9.0}
+
+
+def test_rows_of_forward_solves_alone():
+    assert solver_rows(FORWARD_ONLY, 1, EVALUATED)[1:] == [
+        ("forward, training mean", "2.00e-01", "7.0"),
+        ("forward, evaluation mean", "5.00e-02", "9.0"),
+    ]
+
+
+def test_rows_of_a_stacked_run():
+    """No solve, no figures."""
+    nothing = {"rel_residual": 0.0, "nfe": 0.0}
+    assert solver_rows(FORWARD_ONLY[:1], 1, nothing)[1:] == []
+
+
+def test_rows_of_a_run_that_changed_its_gradient():
+    """The mean of a pass is over the steps that solved it."""
+    also_backward = FORWARD_ONLY[2] | {"backward_nfe": 5.0, "backward_rel_residual": 0.2}
+    rows = solver_rows([*FORWARD_ONLY[:2], also_backward], 1, EVALUATED)
+    assert rows[1:3] == [
+        ("forward, training mean", "2.00e-01", "7.0"),
+        ("backward, training mean", "2.00e-01", "5.0"),
+    ]
+
+
+@pytest.mark.filterwarnings("error")
+def test_curves_of_forward_solves_alone(tmp_path):
+    drawn = []
+
+    def draw(axes):
+        axes.plot([1, 2], [1, 2], label="loss")
+        drawn.append(axes)
+
+    draw_curves(FORWARD_ONLY, 1, tmp_path / "curves.png", draw)
+    bottom = drawn[0].figure.axes[1]
+    assert [text.get_text() for text in bottom.get_legend().get_texts()] == ["forward residual"]
+    assert list(bottom.lines[0].get_ydata()) == [0.3, 0.1]
+
+
+# ---- refusals --------------------------------------------------------------------------------
+
+FORWARD_NAMES = ("anderson", "broyden", "fixed_point_iteration", "newton_krylov")
+BACKWARD_NAMES = ("anderson", "bicgstab", "broyden", "fixed_point_iteration", "gmres")
+GRAD_NAMES = ("ift", "jfb", "phantom", "reversible", "shine", "unroll")
+BAD = {  # flags: what the line has to name
+    "--grad shine": ("--grad", "f_solver is anderson", "broyden", "ift, jfb or phantom"),
+    "--grad shine --f_solver newton_krylov": ("--grad", "newton_krylov", "f_solver broyden"),
+    "--grad shine --f_solver broyden:stop=sample": ("--grad", "per sample", "f_solver broyden"),
+    "--f_solver gmres": ("--f_solver", "gmres", *FORWARD_NAMES),
+    "--f_solver bicgstab": ("--f_solver", "bicgstab", *FORWARD_NAMES),
+    "--b_solver newton_krylov": ("--b_solver", "newton_krylov", *BACKWARD_NAMES),
+    "--f_solver newton": ("--f_solver", "'newton'", *FORWARD_NAMES),
+    "--b_solver cg:m=3": ("--b_solver", "cg", *BACKWARD_NAMES),
+    "--grad implicit": ("--grad", "'implicit'", *GRAD_NAMES),
+    "--grad reversible --f_thres 40": ("--f_thres is 40", "lower --f_thres to"),
+    "--grad reversible:damping=1": ("--grad", "damping is 1", "between 0 and 1"),
+    "--f_solver anderson:memory=3": ("--f_solver", "anderson has no option memory", "beta", "m,"),
+    "--f_solver broyden:memry=3": ("--f_solver", "did you mean memory"),
+    "--f_solver anderson:m": ("--f_solver", "'m' in 'anderson:m' is not option=value"),
+    "--b_solver gmres:restart=": ("--b_solver", "'restart=' in", "is not option=value"),
+    "--grad phantom:steps": ("--grad", "'steps' in 'phantom:steps' is not option=value"),
+    "--f_solver anderson:m=0": ("--f_solver", "m is 0", "at least 1"),
+    "--f_solver anderson:eps=small": ("--f_solver", "eps is 'small'", "a number of at least 0"),
+    "--f_solver broyden:damping=1.5": ("--f_solver", "damping is 1.5", "in (0, 1]"),
+    "--f_solver anderson:stop=each": ("--f_solver", "stop is 'each'", "'batch' or 'sample'"),
+    "--b_solver gmres:restart=x": ("--b_solver", "restart is 'x'", "at least 1"),
+    "--grad phantom:steps=0": ("--grad", "steps is 0", "at least 1"),
+    "--grad phantom:form=neuman": ("--grad", "form is 'neuman'", "'unrolled' or 'neumann'"),
+    "--grad jfb:steps=2": ("--grad", "jfb has no option steps", "none"),
+    "--grad unroll:checkpointing=yes": ("--grad", "checkpointing is 'yes'", "True or False"),
+    "--grad shine:limit=big --f_solver broyden": ("--grad", "limit is 'big'", "above 0"),
+}
+
+
+@pytest.mark.parametrize("more", BAD)
+def test_what_is_refused(flags, tmp_path, capsys, recwarn, more):
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*flags, *more.split()]) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("train_transformer.py: ")
+    assert [part for part in BAD[more] if part not in line] == []
+    assert captured.out == ""
+    assert len(recwarn) == 0
+    assert sorted(tmp_path.rglob("*")) == before == []
+
+
+@pytest.mark.parametrize("damping", [0.5, 0.8, 0.95])
+def test_the_threshold_that_a_refusal_names_works(flags, capsys, damping):
+    argv = [*flags, "--grad", f"reversible:damping={damping}", "--f_thres"]
+    assert main([*argv, "99"]) == 2
+    (most,) = re.findall(r"lower --f_thres to (\d+)", capsys.readouterr().err)
+    assert parse([*argv, most]).f_thres == int(most)
+    assert main([*argv, str(int(most) + 1), "--debug"]) == 2

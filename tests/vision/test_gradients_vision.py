@@ -1,0 +1,461 @@
+"""Every solver and every gradient by name, through the image tools: ten steps at equilibrium."""
+
+import math
+import re
+import shutil
+from argparse import Namespace
+from dataclasses import dataclass
+from itertools import product
+
+import pytest
+import yaml
+
+import run_progress
+import small_digits
+from lib.checkpoint import load
+from lib.experiment import CHECKPOINT, LOG, WEIGHTS, Run, read_metrics
+from lib.gradients import GRADIENTS
+from lib.solvers import ADJOINT_SOLVERS, SOLVERS
+from mdeq_vision.command import CONFIG, load_config
+from mdeq_vision.model import get_cls_net
+from mdeq_vision.quickstart import main as quickstart
+from mdeq_vision.training import ImageTrainer
+from small_digits import SMALL, assert_same
+from small_runs import DIGITS, ROOM, SCENES, TINY_DIGITS, TINY_SCENES, run_tool
+
+quick = small_digits.quick  # fixture
+# So few iterations do not converge.
+pytestmark = pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
+
+# Two stacked steps, then ten at equilibrium; validated at the border and at the end of an epoch.
+TEN = """
+    TRAIN.PRETRAIN_STEPS 2 LOSS.JAC_LOSS_FREQ 0 MODEL.DROPOUT 0 TEST.NUM_SAMPLES 4
+    DEQ.F_THRES 5 DEQ.B_THRES 5
+""".split()
+KINDS = {
+    "cls": (
+        "digits",
+        DIGITS,
+        [*TINY_DIGITS, *SMALL, *TEN, "PERCENT", 0.0334, "TRAIN.END_EPOCH", 1],
+    ),
+    "seg": ("digit_scenes", SCENES, [*TINY_SCENES, *SMALL, *TEN, "PERCENT", 0.6]),
+}
+FORWARD = """
+    anderson broyden fixed_point_iteration newton_krylov newton_krylov:inner=4
+    anderson:stop=sample anderson:m=3,restart=true
+    broyden:memory=4 broyden:stop=sample broyden:damping=0.8
+""".split()
+F_THRES = {"newton_krylov": 30, "newton_krylov:inner=4": 8}  # a step is 20 products, or 4; else 5
+BACKWARD = "anderson broyden fixed_point_iteration gmres bicgstab gmres:restart=4".split()
+# What the log says that a gradient makes no use of.
+BACK = "DEQ.B_SOLVER, DEQ.B_THRES"
+BOTH = "DEQ.F_SOLVER, DEQ.STOP_MODE, DEQ.B_SOLVER, DEQ.B_THRES"
+UNUSED = {
+    "ift": "",
+    "jfb": BACK,
+    "phantom": BACK,
+    "phantom:form=neumann": BACK,
+    "phantom:steps=2,damping=0.8": BACK,
+    "reversible": BOTH,
+    "shine": BACK,
+    "shine:refine=2": "DEQ.B_THRES",
+    "unroll": BOTH,
+    "unroll:checkpointing=true": BOTH,
+}
+SOLVES_BACK = {"ift", "shine:refine=2"}
+DROPOUT = "MODEL.DROPOUT 0.1 LOSS.JAC_LOSS_FREQ 1 LOSS.JAC_LOSS_WEIGHT 1"
+
+
+@dataclass
+class Trained:
+    """A run: its training records, its log, and the gradients that each step was given."""
+
+    steps: list[dict]
+    log: str
+    reached: list[set[str]]  # names of the parameters with a gradient other than zero
+
+    @property
+    def losses(self):
+        return [r["loss"] for r in self.steps]
+
+
+class Place:
+    """Where runs of both kinds lie."""
+
+    def __init__(self, parent):
+        self.parent = parent
+
+    def argv(self, kind, *more, to="run", cfg=None):
+        _, file, settings = KINDS[kind]
+        places = ["--cfg", cfg or file, "--modelDir", self.parent / to]
+        return [str(a) for a in (*places, *settings, *more)]
+
+    def folder(self, kind, to="run", cfg=None):
+        dataset, file, _ = KINDS[kind]
+        return self.parent / to / dataset / (cfg or file).stem
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(tmp_path)
+
+
+@pytest.fixture
+def run(place, monkeypatch):
+    """Train a model of a kind with overrides: ``run(kind, *overrides)``."""
+    reached, real = [], ImageTrainer.set_learning_rate
+
+    def note(trainer):  # after backward, before the update
+        named = [(n, p.grad) for n, p in trainer.model.named_parameters() if p.grad is not None]
+        assert all(g.isfinite().all() for _, g in named)
+        reached.append({name for name, g in named if g.any()})
+        real(trainer)
+
+    monkeypatch.setattr(ImageTrainer, "set_learning_rate", note)
+
+    def go(kind, *more, to="run", cfg=None):
+        reached.clear()
+        assert run_tool(f"{kind}_train", *place.argv(kind, *more, to=to, cfg=cfg)) == 0
+        folder = place.folder(kind, to, cfg)
+        steps = [r for r in read_metrics(folder) if r["kind"] == "train"]
+        return Trained(steps, (folder / LOG).read_text(), list(reached))
+
+    return go
+
+
+def check(found, grad="ift", f_thres=5):
+    """All that has to hold of ten steps with that gradient."""
+    assert [r["step"] for r in found.steps] == list(range(1, 13))
+    assert all(math.isfinite(v) for r in found.steps for k, v in r.items() if k != "kind")
+    assert "12 steps | skipped 0 | diverged solves: forward 0, " in found.log
+
+    solves = grad in SOLVES_BACK
+    assert ["forward_nfe" in r for r in found.steps] == [False] * 2 + [True] * 10
+    assert ["backward_nfe" in r for r in found.steps] == [False] * 2 + [solves] * 10
+    assert (" | b res " in found.log) == solves
+    assert found.log.count(" | f res ") >= 10
+    solved = found.steps[2:]
+    assert all(0 < r["forward_nfe"] <= f_thres + 1 for r in solved)  # Broyden counts updates
+    if grad.startswith("unroll"):  # its last state need not be its best
+        assert all(r["forward_rel_residual"] < 10 for r in solved)
+    else:
+        assert all(0 < r["forward_rel_residual"] < 1.01 for r in solved)  # z = 0 has 1
+    if solves:
+        assert all(0 < r["backward_nfe"] <= 6 for r in solved)
+        assert all(0 < r["backward_rel_residual"] < 1.01 for r in solved)
+
+    notes = re.findall(r"^note: DEQ.GRAD (\S+) makes no use of (.*)$", found.log, re.MULTILINE)
+    assert notes == ([(grad, UNUSED[grad])] if UNUSED[grad] else [])
+
+    # From the equilibrium, gradients reach all that they reach by plain autograd; unless so few
+    # iterations find no adjoint that is better than zero.
+    stacked = found.reached[1]
+    assert any(name.startswith("downsample.") for name in stacked)  # the stem
+    assert any(name.startswith("fullstage.") for name in stacked)
+    counted = [r.get("backward_rel_residual", 0) < 0.99 for r in solved]
+    assert any(counted)
+    for reached in (names for names, c in zip(found.reached[2:], counted, strict=True) if c):
+        assert sorted(stacked - reached) == []
+
+
+def test_every_name_is_here():
+    names = [{text.partition(":")[0] for text in texts} for texts in (FORWARD, BACKWARD, UNUSED)]
+    assert names == [set(SOLVERS), set(ADJOINT_SOLVERS), set(GRADIENTS)]
+
+
+# ---- ten steps ----------------------------------------------------------------------------------
+
+
+def of_kinds(names, seg):
+    """(kind, name): all for classification; for segmentation those of ``seg``, the rest slow."""
+    rest = [pytest.param("seg", n, marks=[pytest.mark.slow] * (n not in seg)) for n in names]
+    return [*product(["cls"], names), *rest]
+
+
+@pytest.mark.parametrize(
+    ("kind", "solver"), of_kinds(FORWARD, ["anderson", "newton_krylov:inner=4"])
+)
+def test_forward_solver(run, kind, solver):
+    f_thres = F_THRES.get(solver, 5)
+    check(run(kind, "DEQ.F_SOLVER", solver, "DEQ.F_THRES", f_thres), f_thres=f_thres)
+
+
+@pytest.mark.parametrize(("kind", "solver"), of_kinds(BACKWARD, ["gmres", "bicgstab"]))
+def test_backward_solver(run, kind, solver):
+    check(run(kind, "DEQ.B_SOLVER", solver))
+
+
+@pytest.mark.parametrize(
+    ("kind", "grad"), of_kinds(UNUSED, ["jfb", "phantom", "reversible", "shine", "unroll"])
+)
+def test_gradient(run, kind, grad):
+    found = run(kind, "DEQ.GRAD", grad)
+    check(found, grad)
+    if grad.startswith(("reversible", "unroll")):
+        nfe = 4 if grad == "reversible" else 5  # whole coupled steps
+        assert {r.get("forward_nfe") for r in found.steps} == {None, nfe}
+
+
+@pytest.mark.parametrize(
+    ("kind", "grad"), of_kinds(["shine", "phantom", "reversible", "unroll"], ["phantom"])
+)
+def test_with_dropout_and_the_jacobian_loss(run, kind, grad):
+    found = run(kind, "DEQ.GRAD", grad, *DROPOUT.split(), "DEQ.RAND_F_THRES_DELTA", 2)
+    check(found, grad, f_thres=6)  # it varies up to one more
+    assert all(r["jac_loss"] > 0 for r in found.steps[2:])
+
+
+@pytest.mark.parametrize(("kind", "grad"), of_kinds(UNUSED, []))
+def test_bfloat16(run, kind, grad):
+    epoch = ["PERCENT", "0.014"] if kind == "cls" else ["PERCENT", "0.5", "TRAIN.END_EPOCH", 1]
+    found = run(kind, "DEQ.GRAD", grad, "AMP", "bf16", *epoch)
+    assert len(found.steps) == 5
+    assert all(math.isfinite(loss) for loss in found.losses)
+    assert ["backward_nfe" in r for r in found.steps] == [False] * 2 + [grad in SOLVES_BACK] * 3
+
+
+CROSS = [
+    *product(FORWARD, BACKWARD, ["ift"]),
+    *product(FORWARD, ["broyden"], [g for g in UNUSED if not g.startswith("shine")]),
+    *product(["broyden", "broyden:memory=4", "broyden:damping=0.8"], BACKWARD, ["shine:refine=2"]),
+]
+
+
+MORE = [DROPOUT, "", "AMP bf16 TRAIN.BATCH_CHUNK 2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("f_solver", "b_solver", "grad", "more"),
+    [(*names, MORE[(i + i // 6) % 3]) for i, names in enumerate(CROSS)],  # each with each
+)
+def test_combination(run, f_solver, b_solver, grad, more):
+    names = ["DEQ.F_SOLVER", f_solver, "DEQ.B_SOLVER", b_solver, "DEQ.GRAD", grad]
+    found = run("cls", *names, *more.split())
+    assert all(math.isfinite(loss) for loss in found.losses)
+    assert ["backward_nfe" in r for r in found.steps] == [False] * 2 + [grad in SOLVES_BACK] * 10
+
+
+@pytest.mark.parametrize(
+    ("grad", "same"),
+    [
+        ("unroll:checkpointing=true", "unroll"),
+        ("phantom:steps=1,damping=1", "jfb"),
+        ("shine:limit=1e-9", "jfb"),  # every sample falls back
+    ],
+)
+def test_same_by_another_name(run, grad, same):
+    """Bit for bit, with dropout and the Jacobian loss."""
+    found = run("cls", "DEQ.GRAD", grad, *DROPOUT.split())
+    again = run("cls", "DEQ.GRAD", same, *DROPOUT.split(), to="same")
+    assert found.losses == again.losses
+
+
+# ---- settings -----------------------------------------------------------------------------------
+
+
+def test_names_with_options_in_a_yaml_file(run, place, tmp_path):
+    settings, cfg = yaml.safe_load(DIGITS.read_text()), tmp_path / "own.yaml"
+    names = {
+        "F_SOLVER": "broyden:memory=4",
+        "B_SOLVER": "gmres:restart=4",
+        "GRAD": "shine:refine=2",
+    }
+    settings["DEQ"] |= names
+    cfg.write_text(yaml.safe_dump(settings))
+    found = run("cls", cfg=cfg)
+    check(found, "shine:refine=2")
+    saved = load_config(Namespace(cfg=place.folder("cls", cfg=cfg) / CONFIG)).DEQ
+    assert {name: saved[name] for name in names} == names
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_options_and_the_summary_of_the_model(run, kind):
+    """Which builds the model a second time, on the meta device."""
+    found = run(kind, "DEQ.F_SOLVER", "anderson:m=3", "DEQ.B_SOLVER", "gmres:restart=4")
+    check(found)
+    assert "Total params" in found.log
+
+
+# ---- learning, going on, evaluation -------------------------------------------------------------
+
+ONE_BATCH = """
+    PERCENT 0.003 TRAIN.BATCH_SIZE_PER_GPU 8 TRAIN.SHUFFLE False DATASET.AUGMENT False
+    TRAIN.PRETRAIN_STEPS 0 TRAIN.END_EPOCH 10 TEST.NUM_SAMPLES 2 TRAIN.LR 0.02
+""".split()
+
+
+@pytest.mark.parametrize(
+    "grad",
+    [
+        *("ift", "phantom", "reversible", "shine"),
+        *(pytest.param(grad, marks=pytest.mark.slow) for grad in ("jfb", "unroll")),
+    ],
+)
+def test_it_learns(run, grad):
+    """Eight images by heart, at equilibrium from the first step on."""
+    losses = run("cls", "DEQ.GRAD", grad, *ONE_BATCH).losses
+    assert len(losses) == 10
+    assert max(losses[-3:]) < 0.7 * losses[0]
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Make a run stop right after the record of a step, before anything is saved."""
+    real = Run.record
+
+    def arm(step):
+        def record(self, kind, at, **values):
+            real(self, kind, at, **values)
+            if (kind, at) == ("train", step):
+                monkeypatch.setattr(Run, "record", real)
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Run, "record", record)
+
+    return arm
+
+
+@pytest.mark.parametrize(
+    ("kind", "grad"),
+    [
+        pytest.param(kind, grad, marks=[pytest.mark.slow] * ((kind, grad) != ("cls", "phantom")))
+        for kind, grad in product(KINDS, UNUSED)
+    ],
+)
+def test_resumed_at_equilibrium(place, stop_after, kind, grad):
+    """Saved after step 6, stopped after step 8: bit for bit the run that was not."""
+    more = ["DEQ.GRAD", grad, *DROPOUT.split(), "LOSS.JAC_LOSS_FREQ", 0.5]
+    more += ["DEQ.RAND_F_THRES_DELTA", 2, "SAVE_FREQ", 6]
+    tool = f"{kind}_train"
+    assert run_tool(tool, *place.argv(kind, *more, to="whole")) == 0
+    stop_after(8)
+    assert run_tool(tool, *place.argv(kind, *more)) == 130
+    assert load(place.folder(kind) / CHECKPOINT)["step"] == 6
+    assert run_tool(tool, *place.argv(kind, *more, "TRAIN.RESUME", True)) == 0
+    folders = place.folder(kind), place.folder(kind, "whole")
+    records, expected = (
+        [{k: v for k, v in r.items() if k != "images_per_s"} for r in read_metrics(folder)]
+        for folder in folders
+    )
+    assert records == expected
+    assert_same(*(load(folder / WEIGHTS) for folder in folders))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_evaluation_with_other_gradients(run, place, capsys, kind):
+    """Those that follow a solver leave evaluation to it; the others evaluate f to the threshold."""
+    run(kind, "DEQ.GRAD", "phantom")
+    tool, lines = {"cls": "cls_valid", "seg": "seg_test"}[kind], {}
+    for grad in ("phantom", "shine", "unroll", "reversible"):
+        capsys.readouterr()
+        assert run_tool(tool, *place.argv(kind, "DEQ.GRAD", grad, "DEBUG.DEBUG", True)) == 0
+        (lines[grad],) = [x for x in capsys.readouterr().out.splitlines() if " | f res " in x]
+    assert lines["phantom"] == lines["shine"] != lines["unroll"]
+    assert "nfe 5.0" in lines["unroll"]
+    assert "nfe 4.0" in lines["reversible"]
+
+
+# ---- reports ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "grad"),
+    [
+        pytest.param(
+            task,
+            grad,
+            marks=[pytest.mark.slow]
+            * ((task, grad) not in {("digits", "jfb"), ("scenes", "unroll")}),
+        )
+        for task, grad in product(("digits", "scenes"), UNUSED)
+        if grad not in SOLVES_BACK
+    ],
+)
+def test_quickstart_reports_forward_solves_alone(tmp_path, task, grad):
+    shutil.copytree(ROOM / "experiments", tmp_path / "experiments")
+    dataset, file, settings = KINDS[{"digits": "cls", "scenes": "seg"}[task]]
+    few = {"digits": ["PERCENT", 0.014], "scenes": ["TRAIN.END_EPOCH", 1]}[task]
+    argv = [task, *settings, *few, "DEQ.GRAD", grad]
+    assert quickstart([str(a) for a in argv], tmp_path) == 0
+    folder = tmp_path / "output" / dataset / file.stem
+    text = (folder / "report.txt").read_text()
+    assert "nan" not in text.lower()
+    assert "backward" not in text
+    table = {line[0]: line[1:] for line in (re.split("  +", x) for x in text.splitlines())}
+    solved = [r for r in read_metrics(folder) if "forward_nfe" in r]
+    residual, nfe = map(float, table["forward, training mean"])
+    mean = sum(r["forward_rel_residual"] for r in solved) / len(solved)
+    assert residual == pytest.approx(mean, rel=0.01)
+    assert nfe == pytest.approx(sum(r["forward_nfe"] for r in solved) / len(solved), abs=0.05)
+    assert float(table["forward, evaluation mean"][1]) > 0
+    assert (folder / "curves.png").stat().st_size > 10_000
+
+
+def test_progress_of_a_run(run, place, capsys):
+    more = ["DEQ.GRAD", "phantom:steps=2,damping=0.8", "DEQ.F_SOLVER", "anderson:m=3"]
+    run("cls", *more)
+    capsys.readouterr()
+    assert run_progress.main(["tools/cls_train.py", *place.argv("cls", *more)]) == 0
+    assert capsys.readouterr().out == "finished 12\n"
+
+
+# ---- refusals -----------------------------------------------------------------------------------
+
+FORWARD_NAMES = ("anderson", "broyden", "fixed_point_iteration", "newton_krylov")
+BACKWARD_NAMES = ("anderson", "bicgstab", "broyden", "fixed_point_iteration", "gmres")
+GRAD_NAMES = ("ift", "jfb", "phantom", "reversible", "shine", "unroll")
+F, B, G = "DEQ.F_SOLVER", "DEQ.B_SOLVER", "DEQ.GRAD"
+BAD = {  # overrides: what the line has to name
+    f"{G} shine {F} anderson": (G, "f_solver is anderson", "broyden", "ift, jfb or phantom"),
+    f"{G} shine {F} newton_krylov": (G, "newton_krylov", "f_solver broyden"),
+    f"{G} shine {F} broyden:stop=sample": (G, "per sample", "f_solver broyden"),
+    f"{F} gmres": (F, "gmres", *FORWARD_NAMES),
+    f"{F} bicgstab": (F, "bicgstab", *FORWARD_NAMES),
+    f"{B} newton_krylov": (B, "newton_krylov", *BACKWARD_NAMES),
+    f"{F} newton": (F, "'newton'", *FORWARD_NAMES),
+    f"{B} cg:m=3": (B, "cg", *BACKWARD_NAMES),
+    f"{G} implicit": (G, "'implicit'", *GRAD_NAMES),
+    f"{G} reversible DEQ.F_THRES 40": ("DEQ.F_THRES is 40", "lower DEQ.F_THRES to"),
+    f"{G} reversible:damping=1": (G, "damping is 1", "between 0 and 1"),
+    f"{F} anderson:memory=3": (F, "anderson has no option memory", "beta", "m,"),
+    f"{F} broyden:memry=3": (F, "did you mean memory"),
+    f"{F} anderson:m": (F, "'m' in 'anderson:m' is not option=value"),
+    f"{B} gmres:restart=": (B, "'restart=' in", "is not option=value"),
+    f"{G} phantom:steps": (G, "'steps' in 'phantom:steps' is not option=value"),
+    f"{F} anderson:m=0": (F, "m is 0", "at least 1"),
+    f"{F} anderson:eps=small": (F, "eps is 'small'", "a number of at least 0"),
+    f"{F} broyden:damping=1.5": (F, "damping is 1.5", "in (0, 1]"),
+    f"{B} gmres:restart=x": (B, "restart is 'x'", "at least 1"),
+    f"{G} phantom:steps=0": (G, "steps is 0", "at least 1"),
+    f"{G} phantom:form=neuman": (G, "form is 'neuman'", "'unrolled' or 'neumann'"),
+    f"{G} jfb:steps=2": (G, "jfb has no option steps", "none"),
+    f"{G} shine:limit=big": (G, "limit is 'big'", "above 0"),
+}
+
+
+@pytest.mark.parametrize(
+    ("tool", "more"),
+    [
+        *product(["cls_train"], BAD),
+        *product(["seg_train", "cls_valid", "seg_test"], [*BAD][::6]),
+    ],
+)
+def test_what_is_refused(place, tmp_path, capsys, recwarn, tool, more):
+    assert run_tool(tool, *place.argv(tool[:3], *more.split())) == 2
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith(f"{tool}.py: ")
+    assert [part for part in BAD[more] if part not in line] == []
+    assert captured.out == ""
+    assert len(recwarn) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("damping", [0.5, 0.8, 0.95])
+def test_the_threshold_that_a_refusal_names_works(place, capsys, damping):
+    more = [G, f"reversible:damping={damping}", "DEQ.F_THRES"]
+    assert run_tool("cls_train", *place.argv("cls", *more, 99)) == 2
+    (most,) = re.findall(r"lower DEQ.F_THRES to (\d+)", capsys.readouterr().err)
+    cfg = load_config(Namespace(cfg=DIGITS, opts=[*more, most]))
+    assert get_cls_net(cfg).f_thres == int(most)
