@@ -11,6 +11,12 @@ from benchmarks.equilibria import LAYERS, dense_jacobian, equilibrium
 from benchmarks.measure import held_bytes
 
 
+@pytest.fixture(autouse=True)
+def same_threads(monkeypatch):
+    """What is for a process of its own does not reach the tests that follow."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("radius", [0.5, 0.99])
 def test_a_layer_has_its_fixed_point_and_radius(layer, radius):

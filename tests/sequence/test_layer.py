@@ -181,12 +181,11 @@ class Casts(TorchDispatchMode):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("recording", [False, True])
-def test_bf16_casts_activations_alone_after_the_first_evaluation(variant, recording):
+def test_bf16_casts_weights_once_and_then_activations_alone(variant, recording):
     layer, inputs, z = build(variant, dtype=torch.float32)
     with bf16(), torch.set_grad_enabled(recording):
-        f = layer.prepare(*inputs)
         with Casts() as first:
-            f(z)
+            f = layer.prepare(*inputs)
         for form in (f, f.plain):
             with Casts() as later:
                 form(z)

@@ -158,7 +158,7 @@ def test_defaults_are_the_published_ones():
         **OTHER_DEFAULTS,
     }
     assert all(type(own[key]) is type(DEFAULTS[key]) for key in kept)
-    new = "AMP COMPILE KEEP_CHECKPOINTS MAX_TIME SAVE_FREQ SEED TF32"
+    new = "AMP COMPILE DEQ.GRAD KEEP_CHECKPOINTS MAX_TIME SAVE_FREQ SEED TF32"
     new += " TRAIN.BATCH_CHUNK TRAIN.BATCH_SIZE TRAIN.MAX_SKIPPED"
     assert sorted(set(own) - set(kept)) == new.split()
     assert config.MODEL.EXTRA == {}
