@@ -1,6 +1,6 @@
 """Gradients and adjoint solvers beside each other: accuracy, products, samples, memory.
 
-    python scripts/bench_gradients.py                      # two minutes or so on two cores
+    python scripts/bench_gradients.py                      # some minutes on two cores
     python scripts/bench_gradients.py --only accuracy --json out.json
 
 accuracy: cosine and relative error of every gradient to the exact one, by a dense solve in

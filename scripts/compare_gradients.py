@@ -18,6 +18,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -132,12 +133,14 @@ def run(options: argparse.Namespace) -> None:
 
 def _plan(task: str, options: argparse.Namespace) -> Plan:
     plan = PLANS[task]
-    plan.tiny = options.tiny
-    plan.probes = 1 if options.tiny else plan.probes
-    plan.steps = options.steps or plan.steps
-    plan.stacked = options.stacked or plan.stacked
-    plan.seconds = options.seconds or plan.seconds
-    return plan
+    return replace(
+        plan,
+        tiny=options.tiny,
+        probes=1 if options.tiny else plan.probes,
+        steps=options.steps or plan.steps,
+        stacked=options.stacked or plan.stacked,
+        seconds=options.seconds or plan.seconds,
+    )
 
 
 # ---- table -----------------------------------------------------------------------------------

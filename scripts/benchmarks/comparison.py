@@ -55,7 +55,7 @@ class Variant:
         return f"{self.grad}, {forward}{backward}"
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     """What all variants of a task share."""
 

@@ -45,7 +45,7 @@ FORWARD = """
     anderson:stop=sample anderson:m=3,restart=true
     broyden:memory=4 broyden:stop=sample broyden:damping=0.8
 """.split()
-F_THRES = {"newton_krylov": 30, "newton_krylov:inner=4": 8}  # a step is 20 products, or 4; else 5
+F_THRES = {"newton_krylov": 30, "newton_krylov:inner=4": 8}  # a step is 6 products, or 4; else 5
 BACKWARD = "anderson broyden fixed_point_iteration gmres bicgstab gmres:restart=4".split()
 # What the log says that a gradient makes no use of.
 BACK = "DEQ.B_SOLVER, DEQ.B_THRES"
