@@ -3,6 +3,7 @@
 import pytest
 
 from deq_sequence.demo_corpus import build_demo_corpus
+from lib.experiment import Run
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +12,20 @@ def demo_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "data"
     build_demo_corpus(folder)
     return folder
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Make a run stop right after a record of a step, before anything is saved; once."""
+    real = Run.record
+
+    def arm(step, kind="train"):
+        def record(self, what, at, **values):
+            real(self, what, at, **values)
+            if (what, at) == (kind, step):
+                monkeypatch.setattr(Run, "record", real)
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Run, "record", record)
+
+    return arm

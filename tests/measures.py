@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _Held:
@@ -36,3 +37,16 @@ def saved_bytes(forward: Callable) -> int:
     found = total
     del result
     return found
+
+
+class Gathers(TorchDispatchMode):
+    """The shapes of all tensors that rows are taken of."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.index_select.default, torch.ops.aten.index.Tensor):
+            self.shapes.append(tuple(args[0].shape))
+        return function(*args, **(kwargs or {}))

@@ -20,6 +20,7 @@ from deq_sequence.layer import (
     working_dtype,
 )
 from lib.jacobian import jac_loss_estimate
+from measures import Gathers
 
 BATCH, QLEN, HEADS, D, INNER = 2, 4, 2, 8, 12
 VARIANTS = {
@@ -361,19 +362,6 @@ def test_bf16_of_selected_samples(variant, mlen):
             assert found.dtype == torch.float32
             close(found, expected(z)[rows], atol=0.05)  # eight bits of values up to 3
             assert (found - exact).abs().max() > 1e-3
-
-
-class Gathers(TorchDispatchMode):
-    """The shapes of all tensors that rows are taken of."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in (torch.ops.aten.index_select.default, torch.ops.aten.index.Tensor):
-            self.shapes.append(tuple(args[0].shape))
-        return function(*args, **(kwargs or {}))
 
 
 def test_samples_are_gathered_once_and_weights_never():

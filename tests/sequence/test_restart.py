@@ -15,7 +15,7 @@ import torch
 
 from deq_sequence.command import main
 from lib.checkpoint import load
-from lib.experiment import CHECKPOINT, LOG, METRICS, SETTINGS, WEIGHTS, Run, read_metrics
+from lib.experiment import CHECKPOINT, LOG, METRICS, SETTINGS, WEIGHTS, read_metrics
 
 TRAIN = Path(__file__).parents[2] / "DEQ-Sequence" / "train_transformer.py"
 
@@ -101,23 +101,6 @@ def test_killed_at_other_steps(flags, run_folder, seed, more):
 # ---- stopped within the process, which is cheaper than a kill and as abrupt -------------------
 
 
-@pytest.fixture
-def stop_at(monkeypatch):
-    """Make the run stop right after the record of a step, before anything is saved."""
-
-    def arm(step):
-        def record(self, kind, at, **values):
-            real(self, kind, at, **values)
-            if kind == "train" and at == step:
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(Run, "record", record)
-
-    real = Run.record
-    yield arm
-    monkeypatch.undo()
-
-
 OTHERS = [
     "--varlen --tgt_len 100 --optim RAdam",  # two passes over the text
     "--tgt_len 130 --optim RMSprop",
@@ -135,25 +118,23 @@ OTHERS = [
         *product(OTHERS, (9, 17)),
     ],
 )
-def test_stopped_and_restarted(flags, run_folder, monkeypatch, stop_at, more, stop):
+def test_stopped_and_restarted(flags, run_folder, stop_at, more, stop):
     flags = [*flags, *STATEFUL, "--max_step", "18", "--pretrain_steps", "10", *more.split()]
     assert main([*flags, "--name", "whole"]) == 0
     stop_at(stop)
     assert main(flags) == 130
-    monkeypatch.undo()
     before = load(run_folder / CHECKPOINT)["step"]
     assert before < stop
     assert main([*flags, "--restart"]) == 0
     assert_same_run(run_folder, run_folder.parent / "whole")
 
 
-def test_means_of_the_log_survive(flags, run_folder, monkeypatch, stop_at):
+def test_means_of_the_log_survive(flags, run_folder, stop_at):
     """A log line that covers steps before and after the restart is the uninterrupted one's."""
     flags = [*flags, *STATEFUL, "--max_step", "18", "--log-interval", "5"]
     assert main([*flags, "--name", "whole"]) == 0
     stop_at(15)
     assert main(flags) == 130
-    monkeypatch.undo()
     assert load(run_folder / CHECKPOINT)["step"] == 14
     assert main([*flags, "--restart"]) == 0
     found, expected = (
@@ -163,12 +144,11 @@ def test_means_of_the_log_survive(flags, run_folder, monkeypatch, stop_at):
     assert found == expected
 
 
-def test_cut_off_last_line(flags, run_folder, monkeypatch, stop_at):
+def test_cut_off_last_line(flags, run_folder, stop_at):
     flags = [*flags, *STATEFUL, "--max_step", "18"]
     assert main([*flags, "--name", "whole"]) == 0
     stop_at(12)
     assert main(flags) == 130
-    monkeypatch.undo()
     with open(run_folder / METRICS, "a") as file:
         file.write('{"kind": "train", "st')
     assert main([*flags, "--restart"]) == 0

@@ -4,10 +4,10 @@ from functools import partial
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib.layer_utils import list2vec
 from mdeq_vision import layer
+from measures import Gathers
 from small_vision import build
 
 BATCH = 4  # as many as branch 0 has channels: shapes do not tell weights from samples
@@ -112,19 +112,6 @@ def test_bf16_of_selected_samples(name):
         close(found, take(f(z), rows), atol=0.05)  # eight bits of values up to 3
     assert {t.dtype for t in found} == {torch.float32}
     assert (list2vec(found) - list2vec(exact)).abs().max() > 1e-3
-
-
-class Gathers(TorchDispatchMode):
-    """The shapes of all tensors that rows are taken of."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in (torch.ops.aten.index_select.default, torch.ops.aten.index.Tensor):
-            self.shapes.append(tuple(args[0].shape))
-        return function(*args, **(kwargs or {}))
 
 
 def test_samples_are_gathered_once_and_weights_never():

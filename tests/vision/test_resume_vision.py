@@ -14,7 +14,7 @@ import torch
 from harness import differences
 from image_files import write_cityscapes, write_imagenet
 from lib.checkpoint import load
-from lib.experiment import CHECKPOINT, LOG, METRICS, WEIGHTS, Run, read_metrics
+from lib.experiment import CHECKPOINT, LOG, METRICS, WEIGHTS, read_metrics
 from mdeq_vision import command
 from mdeq_vision.command import CONFIG
 from mdeq_vision.config import config, merge_file
@@ -92,23 +92,6 @@ def whole(tmp_path_factory):
         return made[key]
 
     return get
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-    """Make the run stop right after the record of a step, before anything is saved."""
-    real = Run.record
-
-    def arm(step, kind="train"):
-        def record(self, what, at, **values):
-            real(self, what, at, **values)
-            if what == kind and at == step:
-                monkeypatch.setattr(Run, "record", real)
-                raise KeyboardInterrupt
-
-        monkeypatch.setattr(Run, "record", record)
-
-    return arm
 
 
 def records(folder):
