@@ -88,7 +88,7 @@ class Stepper:
         self.counts = {"skipped": 0, "diverged_forward": 0, "diverged_backward": 0}
         self.skipped_in_a_row = 0
         self.run = Run.silent()
-        self._reset_window()
+        self.begin_window()
 
     # ---- what subclasses define ----------------------------------------------------------------
 
@@ -175,6 +175,17 @@ class Stepper:
             self._report_skipped(loss + jac_loss, norm)
         return stop > 0
 
+    def mean_loss(self) -> float:
+        """Of the updates since the window began; NaN if there were none."""
+        return self._window["loss"] / self._window["steps"] if self._window["steps"] else math.nan
+
+    def begin_window(self) -> None:
+        """Forget what was summed up for the next line of the log."""
+        names = ("loss", "jac_loss", *self.extra_sums)
+        self._window = dict.fromkeys(names, 0.0) | {"jac_count": 0, "steps": 0, "skipped": 0}
+        self._window_start = time.perf_counter()
+        self.model.deq.stats.reset()
+
     def _gradients_stay(self, stay: bool):
         """Gradients travel to the other processes once a step, with the last part."""
         if stay and isinstance(self.parallel, DistributedDataParallel):
@@ -234,12 +245,6 @@ class Stepper:
                         + (f" in process {rank}" if self.processes.world_size > 1 else "")
                         + (" (the last line on this)" if shown == _DIVERGED_SHOWN else "")
                     )
-
-    def _reset_window(self) -> None:
-        names = ("loss", "jac_loss", *self.extra_sums)
-        self._window = dict.fromkeys(names, 0.0) | {"jac_count": 0, "steps": 0, "skipped": 0}
-        self._window_start = time.perf_counter()
-        self.model.deq.stats.reset()
 
     def _give_up(self, trouble: str) -> NoReturn:
         raise TrainingError(

@@ -1,6 +1,5 @@
 """The run that all trainers share: step after step, log, validate, save, stop, go on."""
 
-import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,8 +131,7 @@ class Trainer(Stepper):
     def _log(self) -> None:
         """One line and one record of the means since the last one."""
         window, elapsed = self._window, time.perf_counter() - self._window_start
-        loss = window["loss"] / window["steps"] if window["steps"] else math.nan
-        values, line = self.figures(loss, elapsed)
+        values, line = self.figures(self.mean_loss(), elapsed)
         solver, words = solver_figures(summed_stats(self.model.deq.stats, self.processes))
         values |= solver
         line += words
@@ -146,7 +144,7 @@ class Trainer(Stepper):
             line += f" | skipped {window['skipped']}"
         self.run.log(line)
         self.run.record("train", self.step, **values)
-        self._reset_window()
+        self.begin_window()
 
     def _validate(self) -> bool:
         """Validate and keep the best weights of the last phase; False if it was broken off."""

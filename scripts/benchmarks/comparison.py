@@ -82,7 +82,7 @@ class Outcome:
     backward_nfe: float = 0.0
     skipped: int = 0
     peak_mib: float = 0.0  # of tensors, in a training step
-    curve: list[dict] = field(default_factory=list)  # mean training loss since the entry before
+    curve: list[dict] = field(default_factory=list)  # means since the entry before
     probes: list[dict] = field(default_factory=list)
 
 
@@ -110,27 +110,25 @@ def run_variant(plan: Plan, variant: Variant, regularised: bool, path: Path) -> 
     every = max(plan.steps // plan.probes, 1)
     probed = next(_trainer(plan, variant, 0, 0.0).batches())
     outcome.probes.append(_probe(trainer, variant, probed, steps))
-    trainer._reset_window()
-    before = 0.0, 0
+    trainer.begin_window()
     while steps < plan.steps or spent < plan.seconds:
         begin = time.perf_counter()
         next_step(trainer, batches)
         spent, steps = spent + time.perf_counter() - begin, steps + 1
         if steps == plan.steps:
-            stats = trainer.model.deq.stats
-            outcome.forward_nfe = stats.forward.means()["nfe"]
-            outcome.backward_nfe = stats.backward.means()["nfe"]
             outcome.seconds_per_step = spent / steps
             outcome.skipped = trainer.counts["skipped"]
             outcome.at_steps = _figures(trainer) | {"seconds": spent}
         if spent >= plan.seconds and not outcome.at_seconds:
             outcome.at_seconds = _figures(trainer) | {"steps": steps}
         if steps % every == 0 and steps <= plan.steps:
-            loss, taken = trainer._window["loss"], trainer._window["steps"]
-            mean = (loss - before[0]) / max(taken - before[1], 1)
-            outcome.curve.append({"step": steps, "seconds": spent, "loss": mean})
-            before = loss, taken
+            outcome.curve.append({"step": steps, "seconds": spent, **_means(trainer)})
+            trainer.begin_window()
             outcome.probes.append(_probe(trainer, variant, probed, steps))
+    outcome.forward_nfe, outcome.backward_nfe = (
+        sum(entry[f"{which}_nfe"] for entry in outcome.curve) / len(outcome.curve)
+        for which in PASSES
+    )
     outcome.peak_mib = peak_tensor_bytes(lambda: next_step(trainer, batches)) / 2**20
     return asdict(outcome)
 
@@ -180,6 +178,13 @@ def _set_rate(trainer: Trainer, rate: float) -> None:
             group["lr"] = rate
 
     trainer.set_learning_rate = constant
+
+
+def _means(trainer: Trainer) -> dict:
+    """Training loss and evaluations of the steps since the window began."""
+    stats = trainer.model.deq.stats
+    nfe = {f"{which}_nfe": getattr(stats, which).means()["nfe"] for which in PASSES}
+    return {"loss": trainer.mean_loss(), **nfe}
 
 
 def _figures(trainer: Trainer) -> dict:
