@@ -41,7 +41,7 @@ VARIANTS = [
     Variant("ift", "broyden", "anderson:lam=1e-4", 10, 10),
     Variant("ift", "broyden", "broyden", 12, 12),
     Variant("ift", "fixed_point_iteration", "fixed_point_iteration", 12, 12),
-    Variant("ift", "newton_krylov", "gmres", 12, 12),
+    Variant("ift", "newton_krylov", "gmres", 30, 12),
     Variant("ift", "anderson", "gmres", 12, 12),
     Variant("ift", "anderson", "bicgstab", 12, 13),
     Variant("shine", "broyden", f_thres=12),
@@ -63,8 +63,8 @@ REGULARISED = [
     Variant("unroll"),
 ]
 PLANS = {
-    "words": Plan("words", 200, 220, 35.0, (0.002, 0.001), 0.3),
-    "digits": Plan("digits", 200, 260, 15.0, (0.005, 0.002), 2.0),
+    "words": Plan("words", 200, 200, 35.0, (0.002, 0.001), 0.3),
+    "digits": Plan("digits", 200, 120, 15.0, (0.005, 0.002), 2.0),
 }
 FIGURE_FILE, TABLE_FILE, JSON_FILE = "gradients.png", "gradients.md", "gradients.json"
 
