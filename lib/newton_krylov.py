@@ -1,6 +1,7 @@
 """Newton's method with GMRES for its linear systems."""
 
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ def newton_krylov(
     inner: int = 6,
     inner_eps: float = 0.1,
     damping: float = 1.0,
+    warmup: int = 1,
     jvp: str = "reverse",
     **control,
 ) -> dict:
@@ -41,6 +43,8 @@ def newton_krylov(
         inner_eps: relative residual ||g - (I - J) d|| / ||g|| at which a sample's system counts as
             solved: by that factor each step lowers the residual, once near the solution.
         damping: length t of a step, in (0, 1].
+        warmup: plain iterations before the first step. At z = 0 layer normalisation has a
+            derivative of 1/sqrt(its eps): a Newton step from there leads nearly nowhere.
         jvp: 'reverse' keeps one graph per iterate, and needs second derivatives; 'forward'
             evaluates f anew for each product, and needs forward-mode derivatives.
         **control: see :class:`~lib.solver_run.Control`.
@@ -54,13 +58,18 @@ def newton_krylov(
     check(callable(f), "f", f, "a function of the state")
     check_count("inner", inner)
     check_damping(damping)
+    check_count("warmup", warmup, least=0)
     fits = is_number(inner_eps) and 0 < inner_eps < 1
     check(fits, "inner_eps", inner_eps, "a number between 0 and 1")
     check(jvp in _PRODUCTS, "jvp", jvp, "'reverse' or 'forward'")
     linearised = _Linearised(f, _PRODUCTS[jvp])
     options = {"shrinks": False, "heeds_check_every": False}
     run = start(linearised, x0, threshold, eps, stop_mode, control, **options)
-    x, _, gx = run.evaluate(run.x0)
+    x, fx, gx = run.evaluate(run.x0)
+    for _ in range(warmup):
+        if run.stopped or not run.affords(1):
+            break
+        x, fx, gx = run.evaluate(fx)
     while not run.stopped and run.affords(2):  # a product, and the evaluation after it
         system = _Step(run, linearised, inner_eps * norms(gx))
         step, improved = gmres_cycle(system, gx, min(inner, run.left - 1, x.shape[1]))
@@ -106,16 +115,21 @@ def _reverse(f: Map, z: Tensor) -> tuple[Tensor, Map]:
     with torch.enable_grad():
         point = z.detach().requires_grad_()
         value = f(point)
-        fits = isinstance(value, Tensor) and value.shape == z.shape  # else the run refuses it
-        if not fits or not value.requires_grad:  # or f does not depend on z
-            return value, torch.zeros_like
+    fits = isinstance(value, Tensor) and value.shape == z.shape  # else the run refuses it
+    if not fits or not value.requires_grad:  # or f does not depend on z
+        return value, torch.zeros_like
+
+    @cache
+    def vjp() -> tuple[Tensor, Tensor | None]:
+        """u, and J'u with its graph: made once, where there is a product at all."""
         u = torch.zeros_like(value, requires_grad=True)
-        (vjp,) = torch.autograd.grad(value, point, u, create_graph=True, allow_unused=True)
-    if vjp is None or not vjp.requires_grad:  # zero, such as that of a step function
-        return value.detach(), torch.zeros_like
+        return u, *torch.autograd.grad(value, point, u, create_graph=True, allow_unused=True)
 
     def product(v: Tensor) -> Tensor:
-        (found,) = torch.autograd.grad(vjp, u, v, retain_graph=True, allow_unused=True)
+        u, back = vjp()
+        if back is None or not back.requires_grad:  # zero, such as that of a step function
+            return torch.zeros_like(v)
+        (found,) = torch.autograd.grad(back, u, v, retain_graph=True, allow_unused=True)
         return torch.zeros_like(v) if found is None else found
 
     return value.detach(), product

@@ -339,10 +339,10 @@ def check(condition: bool, name: str, value, accepted: str) -> None:
         raise InputError(f"{name} is {value!r}, but must be {accepted}")
 
 
-def check_count(name: str, value) -> None:
-    """Refuse what is not an integer of at least 1."""
+def check_count(name: str, value, least: int = 1) -> None:
+    """Refuse what is not an integer of at least so much."""
     integer = isinstance(value, int) and not isinstance(value, bool)
-    check(integer and value >= 1, name, value, "an integer of at least 1")
+    check(integer and value >= least, name, value, f"an integer of at least {least}")
 
 
 def is_number(value) -> bool:

@@ -63,8 +63,8 @@ REGULARISED = [
     Variant("unroll"),
 ]
 PLANS = {
-    "words": Plan("words", 200, 200, 35.0, (0.002, 0.001), 0.3),
-    "digits": Plan("digits", 200, 120, 15.0, (0.005, 0.002), 2.0),
+    "words": Plan("words", 200, 180, 35.0, (0.002, 0.001), 0.3),
+    "digits": Plan("digits", 200, 100, 15.0, (0.005, 0.002), 2.0),
 }
 FIGURE_FILE, TABLE_FILE, JSON_FILE = "gradients.png", "gradients.md", "gradients.json"
 

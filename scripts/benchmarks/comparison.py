@@ -65,7 +65,7 @@ class Plan:
     seconds: float  # of training, to which the same-time column belongs
     rates: tuple[float, float]  # learning rates of the two phases
     jac_weight: float
-    probes: int = 5
+    probes: int = 4  # beside that of the start
     tiny: bool = False
 
 

@@ -16,6 +16,8 @@ from problems import SHAPES, Recorder, cosine, tanh_layer
 
 by_jvp = pytest.mark.parametrize("jvp", ["reverse", "forward"])
 by_stop = pytest.mark.parametrize("stop", ["batch", "sample"])
+# Without the plain iteration that comes first by default.
+newton = partial(newton_krylov, warmup=0)
 ENTIRE = {"inner": 12, "inner_eps": 1e-12}  # systems solved to rounding: Newton's method proper
 
 
@@ -57,7 +59,7 @@ def test_iterates_are_those_of_dense_steps(jvp, stop, damping):
     x0 = torch.zeros(3, 12, dtype=torch.float64)
     recorder = Recorder(f)
     options = {"threshold": 80, "eps": 0.0, "jvp": jvp, "stop": stop, "damping": damping}
-    solution = newton_krylov(recorder, x0, **options, **ENTIRE)
+    solution = newton(recorder, x0, **options, **ENTIRE)
     # Forward products are evaluations too, at the iterates.
     points, visited = recorder.points, []
     for point in points:
@@ -74,7 +76,7 @@ def test_quadratic_convergence(jvp, rank):
     """||g|| is squared by each step, up to a factor, until rounding."""
     f, _, _ = batched_tanh(gain=1.5)
     x0 = torch.zeros(SHAPES[rank], dtype=torch.float64)
-    solution = newton_krylov(f, x0, threshold=120, eps=1e-13, jvp=jvp, **ENTIRE)
+    solution = newton(f, x0, threshold=120, eps=1e-13, jvp=jvp, **ENTIRE)
     trace = solution["abs_trace"]
     assert solution["converged"].all()
     assert solution["nfe"] <= 12
@@ -90,7 +92,7 @@ def test_inner_tolerance_is_the_rate():
     x0 = torch.zeros(1, 12, dtype=torch.float64)
     for inner_eps in (0.5, 0.1, 1e-3):
         options = {"inner": 20, "inner_eps": inner_eps}
-        solution = newton_krylov(f, x0, threshold=300, eps=1e-10, **options)
+        solution = newton(f, x0, threshold=300, eps=1e-10, **options)
         trace = solution["abs_trace"]
         near = [(a, b) for a, b in pairwise(trace) if 1e-10 < a < 1e-3]
         # The system's residual, and the curvature beyond it.
@@ -107,7 +109,7 @@ def test_long_steps_are_solved_for_as_well():
         return values * z + 1  # affine, so that one exact step would do
 
     x0 = torch.zeros(1, size, dtype=torch.float64)
-    solution = newton_krylov(f, x0, threshold=60, eps=1e-12, inner=40, inner_eps=1e-3)
+    solution = newton(f, x0, threshold=60, eps=1e-12, inner=40, inner_eps=1e-3)
     assert solution["abs_trace"][1] <= 1.01e-3 * solution["abs_trace"][0]
 
 
@@ -118,7 +120,7 @@ def test_products_of_both_kinds_are_equal(jvp, dtype):
     f, _, _ = batched_tanh(gain=0.9)
     x0 = torch.zeros(3, 12, dtype=dtype)
     eps = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
-    solve = partial(newton_krylov, f, x0, threshold=60, eps=eps)
+    solve = partial(newton, f, x0, threshold=60, eps=eps)
     ours, reverse = solve(jvp=jvp), solve(jvp="reverse")
     assert ours["converged"].any()
     assert ours["lowest"] < eps
@@ -144,13 +146,13 @@ def test_maps_of_all_kinds(jvp):
         (lambda z: 2 * z + constant, -constant),
         (lambda z: torch.relu(z) * 0.25 + weight * constant, constant * 2 / 3),
     ]:
-        solution = newton_krylov(f, x0, threshold=20, eps=1e-10, jvp=jvp)
+        solution = newton(f, x0, threshold=20, eps=1e-10, jvp=jvp)
         assert solution["converged"].all()
         torch.testing.assert_close(solution["result"], expected, rtol=0, atol=1e-9)
         assert not solution["result"].requires_grad
     assert weight.grad is None
     # Its derivatives, too, are of float32.
-    solution = newton_krylov(lambda z: 2 * z.float().double() + 1, x0, eps=1e-6, jvp=jvp)
+    solution = newton(lambda z: 2 * z.float().double() + 1, x0, eps=1e-6, jvp=jvp)
     torch.testing.assert_close(solution["result"], -constant, rtol=0, atol=1e-6)
 
 
@@ -159,7 +161,7 @@ def test_maps_of_all_kinds(jvp):
 def test_eigenvalue_one(jvp, stop):
     """I - J = 0 has no Newton step: a plain one is taken, and the residual told."""
     x0 = torch.zeros(2, 3, dtype=torch.float64)
-    solution = newton_krylov(lambda z: z + 1, x0, threshold=20, jvp=jvp, stop=stop, stop_mode="abs")
+    solution = newton(lambda z: z + 1, x0, threshold=20, jvp=jvp, stop=stop, stop_mode="abs")
     assert not solution["converged"].any()
     assert solution["residual"].tolist() == pytest.approx([3**0.5] * 2)
     assert torch.isfinite(solution["result"]).all()
@@ -167,9 +169,7 @@ def test_eigenvalue_one(jvp, stop):
     def bent(z):  # has that eigenvalue at the start, and none at the solution
         return torch.where(z > 0, z - 1, 0.5 * z - 1)
 
-    solution = newton_krylov(
-        bent, x0 + 3.5, threshold=40, eps=1e-9, jvp=jvp, stop=stop, stop_mode="abs"
-    )
+    solution = newton(bent, x0 + 3.5, threshold=40, eps=1e-9, jvp=jvp, stop=stop, stop_mode="abs")
     assert solution["converged"].all()
     torch.testing.assert_close(solution["result"], x0 - 2, rtol=0, atol=1e-8)
 
@@ -187,7 +187,7 @@ def test_plain_is_used():
         return problem.f(z)
 
     f.plain = plain
-    solution = newton_krylov(f, problem.x0, threshold=60, eps=1e-10)
+    solution = newton(f, problem.x0, threshold=60, eps=1e-10)
     torch.testing.assert_close(solution["result"], problem.solution, rtol=0, atol=1e-8)
     assert len(calls) == solution["nfe"]
 
@@ -210,14 +210,14 @@ def test_counts(jvp, stop, inner):
             return f(z)
 
         options = {"eps": 0.0, "inner": inner, "jvp": jvp, "stop": stop}
-        solution = newton_krylov(counted, x0, threshold=threshold, **options)
+        solution = newton(counted, x0, threshold=threshold, **options)
         spent = solution["nfe"] + solution["products"]
         assert threshold - 1 <= spent <= threshold
         assert len(calls) == (spent if jvp == "forward" else solution["nfe"])
         assert solution["products"] <= inner * (solution["nfe"] - 1)
         assert solution["reason"] == "threshold"
         assert (threshold >= 3) == (solution["nfe"] > 1)
-        by_count = newton_krylov(f, x0, threshold=60, max_nfe=threshold, **options)
+        by_count = newton(f, x0, threshold=60, max_nfe=threshold, **options)
         assert torch.equal(by_count["result"], solution["result"])
         assert (by_count["reason"], by_count["nfe"]) == ("max_nfe", solution["nfe"])
 
@@ -226,7 +226,7 @@ def test_one_system_at_a_time():
     """With one product per step and a batch of one, GMRES(1) steps; the last of the budget too."""
     f, _, _ = batched_tanh(batch=1)
     x0 = torch.zeros(1, 12, dtype=torch.float64)
-    solution = newton_krylov(f, x0, threshold=21, eps=0.0, inner=1)
+    solution = newton(f, x0, threshold=21, eps=0.0, inner=1)
     assert (solution["nfe"], solution["products"]) == (11, 10)
 
 
@@ -264,7 +264,7 @@ def test_one_graph_at_a_time(stop):
         return value
 
     x0 = torch.zeros(3, 12, dtype=torch.float64)
-    solution = newton_krylov(watched, x0, threshold=60, eps=1e-9, stop=stop)
+    solution = newton(watched, x0, threshold=60, eps=1e-9, stop=stop)
     assert solution["nfe"] >= 4
     assert alive == [0] * solution["nfe"]
     gc.collect()
@@ -275,7 +275,7 @@ def test_no_gradient_is_left():
     weight = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     x0 = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
     for jvp in ("reverse", "forward"):
-        newton_krylov(lambda z: torch.tanh(weight * z + 1), x0, threshold=20, jvp=jvp)
+        newton(lambda z: torch.tanh(weight * z + 1), x0, threshold=20, jvp=jvp)
     assert weight.grad is None
     assert x0.grad is None
 
@@ -292,12 +292,12 @@ def test_a_product_that_is_not_finite(stop):
     def f(z):
         return 0.5 * torch.sqrt(z.abs()) + 0.25
 
-    solution = newton_krylov(f, x0, threshold=60, eps=1e-9, stop=stop)
+    solution = newton(f, x0, threshold=60, eps=1e-9, stop=stop)
     assert solution["finite"].tolist() == [True, False, True]
     assert torch.isfinite(solution["result"]).all()
     assert torch.equal(solution["result"][1], x0[1])
     assert solution["converged"].tolist() == [True, False, True]
-    alone = newton_krylov(f, x0[[0, 2]], threshold=60, eps=1e-9, stop=stop)
+    alone = newton(f, x0[[0, 2]], threshold=60, eps=1e-9, stop=stop)
     torch.testing.assert_close(solution["result"][[0, 2]], alone["result"], rtol=0, atol=1e-12)
     assert solution["nfe"] == alone["nfe"]
 
@@ -306,7 +306,7 @@ def test_a_product_that_is_not_finite(stop):
 @by_jvp
 def test_no_product_is_finite(stop, jvp):
     x0 = torch.zeros(2, 4, dtype=torch.float64)
-    solution = newton_krylov(lambda z: torch.sqrt(z.abs()) + 1, x0, jvp=jvp, stop=stop)
+    solution = newton(lambda z: torch.sqrt(z.abs()) + 1, x0, jvp=jvp, stop=stop)
     assert torch.equal(solution["result"], x0)
     assert not solution["finite"].any()
     assert solution["prot_break"]
@@ -318,10 +318,10 @@ def test_no_product_is_finite(stop, jvp):
 def test_stops_per_sample(jvp):
     """A sample that is solved takes no part in later systems: its vectors are zero."""
     f, _, _ = batched_tanh(gain=2.0)
-    solved = newton_krylov(f, torch.zeros(3, 12, dtype=torch.float64), threshold=200, eps=1e-13)
+    solved = newton(f, torch.zeros(3, 12, dtype=torch.float64), threshold=200, eps=1e-13)
     x0 = torch.zeros(3, 12, dtype=torch.float64)
     x0[1] = solved["result"][1]
-    solution = newton_krylov(f, x0, threshold=200, eps=1e-9, jvp=jvp, stop="sample")
+    solution = newton(f, x0, threshold=200, eps=1e-9, jvp=jvp, stop="sample")
     assert solution["sample_nfe"][1] == 1
     assert solution["sample_nfe"].max() > 3
     assert torch.equal(solution["result"][1], x0[1])
@@ -337,8 +337,8 @@ def test_damping_helps_where_full_steps_overshoot():
 
     x0 = torch.full((1, 1), 4.0, dtype=torch.float64)
     options = {"threshold": 120, "eps": 1e-9, "stop_mode": "abs"}
-    assert not newton_krylov(f, x0, **options)["converged"].any()
-    damped = newton_krylov(f, x0, damping=0.3, **options)
+    assert not newton(f, x0, **options)["converged"].any()
+    damped = newton(f, x0, damping=0.3, **options)
     assert damped["converged"].all()
     assert damped["result"].item() == pytest.approx(2.0, abs=1e-9)
 
@@ -354,7 +354,7 @@ def test_autocast_is_for_f_alone():
 
     for jvp in ("reverse", "forward"):
         with torch.autocast("cpu", torch.bfloat16):
-            solution = newton_krylov(f, torch.zeros(2, 6), threshold=40, eps=2e-2, jvp=jvp)
+            solution = newton(f, torch.zeros(2, 6), threshold=40, eps=2e-2, jvp=jvp)
         assert seen == {torch.bfloat16}
         assert solution["converged"].all()
         assert solution["result"].dtype == torch.float32
@@ -362,7 +362,7 @@ def test_autocast_is_for_f_alone():
 
 def test_cosine():
     problem = cosine()
-    solution = newton_krylov(problem.f, problem.x0, threshold=40, eps=1e-14, stop_mode="abs")
+    solution = newton(problem.f, problem.x0, threshold=40, eps=1e-14, stop_mode="abs")
     torch.testing.assert_close(solution["result"], problem.solution, rtol=0, atol=1e-13)
     assert solution["nfe"] <= 20
 
@@ -384,6 +384,40 @@ def test_cosine():
 )
 def test_misuse_is_named(options, named):
     with pytest.raises(InputError) as caught:
-        newton_krylov(torch.cos, torch.zeros(1, 2), **options)
+        newton(torch.cos, torch.zeros(1, 2), **options)
     assert str(caught.value).startswith(named)
     assert "\n" not in str(caught.value)
+
+
+# ---- plain iterations first ------------------------------------------------------------------
+
+
+def normalised(z):
+    """A layer that begins with a layer normalisation, as a pre-norm transformer's does."""
+    mixing = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).double() / 16
+    return torch.nn.functional.layer_norm(z, (16,)) @ mixing + torch.arange(16).double() / 16
+
+
+@by_stop
+@by_jvp
+def test_from_zero_through_a_layer_normalisation(jvp, stop):
+    """Whose derivative there is 300, and tells nothing of what is further away."""
+    solve = partial(newton_krylov, normalised, torch.zeros(3, 16).double(), threshold=30, eps=1e-9)
+    assert solve(jvp=jvp, stop=stop)["lowest"] < 1e-4
+    assert solve(jvp=jvp, stop=stop, warmup=0)["lowest"] > 0.5
+
+
+@by_stop
+@pytest.mark.parametrize("warmup", [0, 1, 3, 50])
+def test_warmup_iterates_plainly(warmup, stop):
+    f, _, _ = batched_tanh(gain=0.9)
+    recorder, x0 = Recorder(f), torch.zeros(3, 12, dtype=torch.float64)
+    solution = newton_krylov(recorder, x0, threshold=20, eps=0.0, warmup=warmup, stop=stop)
+    x = x0
+    for point in recorder.points[: min(warmup + 1, 20)]:
+        assert torch.equal(point, x)
+        x = f(x)
+    assert solution["nfe"] + solution["products"] <= 20
+    assert (solution["products"] > 0) == (warmup < 20)
+    if warmup < 20:
+        assert not torch.equal(recorder.points[warmup + 1], x)
