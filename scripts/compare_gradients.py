@@ -247,7 +247,8 @@ def draw(found: dict, path: Path) -> None:
             if key == "backward_residual":
                 axes.set(yscale="log", xlabel="steps at equilibrium")
         grid[0, column].set_title(task)
-    grid[0, 0].legend(fontsize=6)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
