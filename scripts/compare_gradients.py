@@ -49,7 +49,7 @@ VARIANTS = [
     Variant("jfb"),
     Variant("phantom:steps=3,damping=0.8"),
     Variant("phantom:steps=3,damping=0.8,form=neumann"),
-    Variant("phantom:steps=5,damping=0.5"),
+    Variant("phantom:steps=5,damping=0.5", f_thres=12),
     Variant("reversible"),
     Variant("unroll"),
     Variant("unroll:checkpointing=true"),
