@@ -21,7 +21,7 @@ UNUSED = {
     "jfb": _BACK,
     "phantom": _BACK,
     "phantom:form=neumann": _BACK,
-    "phantom:steps=2,damping=0.8": _BACK,
+    "phantom:steps=3,damping=0.8": _BACK,
     "reversible": _BOTH,
     "shine": _BACK,
     "shine:refine=2": ("b_thres",),

@@ -34,10 +34,6 @@ RUN = {
     "DEQ.SPECTRAL_RADIUS_MODE True": "MDEQ-Vision",
     "python tools/seg_train.py --cfg experiments/digit_scenes/seg_mdeq_TINY.yaml": "MDEQ-Vision",
     "python tools/seg_test.py --cfg experiments/digit_scenes/seg_mdeq_TINY.yaml": "MDEQ-Vision",
-    "python train_transformer.py --dataset demo --name steps "
-    "--grad phantom:steps=3,damping=0.8 --f_thres 6": "DEQ-Sequence",
-    "python train_transformer.py --dataset demo --name solvers "
-    "--f_solver broyden:memory=8,stop=sample --b_solver gmres": "DEQ-Sequence",
     "bash scripts/quickstart.sh": ".",
 }
 # Commands that other tests run, by the file that does.
@@ -47,6 +43,12 @@ ELSEWHERE = {
     "bash wt103_deq_transformer_reg.sh train": "sequence/test_launch_scripts.py",
     "bash wt103_deq_transformer_preln_reg.sh train": "sequence/test_launch_scripts.py",
     "bash wt103_deq_transformer_reg.sh eval": "sequence/test_launch_scripts.py",
+    "python train_transformer.py --dataset demo --name steps "
+    "--grad phantom:steps=3,damping=0.8 --f_thres 6": "sequence/test_gradients_training.py",
+    "python train_transformer.py --dataset demo --name solvers "
+    "--f_solver broyden:memory=8,stop=sample --b_solver gmres": (
+        "sequence/test_gradients_training.py"
+    ),
     "bash get_data.sh cifar10": "vision/test_get_images.py",
     "bash get_data.sh imagenet ~/Downloads": "vision/test_get_images.py",
     "bash get_data.sh cityscapes ~/Downloads": "vision/test_get_images.py",

@@ -22,6 +22,7 @@ from harness import (
     unreadable,
 )
 from lib.experiment import CHECKPOINT, LOG, METRICS, WEIGHTS
+from parameters import slow_but
 
 KILLED_AT = 13  # so the checkpoint is of step 12, and the weights are of step 10 or none
 TO = "run"
@@ -100,11 +101,11 @@ def fits_not(folder, what):
 
 # Whatever cannot be written, the line names it, and what the run goes on from: so Run has to name
 # the settings, the records, the log and the events as the trainer does weights and checkpoints.
-@pytest.mark.parametrize("what", [CHECKPOINT, WEIGHTS, "records", "nothing"])
-@pytest.mark.parametrize(
-    "name",
-    ["language", *(pytest.param(name, marks=pytest.mark.slow) for name in list(TRAINERS)[1:])],
-)
+WHAT = [CHECKPOINT, WEIGHTS, "records", "nothing"]
+
+
+@pytest.mark.parametrize("what", slow_but([CHECKPOINT, "nothing"], WHAT))
+@pytest.mark.parametrize("name", slow_but(["language"], TRAINERS))
 def test_a_file_that_does_not_fit(name, what, server, begun, whole, tmp_path):
     trainer = TRAINERS[name]
     parent = shutil.copytree(begun(trainer), tmp_path / "parent")
@@ -175,11 +176,8 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-@pytest.mark.parametrize("left", [60 * KIB, 4 * KIB, 0])
-@pytest.mark.parametrize(
-    "name",
-    ["language", *(pytest.param(name, marks=pytest.mark.slow) for name in list(TRAINERS)[1:])],
-)
+@pytest.mark.parametrize("left", slow_but([4 * KIB], [60 * KIB, 4 * KIB, 0]))
+@pytest.mark.parametrize("name", slow_but(["language"], TRAINERS))
 def test_full_disk(name, left, server, begun, whole, small_disk):
     trainer = TRAINERS[name]
     place, fill = small_disk

@@ -12,6 +12,7 @@ import torch
 
 from lib.errors import InputError
 from lib.solvers import newton_krylov
+from parameters import slow_but
 from problems import SHAPES, Recorder, cosine, tanh_layer
 
 by_jvp = pytest.mark.parametrize("jvp", ["reverse", "forward"])
@@ -250,7 +251,7 @@ class Token:
     """What a node holds."""
 
 
-@by_stop
+@pytest.mark.parametrize("stop", slow_but(["batch"], ["batch", "sample"]))
 def test_one_graph_at_a_time(stop):
     """Of the iterate before, nothing is left when f is evaluated; nor at the end."""
     f, _, _ = batched_tanh()

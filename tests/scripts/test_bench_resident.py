@@ -79,9 +79,8 @@ def test_every_step_is_watched(monkeypatch):
     assert mark.objects > 1000
 
 
-@pytest.mark.parametrize(
-    "trainers", ["digits", pytest.param("words,scenes", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("trainers", ["digits", "words,scenes"])
 def test_command(trainers, tmp_path, request):
     out = tmp_path / "out.json"
     if "words" in trainers:

@@ -32,6 +32,7 @@ from lib.experiment import CHECKPOINT, LOG, WEIGHTS, read_metrics
 from lib.gradients import GRADIENTS
 from lib.report import draw_curves, solver_rows
 from lib.solvers import ADJOINT_SOLVERS, SOLVERS
+from parameters import slow_but
 
 TEN = "--pretrain_steps 2 --max_step 12 --max_eval_steps 1".split()
 SPELLING = "--{}"
@@ -119,6 +120,13 @@ def test_gradient(run, grad, more):
     assert ["jac_loss" in r for r in found.steps] == [False] * 2 + [bool(more)] * 10
 
 
+def test_commands_of_the_readme(run):
+    steps = "phantom:steps=3,damping=0.8"
+    check(run(steps, "--f_thres", 6), steps)
+    solvers = ["--f_solver", "broyden:memory=8,stop=sample", "--b_solver", "gmres"]
+    check(run("ift", *solvers, name="solvers"))
+
+
 @pytest.mark.parametrize("grad", GRADS)
 def test_bfloat16(run, grad):
     """Three steps at equilibrium, close to those in float32: bfloat16 has 8 bits."""
@@ -166,17 +174,21 @@ def reference(run, exact):
     return exact["run"]
 
 
-def tight(text):
-    return text + (",eps=1e-6" if ":" in text else ":eps=1e-6")
+def tight(flag, solvers):
+    """With every solver, to a residual of 1e-6; slow with options."""
+    rows = [("ift", flag, f"{s}{',' if ':' in s else ':'}eps=1e-6") for s in solvers]
+    return slow_but([row for row in rows if row[-1].count("=") == 1], rows)
+
+
+EXACT = [*tight("--f_solver", FORWARD), *tight("--b_solver", BACKWARD)]
 
 
 @pytest.mark.parametrize(
     ("grad", "flag", "value"),
     [
-        *(("ift", "--f_solver", tight(solver)) for solver in FORWARD),
-        *(("ift", "--b_solver", tight(solver)) for solver in BACKWARD),
+        *EXACT,
         ("unroll", "--f_thres", 60),
-        pytest.param("unroll:damping=0.8", "--f_thres", 60, marks=pytest.mark.slow),
+        *slow_but([], [("unroll:damping=0.8", "--f_thres", 60)]),
         ("reversible:damping=0.6", "--f_thres", 40),
         ("shine:refine=60", "--f_thres", 60),
         ("phantom:steps=30,damping=1", "--f_thres", 60),
@@ -226,7 +238,7 @@ def test_same_by_another_name(run, grad, same):
 # ---- learning, going on, evaluation ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("grad", ["ift", "jfb", "phantom", "reversible", "shine", "unroll"])
+@pytest.mark.parametrize("grad", slow_but(["ift", "phantom", "reversible", "shine"], GRADIENTS))
 def test_it_learns(run, grad):
     """At equilibrium, from the first step on."""
     found = run(grad, "--pretrain_steps", 0, "--max_step", 80, "--log-interval", 20).losses
@@ -234,9 +246,7 @@ def test_it_learns(run, grad):
     assert max(found[2:]) < found[0]
 
 
-@pytest.mark.parametrize(
-    "grad", [pytest.param(g, marks=[pytest.mark.slow] * (g != "phantom")) for g in GRADS]
-)
+@pytest.mark.parametrize("grad", slow_but(["phantom"], GRADS))
 def test_restarted_at_equilibrium(flags, run_folder, stop_at, grad):
     """Saved after step 6, stopped after step 8: bit for bit the run that was not."""
     solver = ["--f_solver", "broyden"] if grad.startswith("shine") else []
@@ -289,12 +299,7 @@ SMALL = """
 
 
 @pytest.mark.parametrize(
-    "grad",
-    [
-        pytest.param(g, marks=[pytest.mark.slow] * (g not in ("jfb", "reversible")))
-        for g in GRADS
-        if g not in SOLVES_BACK
-    ],
+    "grad", slow_but(["jfb", "reversible"], [g for g in GRADS if g not in SOLVES_BACK])
 )
 def test_quickstart_reports_forward_solves_alone(corpus_folder, tmp_path, capsys, grad):
     argv = [*SMALL, "--data", str(corpus_folder), "--f_solver", "broyden", "--grad", grad]

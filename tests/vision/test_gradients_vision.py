@@ -24,10 +24,12 @@ from gradient_names import (
 )
 from lib.checkpoint import load
 from lib.experiment import CHECKPOINT, LOG, WEIGHTS, read_metrics
+from lib.gradients import GRADIENTS
 from mdeq_vision.command import CONFIG, load_config
 from mdeq_vision.model import get_cls_net
 from mdeq_vision.quickstart import main as quickstart
 from mdeq_vision.training import ImageTrainer
+from parameters import slow_but
 from small_digits import SMALL, assert_same
 from small_runs import DIGITS, ROOM, SCENES, TINY_DIGITS, TINY_SCENES, run_tool
 
@@ -136,8 +138,9 @@ def check(found, grad="ift", f_thres=5):
 
 def of_kinds(names, seg):
     """(kind, name): all for classification; for segmentation those of ``seg``, the rest slow."""
-    rest = [pytest.param("seg", n, marks=[pytest.mark.slow] * (n not in seg)) for n in names]
-    return [*product(["cls"], names), *rest]
+    return slow_but(
+        [*product(["cls"], names), *product(["seg"], seg)], product(["cls", "seg"], names)
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,10 +251,7 @@ ONE_BATCH = """
 
 @pytest.mark.parametrize(
     "grad",
-    [
-        *("ift", "phantom", "reversible", "shine"),
-        *(pytest.param(grad, marks=pytest.mark.slow) for grad in ("jfb", "unroll")),
-    ],
+    slow_but(["ift", "phantom", "reversible", "shine"], GRADIENTS),
 )
 def test_it_learns(run, grad):
     """Eight images by heart, at equilibrium from the first step on."""
@@ -262,10 +262,7 @@ def test_it_learns(run, grad):
 
 @pytest.mark.parametrize(
     ("kind", "grad"),
-    [
-        pytest.param(kind, grad, marks=[pytest.mark.slow] * ((kind, grad) != ("cls", "phantom")))
-        for kind, grad in product(KINDS, GRADS)
-    ],
+    slow_but([("cls", "phantom")], product(KINDS, GRADS)),
 )
 def test_resumed_at_equilibrium(place, stop_at, kind, grad):
     """Saved after step 6, stopped after step 8: bit for bit the run that was not."""
@@ -305,16 +302,10 @@ def test_evaluation_with_other_gradients(run, place, capsys, kind):
 
 @pytest.mark.parametrize(
     ("task", "grad"),
-    [
-        pytest.param(
-            task,
-            grad,
-            marks=[pytest.mark.slow]
-            * ((task, grad) not in {("digits", "jfb"), ("scenes", "unroll")}),
-        )
-        for task, grad in product(("digits", "scenes"), GRADS)
-        if grad not in SOLVES_BACK
-    ],
+    slow_but(
+        [("digits", "jfb"), ("scenes", "unroll")],
+        product(("digits", "scenes"), [g for g in GRADS if g not in SOLVES_BACK]),
+    ),
 )
 def test_quickstart_reports_forward_solves_alone(tmp_path, task, grad):
     shutil.copytree(ROOM / "experiments", tmp_path / "experiments")
