@@ -36,7 +36,7 @@ VARIANTS = [
     Variant("ift", f_thres=12, b_thres=12),
     Variant("ift"),
     Variant("ift", f_thres=30, b_thres=30),
-    # An absolute ridge, as published, swamps the small residuals of an adjoint.
+    # An absolute ridge, as published.
     Variant("ift", "broyden", "anderson:lam=1e-4", 5, 5),
     Variant("ift", "broyden", "anderson:lam=1e-4", 10, 10),
     Variant("ift", "broyden", "broyden", 12, 12),
