@@ -31,7 +31,7 @@ from lib.broyden import broyden
 from lib.errors import InputError
 from lib.iterations import Iteration, Reversible, Unroll
 from lib.maps import Map
-from lib.solver_run import check, check_count, check_damping
+from lib.solver_run import check, check_count, check_damping, check_number
 from lib.specs import named
 
 
@@ -165,8 +165,7 @@ class Shine(Gradient):
     keeps_inverse = True
 
     def __post_init__(self):
-        number = isinstance(self.limit, (int, float)) and not isinstance(self.limit, bool)
-        check(number and self.limit > 0, "limit", self.limit, "a number above 0")
+        check_number("limit", self.limit, positive=True)
         if self.refine != 0:
             check_count("refine", self.refine)
 

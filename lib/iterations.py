@@ -20,7 +20,7 @@ from lib.double_double import Pair, combine, take_apart
 from lib.errors import InputError
 from lib.maps import Map
 from lib.precision import same_autocast
-from lib.solver_run import TINY, check, check_damping
+from lib.solver_run import TINY, check, check_damping, is_number
 
 # On the way back to the start, rounding of the pair may grow to this part of a rounding error of
 # f's own format: too little to change what f is given, but for one number in a million.
@@ -102,9 +102,8 @@ class Reversible(Iteration):
     damping: float = 0.8
 
     def __post_init__(self):
-        value = self.damping
-        good = isinstance(value, (int, float)) and 0 < value < 1
-        check(good, "damping", value, "between 0 and 1: a full step cannot be undone")
+        good = is_number(self.damping) and 0 < self.damping < 1
+        check(good, "damping", self.damping, "between 0 and 1: a full step cannot be undone")
 
     def refuse_threshold(self, evaluations: int, name: str = "f_thres", more: int = 0) -> None:
         # The error term makes the pair more precise than f by the digits of float64.

@@ -30,6 +30,12 @@ UNUSED = {
 }
 GRADS = list(UNUSED)
 SOLVES_BACK = {"ift", "shine:refine=2"}
+# Two names of one gradient. With that limit shine falls back at every sample.
+SAME = [
+    ("unroll:checkpointing=true", "unroll"),
+    ("phantom:steps=1,damping=1", "jfb"),
+    ("shine:limit=1e-9", "jfb"),
+]
 # Each with each, as far as they go together: forward solver, backward solver, gradient.
 COMBINATIONS = [
     *product(FORWARD, BACKWARD, ["ift"]),

@@ -118,6 +118,13 @@ class Recorder:
         return value
 
 
+def visited(solver: Callable[..., dict], f, x0: Tensor, **options) -> Tensor:
+    """The points at which the solver evaluated f, (nfe, B, D)."""
+    recorder = Recorder(f)
+    solver(recorder, x0, **{"eps": 0.0} | options)
+    return torch.stack(recorder.points).flatten(2)
+
+
 class NanFrom:
     """f that gives NaN for one sample from its call number ``call`` (0 is the first) on."""
 

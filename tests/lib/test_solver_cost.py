@@ -9,16 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib import inner_products
 from lib.solvers import SOLVERS, anderson, broyden
-from problems import NanFrom, Recorder, contraction, rotation, symmetric, tanh_layer
+from problems import NanFrom, contraction, rotation, symmetric, tanh_layer, visited
 
 # Newton's method waits for its inner solves.
 by_name = pytest.mark.parametrize("name", [n for n in SOLVERS if n != "newton_krylov"])
-
-
-def visited(solver, f, x0, **options) -> torch.Tensor:
-    recorder = Recorder(f)
-    solver(recorder, x0, **options)
-    return torch.stack(recorder.points).flatten(2)
 
 
 # --- One transfer per check -------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 
 import lib.broyden
 import lib.solver_run
+from dense_broyden import DenseBroyden, compare_with_dense
 from lib.broyden import BroydenInverse, LimitedInverse
 from lib.maps import Affine
 from lib.solvers import (
@@ -19,17 +20,10 @@ from lib.solvers import (
     fixed_point_iteration,
     gmres,
 )
-from problems import Recorder, affine, contraction, rotation, symmetric, tanh_layer
+from problems import Recorder, affine, contraction, rotation, symmetric, tanh_layer, visited
 
 EVERY = SOLVERS | ADJOINT_SOLVERS
 by_name = pytest.mark.parametrize("name", EVERY)
-
-
-def visited(solver, f, x0, **options) -> torch.Tensor:
-    """The points at which the solver evaluated f, (nfe, B, D)."""
-    recorder = Recorder(f)
-    solver(recorder, x0, **{"eps": 0.0} | options)
-    return torch.stack(recorder.points).flatten(2)
 
 
 def problem_for(name, **options):
@@ -128,44 +122,6 @@ def test_the_relative_ridge_does_not_stall(restart):
 
 
 # --- Broyden ------------------------------------------------------------------------------------
-
-
-class Dense:
-    """Broyden's H of one sample as a matrix: of the last ``memory`` updates, made anew from -I."""
-
-    def __init__(self, size, memory=10**6):
-        self.size, self.memory, self.pairs = size, memory, []
-
-    def update(self, dz, dg):
-        self.pairs = [*self.pairs, (dz, dg)][-self.memory :]
-
-    @property
-    def h(self):
-        h = -torch.eye(self.size, dtype=torch.float64)
-        for dz, dg in self.pairs:
-            image = h @ dg
-            h = h + torch.outer(dz - image, h.T @ dz) / (dz @ image)
-        return h
-
-
-def compare_with_dense(problem, *, memory=None, damping=1.0, updates=20) -> int:
-    """Each point follows from those before, relative to the step, while steps are above 1e-6."""
-    points = visited(
-        broyden, problem.f, problem.x0, threshold=updates, memory=memory, damping=damping
-    )
-    shape, compared = problem.x0.shape, 0
-    residuals = torch.stack([problem.f(p.view(shape)).flatten(1) - p for p in points])
-    for b in range(len(problem.x0)):
-        dense = Dense(points.shape[2], memory or 10**6)
-        for k in range(len(points) - 1):
-            expected = -damping * dense.h @ residuals[k, b]
-            taken = points[k + 1, b] - points[k, b]
-            if taken.norm() < 1e-6:
-                break
-            assert (taken - expected).norm() <= 1e-7 * expected.norm()
-            dense.update(taken, residuals[k + 1, b] - residuals[k, b])
-            compared += 1
-    return compared
 
 
 STEEP = {"tanh": tanh_layer((3, 12)), "steep tanh": tanh_layer((2, 3, 4), gain=3.0)}
@@ -272,7 +228,7 @@ def test_the_inverse_and_its_transpose(memory, damping):
     for updates in range(9):
         found = inverse.transposed(vector, updates)
         for b in range(3):
-            dense = Dense(12)
+            dense = DenseBroyden(12)
             first = max(7 - (memory or 100), 0)  # of those still held
             for k in range(first, min(updates, 7)):
                 dense.update(points[k + 1, b] - points[k, b], residuals[k + 1, b] - residuals[k, b])

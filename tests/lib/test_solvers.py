@@ -8,18 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dense_broyden import DenseBroyden, compare_with_dense
 from lib.errors import InputError
 from lib.solvers import SOLVERS, anderson, broyden, fixed_point_iteration
-from problems import NanFrom, Problem, Recorder, affine, contraction, cosine, symmetric, tanh_layer
+from problems import NanFrom, Problem, affine, contraction, cosine, symmetric, tanh_layer, visited
 
 by_name = pytest.mark.parametrize("name", SOLVERS)
-
-
-def visited(solver, f, x0, **options) -> torch.Tensor:
-    """The points at which the solver evaluated f, (nfe, B, D)."""
-    recorder = Recorder(f)
-    solver(recorder, x0, eps=0.0, **options)
-    return torch.stack(recorder.points).flatten(2)
 
 
 # --- Anderson ---------------------------------------------------------------------------------
@@ -109,46 +103,13 @@ def test_default_ridge_does_not_depend_on_the_scale():
 # --- Broyden ----------------------------------------------------------------------------------
 
 
-class DenseBroyden:
-    """H of one sample as a matrix, updated as MODELS.md writes it."""
-
-    def __init__(self, size: int):
-        self.h = -torch.eye(size, dtype=torch.float64)
-
-    def update(self, dz, dg) -> None:
-        h_dg = self.h @ dg
-        self.h = self.h + torch.outer(dz - h_dg, self.h.T @ dz) / (dz @ h_dg)
-
-    def direction(self, g):
-        return -self.h @ g
-
-
 @pytest.mark.parametrize(
     "problem",
     [tanh_layer((3, 12)), tanh_layer((2, 3, 4), gain=3.0), symmetric((2, 30)), cosine()],
     ids=["tanh", "steep tanh", "symmetric", "cosine"],
 )
 def test_broyden_is_the_dense_update(problem):
-    """Each point follows from all the points before; errors are relative to the step taken.
-
-    20 updates cross two blocks of stored steps. Steps below 1e-6 are left out: there dg, a
-    difference of rounded values, loses its digits in the reference itself.
-    """
-    points = visited(broyden, problem.f, problem.x0, threshold=20)
-    shape = problem.x0.shape
-    residuals = torch.stack([problem.f(p.view(shape)).flatten(1) - p for p in points])
-    compared = 0
-    for b in range(len(problem.x0)):
-        dense = DenseBroyden(points.shape[2])
-        for k in range(len(points) - 1):
-            expected = dense.direction(residuals[k, b])
-            taken = points[k + 1, b] - points[k, b]
-            if taken.norm() < 1e-6:
-                break
-            assert (taken - expected).norm() <= 1e-7 * expected.norm()
-            dense.update(taken, residuals[k + 1, b] - residuals[k, b])
-            compared += 1
-    assert compared >= 4 * len(problem.x0)
+    assert compare_with_dense(problem) >= 4 * len(problem.x0)
 
 
 def arctan_problem(shape=(3, 6)) -> Problem:

@@ -18,6 +18,7 @@ from gradient_names import (
     FORWARD,
     GRADS,
     REFUSED,
+    SAME,
     SOLVES_BACK,
     check_ten_steps,
     refusal,
@@ -200,14 +201,7 @@ def test_combination(run, f_solver, b_solver, grad, more):
     assert ["backward_nfe" in r for r in found.steps] == [False] * 2 + [grad in SOLVES_BACK] * 10
 
 
-@pytest.mark.parametrize(
-    ("grad", "same"),
-    [
-        ("unroll:checkpointing=true", "unroll"),
-        ("phantom:steps=1,damping=1", "jfb"),
-        ("shine:limit=1e-9", "jfb"),  # every sample falls back
-    ],
-)
+@pytest.mark.parametrize(("grad", "same"), SAME)
 def test_same_by_another_name(run, grad, same):
     """Bit for bit, with dropout and the Jacobian loss."""
     found = run("cls", "DEQ.GRAD", grad, *DROPOUT.split())
