@@ -1,9 +1,13 @@
 """What tests of several rooms share."""
 
 import pytest
+from hypothesis import settings
 
 from deq_sequence.demo_corpus import build_demo_corpus
 from lib.experiment import Run
+
+settings.register_profile("untimed", deadline=None)  # machines are shared
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

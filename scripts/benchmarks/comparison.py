@@ -81,7 +81,7 @@ class Outcome:
     forward_nfe: float = 0.0
     backward_nfe: float = 0.0
     skipped: int = 0
-    peak_mib: float = 0.0  # of tensors, in a training step
+    peak_mib: float = 0.0  # of tensors, in a training step (with the Jacobian loss, if any)
     curve: list[dict] = field(default_factory=list)  # means since the entry before
     probes: list[dict] = field(default_factory=list)
 
@@ -129,6 +129,7 @@ def run_variant(plan: Plan, variant: Variant, regularised: bool, path: Path) -> 
         sum(entry[f"{which}_nfe"] for entry in outcome.curve) / len(outcome.curve)
         for which in PASSES
     )
+    trainer.rng.random = lambda: 0.0  # a step with the Jacobian loss, if the run has one
     outcome.peak_mib = peak_tensor_bytes(lambda: next_step(trainer, batches)) / 2**20
     return asdict(outcome)
 

@@ -316,7 +316,7 @@ def test_misuse_of_numbers(name, options, expected):
         (gmres, {"restart": 0}, "restart is 0"),
         (gmres, {"restart": True}, "restart is True"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_misuse_of_options(solver, options, start):
     assert message(solver, torch.cos, torch.zeros(1, 2), **options).startswith(start)

@@ -86,6 +86,20 @@ def test_a_probe_changes_nothing(task, tmp_path, monkeypatch):
     assert [c["loss"] for c in probed["curve"]] == [c["loss"] for c in alone["curve"]]
 
 
+def test_memory_is_of_a_step_with_the_jacobian_loss(tmp_path, monkeypatch):
+    """Three steps of ten compute it: which of them is measured must not be left to chance."""
+    monkeypatch.setattr(comparison, "_probe", lambda *_: {})
+    path = tmp_path / "start.pt"
+    peaks = {}
+    for steps in (1, 2, 3, 4):
+        plan = Plan("digits", 2, steps, 1e-6, (0.002, 0.001), 0.3, tiny=True)
+        make_start(plan, path)
+        for regularised in (False, True):
+            found = run_variant(plan, Variant("jfb"), regularised, path)
+            peaks.setdefault(regularised, []).append(found["peak_mib"])
+    assert min(peaks[True]) > 1.05 * max(peaks[False])
+
+
 def test_a_probe_of_the_exact_gradient_is_exact(tmp_path):
     plan = Plan("words", 2, 1, 1e-6, (0.002, 0.001), 0.3, probes=1, tiny=True)
     path = tmp_path / "start.pt"
