@@ -1,7 +1,7 @@
 """Train the quickstart's models with every gradient and solver, from one start; a table, a figure.
 
     python scripts/compare_gradients.py                    # half an hour on two cores
-    python scripts/compare_gradients.py --tasks words --steps 400 --only phantom ift,
+    python scripts/compare_gradients.py --tasks words --steps 400 --rate 0.003 --only phantom ift,
 
 Words (the quickstart's language model) and digits (its classifier) are trained stacked once. From
 there each variant trains at equilibrium, with and without the Jacobian loss, at the same constant
@@ -9,7 +9,8 @@ learning rate and on the same batches: for the same number of steps, and, where 
 than the same time, on to that. Every run has one thread; two run at a time.
 
 On the way a few samples are probed: the variant's gradient against the exact one (fixed point and
-adjoint solved to 1e-6), the residuals of its solves, and the spectral radius at the fixed point.
+adjoint solved to 1e-6), the residuals of its solves (the table has the largest), and the spectral
+radius at the fixed point.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from benchmarks.arguments import Parser
 from benchmarks.comparison import FIGURE, TASKS, Plan, Variant, make_start, run_variant
 from benchmarks.measure import describe_machine, table
 from lib.errors import InputError
-from lib.training import exit_code
+from lib.training import PASSES, exit_code
 
 # The published way with three budgets, then other solvers and gradients at the smaller ones.
 # shine needs Broyden; reversible and unroll iterate by themselves.
@@ -81,10 +82,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, help="at equilibrium, instead of the task's own")
     add("--stacked", type=int, help="steps of the common start, likewise")
     add("--seconds", type=float, help="of the same-time columns, likewise")
+    add("--rate", type=float, help="learning rate at equilibrium, likewise")
     add("--out", type=Path, default=Path("comparison"), help="folder of table, figure and figures")
     add("--tiny", action="store_true", help="tiny models, for a test of this command")
     options = parser.parse_args(argv)
-    for name in ("steps", "stacked", "seconds"):
+    for name in ("steps", "stacked", "seconds", "rate"):
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise InputError(f"--{name} is {value}, but must be above 0")
@@ -147,6 +149,7 @@ def _plan(task: str, options: argparse.Namespace) -> Plan:
         steps=options.steps or plan.steps,
         stacked=options.stacked or plan.stacked,
         seconds=options.seconds or plan.seconds,
+        rates=(plan.rates[0], options.rate or plan.rates[1]),
     )
 
 
@@ -164,12 +167,13 @@ def report(found: dict) -> str:
         parts.append(
             f"**{task}**: {plan['stacked']} stacked steps (validation {what} "
             f"{_shown(task, start)}), then {plan['steps']} steps, or {plan['seconds']:.0f} s of "
-            f"training on one thread, at equilibrium"
+            f"training on one thread, at equilibrium, at a learning rate of {plan['rates'][1]:g}"
         )
         head = (
             "gradient, forward solver / backward solver", "Jacobian loss",
             f"loss, {what} after the steps", "after the time", "ms per step",
-            "evaluations forward", "backward", "MiB", "cosine", "spectral radius",
+            "evaluations forward", "backward", "MiB", "residual forward", "backward",
+            "cosine", "spectral radius",
         )  # fmt: skip
         rows = [_row(task, outcome) for outcome in found[task]["outcomes"]]
         parts.append(table(head, rows))
@@ -189,9 +193,15 @@ def _row(task: str, outcome: dict) -> list[str]:
         f"{outcome['forward_nfe']:.1f}",
         f"{outcome['backward_nfe']:.1f}",
         f"{outcome['peak_mib']:.0f}",
+        *(_worst(probes, f"{which}_residual") for which in PASSES),
         f"{min(cosines):.3f} to {max(cosines):.3f}",
         f"{probes[0]['spectral_radius']:.2f} to {last['spectral_radius']:.2f}",
     ]
+
+
+def _worst(probes: list[dict], name: str) -> str:
+    found = [p[name] for p in probes if p[name] is not None]
+    return f"{max(found):.1g}" if found else ""
 
 
 def _figures(task: str, figures: dict) -> str:
