@@ -147,7 +147,9 @@ def test_events_that_do_not_fit(server, tmp_path):
 def test_an_error_of_a_loading_process_ends_the_run(server, tmp_path):
     """Here, that there is no more shared memory: nobody waits for ever for the process to end."""
     trainer = TRAINERS["classification"]
-    command = [*trainer.start(tmp_path, TO), "SAVE_FREQ", "0"]
+    # A batch of larger images does not fit where all that is written before it does.
+    larger = ["MODEL.IMAGE_SIZE", "[48,48]", "SAVE_FREQ", "0"]
+    command = [*trainer.start(tmp_path, TO), *larger]
     code, errors = run(command, server=server, patience=60, max_file_size=15_000)
     assert code != 0
     assert "to the right size" in errors
