@@ -4,11 +4,8 @@ import pytest
 
 from corrupted_runs import judged
 from corruptions import ALLOWED, KINDS
-from harness import TRAINERS
-from parameters import slow_but
 
 
-@pytest.mark.parametrize("trainer", slow_but(["language"], TRAINERS), indirect=True)
 @pytest.mark.parametrize(
     "count", [1, pytest.param(len(KINDS), marks=pytest.mark.slow)], ids=["one", "each kind"]
 )

@@ -12,7 +12,6 @@ import torch
 
 from lib.errors import InputError
 from lib.solvers import newton_krylov
-from parameters import slow_but
 from problems import SHAPES, Recorder, cosine, tanh_layer
 
 by_jvp = pytest.mark.parametrize("jvp", ["reverse", "forward"])
@@ -251,7 +250,7 @@ class Token:
     """What a node holds."""
 
 
-@pytest.mark.parametrize("stop", slow_but(["batch"], ["batch", "sample"]))
+@by_stop
 def test_one_graph_at_a_time(stop):
     """Of the iterate before, nothing is left when f is evaluated; nor at the end."""
     f, _, _ = batched_tanh()

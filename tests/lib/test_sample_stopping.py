@@ -11,7 +11,6 @@ import lib.anderson
 import lib.broyden
 from lib.maps import Affine
 from lib.solvers import anderson, bicgstab, broyden, fixed_point_iteration, gmres, newton_krylov
-from parameters import slow_but
 from problems import SHAPES
 
 SHRINKING = {  # they go on with the samples that are left
@@ -135,7 +134,7 @@ MATES = {
 
 
 @by_solver
-@pytest.mark.parametrize("stop_mode", slow_but(["rel"], ["abs", "rel"]))
+@by_mode
 @pytest.mark.parametrize("mates", MATES)
 @pytest.mark.parametrize("select", [True, False])
 def test_a_sample_does_not_depend_on_its_mates(solver, stop_mode, mates, select):

@@ -13,7 +13,6 @@ from groups import run_group, work
 from lib.checkpoint import load, save_atomic
 from lib.distributed import Processes
 from lib.stopping import Stopped
-from parameters import slow_but
 
 BEFORE, AFTER = 10, 8  # steps of the first part, which ends just beyond the border, and the second
 # Losses, the position in the data, the memory and the optimiser's moments all matter.
@@ -96,7 +95,7 @@ def assert_continues(whole, first, second):
         assert a.get(key) == b.get(key)
 
 
-@pytest.mark.parametrize("name", slow_but(["words"], CASES))
+@pytest.mark.parametrize("name", CASES)
 def test_two_processes_then_one(whole, part, tmp_path, name):
     first = part(2, name, tmp_path / "c.pt", 1, "first")
     second = part(1, name, tmp_path / "c.pt", 1, "second")

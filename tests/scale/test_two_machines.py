@@ -50,7 +50,6 @@ def test_a_power_cut_is_noticed(two, tmp_path):
     lose(Trial(two, tmp_path), "run", 2, lost=1)
 
 
-@pytest.mark.slow
 def test_a_machine_that_falls_silent_is_noticed(one, tmp_path):
     """Its connections stay open, but nothing comes any more."""
     machine = one.machines[1]

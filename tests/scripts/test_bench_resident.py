@@ -79,8 +79,9 @@ def test_every_step_is_watched(monkeypatch):
     assert mark.objects > 1000
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("trainers", ["digits", "words,scenes"])
+@pytest.mark.parametrize(
+    "trainers", ["digits", pytest.param("words,scenes", marks=pytest.mark.slow)]
+)
 def test_command(trainers, tmp_path, request):
     out = tmp_path / "out.json"
     if "words" in trainers:

@@ -162,7 +162,6 @@ def test_settings_are_the_published_ones():
     assert chosen_settings("language,wt103_deq_transformer") == chosen_settings("language")
 
 
-@pytest.mark.slow
 def test_command(tmp_path):
     out = tmp_path / "out.json"
     settings, forms = "wt103_deq_transformer_reg,cifar/cls_mdeq_TINY", "plain,fast-bf16"

@@ -175,21 +175,17 @@ def reference(run, exact):
     return exact["run"]
 
 
-def tight(flag, solvers):
-    """With every solver, to a residual of 1e-6; slow with options."""
-    rows = [("ift", flag, f"{s}{',' if ':' in s else ':'}eps=1e-6") for s in solvers]
-    return slow_but([row for row in rows if row[-1].count("=") == 1], rows)
-
-
-EXACT = [*tight("--f_solver", FORWARD), *tight("--b_solver", BACKWARD)]
+def tight(text):
+    return text + (",eps=1e-6" if ":" in text else ":eps=1e-6")
 
 
 @pytest.mark.parametrize(
     ("grad", "flag", "value"),
     [
-        *EXACT,
+        *(("ift", "--f_solver", tight(solver)) for solver in FORWARD),
+        *(("ift", "--b_solver", tight(solver)) for solver in BACKWARD),
         ("unroll", "--f_thres", 60),
-        *slow_but([], [("unroll:damping=0.8", "--f_thres", 60)]),
+        pytest.param("unroll:damping=0.8", "--f_thres", 60, marks=pytest.mark.slow),
         ("reversible:damping=0.6", "--f_thres", 40),
         ("shine:refine=60", "--f_thres", 60),
         ("phantom:steps=30,damping=1", "--f_thres", 60),
@@ -232,7 +228,7 @@ def test_same_by_another_name(run, grad, same):
 # ---- learning, going on, evaluation ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("grad", slow_but(["ift", "phantom", "reversible", "shine"], GRADIENTS))
+@pytest.mark.parametrize("grad", GRADIENTS)
 def test_it_learns(run, grad):
     """At equilibrium, from the first step on."""
     found = run(grad, "--pretrain_steps", 0, "--max_step", 80, "--log-interval", 20).losses

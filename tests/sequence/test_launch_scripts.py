@@ -10,7 +10,6 @@ import pytest
 
 from deq_sequence.options import build_parser, parse
 from lib.experiment import read_metrics
-from parameters import slow_but
 
 ROOM = Path(__file__).parents[2] / "DEQ-Sequence"
 RUNS = json.loads((Path(__file__).parents[1] / "data" / "lm_runs.json").read_text())
@@ -142,7 +141,7 @@ def results(output, mark):
     return {line[1]: line[2:] for line in lines}
 
 
-@pytest.mark.parametrize("script", slow_but(["wt103_deq_transformer_reg.sh"], RUNS))
+@pytest.mark.parametrize("script", RUNS)
 def test_train_and_eval(script, corpus_folder, tmp_path):
     places = ["--data", corpus_folder, "--work_dir", tmp_path / "runs"]
     trained = launch(script, "train", *places, *SMALL.split(), cwd=tmp_path)

@@ -16,7 +16,6 @@ import torch
 from deq_sequence.command import main
 from lib.checkpoint import load
 from lib.experiment import CHECKPOINT, LOG, METRICS, SETTINGS, WEIGHTS, read_metrics
-from parameters import slow_but
 
 TRAIN = Path(__file__).parents[2] / "DEQ-Sequence" / "train_transformer.py"
 
@@ -84,7 +83,6 @@ def killed_run(flags, run_folder, steps, border, kills, *more):
     assert_same_run(run_folder, run_folder.parent / "whole")
 
 
-@pytest.mark.slow
 def test_killed_on_both_sides_of_the_border(flags, run_folder):
     rng = random.Random(0)
     kills = (rng.randrange(10, 70), rng.randrange(130, 170))
@@ -117,7 +115,7 @@ OTHERS = [
     ("more", "stop"),
     [
         *(("", stop) for stop in (8, 10, 11, 12, 15)),  # the border is 10; 7 and 14 are saved
-        *slow_but(product(OTHERS, [17]), product(OTHERS, (9, 17))),
+        *product(OTHERS, (9, 17)),
     ],
 )
 def test_stopped_and_restarted(flags, run_folder, stop_at, more, stop):

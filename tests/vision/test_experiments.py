@@ -14,7 +14,6 @@ from lib.checkpoint import load
 from lib.experiment import CHECKPOINT, WEIGHTS, read_metrics
 from mdeq_vision.command import CONFIG
 from mdeq_vision.config import config, merge_file
-from parameters import slow_but
 from small_runs import EXPERIMENTS, ROOM, run_tool
 
 SMALL = {
@@ -33,12 +32,6 @@ COMMON = """
     TRAIN.PRETRAIN_STEPS 1 TRAIN.END_EPOCH 1 PRINT_FREQ 1 WORKERS 0
     DEQ.F_THRES 3 DEQ.B_THRES 3 MODEL.NUM_LAYERS 2
 """
-# One of each data set, those that the README names; the others are slow.
-QUICK = [
-    "cifar/cls_mdeq_LARGE_reg.yaml",
-    "imagenet/cls_mdeq_SMALL_reg.yaml",
-    "cityscapes/seg_mdeq_SMALL.yaml",
-]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +47,7 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize(
     "narrow", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["narrow", "full width"]
 )
-@pytest.mark.parametrize("name", slow_but(QUICK, EXPERIMENTS))
+@pytest.mark.parametrize("name", EXPERIMENTS)
 @pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")  # three iterations do not converge
 def test_three_steps_and_a_validation(name, narrow, data, tmp_path):
     kind = Path(name).parent.name
