@@ -101,6 +101,17 @@ class Machine:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
+    @property
+    def frozen(self) -> bool:
+        """Whether processes run on it, and all are stopped."""
+        stats = [Path(f"/proc/{pid}/stat").read_text() for pid in self.processes()]
+        return bool(stats) and all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
+
+    def freeze(self) -> None:
+        """Stop all processes, to be continued or killed later."""
+        self.signal(signal.SIGSTOP)
+        wait_until(lambda: self.frozen, 60, "SIGSTOP")  # where it is busy, it takes them a while
+
     def power_off(self) -> None:
         """End all processes at once."""
 

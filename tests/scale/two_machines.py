@@ -172,9 +172,9 @@ def fall_silent(trial: Trial, name: str, step: int, silence, minutes: float) -> 
     and until the first machine's launch file ended."""
     launches = trial.start(name, DEQ_TIMEOUT=str(minutes))
     trial.reach(name, step, launches)
-    silence()
     began, seconds = time.monotonic(), []
-    awake = [i for i, machine in enumerate(trial.pair.machines) if not _frozen(machine)]
+    silence()
+    awake = [i for i, machine in enumerate(trial.pair.machines) if not machine.frozen]
     for i in awake:
         wait_until(lambda i=i: trial.program + ":" in launches[i].err, PATIENCE, "a line")
         seconds.append(time.monotonic() - began)
@@ -183,11 +183,6 @@ def fall_silent(trial: Trial, name: str, step: int, silence, minutes: float) -> 
         assert launches[i].ended(PATIENCE) == 1
         seconds.append(time.monotonic() - began)
     return seconds
-
-
-def _frozen(machine) -> bool:
-    states = [Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in machine.processes()]
-    return "T" in states
 
 
 def stop(trial: Trial, name: str, step: int, send) -> int:

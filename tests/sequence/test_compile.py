@@ -10,6 +10,9 @@ from lib import compiling
 from lib.experiment import read_metrics
 from small_model import build, words
 
+# Untrained layers, and few iterations.
+pytestmark = pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
+
 
 @pytest.fixture(autouse=True)
 def _compilers_are_tried_again():

@@ -61,7 +61,7 @@ class Site:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
         )
 
     def requests(self) -> list[str]:

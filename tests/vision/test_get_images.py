@@ -91,7 +91,7 @@ class Site:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
         )
 
     def requests(self) -> int:

@@ -339,7 +339,7 @@ after = (torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_nu
 assert before == after
 assert mdeq_vision.config.config.MODEL.EXTRA == {}
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=180)
 
 
 # --- Bad input --------------------------------------------------------------------------------

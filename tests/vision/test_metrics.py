@@ -182,7 +182,7 @@ def test_reduce_over_two_processes(tmp_path):
         for rank in range(2)
     ]
     try:
-        assert [process.wait(timeout=60) for process in processes] == [0, 0]
+        assert [process.wait(timeout=180) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()

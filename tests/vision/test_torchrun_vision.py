@@ -29,7 +29,7 @@ SHORT_SCENES = [*TINY, *"TRAIN.IMAGE_SIZE [32,32] PERCENT 0.0122".split(), *SHOR
 SURE = "MODEL.DROPOUT 0 LOSS.JAC_LOSS_FREQ 0 TRAIN.OPTIMIZER sgd TRAIN.LR 0.01".split()
 
 
-def torchrun(tool, *argv, timeout=180):
+def torchrun(tool, *argv):
     """A tool, or a script, in two processes."""
     script = ROOM / "tools" / f"{tool}.py" if isinstance(tool, str) else tool
     with socket.socket() as s:
@@ -42,7 +42,7 @@ def torchrun(tool, *argv, timeout=180):
         command,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=180,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
@@ -215,6 +215,6 @@ def test_cls_valid_under_torchrun(tmp_path, capsys, count):
     capsys.readouterr()
     assert run_tool("cls_valid", *argv) == 0
     (one,) = re.findall(r"top1 [\d.]+% top5 [\d.]+%", capsys.readouterr().out)
-    done = torchrun("cls_valid", *argv, timeout=60)
+    done = torchrun("cls_valid", *argv)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(one) == 1
