@@ -15,6 +15,7 @@ radius at the fixed point.
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -88,8 +89,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     for name in ("steps", "stacked", "seconds", "rate"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise InputError(f"--{name} is {value}, but must be above 0")
+        if value is not None and not 0 < value < math.inf:  # nor NaN
+            raise InputError(f"--{name} is {value}, but must be above 0 and finite")
     options.variants = [
         (variant, regularised)
         for regularised, variants in ((False, VARIANTS), (True, REGULARISED))

@@ -116,6 +116,7 @@ def test_a_probe_of_the_exact_gradient_is_exact(tmp_path):
     [
         (["--only", "adjoint"], "no variant begins so"),
         (["--steps", "0"], "--steps is 0"),
+        (["--rate", "nan"], "--rate is nan"),
         (["--tasks", "scenes"], "scenes"),
     ],
 )
