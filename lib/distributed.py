@@ -63,7 +63,8 @@ class Processes:
         local_rank = int(os.environ["LOCAL_RANK"])
         backend = "gloo"
         if torch.cuda.is_available():
-            torch.cuda.set_device(local_rank % torch.cuda.device_count())
+            if local_rank < torch.cuda.device_count():  # else there is none to compute on: see gpu
+                torch.cuda.set_device(local_rank)
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=_timeout())
         return cls(dist.get_rank(), dist.get_world_size(), local_rank)
@@ -72,6 +73,22 @@ class Processes:
     def leads(self) -> bool:
         """Whether this process writes the files and the log."""
         return self.rank == 0
+
+    def gpu(self) -> torch.device:
+        """The GPU that this process computes on, which no other one does.
+
+        Raises:
+            InputError: this machine has fewer GPUs than processes.
+        """
+        there = torch.cuda.device_count()
+        # torchrun says how many; another launcher may not.
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1))
+        if self.world_size > 1 and here > there:
+            raise InputError(
+                f"{here} processes were started on this machine, but it has {there} GPU(s), and "
+                f"each process needs one: start at most {there} (torchrun --nproc_per_node)"
+            )
+        return torch.device("cuda", torch.cuda.current_device())
 
     def part(self, n: int) -> slice:
         """This process's share of ``n`` things in a row: even, the first ones get what is over."""

@@ -3,6 +3,7 @@
 from datetime import timedelta
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from lib.distributed import (
@@ -13,6 +14,7 @@ from lib.distributed import (
     lost_contact,
 )
 from lib.errors import InputError
+from pretended_machine import pretended_machine
 
 _GLOO = "[/a/b/third_party/gloo/gloo/transport/tcp/"
 
@@ -63,3 +65,37 @@ def test_alone():
         assert processes == Processes()
         assert processes.lead_keeps(lambda: 3) == 3
         end_at_once(1)
+
+
+# ---- a GPU for each ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gpus", "local", "world", "local_rank"), [(2, "2", 2, 1), (2, "2", 8, 0), (3, None, 2, 1)]
+)
+def test_a_gpu_for_each_process(monkeypatch, gpus, local, world, local_rank):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    with pretended_machine(gpus):
+        torch.cuda.set_device(local_rank)
+        found = Processes(local_rank, world, local_rank).gpu()
+        assert found == torch.device("cuda", local_rank)
+
+
+@pytest.mark.parametrize(("local", "local_rank"), [("4", 0), ("4", 3), (None, 3)])
+def test_more_processes_than_gpus(monkeypatch, local, local_rank):
+    """Also those that would have one refuse: the run could not begin."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    words = "4 processes were started on this machine, but it has 2 GPU.*at most 2"
+    with pretended_machine(2), pytest.raises(InputError, match=words):
+        Processes(local_rank, 4, local_rank).gpu()
+
+
+def test_one_process_takes_the_current_gpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pretended_machine(2):
+        torch.cuda.set_device(1)
+        assert Processes().gpu() == torch.device("cuda:1")
