@@ -54,6 +54,8 @@ def _cuda(gpus: int) -> dict:
         "get_device_properties": lambda device: SimpleNamespace(
             total_memory=2**34, multi_processor_count=100, major=9
         ),
+        "is_current_stream_capturing": lambda: False,
+        "max_memory_allocated": lambda *_: 0,
         "is_bf16_supported": lambda *_: True,
         "get_rng_state": lambda device="cuda": generators[number(device)].get_state(),
         "set_rng_state": lambda state, device="cuda": generators[number(device)].set_state(state),
@@ -63,11 +65,16 @@ def _cuda(gpus: int) -> dict:
 def _accelerator(mode: PretendedGpu) -> dict:
     return {
         "is_available": lambda: True,
-        "current_accelerator": lambda *_: torch.device("cuda"),
-        "current_stream": lambda device=None: contextlib.nullcontext(),
+        "current_accelerator": lambda **_: torch.device("cuda"),
+        "current_stream": lambda device=None: _Stream(),
         # parallel_apply enters it in every thread, where no mode is active yet.
         "device_index": lambda device: mode.again(),
     }
+
+
+class _Stream(contextlib.nullcontext):
+    def is_capturing(self) -> bool:
+        return False
 
 
 def _autocast() -> dict:
