@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib.inner_products import products
+from lib.norms import scaled_norms
 from lib.sample_run import start
 from lib.solver_run import Run, check, check_count, check_damping, solver_method
 
@@ -78,7 +79,7 @@ def broyden(
             break
         if run.kept is not None:
             inverse.select(run.kept)
-        direction = inverse.newton_direction(length)
+        direction = inverse.newton_direction(length, run.wide)
         if ls:
             found = _line_search(run, x, direction, value)
             if found is None:  # no step is taken, so that there is none to learn from
@@ -94,7 +95,8 @@ def broyden(
     solution = run.result() | {"name": name}
     if keep_inverse:
         if length is not None:
-            inverse.newton_direction(length)  # the update that belongs to the last evaluation
+            # The update that belongs to the last evaluation.
+            inverse.newton_direction(length, run.wide)
         updates = sum(evaluation <= solution["nstep"] for evaluation in taken) - 1
         solution |= {"inverse": inverse, "updates": updates}
     return solution
@@ -127,18 +129,21 @@ class BroydenInverse:
         self.blocks: list[Tensor] = []  # (rows, B, D), filled in order
         self.count = self._free = 0  # directions stored; rows left in the last block
         self.short: list[float] = []  # 1 - t_j
+        self._wide = False  # once any inner products have to be
         self.triangle = torch.zeros(batch, 16, 16, dtype=torch.float64, device=like.device)
 
-    def newton_direction(self, length: float | None) -> Tensor:
+    def newton_direction(self, length: float | None, wide: bool = False) -> Tensor:
         """-H g, (B, D), overwritten by the next call.
 
         Args:
             length: t of the step along the last direction, which ended where g is; None at first.
+            wide: see :func:`~lib.inner_products.products`.
         """
+        self._wide |= wide
         if length is None:
             return self.direction.copy_(self.residual)  # H = -I
         self._store(length)
-        coefficients = self._coefficients()  # (B, k); the last, sigma, is of the unknown w_k
+        coefficients = self._coefficients(wide)  # (B, k); the last, sigma, is of the unknown w_k
         denominator = 1 + coefficients[:, -1:]
         # A vanishing denominator has no update: take the plain step g.
         usable = denominator.abs() > torch.finfo(torch.float64).eps
@@ -163,7 +168,9 @@ class BroydenInverse:
             d, w = directions[j], directions[j + 1]
             if self.short[j]:
                 w = w - self.short[j] * directions[j]
-            norm, overlap = products(d[None], d[None])[:, 0], products(w[None], out[None])[:, 0]
+            norm, overlap = (
+                products(a[None], b[None], self._wide)[:, 0] for a, b in ((d, d), (w, out))
+            )
             share = overlap / torch.where(norm > 0, norm, 1.0)
             out += share.to(out.dtype) * d
         return out.neg_()
@@ -187,12 +194,12 @@ class BroydenInverse:
         self.count += 1
         self.short.append(1 - length)
 
-    def _coefficients(self) -> Tensor:
+    def _coefficients(self, wide: bool) -> Tensor:
         """c of the class's docstring, (B, k) in float64, after extending the triangle."""
         k = self.count - 1
         if k == self.triangle.shape[1]:
             self.triangle = F.pad(self.triangle, (0, k, 0, k))
-        parts = [products(self._newest, rows) for rows in self._filled()]
+        parts = [products(self._newest, rows, wide) for rows in self._filled()]
         overlaps = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]  # (B, 2, k + 1)
         own, right = overlaps[:, 0], overlaps[:, 1].neg()
         row = self.triangle[:, k, : k + 1]
@@ -241,12 +248,13 @@ class LimitedInverse:
         batch, size = like.shape
         self.memory, self.count = memory, 0  # updates at most; in all so far
         self.residual, self._before = torch.empty_like(like), torch.empty_like(like)
-        self.direction = torch.empty_like(like)
+        self.direction, self._wide = torch.empty_like(like), False
         self._s, self._w = like.new_empty(2, memory, batch, size)
         self._m = torch.zeros(batch, memory, memory, dtype=torch.float64, device=like.device)
 
-    def newton_direction(self, length: float | None) -> Tensor:
+    def newton_direction(self, length: float | None, wide: bool = False) -> Tensor:
         """-H g, (B, D), overwritten by the next call."""
+        self._wide |= wide
         if length is not None:
             self._store(length)
         self._before.copy_(self.residual)
@@ -271,7 +279,7 @@ class LimitedInverse:
         slot = self.count % self.memory
         self.count += 1
         n = min(self.count, self.memory)
-        size = torch.linalg.vector_norm(self.direction, dim=1, keepdim=True)  # (B, 1)
+        size = scaled_norms(self.direction).to(self.direction)[:, None]  # (B, 1)
         moved = size > 0
         size = torch.where(moved, size, 1.0)
         change = (self.residual - self._before) / (length * size)
@@ -282,13 +290,12 @@ class LimitedInverse:
         own = self._m[:, slot, slot]
         own.copy_(torch.where(moved[:, 0], own, 1.0))  # a sample at rest has nothing to learn
 
-    @staticmethod
-    def _times(vector: Tensor, left: Tensor, m: Tensor, right: Tensor, slots) -> Tensor:
+    def _times(self, vector: Tensor, left: Tensor, m: Tensor, right: Tensor, slots) -> Tensor:
         """-v + L M^-1 R'v, with those rows of L and R; -v where M is singular."""
         left, m, right = left[slots], m[:, slots][:, :, slots], right[slots]
         if len(left) == 0:
             return -vector
-        overlaps = products(vector[None], right).mT  # (B, n, 1)
+        overlaps = products(vector[None], right, self._wide).mT  # (B, n, 1)
         weights, failed = torch.linalg.solve_ex(m, overlaps)
         weights = torch.where(failed.view(-1, 1, 1) == 0, weights, 0.0).mT.to(vector.dtype)
         return torch.baddbmm(vector[:, None], weights, left.transpose(0, 1), beta=-1)[:, 0]

@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.solver_run import TINY, Control, Run
+from lib.norms import mended, relative, total
+from lib.solver_run import Control, Run, check_finite, out_of_range
 
 
 class SampleRun(Run):
@@ -57,7 +58,6 @@ class SampleRun(Run):
         self._own_step, self._sample_nfe = np.zeros((2, batch), dtype=np.int64)
         self._diverged, self._stalled = np.zeros((2, batch), dtype=bool)
         self._f_rows = f
-        self._borrowed = True  # own_best is a tensor of the method's, not to be written to
 
     def evaluate(
         self, x: Tensor, out: Tensor | None = None, forgive: bool = False
@@ -71,7 +71,12 @@ class SampleRun(Run):
             x = self._at_rest(x)
         x, fx, gx = self._value(x, self._f_rows, out)
         norms = torch.stack([torch.linalg.vector_norm(v, dim=1) for v in (gx, fx)])
-        self._judge_rows(x, norms.cpu().numpy().astype(np.float64))
+        norms, counts = norms.cpu().numpy().astype(np.float64), ~self.done[self.rows]
+        norms = np.stack([mended(n, v, counts) for n, v in zip(norms, (gx, fx), strict=True)])
+        if self.nfe == 1 and not np.isfinite(norms).all():
+            check_finite(self.x0)
+        self.wide = out_of_range(norms[0][counts], self._least)
+        self._judge_rows(x, norms)
         done, self.kept = self.done[self.rows], None
         if not done.any():
             return x, fx, gx
@@ -108,8 +113,8 @@ class SampleRun(Run):
         rows, norms = self.rows[went_on], norms[:, went_on]
         finite = np.isfinite(norms).all(0)
         g, f = norms = np.where(finite, norms, 0.0)
-        relative = g / (f + TINY)
-        residual = np.where(finite, g if self.stop_mode == "abs" else relative, np.inf)
+        own_relative = relative(g, f)
+        residual = np.where(finite, g if self.stop_mode == "abs" else own_relative, np.inf)
         if self.nfe == 1:
             self.limit = self._divergence_limit(g, f)
         self._sample_nfe[rows] += 1
@@ -123,7 +128,7 @@ class SampleRun(Run):
         reached = (residual < self.eps) | (residual == 0)
         diverged = finite & ~reached & (g > self.limit[rows])
         self._diverged[rows[diverged]] = True
-        ends = ~finite | reached | diverged | (relative < self.control.floor)
+        ends = ~finite | reached | diverged | (own_relative < self.control.floor)
         self.done[rows[ends]] = True
         self._norms_now[:, rows] = norms
         self._norms_now[:, self.done] = self._own_norms[:, self.done]
@@ -145,8 +150,8 @@ class SampleRun(Run):
         found = np.isfinite(norms).all(0)  # where f never was finite there is none
         if not found.any():
             return math.inf, math.inf
-        g, f = (math.sqrt(own.dot(own)) for own in norms[:, found])
-        return g, g / (f + TINY)
+        g, f = (total(own) for own in norms[:, found])
+        return g, relative(g, f)
 
     def lose(self, fails: np.ndarray) -> None:
         self.lost, self.done = self.lost | fails, self.done | fails
