@@ -26,7 +26,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib.adjoint import Adjoint, replace_gradient
+from lib.adjoint import Adjoint, Tangents, warn
+from lib.attachment import attach
 from lib.broyden import broyden
 from lib.errors import InputError
 from lib.iterations import Iteration, Reversible, Unroll
@@ -60,6 +61,7 @@ class Gradient:
     solves = False  # uses the backward solver
     of_state = False  # needs f(z*) as a function of z*
     keeps_inverse = False  # of the forward solver
+    is_graph = False  # attach is ordinary operations on f, for which forward mode is right too
 
     def refuse(self, f_solver: Callable[..., dict]) -> None:
         """Raise an InputError for a forward solver that it cannot follow."""
@@ -68,8 +70,20 @@ class Gradient:
         """Any threshold of a forward solver will do."""
 
     def attach(self, solved: Solved) -> Tensor:
-        """The state to go on with: a value at the fixed point, and this gradient."""
+        """The state to go on with: a value at the fixed point in a tensor of its own, and this
+        gradient (if autograd is recording)."""
         raise NotImplementedError
+
+    def tangent(self, tangents: Tangents) -> Tensor:
+        """The state's forward-mode tangent, to which the gradient is the transpose.
+
+        Raises:
+            InputError: this gradient has none.
+        """
+        raise InputError(
+            f"grad {type(self).__name__} has no forward mode: take grad ift, jfb or phantom, or "
+            "reverse mode (backward)"
+        )
 
     def attach_state(self, f: Map, z: Tensor) -> Tensor:
         """The same for a state on the way (detached): one step, as correction losses use it."""
@@ -83,15 +97,20 @@ class Implicit(Gradient):
     solves = of_state = True
 
     def attach(self, solved: Solved) -> Tensor:
-        return replace_gradient(solved.fz, solved.adjoint.solve)
+        return attach(solved.fz, solved.adjoint.solve)
+
+    def tangent(self, tangents: Tangents) -> Tensor:
+        return tangents.solve(tangents.shift)
 
 
 @dataclass(frozen=True)
 class JacobianFree(Gradient):
     """y = g, the gradient of one step at z* (Fung et al. 2021)."""
 
+    is_graph = True
+
     def attach(self, solved: Solved) -> Tensor:
-        return solved.fz
+        return solved.fz.clone()  # f may hand out what it keeps, or what autograd saved
 
 
 @dataclass(frozen=True)
@@ -121,10 +140,18 @@ class Phantom(Gradient):
     def of_state(self) -> bool:
         return self.form == "neumann"
 
+    @property
+    def is_graph(self) -> bool:
+        return self.form == "unrolled"
+
+    def tangent(self, tangents: Tangents) -> Tensor:
+        return self._series(tangents.shift, tangents.product)
+
     def attach(self, solved: Solved) -> Tensor:
         if self.form == "neumann":
-            return replace_gradient(solved.fz, lambda grad: self._series(grad, solved.adjoint))
-        return self._steps(solved.f, solved.point.detach(), solved.fz)
+            return attach(solved.fz, lambda g: self._series(g, solved.adjoint.product))
+        out = self._steps(solved.f, solved.point.detach(), solved.fz)
+        return out.clone() if self.damping == 1 else out
 
     def attach_state(self, f: Map, z: Tensor) -> Tensor:
         return f(z) if self.form == "neumann" else self._steps(f, z, f(z))
@@ -135,10 +162,10 @@ class Phantom(Gradient):
             h = self._damped(h, f(h))
         return h
 
-    def _series(self, grad: Tensor, adjoint: Adjoint) -> Tensor:
-        total = term = grad
+    def _series(self, first: Tensor, product: Map) -> Tensor:
+        total = term = first
         for _ in range(self.steps - 1):
-            term = self._damped(term, adjoint.product(term))
+            term = self._damped(term, product(term))
             total = total + term
         return self.damping * total
 
@@ -186,19 +213,27 @@ class Shine(Gradient):
             )
 
     def attach(self, solved: Solved) -> Tensor:
-        inverse, updates = solved.solution.pop("inverse"), solved.solution["updates"]
+        inverse = solved.solution.pop("inverse", None)
+        if inverse is None:  # autograd is not recording
+            return solved.fz.clone()
+        updates = solved.solution["updates"]
+        if updates == 0:
+            warn(
+                "the forward solve took no step, so shine has no directions and its gradient is "
+                "that of jfb: start further away, or take grad ift"
+            )
 
         def adjoint(grad: Tensor) -> Tensor:
             like = inverse.residual
             flat = grad.reshape(len(grad), -1).to(like)
             y = -inverse.transposed(flat, updates)
-            norms = [torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (y, flat)]
+            norms = [v.double().norm(dim=1, keepdim=True) for v in (y, flat)]
             # Not `norms[0] > limit`: what is not finite falls back as well.
             y = torch.where(norms[0] <= self.limit * norms[1], y, flat)
             y = y.view(grad.shape).to(grad)
             return solved.adjoint.solve(grad, y, self.refine) if self.refine else y
 
-        return replace_gradient(solved.fz, adjoint)
+        return attach(solved.fz, adjoint)
 
 
 GRADIENTS: dict[str, type] = {

@@ -11,7 +11,7 @@ from deq_sequence.initialization import initialize
 from deq_sequence.layer import TransformerLayer
 from deq_sequence.softmax import ProjectedAdaptiveLogSoftmax
 from lib.checkpoint import load_weights
-from lib.deq import DEQ, SRADIUS_ITERS, SolverAttributes, stacked
+from lib.deq import DEQ, SAME, SRADIUS_ITERS, SolverAttributes, stacked
 from lib.errors import InputError
 from lib.gradients import Gradient
 from lib.iterations import Iteration
@@ -105,7 +105,9 @@ class DEQTransformerLM(SolverAttributes, nn.Module):
             raise InputError(f"local_size is {local_size}, but must be 0 (all positions) or more")
         if stop_mode not in ("abs", "rel"):
             raise InputError(f"stop_mode is {stop_mode!r}, but must be 'abs' or 'rel'")
-        self.deq = DEQ(f_solver, b_solver, stop_mode=stop_mode, b_stop_mode="rel", grad=grad)
+        self.deq = DEQ(
+            f_solver, b_solver or SAME, stop_mode=stop_mode, b_stop_mode="rel", grad=grad
+        )
 
         self.word_emb = AdaptiveEmbedding(n_token, d_embed, d_model, cutoffs, div_val)
         self.inject_conv = nn.Conv1d(d_model, 3 * d_model, 1)
