@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lib.attachment import tangent_of
 from lib.maps import Affine, Map, plain
+from lib.norms import norms as norms_of
 from lib.precision import in_float32, solve_in_stages
 from lib.solver_stats import all_finite
 
@@ -50,7 +51,7 @@ class LinearSolve:
         solver: of :mod:`lib.solvers`, or of the user's own.
         threshold, stop_mode: for the solver.
         report: called with the solver's dict after each solve.
-        name: of the solution, in warnings.
+        name: of the solution, in warnings; and what is made ``of`` it.
     """
 
     def __init__(
@@ -60,9 +61,10 @@ class LinearSolve:
         stop_mode: str,
         report: Callable[[dict], None],
         name: str = "adjoint",
+        of: str = "gradient",
     ):
         self._solver, self._threshold, self._stop_mode = solver, threshold, stop_mode
-        self._report, self._name = report, name
+        self._report, self._name, self._of = report, name, of
 
     @torch.no_grad()
     def __call__(
@@ -122,7 +124,8 @@ class LinearSolve:
         if not all_finite(solution):
             lost = ~solution["finite"].cpu().numpy()
             warn(
-                f"the {self._name} of some samples is not finite: they pass their gradient unsolved"
+                f"the {self._name} of some samples is not finite: they pass on its right-hand side, "
+                "unsolved"
             )
         if "norms" in solution:
             residual = _relative(solution["norms"][0], norms)
@@ -150,17 +153,15 @@ class LinearSolve:
         evaluations += solution.get("products", 0)
         of = f" of {len(residuals)} of {batch} samples" if batch > 1 else ""
         warn(
-            f"the {self._name}'s residual{of} is up to {residuals.max():.2g} of the gradient's "
-            f"norm after {evaluations} evaluations, so the gradient is far off: raise b_thres, "
-            "take another b_solver (gmres), or regularise the Jacobian"
+            f"the {self._name}'s residual{of} is up to {residuals.max():.2g} of the norm of its "
+            f"right-hand side after {evaluations} evaluations, so the {self._of} is far off: raise "
+            "b_thres, take another b_solver (gmres), or regularise the Jacobian"
         )
 
 
 def sample_norms(vectors: Tensor) -> np.ndarray:
-    """Norms (B,) of vectors (B, ...), on the host in float64: their squares neither vanish nor
-    overflow."""
-    flat = vectors.detach().reshape(len(vectors), -1)
-    return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).cpu().numpy()
+    """Norms (B,) of vectors (B, ...), on the host in float64."""
+    return norms_of(vectors.reshape(len(vectors), -1))
 
 
 def _relative(residual: np.ndarray, norms: np.ndarray) -> np.ndarray:

@@ -213,6 +213,7 @@ class DEQ:
         iteration = isinstance(self._grad, Iteration)
         if iteration:
             z, states, solution = self._grad.run(f, z0, f_thres, indexing)
+            z, states = z.clone(), {i: state.clone() for i, state in states.items()}
         else:
             solution, states = self._solve(f, z0, f_thres, indexing)
         self._report("forward", solution, on_solve)
@@ -269,16 +270,18 @@ class DEQ:
         jac_loss = fz.new_zeros(())
         if jac_vecs:
             jac_loss = jac_loss_estimate(fz, point, vecs=jac_vecs)
-        solve = LinearSolve(
+        solve = partial(
+            LinearSolve,
             self.b_solver,
             b_thres,
             self.b_stop_mode,
             lambda found: self._report("backward", found, on_solve),
         )
-        z = self._grad.attach(Solved(f, fz, point, solution, Adjoint(fz, point, solve, again)))
+        z = self._grad.attach(Solved(f, fz, point, solution, Adjoint(fz, point, solve(), again)))
         shift = tangent_of(fz)
         if shift is not None and not self._grad.is_graph:
-            z = with_tangent(z, self._grad.tangent(Tangents(f, point, shift, solve)))
+            tangents = Tangents(f, point, shift, solve(name="tangent", of="tangent"))
+            z = with_tangent(z, self._grad.tangent(tangents))
         return z, jac_loss
 
     def _report(self, which: str, solution: dict, on_solve) -> None:

@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lib.adjoint import warn
+from lib.attachment import tangent_of
 from lib.double_double import Pair, combine, take_apart
 from lib.errors import InputError
 from lib.maps import Map
@@ -133,6 +134,11 @@ class Reversible(Iteration):
             at, moved = _roles(i)
             point = pair[at][0].to(z0.dtype)
             fz = history.evaluate(i, point)
+            if tangent_of(fz) is not None:
+                raise InputError(
+                    "grad reversible has no forward mode: take grad ift, jfb or phantom, or "
+                    "reverse mode (backward)"
+                )
             steps.add(point, fz)
             pair[moved] = _Damped.apply(*pair[moved], fz, self.damping)
             if i in indexing:

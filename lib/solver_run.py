@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib.attachment import outside_of_compiler, refuse_transforms
 from lib.errors import InputError
 from lib.maps import transformed
 from lib.norms import TINY as TINY
@@ -343,9 +344,11 @@ def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
     Inner products and combinations of states in half precision would not carry a solver.
     """
 
+    @outside_of_compiler
     @functools.wraps(method)
     @torch.no_grad()
     def solve(f: Callable, x0: Tensor, *args, **options) -> dict:
+        refuse_transforms()
         kind = x0.device.type if isinstance(x0, Tensor) else "cpu"
         if not (torch.is_autocast_enabled(kind) and callable(f)):
             return method(f, x0, *args, **options)
