@@ -185,7 +185,7 @@ def test_forward_mode_that_is_not_solved_warns():
     deq = DEQ("broyden", "fixed_point_iteration")
     with forward_ad.dual_level():
         a = forward_ad.make_dual(torch.tensor(0.9), torch.tensor(1.0))
-        with pytest.warns(RuntimeWarning, match="tangent's residual"):
+        with pytest.warns(RuntimeWarning, match="tangent is not solved"):
             deq(lambda z: a * z + 1, torch.zeros(1, 3), b_thres=2)
 
 
