@@ -138,11 +138,12 @@ class _AndersonWindow:
         """Weights a (B, 1, m), summing to one, that minimise a' (G + ridge) a.
 
         By Cholesky factors, whose accuracy does not depend on how different the lengths of the
-        residuals are. A sample without them (an absolute ridge that is too small) takes the plain
-        step from the newest point.
+        residuals are. A sample without them (an absolute ridge that is too small, or squares
+        that float64 does not hold) takes the plain step from the newest point.
         """
         system = self._gram * self._scale if self._shift is None else self._gram + self._shift
         factor, failed = torch.linalg.cholesky_ex(system)
         solution = torch.cholesky_solve(self._ones, factor).mT  # K a = 1 up to a factor
-        weights = solution / solution.sum(2, keepdim=True)
-        return torch.where(failed.view(-1, 1, 1) == 0, weights, self._unit[newest])
+        total = solution.sum(2, keepdim=True)
+        usable = (failed.view(-1, 1, 1) == 0) & torch.isfinite(total)
+        return torch.where(usable, solution / total, self._unit[newest])

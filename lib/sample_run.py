@@ -18,7 +18,7 @@ What the result says, where it differs from a solve that stops by the batch:
   trace; ``nstep`` is the last step at which a sample was at its best;
 - ``reason``, once all samples are finished, is the worst of them: 'diverged' if one did or all
   are lost, else 'stalled', else 'floor', else 'eps'. Lost samples are told by ``finite``;
-- ``prot_break`` is True if a sample diverged, or all are lost.
+- ``prot_break`` is True if a sample diverged, or was far out at the end, or all are lost.
 """
 
 import math
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib.divergence import Divergence
 from lib.norms import mended, relative, total
 from lib.solver_run import Control, Run, check_finite, out_of_range
 
@@ -48,6 +49,7 @@ class SampleRun(Run):
     ):
         super().__init__(f, x0, threshold, eps, stop_mode, control)
         batch = len(x0)
+        self._divergence = Divergence(batch, torch.finfo(self.work_dtype).eps)
         self.shrinks = shrinks
         self.rows = np.arange(batch)  # the samples that the method holds
         self.done = np.zeros(batch, dtype=bool)
@@ -115,8 +117,6 @@ class SampleRun(Run):
         g, f = norms = np.where(finite, norms, 0.0)
         own_relative = relative(g, f)
         residual = np.where(finite, g if self.stop_mode == "abs" else own_relative, np.inf)
-        if self.nfe == 1:
-            self.limit = self._divergence_limit(g, f)
         self._sample_nfe[rows] += 1
         better = residual < self.own_residual[rows]
         self._keep_best(x, rows[better], np.flatnonzero(went_on)[better])
@@ -126,7 +126,7 @@ class SampleRun(Run):
 
         self.lost[rows[~finite]] = True
         reached = (residual < self.eps) | (residual == 0)
-        diverged = finite & ~reached & (g > self.limit[rows])
+        diverged = finite & ~reached & self._divergence.found(g, f, rows)
         self._diverged[rows[diverged]] = True
         ends = ~finite | reached | diverged | (own_relative < self.control.floor)
         self.done[rows[ends]] = True
@@ -181,8 +181,9 @@ class SampleRun(Run):
     def result(self) -> dict:
         """What the solver returns."""
         self.lowest_of = dict(zip(("abs", "rel"), self._totals(self._own_norms), strict=True))
+        gave_up = self._gave_up() or bool((self._divergence.far & ~self.done).any())
         self.lowest, self.best_index = self.lowest_of[self.stop_mode], int(self._own_step.max())
-        return self._solution(self.own_best, self.own_residual, self._sample_nfe, self._gave_up())
+        return self._solution(self.own_best, self.own_residual, self._sample_nfe, gave_up)
 
 
 def start(

@@ -15,14 +15,11 @@ import torch
 from torch import Tensor
 
 from lib.attachment import outside_of_compiler, refuse_transforms
+from lib.divergence import Divergence
 from lib.errors import InputError
 from lib.maps import transformed
 from lib.norms import TINY as TINY
 from lib.norms import least_norm, mended, relative, total
-
-# A residual this many times the first one is a diverging iteration. Measured on the absolute
-# residual in both stop modes: the relative residual of z -> 3 z stays at 2/3 for ever.
-DIVERGENCE_FACTOR = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +102,7 @@ class Run:
         self.lost, self.lost_mask = np.zeros(len(x0), dtype=bool), None
         self.converged = self.diverged = self.at_floor = self.stalled = False
         self._short = ""  # of what the solve ran out: a reason
-        self.limit = math.inf  # of the absolute residual
+        self._divergence = Divergence(1, torch.finfo(self.work_dtype).eps)
         # The best finite iterate of each sample: what a sample falls back to once f fails on it.
         self.own_best, self.own_residual = self.x0, self.best_residual
         self._borrowed = True  # the best point may be somebody else's tensor, not to be written to
@@ -264,17 +261,10 @@ class Run:
             self.lowest_of = {"abs": self.abs_trace[-1], "rel": self.rel_trace[-1]}
         self.converged |= current < self.eps or current == 0.0
         self.at_floor |= self.rel_trace[-1] < self.control.floor
-        if len(self.abs_trace) == 1:
-            self.limit = self._divergence_limit(total_g, total_f)
-        self.diverged |= bool(total_g > self.limit)
+        if not forgive:
+            found = self._divergence.found(np.array([total_g]), np.array([total_f]))
+            self.diverged |= bool(found[0])
         return True
-
-    def _divergence_limit(self, g, f):
-        """What a residual must not exceed, from the norms of the first one (numbers or arrays).
-
-        A warm start may have a residual of rounding errors, whose growth says nothing.
-        """
-        return DIVERGENCE_FACTOR * np.maximum(g, math.sqrt(torch.finfo(self.work_dtype).eps) * f)
 
     def lose(self, fails: np.ndarray) -> None:
         """Mark samples (B,) as lost: they rest at their best point from now on."""
@@ -304,7 +294,7 @@ class Run:
         """What the solver returns (see :mod:`lib.solvers`)."""
         if self._pending:
             self._check()
-        gave_up = self.diverged and not self.converged
+        gave_up = (self.diverged or bool(self._divergence.far[0])) and not self.converged
         sample_nfe = np.full(len(self.x0), self.nfe)
         return self._solution(self.best, self.best_residual, sample_nfe, gave_up)
 

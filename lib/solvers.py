@@ -21,7 +21,8 @@ What a solver returns
     nstep      index of that point in the traces
     abs_trace  ||f(z) - z|| over the batch, a float per evaluated point, from ``x0`` on
     rel_trace  ||f(z) - z|| / ||f(z)||, likewise
-    prot_break True if the solver gave up: the iteration diverged or nothing stayed finite
+    prot_break True if the iteration diverged (:mod:`lib.divergence`), if it ended far out, or if
+               nothing stayed finite
     nfe        number of evaluations of f (the length of the traces)
     converged  (batch,) bool: the sample's own residual at ``result`` is below ``eps``
     residual   (batch,) that residual, in ``stop_mode``; inf if f was never finite

@@ -141,7 +141,7 @@ def test_a_finite_state_is_not_lost(name, stop):
 
 
 @pytest.mark.parametrize("name", ["anderson", "broyden", "fixed_point_iteration"])
-@pytest.mark.parametrize("scale", [1.0, 1e17])
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e17])
 def test_between_checks_nothing_small_counts_as_solved(name, scale):
     solve = partial(EVERY[name], lambda z: 0.5 * z + scale, torch.zeros(2, 3), threshold=60)
     solution = solve(eps=1e-4, check_every=7)
