@@ -1,0 +1,243 @@
+"""All solvers, gradients, Jacobian tools and both models on a pretended GPU.
+
+No devices mix, digits are the CPU's, and the host waits for the GPU as seldom as the rules below
+say: each wait leaves a GPU without work.
+"""
+
+import math
+
+import pytest
+import torch
+
+import small_model
+import small_vision
+from lib.deq import DEQ
+from lib.jacobian import contraction_bound, jac_loss_estimate, leading_eigenvalues, power_method
+from lib.krylov import bicgstab, gmres
+from lib.maps import Affine
+from lib.solvers import SOLVERS
+from pretended_gpu import PretendedGpu
+from toy_layers import Toy
+
+# So few iterations do not converge.
+pytestmark = pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
+
+# Reads of a solve beside one for each check of the residual.
+PER_SOLVE = 1  # that of x0, or of a flag
+PER_PASS = 4  # of a DEQ: those of the solve, and what its statistics ask for
+# Methods that orthogonalise on the host read their products as well.
+PER_CHECK = {"newton_krylov": 5, "gmres": 4, "bicgstab": 4}
+GRADIENTS = """
+    ift shine shine:refine=2 jfb phantom phantom:form=neumann reversible unroll
+    unroll:checkpointing=true
+""".split()
+
+
+def both(run, exact=True):
+    """``run(device)`` on the CPU and the pretended GPU: equal tensors; what the latter counted.
+
+    Not ``exact``: PyTorch computes some operations in other pieces for a tensor of a subclass.
+    """
+    expected = run("cpu")
+    with PretendedGpu() as gpu:
+        found = run("cuda:0")
+        gpu.waits_of_run = dict(gpu.waits)
+        assert all(tensor.is_cuda for tensor in found)
+        found = [tensor.detach().cpu() for tensor in found]
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.isfinite(b).all()
+        if exact:
+            assert torch.equal(a, b)
+        else:
+            torch.testing.assert_close(a, b.detach(), rtol=1e-9, atol=1e-10)
+    return gpu
+
+
+def reads(gpu, path="lib/") -> int:
+    return sum(
+        n for (kind, where), n in gpu.waits_of_run.items() if kind == "read" and path in where
+    )
+
+
+def toy(device) -> Toy:
+    layer = Toy()
+    layer.z0 = layer.z0.to(device)
+    return layer.to(device)
+
+
+# ---- solvers -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        (name, options)
+        for name in SOLVERS
+        for options in ({}, {"check_every": 4}, {"stop": "sample"})
+        if name != "newton_krylov" or "check_every" not in options  # of which it takes no notice
+    ],
+    ids=str,
+)
+def test_forward_solvers(name, options):
+    solutions = []
+
+    def run(device):
+        layer = toy(device)
+        solution = SOLVERS[name](layer, layer.z0, threshold=30, eps=1e-10, **options)
+        solutions.append(solution)
+        return [solution[key] for key in ("result", "converged", "residual", "sample_nfe")]
+
+    gpu = both(run)
+    first, second = solutions
+    assert first["abs_trace"] == second["abs_trace"]
+    every = options.get("check_every", 1)
+    # The first one is looked at by itself.
+    checks = math.ceil((second["nfe"] - 1) / every) + 1 + second["products"]
+    assert reads(gpu) <= PER_CHECK.get(name, 1) * checks + PER_SOLVE
+
+
+@pytest.mark.parametrize("solver", [gmres, bicgstab])
+def test_linear_solvers(solver):
+    solutions = []
+
+    def run(device):
+        layer = toy(device)
+        affine = Affine(lambda v: v @ layer.w.detach(), layer.x.detach())
+        solutions.append(solver(affine, layer.z0, threshold=30, eps=1e-10))
+        return [solutions[-1]["result"]]
+
+    gpu = both(run)
+    checks = solutions[-1]["nfe"] + solutions[-1]["products"]
+    assert reads(gpu) <= PER_CHECK[solver.__name__] * checks + PER_SOLVE
+
+
+# ---- gradients ---------------------------------------------------------------------------------
+
+
+def differentiate(device, layer, deq, **thresholds):
+    torch.manual_seed(0)
+    z = deq(layer, layer.z0, f_thres=16, b_thres=30, **thresholds).z
+    z.square().sum().backward()
+    return [z, *(p.grad for p in layer.parameters())]
+
+
+@pytest.mark.parametrize("grad", GRADIENTS)
+def test_gradients(grad):
+    deqs = []
+
+    def run(device):
+        deqs.append(DEQ(f_solver="broyden", b_solver="broyden", grad=grad))
+        return differentiate(device, toy(device), deqs[-1])
+
+    gpu = both(run)
+    stats = deqs[-1].stats
+    evaluations, passes = (
+        sum(getattr(s, field) for s in (stats.forward, stats.backward))
+        for field in ("nfe", "solves")
+    )
+    assert reads(gpu) <= evaluations + PER_PASS * passes
+
+
+@pytest.mark.parametrize(
+    ("f_solver", "b_solver"),
+    [
+        ("anderson", "gmres"),
+        ("fixed_point_iteration", "bicgstab"),
+        ("newton_krylov", "anderson"),
+        ("broyden:stop=sample", "gmres:restart=4"),
+    ],
+)
+def test_solvers_of_both_passes(f_solver, b_solver):
+    both(lambda device: differentiate(device, toy(device), DEQ(f_solver, b_solver)))
+
+
+# ---- Jacobian tools ------------------------------------------------------------------------------
+
+
+def at_a_point(device):
+    layer = toy(device)
+    torch.manual_seed(0)
+    z = layer.z0.clone().requires_grad_()
+    return layer(z), z
+
+
+def test_jacobian_tools():
+    def run(device):
+        f, z = at_a_point(device)
+        return [
+            jac_loss_estimate(f, z),
+            jac_loss_estimate(f, z, vecs=2, vectors="rademacher"),
+            *power_method(f, z, 20),
+            contraction_bound(f, z),
+        ]
+
+    # The linear map of contraction_bound is tried once; the eigenvalues' space is asked, per
+    # step, whether it is exhausted.
+    assert reads(both(run, exact=False)) <= 2
+
+
+def test_leading_eigenvalues():
+    both(lambda device: [*leading_eigenvalues(*at_a_point(device), 3)], exact=False)
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+THRESHOLDS = {"f_thres": 6, "b_thres": 5}  # few: this is no contraction, and rounding grows
+
+
+def check_reads_of_a_step(model, gpu):
+    stats = model.deq.stats
+    evaluations = stats.forward.nfe + stats.backward.nfe
+    passes = stats.forward.solves + stats.backward.solves
+    assert passes == 2
+    assert evaluations < reads(gpu) <= evaluations + PER_PASS * passes
+
+
+@pytest.mark.parametrize("vocabulary", ["narrow clusters", "projected"])
+def test_language_model(vocabulary):
+    """A stacked step and one at equilibrium, with memory, forward and backward.
+
+    Its own wait in a step: how many words are in each cluster, for embedding and softmax.
+    """
+    models = []
+
+    def run(device):
+        model = small_model.build(wnorm=True, **small_model.VOCABULARIES[vocabulary])
+        models.append(model.double().to(device))
+        data, target = (t.to(device) for t in small_model.words())
+        mems, found = [], []
+        for step in (small_model.STACKED, small_model.EQUILIBRIUM):
+            model.zero_grad()
+            torch.manual_seed(0)
+            loss, jac_loss, _, *mems = model(data, target, mems, train_step=step, **THRESHOLDS)
+            (loss.mean() + jac_loss.mean()).backward()
+            found += [loss, jac_loss, *mems, *(p.grad for p in model.parameters())]
+        return found
+
+    gpu = both(run, exact=False)
+    check_reads_of_a_step(models[-1], gpu)
+    assert reads(gpu, "DEQ-Sequence/") <= 2 * len(("stacked", "equilibrium"))
+
+
+@pytest.mark.parametrize("kind", ["cls", "seg"])
+def test_image_models(kind):
+    """A stacked step and one at equilibrium, forward and backward."""
+    models = []
+
+    def run(device):
+        model = small_vision.build(kind, WNORM=True)
+        model.f_solver = model.b_solver = "broyden"
+        models.append(model.to(device))
+        x, found = small_vision.images(8, 8).to(device), []
+        for step in (small_vision.STACKED, small_vision.EQUILIBRIUM):
+            model.zero_grad()
+            torch.manual_seed(0)
+            output, jac_loss, _ = model(x, train_step=step, compute_jac_loss=True, **THRESHOLDS)
+            (output.square().mean() + jac_loss.mean()).backward()
+            found += [output, jac_loss, *(p.grad for p in model.parameters())]
+        return found
+
+    gpu = both(run, exact=False)
+    check_reads_of_a_step(models[-1], gpu)
+    assert not reads(gpu, "MDEQ-Vision/")
