@@ -14,14 +14,16 @@ from mdeq_vision.datasets.segmentation import SegmentationDataset, require_uniqu
 
 FOLDER = "cityscapes"  # below DATASET.ROOT; the paths in the lists start there
 N_LABEL_IDS = 34
+LISTS = {"train": "TRAIN_SET", "extra": "EXTRA_TRAIN_SET", "test": "TEST_SET"}
 WAY_OUT = "write the lists with 'python tools/make_cityscapes_lists.py'"
 
 
 class Cityscapes(SegmentationDataset):
     """The images of a list file, in its order. See SegmentationDataset for the items.
 
-    The list is DATASET.TRAIN_SET or TEST_SET, relative to DATASET.ROOT. A line is an image path
-    and a label path, relative to ROOT/cityscapes; or an image path alone, in all lines or in none.
+    The list is DATASET.TRAIN_SET, EXTRA_TRAIN_SET or TEST_SET, relative to DATASET.ROOT. A line is
+    an image path and a label path, relative to ROOT/cityscapes; or an image path alone, in all
+    lines or in none.
 
     Raises:
         InputError: the list is missing, empty or malformed, or names files that do not exist; on
@@ -32,10 +34,10 @@ class Cityscapes(SegmentationDataset):
     def __init__(self, cfg: Any, split: str):
         super().__init__(cfg, split, CITYSCAPES)
         root = Path(cfg.DATASET.ROOT)
-        list_path = root / (cfg.DATASET.TRAIN_SET if split == "train" else cfg.DATASET.TEST_SET)
+        list_path = root / cfg.DATASET[LISTS[split]]
         self.samples = read_list(list_path, root / FOLDER)
         self.has_labels = self.samples[0][1] is not None
-        if split == "train" and not self.has_labels:
+        if split != "test" and not self.has_labels:
             raise InputError(f"{list_path} names no labels: training needs them ({WAY_OUT})")
         if split == "test":
             require_unique_names([self.name(i) for i in range(len(self))], list_path)
