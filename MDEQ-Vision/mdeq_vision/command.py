@@ -149,6 +149,8 @@ def train_classifier(
 
     def build(anew: bool, log: _Log):
         data = processes.in_turn(lambda: [get_cls_dataset(cfg, name) for name in ("train", "test")])
+        for line in _class_lines(cfg, data[1]):
+            log(line)
         model = get_cls_net(cfg)
         if anew and cfg.MODEL.PRETRAINED:
             with naming("MODEL.PRETRAINED"):
@@ -172,6 +174,8 @@ def train_segmenter(
         data = processes.in_turn(lambda: [get_seg_dataset(cfg, split) for split in splits])
         if not data[1].has_labels:
             raise InputError(f"DATASET.TEST_SET {cfg.DATASET.TEST_SET} names images without labels")
+        for line in dict.fromkeys(note for dataset in data for note in dataset.notes):
+            log(line)
         return (get_seg_net(cfg, log) if anew else MDEQSegNet(cfg)), *data
 
     task = SegmentationTrainer
@@ -269,6 +273,18 @@ def _train(
     return run.folder
 
 
+def _class_lines(cfg: CfgNode, dataset) -> list[str]:
+    """That some outputs of the network stand for no class of the data set."""
+    n_classes = len(dataset.classes)
+    if n_classes == cfg.MODEL.NUM_CLASSES:
+        return []
+    return [
+        f"note: the {n_classes} classes of {cfg.DATASET.DATASET} are outputs 0 to {n_classes - 1} "
+        f"of {cfg.MODEL.NUM_CLASSES}: weights that were trained on more classes number them "
+        "otherwise"
+    ]
+
+
 def _refuse_segmentation_only(cfg: CfgNode) -> None:
     """Settings that would change a run of segmentation, and do nothing to one of classification."""
     for key in ("DATASET.EXTRA_TRAIN_SET", "TEST.CENTER_CROP_TEST"):
@@ -342,7 +358,7 @@ def validate_classifier(cfg: CfgNode, cfg_file: Path, processes: Processes) -> E
     model, path = _trained(cfg, cfg_file, get_cls_net, device)
     found = evaluate_classification(cfg, model, dataset, device=device, processes=processes)
     if processes.leads:
-        print(f"{path} | {found.text()}", flush=True)
+        print(*_class_lines(cfg, dataset), f"{path} | {found.text()}", sep="\n", flush=True)
     return found
 
 
@@ -371,6 +387,8 @@ def predict_segmentation(cfg: CfgNode, cfg_file: Path, processes: Processes) -> 
         on_prediction=None if cfg.DEBUG.DEBUG else save,
     )
     if processes.leads:
+        for line in dataset.notes:
+            print(line)
         if dataset.has_labels:
             print(found.confusion.table(dataset.facts.class_names))
             print(f"{path} | {found.text()}")

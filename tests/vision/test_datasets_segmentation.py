@@ -11,7 +11,7 @@ from PIL import Image
 from image_files import noise, settings, write_cityscapes
 from lib.errors import InputError
 from mdeq_vision.datasets import CITYSCAPES, DIGIT_SCENES, SEGMENTATION, get_seg_dataset
-from mdeq_vision.datasets.cityscapes import to_train_ids
+from mdeq_vision.datasets.cityscapes_labels import to_train_ids
 from mdeq_vision.datasets.digit_scenes import N_SCENES, render_scene
 from mdeq_vision.datasets.digits import split_digits
 from mdeq_vision.datasets.geometry import IGNORE, CentreCrop, TrainingGeometry

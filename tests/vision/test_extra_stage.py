@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from faults.harness import differences
+from harness import differences
 from image_files import write_cityscapes
 from lib.checkpoint import load
 from lib.experiment import CHECKPOINT, LOG, WEIGHTS, read_metrics

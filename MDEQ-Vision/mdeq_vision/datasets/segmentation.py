@@ -30,6 +30,9 @@ class SegmentationDataset(Dataset):
         split: 'train', 'extra' or 'test'.
         facts: the facts about this data set.
 
+    Attributes:
+        notes: lines for the log of a run.
+
     Raises:
         InputError: a setting that does not fit the data set.
     """
@@ -47,6 +50,7 @@ class SegmentationDataset(Dataset):
                 "choose -1 or 255"
             )
         self.split, self.facts, self.has_labels = split, facts, True
+        self.notes: list[str] = []
         self._ignore_label = ignore
         self._geometry = test_geometry(cfg) if split == "test" else training_geometry(cfg)
         self._mean = torch.tensor(facts.mean).view(3, 1, 1)
