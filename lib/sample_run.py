@@ -183,7 +183,9 @@ class SampleRun(Run):
         self.lowest_of = dict(zip(("abs", "rel"), self._totals(self._own_norms), strict=True))
         gave_up = self._gave_up() or bool((self._divergence.far & ~self.done).any())
         self.lowest, self.best_index = self.lowest_of[self.stop_mode], int(self._own_step.max())
-        return self._solution(self.own_best, self.own_residual, self._sample_nfe, gave_up)
+        return self._solution(
+            self.own_best, self.own_residual, self._own_norms, self._sample_nfe, gave_up
+        )
 
 
 def start(

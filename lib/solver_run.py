@@ -95,6 +95,7 @@ class Run:
         self.best, self.best_index, self.lowest = self.x0, 0, math.inf
         self.lowest_of = {"abs": math.inf, "rel": math.inf}
         self.best_residual = np.full(len(x0), math.inf)
+        self.best_norms = np.full((2, len(x0)), math.inf)  # of g and f
         # Whether residuals are of a size whose inner products float32 does not hold.
         self.wide = False
         self._least = least_norm(self.x0)
@@ -257,7 +258,7 @@ class Run:
         current = self.abs_trace[-1] if self.stop_mode == "abs" else self.rel_trace[-1]
         if current < self.lowest:
             self.best, self.best_index, self.lowest = x, len(self.abs_trace) - 1, current
-            self.best_residual = residual
+            self.best_residual, self.best_norms = residual, np.stack([g, f])
             self.lowest_of = {"abs": self.abs_trace[-1], "rel": self.rel_trace[-1]}
         self.converged |= current < self.eps or current == 0.0
         self.at_floor |= self.rel_trace[-1] < self.control.floor
@@ -296,10 +297,15 @@ class Run:
             self._check()
         gave_up = (self.diverged or bool(self._divergence.far[0])) and not self.converged
         sample_nfe = np.full(len(self.x0), self.nfe)
-        return self._solution(self.best, self.best_residual, sample_nfe, gave_up)
+        return self._solution(self.best, self.best_residual, self.best_norms, sample_nfe, gave_up)
 
     def _solution(
-        self, best: Tensor, residual: np.ndarray, sample_nfe: np.ndarray, gave_up: bool
+        self,
+        best: Tensor,
+        residual: np.ndarray,
+        norms: np.ndarray,
+        sample_nfe: np.ndarray,
+        gave_up: bool,
     ) -> dict:
         per_sample = {
             "converged": (residual < self.eps) | (residual == 0),
@@ -321,6 +327,7 @@ class Run:
             "products": self.products,
             "reason": self.reason,
             "all_finite": not self.lost.any(),
+            "norms": norms,
             **{k: torch.from_numpy(v).to(self.device) for k, v in per_sample.items()},
             "eps": self.eps,
             "threshold": self.threshold,

@@ -29,6 +29,8 @@ What a solver returns
     finite     (batch,) bool: f stayed finite for this sample at every evaluated point (and
                products with its Jacobian did)
     all_finite True if that holds for all of them; a bool on the host
+    norms      (2, batch) numpy array on the host: ||f(z) - z|| and ||f(z)|| of each sample at
+               ``result``
     sample_nfe (batch,) evaluations that the sample took part in
     products   products with the Jacobian, by the methods that take them
     reason     what ended the solve: 'eps', 'threshold', 'diverged', 'floor', 'max_nfe',
