@@ -204,6 +204,17 @@ class Adjoint:
             self.product, grad, start=start, threshold=threshold, make_precise=make_precise
         )
 
+    def solve_transposed(self, v: Tensor) -> Tensor:
+        """t = J t + v, by products J t that differentiate u -> J'u."""
+        with torch.enable_grad():
+            u = torch.zeros_like(self.fz, requires_grad=True)
+            (back,) = torch.autograd.grad(
+                self.fz, self.point, u, create_graph=True, allow_unused=True
+            )
+        if back is None or not back.requires_grad:  # f is constant
+            return v
+        return self._solve(lambda t: _vjp(back, u, t), v)
+
     def _in_float32(self) -> Map:
         with torch.enable_grad():
             point = self.point.detach().requires_grad_()

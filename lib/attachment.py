@@ -20,7 +20,11 @@ from lib.errors import InputError
 INSTEAD = "use torch.autograd (grad, backward, functional.jacobian without vectorize) instead"
 
 
-def attach(fz: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+def attach(
+    fz: Tensor,
+    change: Callable[[Tensor], Tensor],
+    linear: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None,
+) -> Tensor:
     """A copy of f(z*) whose incoming gradient g = dL/dz reaches f as ``change(g)``.
 
     ``change`` may differentiate ``fz`` itself: its own autograd.grad cannot meet the node of the
@@ -29,6 +33,9 @@ def attach(fz: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
     Args:
         fz: f(z*), with its graph. The copy has no forward-mode tangent.
         change: takes and gives a tensor of the shape and dtype of ``fz``.
+        linear: what takes the place of ``change`` where second derivatives may follow
+            (create_graph): a linear map that is itself a constant to them, and its transpose.
+            Without it they are refused.
 
     Raises (in backward):
         RuntimeError: a gradient of many at once (is_grads_batched), or a second derivative.
@@ -46,8 +53,10 @@ def attach(fz: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
         if differentiating_forward() and (dual or tangent_of(grad) is not None):
             raise RuntimeError(
                 "forward mode over reverse mode is a second derivative, which is not available "
-                "through an equilibrium: unroll f (grad='unroll') for it"
+                "through an equilibrium: take reverse mode twice, with grad='ift:order=2'"
             )
+        if torch.is_grad_enabled() and linear is not None:
+            return (_Linear.apply(grad, fz, *linear),)
         adjoint = change(grad)
         # With create_graph the adjoint would look like a constant to a second derivative.
         return (refuse_derivative(adjoint, fz) if torch.is_grad_enabled() else adjoint,)
@@ -82,10 +91,28 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         raise RuntimeError(
-            "second derivatives through an equilibrium are not available, because its adjoint is "
-            "the result of a solver: unroll f (grad='unroll') for them, or take the Jacobian loss "
-            "for regularisation"
+            "second derivatives through an equilibrium are not available by this gradient, because "
+            "its adjoint is the result of a solver: take grad='ift:order=2' for them, or the "
+            "Jacobian loss for regularisation"
         )
+
+
+class _Linear(torch.autograd.Function):
+    """A linear map and its transpose. The anchor makes sure that the node is met."""
+
+    @staticmethod
+    def forward(ctx, grad: Tensor, anchor: Tensor, change: Callable, transposed: Callable):
+        ctx.transposed = transposed
+        return change(grad)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "third derivatives through an equilibrium are not available: in the second "
+                "backward pass leave create_graph out (retain_graph=True keeps the graph)"
+            )
+        return ctx.transposed(grad), None, None, None
 
 
 def differentiating_forward() -> bool:

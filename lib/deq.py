@@ -266,7 +266,7 @@ class DEQ:
         of_state = torch.is_grad_enabled() and (jac_vecs > 0 or self._grad.of_state)
         point = _point(solution["result"], of_state)
         with own_saved_tensors():
-            fz = plain(f)(point) if jac_vecs else f(point)
+            fz = plain(f)(point) if jac_vecs or self._grad.order > 1 else f(point)
         jac_loss = fz.new_zeros(())
         if jac_vecs:
             jac_loss = jac_loss_estimate(fz, point, vecs=jac_vecs)

@@ -31,7 +31,7 @@ from lib.attachment import attach
 from lib.broyden import broyden
 from lib.errors import InputError
 from lib.iterations import Iteration, Reversible, Unroll
-from lib.maps import Map
+from lib.maps import Map, plain
 from lib.solver_run import check, check_count, check_damping, check_number
 from lib.specs import named
 
@@ -61,6 +61,7 @@ class Gradient:
     solves = False  # uses the backward solver
     of_state = False  # needs f(z*) as a function of z*
     keeps_inverse = False  # of the forward solver
+    order = 1  # of the derivatives that are right
     is_graph = False  # attach is ordinary operations on f, for which forward mode is right too
 
     def refuse(self, f_solver: Callable[..., dict]) -> None:
@@ -92,12 +93,45 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Implicit(Gradient):
-    """y = J'y + g, solved to the tolerance of the backward solver (Bai, Kolter, Koltun 2019)."""
+    """y = J'y + g, solved to the tolerance of the backward solver (Bai, Kolter, Koltun 2019).
+
+    With ``order=2`` second derivatives are right as well. The state is then a Newton step,
+
+        z = z_1 + N (f(z_1) - z_1),     N = (I - J)^-1 at z*, a constant
+
+    from z_1, the state of order 1. Where f(z_1) = z_1 the first derivative of z is that of the
+    equilibrium whatever that of z_1 is, and the second one is, as that of z_1 is right (its second
+    derivative cancels). A second evaluation of f is kept; second derivatives take more solves.
+
+    Args:
+        order: of the derivatives: 1, or 2. A derivative beyond is refused in backward.
+    """
+
+    order: int = 1
 
     solves = of_state = True
 
+    def __post_init__(self):
+        check(self.order in (1, 2), "order", self.order, "1 or 2")
+
     def attach(self, solved: Solved) -> Tensor:
-        return attach(solved.fz, solved.adjoint.solve)
+        adjoint = solved.adjoint
+        if self.order == 1 or not solved.fz.requires_grad:
+            return attach(solved.fz, adjoint.solve)
+        # In the first backward pass what reaches z_1 is the adjoint's residual: nothing to solve.
+        passes = 0
+
+        def first(g: Tensor) -> Tensor:
+            nonlocal passes
+            passes += 1
+            return g
+
+        def second(g: Tensor) -> Tensor:
+            return adjoint.solve(g) if passes else g
+
+        z = attach(solved.fz, second, (first, adjoint.solve_transposed))
+        step = plain(solved.f)(z) - z
+        return z + attach(step, adjoint.solve, (adjoint.solve, adjoint.solve_transposed))
 
     def tangent(self, tangents: Tangents) -> Tensor:
         return tangents.solve(tangents.shift)
