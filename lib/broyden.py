@@ -1,7 +1,7 @@
 """Broyden's method."""
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,8 @@ from lib.solver_run import Run, check, check_count, check_damping, solver_method
 
 # Stored vectors come in blocks: few kernels, little unused memory.
 _BLOCK_ROWS, _BLOCK_BYTES = 8, 2**20  # whichever is more
+
+_TRIALS, _SHORTER = 5, 0.1  # of a line search, each so much of the one before
 
 
 @solver_method
@@ -43,7 +45,9 @@ def broyden(
         f, x0, eps, stop_mode: as for :func:`~lib.anderson.anderson`.
         threshold: updates at most: f is evaluated at x0 and at most this often more (plus the
             rejected trials of the line search).
-        ls: Armijo line search on ||g||^2 over the batch (at most 4 halvings or so per step).
+        ls: shorten steps until ||g|| over the batch rises by no more than Li and Fukushima (2000)
+            allow, in five trials at most: in all of a solve that is by a factor of 3.7. Where none
+            fits, the shortest is learnt from, and no step is taken.
         name: label of the solve, handed back in the result.
         memory: H is made up of so many of the last updates, by two stored vectors each; None keeps
             all, by one vector each.
@@ -71,8 +75,10 @@ def broyden(
         inverse = BroydenInverse(run.x0, threshold)
     else:
         inverse = LimitedInverse(run.x0, min(memory, threshold))
-    x, _, _ = run.evaluate(run.x0, out=inverse.residual)
-    value, length = run.abs_trace[-1] ** 2, None  # at x; of the step that led there
+    x, _, gx = run.evaluate(run.x0, out=inverse.residual)
+    value, length = run.abs_trace[-1], None  # at x; of the step that led there
+    at_x: Tensor | None = gx.clone() if ls else None  # g(x)
+    steps, back = 0, False  # whether the last trial was only learnt from
     taken = [0]  # which evaluations were at the points of the iteration
     for _ in range(threshold):
         if run.stopped:
@@ -81,12 +87,16 @@ def broyden(
             inverse.select(run.kept)
         direction = inverse.newton_direction(length, run.wide)
         if ls:
-            found = _line_search(run, x, direction, value)
-            if found is None:  # no step is taken, so that there is none to learn from
+            if back:
+                direction = inverse.return_to(at_x, length)
+            trial = _line_search(run, x, direction, value, steps)
+            if trial is None:  # no step is taken, so that there is none to learn from
                 length = None
                 break
-            x, gx, value, length, evaluation = found
-            inverse.residual.copy_(gx)
+            length, evaluation, back = trial.length, trial.evaluation, not trial.accepted
+            inverse.residual.copy_(trial.residual)
+            if trial.accepted:
+                x, at_x, value, steps = trial.x, trial.residual, trial.value, steps + 1
         else:
             step = direction if damping == 1 else damping * direction
             x, _, _ = run.evaluate(x + step, out=inverse.residual)
@@ -156,6 +166,18 @@ class BroydenInverse:
         torch.mul(self.residual, scale.to(self.residual.dtype), out=self.direction)
         self._add_directions(weights.to(self.residual.dtype))
         return self.direction
+
+    def return_to(self, residual: Tensor, length: float) -> Tensor:
+        """-H g, (B, D), at the point before the last step, where g is ``residual``.
+
+        The step, of that length, has been learnt from and is not taken: H y = s makes of
+        d+ = -H g+ the direction d+ + t d, and of the factor of that update one with t = 0.
+        """
+        for rows in self._filled():
+            before = rows[-1]
+        self.short[-1] = 1.0
+        self.residual.copy_(residual)
+        return self.direction.add_(before, alpha=length)
 
     def transposed(self, vector: Tensor, updates: int) -> Tensor:
         """H' v for v (B, D), with H as it was after so many updates.
@@ -262,6 +284,11 @@ class LimitedInverse:
         image = self._times(self.residual, self._w, self._m, self._s, slots)
         return torch.neg(image, out=self.direction)
 
+    def return_to(self, residual: Tensor, length: float) -> Tensor:
+        """-H g, (B, D), at the point before the last step: see :class:`BroydenInverse`."""
+        self.residual.copy_(residual)
+        return self.newton_direction(None)
+
     def transposed(self, vector: Tensor, updates: int) -> Tensor:
         """H' v for v (B, D), without the updates past the first ``updates``."""
         held = range(max(self.count - self.memory, 0), min(self.count, updates))
@@ -301,26 +328,36 @@ class LimitedInverse:
         return torch.baddbmm(vector[:, None], weights, left.transpose(0, 1), beta=-1)[:, 0]
 
 
-def _line_search(
-    run: Run, x: Tensor, direction: Tensor, start: float
-) -> tuple[Tensor, Tensor, float, float, int] | None:
-    """Backtrack t from 1 until ||g(x + t d)||^2 falls by the Armijo share; else the best trial.
+@dataclass
+class _Trial:
+    """A trial of the line search: where it led, by which length and evaluation."""
 
-    Returns the point taken, its residual g, ||g||^2, t, and which evaluation that was; None if f
-    was not finite at any trial before the run was stopped. The model parabola has the value
-    ``start`` = ||g(x)||^2 and the slope -2 ||g||^2 at t = 0, those of a Newton direction.
+    x: Tensor
+    residual: Tensor
+    value: float  # ||residual|| over the batch
+    length: float
+    evaluation: int
+    accepted: bool
+
+
+def _line_search(run: Run, x: Tensor, direction: Tensor, value: float, step: int) -> _Trial | None:
+    """Shorten t from 1 until ||g(x + t d)|| <= (1 + eta - 1e-4 t^2) ||g(x)||.
+
+    Li and Fukushima's (2000) rule, with their ||t d||^2 in units of ||g(x)||, so that nothing
+    depends on the scale of z. It asks for no slope: whether Broyden's direction leads down at all
+    is not known. eta = 1 / (step + 1)^2 lets the residual rise, by a factor of 3.7 in all steps.
+
+    Returns the trial that fits, else the shortest; None if f was not finite at any of them.
     """
-    tries, share = 5, 1e-4
-    length, best = 1.0, None
-    for left in reversed(range(tries)):
+    length, last = 1.0, None
+    for left in reversed(range(_TRIALS)):
         # Only the last resort may lose a sample: a shorter step often stays finite.
-        point = run.evaluate(x + length * direction, forgive=left > 0 or best is not None)
-        value = run.abs_trace[-1] ** 2
-        if point is not None and (best is None or value < best[2]):
-            best = (point[0], point[2], value, length, run.nfe - 1)
-        if run.stopped or value <= (1 - 2 * share * length) * start:
+        point = run.evaluate(x + length * direction, forgive=left > 0 or last is not None)
+        if point is not None:
+            found = run.abs_trace[-1]
+            fits = found <= (1 + 1 / (step + 1) ** 2 - 1e-4 * length**2) * value
+            last = _Trial(point[0], point[2], found, length, run.nfe - 1, fits)
+        if run.stopped or (last is not None and last.accepted):
             break
-        curvature = value - start + 2 * start * length
-        shorter = start * length**2 / curvature if 0 < curvature < math.inf else 0.0
-        length = min(max(shorter, 0.1 * length), 0.5 * length)
-    return best
+        length *= _SHORTER
+    return last
