@@ -106,6 +106,7 @@ OTHERS = [
     "--tgt_len 130 --optim RMSprop",
     "--scheduler dev_perf --decay_rate 0.9 --eval-interval 2 --optim SGD",
     "--adaptive --div_val 2 --optim Adagrad --not_tied",
+    "--adaptive --div_val 2 --tie_proj_mode storage --clip_nonemb",
     "--amp bf16 --pre_lnorm --mem_len 0",
     "--save-interval 1 --clip_nonemb --jac_incremental 2",
 ]

@@ -27,7 +27,7 @@ GOLDEN = Path(__file__).parents[1] / "data" / "golden_losses.json"
 GOLDEN_FLAGS = """
     --max_step 12 --pretrain_steps 6 --warmup_step 4 --wnorm --dropout 0.1 --dropatt 0.1
     --adaptive --cutoffs 20 80 --div_val 2 --jac_loss_weight 1 --jac_loss_freq 0.5
-    --rand_f_thres_delta 2 --seed 7
+    --rand_f_thres_delta 2 --seed 7 --tie_proj_mode shared
 """
 
 
