@@ -22,7 +22,7 @@ from lib.stopping import Stopping
 from lib.trainer import Trainer
 
 _ALONE = Processes()
-_MODE = "--tie_proj_mode"
+_MODE, _VOCABULARY = "--tie_proj_mode", "the vocabulary"  # in ``fixed``
 
 
 class LMTrainer(Trainer):
@@ -222,10 +222,16 @@ class LMTrainer(Trainer):
     def fixed(self) -> dict:
         fixed = {f"--{name}": getattr(self.args, name) for name in ("batch_size", "optim")}
         # Of how many parameters the optimiser keeps a state.
-        return fixed | {_MODE: self.args.tie_proj_mode if self.model.ties_projections else None}
+        fixed[_MODE] = self.args.tie_proj_mode if self.model.ties_projections else None
+        return fixed | {_VOCABULARY: self.corpus.vocab.fingerprint()}
 
     def fixed_in(self, state: dict) -> dict:
-        own, saved = self.fixed()[_MODE], state["fixed"].get(_MODE, "shared")  # the one way once
-        if own is None or saved is None:  # two models: their weights tell more
-            saved = own
-        return state["fixed"] | {_MODE: saved}
+        own, fixed = self.fixed(), dict(state["fixed"])
+        fixed.setdefault(_MODE, "shared")  # the one way once
+        if own[_MODE] is None or fixed[_MODE] is None:  # two models: their weights tell more
+            fixed[_MODE] = own[_MODE]
+        # Characters were once counted in the training text alone.
+        counts = torch.bincount(self.corpus.train, minlength=len(self.corpus.vocab))
+        changed = self.corpus.characters and bool((counts[:-1] <= counts[1:]).any())
+        once = "of the training text alone" if changed else own[_VOCABULARY]
+        return {_VOCABULARY: once} | fixed
