@@ -1,4 +1,4 @@
-"""Several processes under torchrun, or several GPUs in one process."""
+"""Several processes under torchrun."""
 
 import contextlib
 import math
@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -14,8 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel, parallel_apply, replicate
-from torch.nn.parallel.scatter_gather import gather
+from torch.nn.parallel import DistributedDataParallel
 
 from lib.errors import InputError
 
@@ -64,7 +63,8 @@ class Processes:
         local_rank = int(os.environ["LOCAL_RANK"])
         backend = "gloo"
         if torch.cuda.is_available():
-            torch.cuda.set_device(local_rank % torch.cuda.device_count())
+            if local_rank < torch.cuda.device_count():  # else there is none to compute on: see gpu
+                torch.cuda.set_device(local_rank)
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=_timeout())
         return cls(dist.get_rank(), dist.get_world_size(), local_rank)
@@ -73,6 +73,22 @@ class Processes:
     def leads(self) -> bool:
         """Whether this process writes the files and the log."""
         return self.rank == 0
+
+    def gpu(self) -> torch.device:
+        """The GPU that this process computes on, which no other one does.
+
+        Raises:
+            InputError: this machine has fewer GPUs than processes.
+        """
+        there = torch.cuda.device_count()
+        # torchrun says how many; another launcher may not.
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1))
+        if self.world_size > 1 and here > there:
+            raise InputError(
+                f"{here} processes were started on this machine, but it has {there} GPU(s), and "
+                f"each process needs one: start at most {there} (torchrun --nproc_per_node)"
+            )
+        return torch.device("cuda", torch.cuda.current_device())
 
     def part(self, n: int) -> slice:
         """This process's share of ``n`` things in a row: even, the first ones get what is over."""
@@ -222,76 +238,3 @@ def end_at_once(code: int) -> None:
             with contextlib.suppress(OSError):  # whoever read it may be gone too
                 stream.flush()
         os._exit(code)
-
-
-def shares(batch: int, n_devices: int, first: int = -1) -> list[int]:
-    """Sizes of each device's part of a batch: ``first`` on device 0 (-1: even), the rest even.
-
-    >>> shares(56, 4, 14), shares(10, 4, 1), shares(10, 3)
-    ([14, 14, 14, 14], [1, 3, 3, 3], [4, 3, 3])
-    """
-    if n_devices == 1:
-        return [batch]
-    if first > batch:
-        raise InputError(f"the first device's share {first} exceeds the batch of {batch}")
-    if first < 0:
-        quotient, rest = divmod(batch, n_devices)
-        return [quotient + (i < rest) for i in range(n_devices)]
-    quotient, rest = divmod(batch - first, n_devices - 1)
-    return [first, *(quotient + (i < rest) for i in range(n_devices - 1))]
-
-
-class BalancedDataParallel(DataParallel):
-    """DataParallel with ``first`` samples on the first device, which also holds the outputs.
-
-    Args:
-        module: the model; its tensor arguments are split along ``dim``.
-        first: samples on device 0; -1 shares evenly, 0 leaves it to the outputs alone.
-        dim: batch dimension of all inputs.
-        output_dims: batch dimension of each output of the model's list; None for an output that
-            is a mean over samples, which is averaged with the shares as weights, so that it is
-            the mean over the whole batch.
-        device_ids: numbers of the GPUs; all if None.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        first: int,
-        dim: int,
-        output_dims: Sequence[int | None],
-        device_ids: Sequence[int] | None = None,
-    ):
-        super().__init__(module, device_ids=device_ids, dim=dim)
-        self.first, self.output_dims = first, tuple(output_dims)
-
-    def forward(self, *inputs, **kwargs):
-        if len(self.device_ids) < 2:
-            return self.module(*inputs, **kwargs)
-        batch = inputs[0].shape[self.dim]
-        parts = shares(batch, len(self.device_ids), self.first)
-        devices = [d for d, size in zip(self.device_ids, parts, strict=True) if size]
-        sizes = [size for size in parts if size]
-        scattered = zip(*(self._split(value, devices, sizes) for value in inputs), strict=True)
-        replicas = replicate(self.module, devices, detach=not torch.is_grad_enabled())
-        outputs = parallel_apply(replicas, list(scattered), [kwargs] * len(devices), devices)
-        return [
-            self._merge(part, dim, sizes)
-            for part, dim in zip(zip(*outputs, strict=True), self.output_dims, strict=True)
-        ]
-
-    def _merge(self, parts: Sequence[Tensor], dim: int | None, sizes: list[int]) -> Tensor:
-        if dim is not None:
-            return gather(parts, self.output_device, dim)
-        weighted = [
-            part.to(self.output_device) * size for part, size in zip(parts, sizes, strict=True)
-        ]
-        return sum(weighted) / sum(sizes)
-
-    def _split(self, value, devices: list[int], sizes: list[int]) -> list:
-        if isinstance(value, Tensor):
-            parts = torch.split(value, sizes, dim=self.dim)
-            return [part.to(device) for part, device in zip(parts, devices, strict=True)]
-        if isinstance(value, (list, tuple)) and value:
-            return list(zip(*(self._split(item, devices, sizes) for item in value), strict=True))
-        return [value] * len(devices)

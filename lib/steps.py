@@ -175,6 +175,13 @@ class Stepper:
             self._report_skipped(loss + jac_loss, norm)
         return stop > 0
 
+    @property
+    def gpus(self) -> list[int]:
+        """Numbers of the GPUs that this process computes on; none on the CPU."""
+        if self.device.type != "cuda":
+            return []
+        return list(getattr(self.parallel, "device_ids", None) or [self.device.index])
+
     def mean_loss(self) -> float:
         """Of the updates since the window began; NaN if there were none."""
         return self._window["loss"] / self._window["steps"] if self._window["steps"] else math.nan

@@ -152,11 +152,11 @@ class Trainer(Stepper):
 
     def _validate(self) -> bool:
         """Validate and keep the best weights of the last phase; False if it was broken off."""
-        paused, states = time.perf_counter(), random_states(self.rng, self.device)
+        paused, states = time.perf_counter(), random_states(self.rng, self.gpus)
         try:
             found, record, name, score = self.validate()
         except EvaluationStopped:
-            restore_random_states(states, self.rng, self.device)  # it will come again
+            restore_random_states(states, self.rng, self.gpus)  # it will come again
             return False
         release_free_memory()  # else what it used would stay resident
         phase = "stacked" if 0 < self.step <= self.pretrain_steps else "equilibrium"
@@ -201,7 +201,7 @@ class Trainer(Stepper):
 
     def state_dict(self) -> dict:
         """All that the next step depends on: tensors and plain containers."""
-        own = random_states(self.rng, self.device), stats_state(self.model.deq.stats)
+        own = random_states(self.rng, self.gpus), stats_state(self.model.deq.stats)
         states, stats = zip(*self.processes.gather(own), strict=True)
         return {
             "format": FORMAT,
@@ -253,9 +253,8 @@ class Trainer(Stepper):
     def _load_by_process(self, states: list[dict], stats: list) -> list[str]:
         rank, here, before = self.processes.rank, self.processes.world_size, len(states)
         if here == before:
-            restore_random_states(states[rank], self.rng, self.device)
             restore_stats(stats[rank], self.model.deq.stats)
-            return []
+            return restore_random_states(states[rank], self.rng, self.gpus)
         self.rng.setstate(states[0]["random"])
         return [
             f"{here} process(es) continue what {before} began: dropout masks and vectors of the "

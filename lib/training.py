@@ -4,7 +4,7 @@ import random
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -88,21 +88,38 @@ class EvaluationStopped(Exception):
     """An evaluation was broken off, in all processes, because the run is to stop."""
 
 
-def random_states(rng: random.Random, device: torch.device) -> dict:
-    """The states of all generators that a step draws from, for a checkpoint."""
+def random_states(rng: random.Random, gpus: Sequence[int]) -> dict:
+    """The states of all generators that a step draws from, for a checkpoint.
+
+    Args:
+        rng: of the choices of a step.
+        gpus: numbers of the GPUs that this process computes on; none on the CPU.
+    """
     return {
         "random": rng.getstate(),
         "torch_random": torch.get_rng_state(),
-        "cuda_random": torch.cuda.get_rng_state_all() if device.type == "cuda" else [],
+        "cuda_random": [torch.cuda.get_rng_state(gpu) for gpu in gpus],
     }
 
 
-def restore_random_states(state: dict, rng: random.Random, device: torch.device) -> None:
-    """Put back what :func:`random_states` returned."""
+def restore_random_states(state: dict, rng: random.Random, gpus: Sequence[int]) -> list[str]:
+    """Put back what :func:`random_states` returned, as far as the GPUs are as many as they were.
+
+    Returns:
+        What cannot be as it was, in words: a line or none.
+    """
     rng.setstate(state["random"])
     torch.set_rng_state(state["torch_random"])
-    if state["cuda_random"] and device.type == "cuda":
-        torch.cuda.set_rng_state_all(state["cuda_random"])
+    saved = state["cuda_random"]
+    for gpu, gpu_state in zip(gpus, saved, strict=False):
+        torch.cuda.set_rng_state(gpu_state, gpu)
+    if len(saved) == len(gpus):
+        return []
+    here, before = (f"{len(found)} GPU(s)" if found else "the CPU" for found in (gpus, saved))
+    return [
+        f"{here} continue(s) what {before} began, so the run is not bit for bit what it would have "
+        "been: some dropout masks come from new streams, and rounding differs"
+    ]
 
 
 def stats_state(stats: SolverStats) -> list[dict]:

@@ -206,7 +206,7 @@ def _set_up(args: argparse.Namespace, processes: Processes) -> torch.device:
         if processes.leads:
             print("no GPU is available: --cuda and --multi_gpu have no effect", file=sys.stderr)
         return torch.device("cpu")
-    return torch.device("cuda", torch.cuda.current_device())
+    return processes.gpu()
 
 
 def _folder(args: argparse.Namespace) -> Path:

@@ -13,7 +13,8 @@ from deq_sequence.evaluation import Evaluation, evaluate, perplexity, settings_f
 from deq_sequence.iterators import LMOrderedIterator
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.schedules import LearningRate, make_optimizer
-from lib.distributed import BalancedDataParallel, Processes
+from lib.data_parallel import BalancedDataParallel
+from lib.distributed import Processes
 from lib.errors import InputError
 from lib.jacobian import jac_loss_weight_at
 from lib.precision import autocast

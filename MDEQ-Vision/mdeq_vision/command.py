@@ -127,7 +127,7 @@ def _devices(cfg: CfgNode, processes: Processes) -> tuple[torch.device, list[int
         return torch.device("cpu"), []
     count = torch.cuda.device_count()
     if processes.world_size > 1:
-        gpus = [torch.cuda.current_device()]
+        gpus = [processes.gpu().index]
     else:
         gpus = [gpu for gpu in cfg.GPUS if 0 <= gpu < count] or [0]
     torch.cuda.set_device(gpus[0])

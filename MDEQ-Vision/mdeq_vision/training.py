@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
-from lib.distributed import BalancedDataParallel, Processes
+from lib.data_parallel import BalancedDataParallel
+from lib.distributed import Processes
 from lib.errors import InputError
 from lib.precision import autocast
 from lib.steps import Care, Choices

@@ -1,24 +1,20 @@
-"""What a process makes of the others; shares of a batch, and DataParallel as far as a CPU tells."""
+"""What a process makes of the others."""
 
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from lib.distributed import (
     TIMEOUT,
-    BalancedDataParallel,
     Processes,
     _timeout,
     end_at_once,
     lost_contact,
-    shares,
 )
 from lib.errors import InputError
-
-# ---- several processes -------------------------------------------------------------------------
+from pretended_machine import pretended_machine
 
 _GLOO = "[/a/b/third_party/gloo/gloo/transport/tcp/"
 
@@ -71,139 +67,35 @@ def test_alone():
         end_at_once(1)
 
 
-# ---- shares ----------------------------------------------------------------------------------
+# ---- a GPU for each ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("batch", "devices", "first", "expected"),
-    [
-        (56, 4, 14, [14, 14, 14, 14]),  # the published runs
-        (56, 4, -1, [14, 14, 14, 14]),
-        (10, 4, 1, [1, 3, 3, 3]),
-        (10, 3, -1, [4, 3, 3]),
-        (11, 4, 1, [1, 4, 3, 3]),
-        (10, 4, 0, [0, 4, 3, 3]),
-        (10, 4, 10, [10, 0, 0, 0]),
-        (2, 4, -1, [1, 1, 0, 0]),
-        (7, 1, 3, [7]),
-        (7, 1, -1, [7]),
-    ],
+    ("gpus", "local", "world", "local_rank"), [(2, "2", 2, 1), (2, "2", 8, 0), (3, None, 2, 1)]
 )
-def test_shares(batch, devices, first, expected):
-    assert shares(batch, devices, first) == expected
+def test_a_gpu_for_each_process(monkeypatch, gpus, local, world, local_rank):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    with pretended_machine(gpus):
+        torch.cuda.set_device(local_rank)
+        found = Processes(local_rank, world, local_rank).gpu()
+        assert found == torch.device("cuda", local_rank)
 
 
-@pytest.mark.parametrize("first", [-1, 0, 1, 3])
-def test_shares_make_up_the_batch(first):
-    for batch in range(3, 30):
-        for devices in range(1, 9):
-            found = shares(batch, devices, first)
-            assert len(found) == devices
-            assert sum(found) == batch
-            rest = found[1:] if first >= 0 else found
-            assert not rest or max(rest) - min(rest) <= 1
+@pytest.mark.parametrize(("local", "local_rank"), [("4", 0), ("4", 3), (None, 3)])
+def test_more_processes_than_gpus(monkeypatch, local, local_rank):
+    """Also those that would have one refuse: the run could not begin."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    words = "4 processes were started on this machine, but it has 2 GPU.*at most 2"
+    with pretended_machine(2), pytest.raises(InputError, match=words):
+        Processes(local_rank, 4, local_rank).gpu()
 
 
-def test_first_share_above_the_batch():
-    with pytest.raises(InputError, match="9 exceeds the batch of 8"):
-        shares(8, 2, 9)
-
-
-# ---- splitting -------------------------------------------------------------------------------
-
-
-class Model(nn.Module):
-    """Takes what the language model takes: data, target, mems, and options by keyword."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(2.0))
-
-    def forward(self, data, target, mems, shift=0.0):
-        memory = mems[0].sum(0) if mems else 0.0
-        scaled = data * self.scale + shift + memory
-        return [scaled, scaled.square().mean().view(1, 1), data.t()]
-
-
-@pytest.fixture
-def parallel():
-    model = BalancedDataParallel(Model(), 1, 1, output_dims=(1, None, 0))
-    model.dim = 1  # PyTorch's own constructor stops before this where there is no GPU
-    return model
-
-
-def test_split_along_the_batch(parallel):
-    data = torch.arange(12.0).view(2, 6)
-    parts = parallel._split(data, ["cpu", "cpu"], [2, 4])
-    assert [part.shape for part in parts] == [(2, 2), (2, 4)]
-    assert torch.equal(torch.cat(parts, 1), data)
-
-
-def test_split_of_memory(parallel):
-    mems = [torch.randn(5, 6, 3), torch.randn(5, 6, 9)]
-    parts = parallel._split(mems, ["cpu"] * 3, [1, 2, 3])
-    assert len(parts) == 3
-    for part, size in zip(parts, (1, 2, 3), strict=True):
-        assert [m.shape for m in part] == [(5, size, 3), (5, size, 9)]
-    for i, whole in enumerate(mems):
-        assert torch.equal(torch.cat([part[i] for part in parts], 1), whole)
-
-
-def test_split_of_an_empty_memory(parallel):
-    assert parallel._split([], ["cpu", "cpu"], [1, 2]) == [[], []]
-    empty = [torch.zeros(0, 6, 3), torch.zeros(0, 6, 9)]
-    parts = parallel._split(empty, ["cpu", "cpu"], [2, 4])
-    assert [[tuple(m.shape) for m in part] for part in parts] == [
-        [(0, 2, 3), (0, 2, 9)],
-        [(0, 4, 3), (0, 4, 9)],
-    ]
-
-
-def test_other_values_go_to_every_device(parallel):
-    assert parallel._split(None, ["cpu", "cpu"], [1, 1]) == [None, None]
-    assert parallel._split(3, ["cpu", "cpu"], [1, 1]) == [3, 3]
-
-
-@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are GPUs to share between")
-def test_one_device_or_none_is_the_model_itself(parallel):
-    data, target = torch.randn(2, 6), torch.randn(2, 6)
-    mems = [torch.randn(5, 6)]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parallel.to(device)
-    data, target, mems = data.to(device), target.to(device), [m.to(device) for m in mems]
-    found = parallel(data, target, mems, shift=1.0)
-    expected = parallel.module(data, target, mems, shift=1.0)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    found[0].sum().backward()
-    assert parallel.module.scale.grad is not None
-
-
-@pytest.mark.parametrize("first", [-1, 0, 1, 4])
-def test_the_whole_way_with_stand_in_devices(parallel, first, monkeypatch):
-    """Replicas on the CPU: outputs, their means, and gradients are the whole batch's."""
-    used = []
-
-    def parallel_apply(replicas, inputs, kwargs, devices):
-        used.append([len(data.t()) for data, *_ in inputs])
-        assert len(devices) == len(replicas)
-        return [r(*i, **k) for r, i, k in zip(replicas, inputs, kwargs, strict=True)]
-
-    def replicate(module, devices, detach):
-        assert not detach
-        return [module] * len(devices)
-
-    parallel.first, parallel.device_ids, parallel.output_device = first, ["cpu"] * 3, "cpu"
-    monkeypatch.setattr("lib.distributed.replicate", replicate)
-    monkeypatch.setattr("lib.distributed.parallel_apply", parallel_apply)
-    monkeypatch.setattr("lib.distributed.gather", lambda parts, device, dim: torch.cat(parts, dim))
-    data, target, mems = torch.randn(2, 6), torch.randn(2, 6), [torch.randn(5, 6)]
-    found = parallel(data, target, mems, shift=1.0)
-    expected = parallel.module(data, target, mems, shift=1.0)
-    assert used == [[size for size in shares(6, 3, first) if size]]
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b)
-    for a, b in zip(found[:2], expected[:2], strict=True):
-        grads = [
-            torch.autograd.grad(x.sum(), parallel.module.scale, retain_graph=True) for x in (a, b)
-        ]
-        torch.testing.assert_close(*grads)
+def test_one_process_takes_the_current_gpu(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    with pretended_machine(2):
+        torch.cuda.set_device(1)
+        assert Processes().gpu() == torch.device("cuda:1")

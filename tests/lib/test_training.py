@@ -20,8 +20,7 @@ from lib.training import (
     solver_figures,
     stats_state,
 )
-
-CPU = torch.device("cpu")
+from pretended_machine import pretended_machine
 
 
 class Model(nn.Module):
@@ -68,10 +67,37 @@ def test_exit_code_leaves_our_own_mistakes_alone():
 
 def test_random_states_go_on_where_they_were():
     rng = random.Random(3)
-    state = random_states(rng, CPU)
+    state = random_states(rng, [])
     first = [rng.random(), torch.rand(2).tolist()]
-    restore_random_states(state, rng, CPU)
+    assert restore_random_states(state, rng, []) == []
     assert [rng.random(), torch.rand(2).tolist()] == first
+
+
+@pytest.mark.parametrize(
+    ("before", "here", "said"),
+    [
+        ([0, 1], [0, 1], ""),
+        ([1], [0], ""),  # a process computes on another GPU of the same machine
+        ([0, 1, 2], [0], "1 GPU(s) continue(s) what 3 GPU(s) began"),
+        ([0], [0, 1], "2 GPU(s) continue(s) what 1 GPU(s) began"),
+        ([0], [], "the CPU continue(s) what 1 GPU(s) began"),
+        ([], [0], "1 GPU(s) continue(s) what the CPU began"),
+    ],
+)
+def test_random_states_of_other_gpus(before, here, said):
+    """Saved on a machine with enough GPUs, restored on one that may have fewer."""
+    rng = random.Random(3)
+    with pretended_machine(max([*before, 0]) + 1):
+        state = random_states(rng, before)
+    with pretended_machine(max([*here, 0]) + 1):
+        for gpu in here:
+            torch.cuda.set_rng_state(torch.Generator().manual_seed(9).get_state(), gpu)
+        lines = restore_random_states(state, rng, here)
+        for gpu, saved in zip(here, state["cuda_random"], strict=False):
+            assert torch.equal(torch.cuda.get_rng_state(gpu), saved)
+    assert len(lines) == bool(said)
+    assert said in "".join(lines)
+    assert ("not bit for bit" in "".join(lines)) == bool(said)
 
 
 def test_evaluating_puts_everything_back():

@@ -1,0 +1,104 @@
+"""Several GPUs in one process."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, parallel_apply, replicate
+from torch.nn.parallel.scatter_gather import gather
+
+from lib.errors import InputError
+from lib.precision import same_autocast
+
+
+def shares(batch: int, n_devices: int, first: int = -1) -> list[int]:
+    """Sizes of each device's part of a batch: ``first`` on device 0 (-1: even), the rest even.
+
+    >>> shares(56, 4, 14), shares(10, 4, 1), shares(10, 3)
+    ([14, 14, 14, 14], [1, 3, 3, 3], [4, 3, 3])
+    """
+    if n_devices == 1:
+        return [batch]
+    if first > batch:
+        raise InputError(f"the first device's share {first} exceeds the batch of {batch}")
+    if first < 0:
+        quotient, rest = divmod(batch, n_devices)
+        return [quotient + (i < rest) for i in range(n_devices)]
+    quotient, rest = divmod(batch - first, n_devices - 1)
+    return [first, *(quotient + (i < rest) for i in range(n_devices - 1))]
+
+
+class BalancedDataParallel(DataParallel):
+    """DataParallel with ``first`` samples on the first device, which also holds the outputs.
+
+    Args:
+        module: the model; its tensor arguments are split along ``dim``.
+        first: samples on device 0; -1 shares evenly, 0 leaves it to the outputs alone.
+        dim: batch dimension of all inputs.
+        output_dims: batch dimension of each output of the model's list; None for an output that
+            is a mean over samples, which is averaged with the shares as weights, so that it is
+            the mean over the whole batch.
+        device_ids: numbers of the GPUs; all if None.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        first: int,
+        dim: int,
+        output_dims: Sequence[int | None],
+        device_ids: Sequence[int] | None = None,
+    ):
+        super().__init__(module, device_ids=device_ids, dim=dim)
+        self.first, self.output_dims = first, tuple(output_dims)
+
+    def forward(self, *inputs, **kwargs):
+        if len(self.device_ids) < 2:
+            return self.module(*inputs, **kwargs)
+        batch = inputs[0].shape[self.dim]
+        parts = shares(batch, len(self.device_ids), self.first)
+        devices = [d for d, size in zip(self.device_ids, parts, strict=True) if size]
+        sizes = [size for size in parts if size]
+        scattered = zip(*(self._split(value, devices, sizes) for value in inputs), strict=True)
+        replicas = self._replicas(devices)
+        outputs = parallel_apply(replicas, list(scattered), [kwargs] * len(devices), devices)
+        return [
+            self._merge(part, dim, sizes)
+            for part, dim in zip(zip(*outputs, strict=True), self.output_dims, strict=True)
+        ]
+
+    def _replicas(self, devices: list[int]) -> list[Callable]:
+        """The module on each of the devices, under autocast as it is now."""
+        # They are copied from the first device, whether or not it has samples; its gradient is
+        # then zero.
+        first, *others = self.device_ids
+        wanted = [first, *(d for d in devices if d in others)]
+        replicas = replicate(self.module, wanted, detach=not torch.is_grad_enabled())
+        autocast = same_autocast(self.src_device_obj)
+
+        # parallel_apply runs each one in a thread, and switches autocast on there without its
+        # dtype: float16 on a GPU, whatever was asked for.
+        def under_autocast(replica: nn.Module) -> Callable:
+            def forward(*inputs, **kwargs):
+                with autocast():
+                    return replica(*inputs, **kwargs)
+
+            return forward
+
+        return [under_autocast(replica) for replica in replicas[-len(devices) :]]
+
+    def _merge(self, parts: Sequence[Tensor], dim: int | None, sizes: list[int]) -> Tensor:
+        if dim is not None:
+            return gather(parts, self.output_device, dim)
+        weighted = [
+            part.to(self.output_device) * size for part, size in zip(parts, sizes, strict=True)
+        ]
+        return sum(weighted) / sum(sizes)
+
+    def _split(self, value, devices: list[int], sizes: list[int]) -> list:
+        if isinstance(value, Tensor):
+            parts = torch.split(value, sizes, dim=self.dim)
+            return [part.to(device) for part, device in zip(parts, devices, strict=True)]
+        if isinstance(value, (list, tuple)) and value:
+            return list(zip(*(self._split(item, devices, sizes) for item in value), strict=True))
+        return [value] * len(devices)
