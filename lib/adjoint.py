@@ -1,17 +1,30 @@
-"""The adjoint of an equilibrium: y = J'y + g, the equation behind its implicit gradient."""
+"""The linear equations of an equilibrium, behind its gradient and its forward-mode tangent.
 
+With J = df/dz at z*: y = J'y + g for g = dL/dz (the adjoint), and t = J t + J_x dx for the
+tangent of z* where x moves by dx. Both are solved by the backward solver.
+"""
+
+import math
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from lib.maps import Affine, Map
+from lib.attachment import tangent_of
+from lib.maps import Affine, Map, plain
+from lib.norms import norms as norms_of
 from lib.precision import in_float32, solve_in_stages
-from lib.solver_stats import all_finite, solve_figures
+from lib.solver_stats import all_finite
 
-# An adjoint this far from its equation gives a gradient that is mostly wrong (y = 0 has 1.0).
-POOR_ADJOINT = 0.5
+# A residual ||A y + b - y|| / ||b|| above this is compared with that of y = b, and warned of if it
+# stays. Where I - A is nearly singular, one of 0.14 has been seen with y off by more than its norm
+# (scripts/bench_adjoints.py).
+POOR = 0.1
+
+_MOST_SCALE = 120  # powers of two that float32 holds, with room
 
 
 class DEQWarning(RuntimeWarning):
@@ -22,32 +35,161 @@ def warn(message: str) -> None:
     warnings.warn(message, DEQWarning, stacklevel=5)
 
 
+class LinearSolve:
+    """y = A y + b by a solver; the solution is judged by ||A y + b - y|| / ||b||, per sample.
+
+    A solver judges by ||f(y) - y|| / ||f(y)||, where a y that explodes looks acceptable, or by
+    ||f(y) - y|| alone, where y = 0 looks solved as soon as b is small. So
+
+    - b is scaled (by a power of two, which changes no digit) where its norm would be too small
+      for float32's squares, and in stop mode 'abs' to a norm of 1/2 or more: an absolute
+      tolerance then means eps times min(1, ||b||);
+    - a sample whose y is worse than y = b takes y = b; so does one that is left at y = 0, or
+      whose products are not finite;
+    - what is still far from the equation is warned of.
+
+    Args:
+        solver: of :mod:`lib.solvers`, or of the user's own.
+        threshold, stop_mode: for the solver.
+        report: called with the solver's dict after each solve.
+        name: of the solution, in warnings; and what is made ``of`` it.
+    """
+
+    def __init__(
+        self,
+        solver: Callable[..., dict],
+        threshold: int,
+        stop_mode: str,
+        report: Callable[[dict], None],
+        name: str = "adjoint",
+        of: str = "gradient",
+    ):
+        self._solver, self._threshold, self._stop_mode = solver, threshold, stop_mode
+        self._report, self._name, self._of = report, name, of
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        product: Map,
+        b: Tensor,
+        *,
+        start: Tensor | None = None,
+        threshold: int | None = None,
+        make_precise: Callable[[], Map] | None = None,
+    ) -> Tensor:
+        """y, shape and dtype of b (B, ...).
+
+        Args:
+            product: v -> A v, every sample by itself.
+            b: the right-hand side.
+            start: of the solver; None is y = 0.
+            threshold: another one than the solve's own.
+            make_precise: makes the product in float32, if ``product`` is in half precision.
+        """
+        norms = sample_norms(b)
+        scale = self._scale(norms)
+        scaled = b if scale == 1 else b * scale
+        zero = torch.zeros_like(b) if start is None else None  # A 0 = 0
+        y0 = zero if start is None else start * scale
+        step = Affine(product, scaled, zero)
+        options = {
+            "threshold": self._threshold if threshold is None else threshold,
+            "stop_mode": self._stop_mode,
+        }
+        if make_precise is None:
+            solution = self._solver(step, y0, **options)
+        else:
+            solution = solve_in_stages(
+                self._solver, step, lambda: Affine(make_precise(), scaled), y0, **options
+            )
+        if scale != 1:
+            solution = _unscaled(solution, scale)
+        self._report(solution)
+        return self._judged(solution, product, b, norms)
+
+    def _scale(self, norms: np.ndarray) -> float:
+        """The power of two that b is multiplied by."""
+        finite = norms[np.isfinite(norms)]
+        size = math.hypot(*finite)
+        if size == 0 or not math.isfinite(size):
+            return 1.0
+        least, most = (0.5, 2.0**40) if self._stop_mode == "abs" else (2.0**-40, 2.0**40)
+        if least <= size <= most:
+            return 1.0
+        return 2.0 ** min(-math.frexp(size)[1], _MOST_SCALE)
+
+    def _judged(self, solution: dict, product: Map, b: Tensor, norms: np.ndarray) -> Tensor:
+        """The solver's y where it is good, else the better one of it and b."""
+        y = solution["result"]
+        lost = np.zeros(len(b), dtype=bool)
+        if not all_finite(solution):
+            lost = ~solution["finite"].cpu().numpy()
+            warn(
+                f"the {self._name} of some samples is not finite: they pass their "
+                f"{self._of} unsolved"
+            )
+        if "norms" in solution:
+            residual = _relative(solution["norms"][0], norms)
+        else:  # of a solver that does not say
+            residual = _relative(sample_norms(product(y) + b - y), norms)
+        poor = lost | ~(residual <= POOR)  # or not a number
+        if not poor.any():
+            return y
+        simple = _relative(sample_norms(product(b)), norms)
+        none = (sample_norms(y) == 0) & (norms > 0)
+        passes = poor & (lost | none | ~(residual <= simple))
+        if passes.any():
+            rows = torch.from_numpy(passes).to(b.device).view(-1, *[1] * (b.dim() - 1))
+            y = torch.where(rows, b, y)
+            residual = np.where(passes, simple, residual)
+        poor = ~(residual <= POOR) & ~lost
+        if poor.any():  # one digit: the same trouble has the same words, which Python says once
+            warn(
+                f"the {self._name} is not solved (relative residual up to "
+                f"{residual[poor].max():.1g}), so the {self._of} may be far off: raise b_thres, "
+                "take another b_solver (gmres), or regularise the Jacobian"
+            )
+        return y
+
+
+def sample_norms(vectors: Tensor) -> np.ndarray:
+    """Norms (B,) of vectors (B, ...), on the host in float64."""
+    return norms_of(vectors.reshape(len(vectors), -1))
+
+
+def _relative(residual: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    """residual / norms; 0 where b is 0, so that y = 0 is right."""
+    return np.where(norms > 0, residual / np.where(norms > 0, norms, 1.0), residual)
+
+
+def _unscaled(solution: dict, scale: float) -> dict:
+    """A solver's dict for the equation without the scale of b."""
+    out = dict(solution)
+    out["result"] = solution["result"] / scale
+    absolute = ["norms", "abs_lowest"]
+    if solution.get("stop_mode") == "abs":
+        absolute += ["lowest", "residual", "eps"]
+    for name in absolute:
+        if name in solution:
+            out[name] = solution[name] / scale
+    if "abs_trace" in solution:
+        out["abs_trace"] = [value / scale for value in solution["abs_trace"]]
+    return out
+
+
 class Adjoint:
     """Products with J' at a point, and solves with I - J'.
 
     Args:
         fz: f(point), with its graph.
         point: z*, which requires grad.
-        solver: of :mod:`lib.solvers`.
-        threshold, stop_mode: for the solver.
-        report: called with the solver's dict after each solve.
+        solve: how to solve.
         again: f, if ``fz`` was computed in half precision: the solve then finishes in float32.
     """
 
-    def __init__(
-        self,
-        fz: Tensor,
-        point: Tensor,
-        *,
-        solver: Callable[..., dict],
-        threshold: int,
-        stop_mode: str,
-        report: Callable[[dict], None],
-        again: Map | None = None,
-    ):
+    def __init__(self, fz: Tensor, point: Tensor, solve: LinearSolve, again: Map | None = None):
         self.fz, self.point = fz, point
-        self._solver, self._threshold, self._stop_mode = solver, threshold, stop_mode
-        self._report, self._again = report, again
+        self._solve, self._again = solve, again
 
     def product(self, v: Tensor) -> Tensor:
         """J'v, shape and dtype of v."""
@@ -57,27 +199,27 @@ class Adjoint:
         self, grad: Tensor, start: Tensor | None = None, threshold: int | None = None
     ) -> Tensor:
         """y = J'y + grad, from ``start`` (0), in at most ``threshold`` (else its own) steps."""
-        y0 = torch.zeros_like(grad) if start is None else start
-        zero = y0 if start is None else None  # J'0 = 0
-        options = {
-            "threshold": self._threshold if threshold is None else threshold,
-            "stop_mode": self._stop_mode,
-        }
-        step = Affine(self.product, grad, zero)
+        make_precise = None if self._again is None else self._in_float32
+        return self._solve(
+            self.product, grad, start=start, threshold=threshold, make_precise=make_precise
+        )
 
-        def step_in_float32() -> Affine:
-            with torch.enable_grad():
-                again = self.point.detach().requires_grad_()
-                fz = in_float32(self._again)(again)
-            return Affine(lambda v: _vjp(fz, again, v), grad)
+    def solve_transposed(self, v: Tensor) -> Tensor:
+        """t = J t + v, by products J t that differentiate u -> J'u."""
+        with torch.enable_grad():
+            u = torch.zeros_like(self.fz, requires_grad=True)
+            (back,) = torch.autograd.grad(
+                self.fz, self.point, u, create_graph=True, allow_unused=True
+            )
+        if back is None or not back.requires_grad:  # f is constant
+            return v
+        return self._solve(lambda t: _vjp(back, u, t), v)
 
-        with torch.no_grad():
-            if self._again is None:
-                solution = self._solver(step, y0, **options)
-            else:
-                solution = solve_in_stages(self._solver, step, step_in_float32, y0, **options)
-        self._report(solution)
-        return _checked(solution, grad)
+    def _in_float32(self) -> Map:
+        with torch.enable_grad():
+            point = self.point.detach().requires_grad_()
+            fz = in_float32(self._again)(point)
+        return lambda v: _vjp(fz, point, v)
 
 
 def _vjp(fz: Tensor, point: Tensor, v: Tensor) -> Tensor:
@@ -85,54 +227,25 @@ def _vjp(fz: Tensor, point: Tensor, v: Tensor) -> Tensor:
     return torch.zeros_like(v) if found is None else found
 
 
-def _checked(solution: dict, grad: Tensor) -> Tensor:
-    """The adjoint of a solver's dict; a warning where it is none."""
-    adjoint, figures = solution["result"], solve_figures(solution)
-    if not all_finite(solution):
-        # Not a silent zero: a sample whose adjoint fails passes its gradient on as it came.
-        keep = solution["finite"].view(-1, *[1] * (grad.dim() - 1))
-        adjoint = torch.where(keep, adjoint, grad)
-        warn("the adjoint of some samples is not finite: they pass their gradient unsolved")
-    elif figures["rel_residual"] > POOR_ADJOINT:
-        warn(
-            f"the adjoint's relative residual is {figures['rel_residual']:.2g} after "
-            f"{figures['nfe']} evaluations, so the gradient is far off: raise b_thres, or "
-            "regularise the Jacobian"
-        )
-    return adjoint
+class Tangents:
+    """Products with J at a point, and solves with I - J, by forward-mode differentiation of f.
 
-
-def replace_gradient(fz: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """An identity view of f(z*) whose incoming gradient g is replaced by ``change(g)``.
-
-    The hook sits on the view and may differentiate ``fz`` itself, so its own autograd.grad cannot
-    meet the hook again: nothing is ever removed, and any number of forwards may be pending.
+    Args:
+        f: the layer, within a dual level in which what it depends on has tangents.
+        point: z*, without one.
+        shift: J_x dx, the tangent of f(point).
+        solve: how to solve.
     """
-    out = fz.view_as(fz)
-    if not fz.requires_grad:
-        return out  # f depends on nothing that is trained
 
-    def replaced(grad: Tensor | None) -> Tensor | None:
-        if grad is None:
-            return None  # an operation behind z has no gradient
-        adjoint = change(grad)
-        # With create_graph the adjoint would look like a constant to a second derivative.
-        return _RefuseDoubleBackward.apply(adjoint, fz) if torch.is_grad_enabled() else adjoint
+    def __init__(self, f: Map, point: Tensor, shift: Tensor, solve: LinearSolve):
+        self._f, self._point, self._solve = plain(f), point.detach(), solve
+        self.shift = shift.detach()
 
-    out.register_hook(replaced)
-    return out
+    def product(self, v: Tensor) -> Tensor:
+        """J v, shape and dtype of v."""
+        found = tangent_of(self._f(forward_ad.make_dual(self._point, v.to(self._point.dtype))))
+        return torch.zeros_like(v) if found is None else (found - self.shift).to(v.dtype)
 
-
-class _RefuseDoubleBackward(torch.autograd.Function):
-    """Identity on the adjoint that fails, instead of lying, when it is differentiated."""
-
-    @staticmethod
-    def forward(ctx, adjoint: Tensor, anchor: Tensor) -> Tensor:
-        return adjoint.view_as(adjoint)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        raise RuntimeError(
-            "second derivatives through an equilibrium are not available: its adjoint is the "
-            "result of a solver (unroll f, or take the Jacobian loss for regularisation)"
-        )
+    def solve(self, b: Tensor) -> Tensor:
+        """t = J t + b."""
+        return self._solve(self.product, b)

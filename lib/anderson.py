@@ -71,7 +71,7 @@ def anderson(
             if n == 1:
                 past.forget()
         past.value[newest].copy_(fx if beta == 1 else fx - (1 - beta) * gx)
-        past.renew_gram(newest, n)
+        past.renew_gram(newest, n, run.wide)
         # At first a plain step, into a tensor that is neither the caller's nor the window's.
         x = fx.clone() if run.nfe == 1 else past.combination(newest, n)
         _, fx, gx = run.evaluate(x, out=past.residual[run.nfe % past.m])
@@ -118,12 +118,12 @@ class _AndersonWindow:
         """Drop all points."""
         self._gram.copy_(self._absent)
 
-    def renew_gram(self, newest: int, n: int) -> None:
+    def renew_gram(self, newest: int, n: int, wide: bool) -> None:
         """Products of the residual ``newest`` with those of the n points there are."""
         residuals, row, column = self._residuals, self._row[newest], self._column[newest]
         if n < self.m:
             residuals, row, column = residuals[:n], row[:, :n], column[:, :n]
-        row_products = products(self.residual[newest][None], residuals).squeeze(1)  # (B, n)
+        row_products = products(self.residual[newest][None], residuals, wide).squeeze(1)  # (B, n)
         row.copy_(row_products)
         column.copy_(row_products)
 
@@ -138,11 +138,12 @@ class _AndersonWindow:
         """Weights a (B, 1, m), summing to one, that minimise a' (G + ridge) a.
 
         By Cholesky factors, whose accuracy does not depend on how different the lengths of the
-        residuals are. A sample without them (an absolute ridge that is too small) takes the plain
-        step from the newest point.
+        residuals are. A sample without them (an absolute ridge that is too small, or squares
+        that float64 does not hold) takes the plain step from the newest point.
         """
         system = self._gram * self._scale if self._shift is None else self._gram + self._shift
         factor, failed = torch.linalg.cholesky_ex(system)
         solution = torch.cholesky_solve(self._ones, factor).mT  # K a = 1 up to a factor
-        weights = solution / solution.sum(2, keepdim=True)
-        return torch.where(failed.view(-1, 1, 1) == 0, weights, self._unit[newest])
+        total = solution.sum(2, keepdim=True)
+        usable = (failed.view(-1, 1, 1) == 0) & torch.isfinite(total)
+        return torch.where(usable, solution / total, self._unit[newest])

@@ -1,18 +1,21 @@
 """Broyden's method."""
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lib.inner_products import products
+from lib.norms import scaled_norms
 from lib.sample_run import start
 from lib.solver_run import Run, check, check_count, check_damping, solver_method
 
 # Stored vectors come in blocks: few kernels, little unused memory.
 _BLOCK_ROWS, _BLOCK_BYTES = 8, 2**20  # whichever is more
+
+_TRIALS, _SHORTER = 5, 0.1  # of a line search, each so much of the one before
 
 
 @solver_method
@@ -42,7 +45,9 @@ def broyden(
         f, x0, eps, stop_mode: as for :func:`~lib.anderson.anderson`.
         threshold: updates at most: f is evaluated at x0 and at most this often more (plus the
             rejected trials of the line search).
-        ls: Armijo line search on ||g||^2 over the batch (at most 4 halvings or so per step).
+        ls: shorten steps until ||g|| over the batch rises by no more than Li and Fukushima (2000)
+            allow, in five trials at most: in all of a solve that is by a factor of 3.7. Where none
+            fits, the shortest is learnt from, and no step is taken.
         name: label of the solve, handed back in the result.
         memory: H is made up of so many of the last updates, by two stored vectors each; None keeps
             all, by one vector each.
@@ -70,22 +75,28 @@ def broyden(
         inverse = BroydenInverse(run.x0, threshold)
     else:
         inverse = LimitedInverse(run.x0, min(memory, threshold))
-    x, _, _ = run.evaluate(run.x0, out=inverse.residual)
-    value, length = run.abs_trace[-1] ** 2, None  # at x; of the step that led there
+    x, _, gx = run.evaluate(run.x0, out=inverse.residual)
+    value, length = run.abs_trace[-1], None  # at x; of the step that led there
+    at_x: Tensor | None = gx.clone() if ls else None  # g(x)
+    steps, back = 0, False  # whether the last trial was only learnt from
     taken = [0]  # which evaluations were at the points of the iteration
     for _ in range(threshold):
         if run.stopped:
             break
         if run.kept is not None:
             inverse.select(run.kept)
-        direction = inverse.newton_direction(length)
+        direction = inverse.newton_direction(length, run.wide)
         if ls:
-            found = _line_search(run, x, direction, value)
-            if found is None:  # no step is taken, so that there is none to learn from
+            if back:
+                direction = inverse.return_to(at_x, length)
+            trial = _line_search(run, x, direction, value, steps)
+            if trial is None:  # no step is taken, so that there is none to learn from
                 length = None
                 break
-            x, gx, value, length, evaluation = found
-            inverse.residual.copy_(gx)
+            length, evaluation, back = trial.length, trial.evaluation, not trial.accepted
+            inverse.residual.copy_(trial.residual)
+            if trial.accepted:
+                x, at_x, value, steps = trial.x, trial.residual, trial.value, steps + 1
         else:
             step = direction if damping == 1 else damping * direction
             x, _, _ = run.evaluate(x + step, out=inverse.residual)
@@ -94,7 +105,8 @@ def broyden(
     solution = run.result() | {"name": name}
     if keep_inverse:
         if length is not None:
-            inverse.newton_direction(length)  # the update that belongs to the last evaluation
+            # The update that belongs to the last evaluation.
+            inverse.newton_direction(length, run.wide)
         updates = sum(evaluation <= solution["nstep"] for evaluation in taken) - 1
         solution |= {"inverse": inverse, "updates": updates}
     return solution
@@ -127,18 +139,21 @@ class BroydenInverse:
         self.blocks: list[Tensor] = []  # (rows, B, D), filled in order
         self.count = self._free = 0  # directions stored; rows left in the last block
         self.short: list[float] = []  # 1 - t_j
+        self._wide = False  # once any inner products have to be
         self.triangle = torch.zeros(batch, 16, 16, dtype=torch.float64, device=like.device)
 
-    def newton_direction(self, length: float | None) -> Tensor:
+    def newton_direction(self, length: float | None, wide: bool = False) -> Tensor:
         """-H g, (B, D), overwritten by the next call.
 
         Args:
             length: t of the step along the last direction, which ended where g is; None at first.
+            wide: see :func:`~lib.inner_products.products`.
         """
+        self._wide |= wide
         if length is None:
             return self.direction.copy_(self.residual)  # H = -I
         self._store(length)
-        coefficients = self._coefficients()  # (B, k); the last, sigma, is of the unknown w_k
+        coefficients = self._coefficients(wide)  # (B, k); the last, sigma, is of the unknown w_k
         denominator = 1 + coefficients[:, -1:]
         # A vanishing denominator has no update: take the plain step g.
         usable = denominator.abs() > torch.finfo(torch.float64).eps
@@ -152,6 +167,18 @@ class BroydenInverse:
         self._add_directions(weights.to(self.residual.dtype))
         return self.direction
 
+    def return_to(self, residual: Tensor, length: float) -> Tensor:
+        """-H g, (B, D), at the point before the last step, where g is ``residual``.
+
+        The step, of that length, has been learnt from and is not taken: H y = s makes of
+        d+ = -H g+ the direction d+ + t d, and of the factor of that update one with t = 0.
+        """
+        for rows in self._filled():
+            before = rows[-1]
+        self.short[-1] = 1.0
+        self.residual.copy_(residual)
+        return self.direction.add_(before, alpha=length)
+
     def transposed(self, vector: Tensor, updates: int) -> Tensor:
         """H' v for v (B, D), with H as it was after so many updates.
 
@@ -163,7 +190,9 @@ class BroydenInverse:
             d, w = directions[j], directions[j + 1]
             if self.short[j]:
                 w = w - self.short[j] * directions[j]
-            norm, overlap = products(d[None], d[None])[:, 0], products(w[None], out[None])[:, 0]
+            norm, overlap = (
+                products(a[None], b[None], self._wide)[:, 0] for a, b in ((d, d), (w, out))
+            )
             share = overlap / torch.where(norm > 0, norm, 1.0)
             out += share.to(out.dtype) * d
         return out.neg_()
@@ -187,12 +216,12 @@ class BroydenInverse:
         self.count += 1
         self.short.append(1 - length)
 
-    def _coefficients(self) -> Tensor:
+    def _coefficients(self, wide: bool) -> Tensor:
         """c of the class's docstring, (B, k) in float64, after extending the triangle."""
         k = self.count - 1
         if k == self.triangle.shape[1]:
             self.triangle = F.pad(self.triangle, (0, k, 0, k))
-        parts = [products(self._newest, rows) for rows in self._filled()]
+        parts = [products(self._newest, rows, wide) for rows in self._filled()]
         overlaps = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]  # (B, 2, k + 1)
         own, right = overlaps[:, 0], overlaps[:, 1].neg()
         row = self.triangle[:, k, : k + 1]
@@ -241,18 +270,24 @@ class LimitedInverse:
         batch, size = like.shape
         self.memory, self.count = memory, 0  # updates at most; in all so far
         self.residual, self._before = torch.empty_like(like), torch.empty_like(like)
-        self.direction = torch.empty_like(like)
+        self.direction, self._wide = torch.empty_like(like), False
         self._s, self._w = like.new_empty(2, memory, batch, size)
         self._m = torch.zeros(batch, memory, memory, dtype=torch.float64, device=like.device)
 
-    def newton_direction(self, length: float | None) -> Tensor:
+    def newton_direction(self, length: float | None, wide: bool = False) -> Tensor:
         """-H g, (B, D), overwritten by the next call."""
+        self._wide |= wide
         if length is not None:
             self._store(length)
         self._before.copy_(self.residual)
         slots = slice(min(self.count, self.memory))
         image = self._times(self.residual, self._w, self._m, self._s, slots)
         return torch.neg(image, out=self.direction)
+
+    def return_to(self, residual: Tensor, length: float) -> Tensor:
+        """-H g, (B, D), at the point before the last step: see :class:`BroydenInverse`."""
+        self.residual.copy_(residual)
+        return self.newton_direction(None)
 
     def transposed(self, vector: Tensor, updates: int) -> Tensor:
         """H' v for v (B, D), without the updates past the first ``updates``."""
@@ -271,7 +306,7 @@ class LimitedInverse:
         slot = self.count % self.memory
         self.count += 1
         n = min(self.count, self.memory)
-        size = torch.linalg.vector_norm(self.direction, dim=1, keepdim=True)  # (B, 1)
+        size = scaled_norms(self.direction).to(self.direction)[:, None]  # (B, 1)
         moved = size > 0
         size = torch.where(moved, size, 1.0)
         change = (self.residual - self._before) / (length * size)
@@ -282,38 +317,47 @@ class LimitedInverse:
         own = self._m[:, slot, slot]
         own.copy_(torch.where(moved[:, 0], own, 1.0))  # a sample at rest has nothing to learn
 
-    @staticmethod
-    def _times(vector: Tensor, left: Tensor, m: Tensor, right: Tensor, slots) -> Tensor:
+    def _times(self, vector: Tensor, left: Tensor, m: Tensor, right: Tensor, slots) -> Tensor:
         """-v + L M^-1 R'v, with those rows of L and R; -v where M is singular."""
         left, m, right = left[slots], m[:, slots][:, :, slots], right[slots]
         if len(left) == 0:
             return -vector
-        overlaps = products(vector[None], right).mT  # (B, n, 1)
+        overlaps = products(vector[None], right, self._wide).mT  # (B, n, 1)
         weights, failed = torch.linalg.solve_ex(m, overlaps)
         weights = torch.where(failed.view(-1, 1, 1) == 0, weights, 0.0).mT.to(vector.dtype)
         return torch.baddbmm(vector[:, None], weights, left.transpose(0, 1), beta=-1)[:, 0]
 
 
-def _line_search(
-    run: Run, x: Tensor, direction: Tensor, start: float
-) -> tuple[Tensor, Tensor, float, float, int] | None:
-    """Backtrack t from 1 until ||g(x + t d)||^2 falls by the Armijo share; else the best trial.
+@dataclass
+class _Trial:
+    """A trial of the line search: where it led, by which length and evaluation."""
 
-    Returns the point taken, its residual g, ||g||^2, t, and which evaluation that was; None if f
-    was not finite at any trial before the run was stopped. The model parabola has the value
-    ``start`` = ||g(x)||^2 and the slope -2 ||g||^2 at t = 0, those of a Newton direction.
+    x: Tensor
+    residual: Tensor
+    value: float  # ||residual|| over the batch
+    length: float
+    evaluation: int
+    accepted: bool
+
+
+def _line_search(run: Run, x: Tensor, direction: Tensor, value: float, step: int) -> _Trial | None:
+    """Shorten t from 1 until ||g(x + t d)|| <= (1 + eta - 1e-4 t^2) ||g(x)||.
+
+    Li and Fukushima's (2000) rule, with their ||t d||^2 in units of ||g(x)||, so that nothing
+    depends on the scale of z. It asks for no slope: whether Broyden's direction leads down at all
+    is not known. eta = 1 / (step + 1)^2 lets the residual rise, by a factor of 3.7 in all steps.
+
+    Returns the trial that fits, else the shortest; None if f was not finite at any of them.
     """
-    tries, share = 5, 1e-4
-    length, best = 1.0, None
-    for left in reversed(range(tries)):
+    length, last = 1.0, None
+    for left in reversed(range(_TRIALS)):
         # Only the last resort may lose a sample: a shorter step often stays finite.
-        point = run.evaluate(x + length * direction, forgive=left > 0 or best is not None)
-        value = run.abs_trace[-1] ** 2
-        if point is not None and (best is None or value < best[2]):
-            best = (point[0], point[2], value, length, run.nfe - 1)
-        if run.stopped or value <= (1 - 2 * share * length) * start:
+        point = run.evaluate(x + length * direction, forgive=left > 0 or last is not None)
+        if point is not None:
+            found = run.abs_trace[-1]
+            fits = found <= (1 + 1 / (step + 1) ** 2 - 1e-4 * length**2) * value
+            last = _Trial(point[0], point[2], found, length, run.nfe - 1, fits)
+        if run.stopped or (last is not None and last.accepted):
             break
-        curvature = value - start + 2 * start * length
-        shorter = start * length**2 / curvature if 0 < curvature < math.inf else 0.0
-        length = min(max(shorter, 0.1 * length), 0.5 * length)
-    return best
+        length *= _SHORTER
+    return last

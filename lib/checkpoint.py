@@ -11,7 +11,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from lib.errors import InputError
+from lib.errors import InputError, naming
 from lib.files import atomic_write
 from lib.safe_tensors import is_safetensors, read_safetensors
 
@@ -192,7 +192,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
         raise InputError(f"the weights in {source} do not fit this model: {'; '.join(problems)}")
     if bad := not_finite(state):
         raise InputError(f"the weights in {source} are not finite: {', '.join(bad)}")
-    model.load_state_dict(state)
+    with naming(source):  # what a model of its own refuses
+        model.load_state_dict(state)
 
 
 def strip_wrappers(state: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:

@@ -31,12 +31,22 @@ list and the result is a list.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lib.adjoint import Adjoint, DEQWarning, warn
+from lib.adjoint import Adjoint, DEQWarning, LinearSolve, Tangents, warn
+from lib.attachment import (
+    differentiating_forward,
+    outside_of_compiler,
+    own_saved_tensors,
+    recording_for,
+    refuse_transforms,
+    tangent_of,
+    with_tangent,
+)
 from lib.errors import InputError
 from lib.gradients import Gradient, Solved, get_gradient
 from lib.iterations import Iteration
@@ -46,12 +56,14 @@ from lib.layer_utils import list2vec, vec2list
 from lib.maps import Map, plain, transformed
 from lib.newton_krylov import newton_krylov
 from lib.precision import half_precision, in_float32, solve_in_stages
-from lib.solver_run import check_count
-from lib.solver_stats import SolverStats, all_finite
-from lib.solvers import get_solver
+from lib.solver_run import Control, check_count
+from lib.solver_stats import SolverStats, all_finite, solve_figures
+from lib.solvers import SOLVERS, get_solver
 
 __all__ = ["DEQ", "DEQWarning", "Equilibrium", "SolverAttributes", "stacked"]
 
+SAME = "same"  # as b_solver: the forward solver
+UNSOLVED = 0.1  # a relative residual that no forward solve should end at, whatever its tolerance
 SRADIUS_ITERS = 150  # products with the Jacobian that models spend on one spectral radius
 
 
@@ -80,8 +92,9 @@ class DEQ:
         f_solver: forward solver: a name in :data:`lib.solvers.SOLVERS`, with options
             ("anderson:m=4"), or any callable with their signature, such as
             ``functools.partial(broyden, eps=1e-9)``.
-        b_solver: the same for the adjoint, where gmres and bicgstab are accepted too; None takes
-            the forward solver (gmres after newton_krylov).
+        b_solver: the same for the adjoint, where gmres and bicgstab are accepted too. None is
+            gmres, to the tolerance of the forward solver (which is taken itself if it is none of
+            :data:`lib.solvers.SOLVERS`); "same" is the forward solver (gmres after newton_krylov).
         stop_mode: 'rel' or 'abs', for the forward solve.
         b_stop_mode: for the adjoint; None takes ``stop_mode``.
         grad: how to differentiate: a name in :data:`lib.gradients.GRADIENTS`, with options
@@ -107,6 +120,7 @@ class DEQ:
         self.stop_mode = stop_mode
         self.b_stop_mode = b_stop_mode or stop_mode
         self.stats = SolverStats()
+        self._said: set[str] = set()  # kinds of warnings that are given once
 
     @property
     def f_solver(self) -> Callable:
@@ -120,14 +134,18 @@ class DEQ:
 
     @property
     def b_solver(self) -> Callable:
-        if self._b_solver is not None:
-            return self._b_solver
-        newton = getattr(self._f_solver, "func", self._f_solver) is newton_krylov
-        return gmres if newton else self._f_solver
+        own, forward = self._b_solver, self._f_solver
+        if own is None and getattr(forward, "func", forward) in SOLVERS.values():
+            return _gmres_like(forward)
+        if own is None or own == SAME:
+            newton = getattr(forward, "func", forward) is newton_krylov
+            return _gmres_like(forward) if newton else forward
+        return own
 
     @b_solver.setter
     def b_solver(self, solver: str | Callable | None) -> None:
-        self._b_solver = None if solver is None else get_solver(solver, adjoint=True)
+        known = solver is None or solver == SAME
+        self._b_solver = solver if known else get_solver(solver, adjoint=True)
 
     @property
     def grad(self) -> Gradient | Iteration:
@@ -139,6 +157,7 @@ class DEQ:
         found.refuse(self._f_solver)
         self._grad = found
 
+    @outside_of_compiler
     def __call__(
         self,
         f: Map,
@@ -172,7 +191,11 @@ class DEQ:
                 once (or as many steps as ``phantom`` takes) with the gradient of that alone, and z
                 last. A solve that ends before gives z in their place.
             on_solve: called with ('forward' or 'backward', solver dict) after each solve.
+
+        Raises:
+            InputError: an argument out of range; a transform of torch.func or an export around it.
         """
+        refuse_transforms()
         if not isinstance(z0, Tensor):
             return self._solve_list(
                 f,
@@ -190,14 +213,17 @@ class DEQ:
         iteration = isinstance(self._grad, Iteration)
         if iteration:
             z, states, solution = self._grad.run(f, z0, f_thres, indexing)
+            z, states = z.clone(), {i: state.clone() for i, state in states.items()}
         else:
             solution, states = self._solve(f, z0, f_thres, indexing)
         self._report("forward", solution, on_solve)
+        if training and torch.is_grad_enabled():
+            self._warn_once(solution)
         z_star = solution["result"].detach()
         jac_loss, sradius = z_star.new_zeros(()), z_star.new_zeros(len(z_star), 1)
         if sradius_iters:
-            with torch.enable_grad():
-                point = z_star.detach().requires_grad_()
+            with recording_for("the spectral radius"):
+                point = z_star.clone().requires_grad_()
                 sradius = power_method(f(point), point, n_iters=sradius_iters)[1]
         recording = torch.is_grad_enabled()
         jac_vecs = jac_vecs if recording else 0
@@ -205,7 +231,7 @@ class DEQ:
             if jac_vecs:
                 point = _point(z_star, requires_grad=True)
                 jac_loss = jac_loss_estimate(plain(f)(point), point, vecs=jac_vecs)
-        elif recording or training:
+        elif recording or training or differentiating_forward():
             again = f if half_precision(z0) else None
             z, jac_loss = self._attach(f, solution, jac_vecs, b_thres, on_solve, again)
             values = {0: z_star} | states
@@ -214,7 +240,7 @@ class DEQ:
                 z, *ends = (values[i] + (t - t.detach()) for i, t in ({0: z} | states).items())
                 states = dict(zip(states, ends, strict=True))
         else:
-            z = z_star
+            z = z_star.clone()  # the user's own, like any other state
         ends = [*(states.get(number, z) for number in indexing), z] if indexing else []
         return Equilibrium(z, z_star, jac_loss, sradius, solution, ends)
 
@@ -239,20 +265,24 @@ class DEQ:
         """The state with its gradient, and the Jacobian loss."""
         of_state = torch.is_grad_enabled() and (jac_vecs > 0 or self._grad.of_state)
         point = _point(solution["result"], of_state)
-        fz = plain(f)(point) if jac_vecs else f(point)
+        with own_saved_tensors():
+            fz = plain(f)(point) if jac_vecs or self._grad.order > 1 else f(point)
         jac_loss = fz.new_zeros(())
         if jac_vecs:
             jac_loss = jac_loss_estimate(fz, point, vecs=jac_vecs)
-        adjoint = Adjoint(
-            fz,
-            point,
-            solver=self.b_solver,
-            threshold=b_thres,
-            stop_mode=self.b_stop_mode,
-            report=lambda found: self._report("backward", found, on_solve),
-            again=again,
+        solve = partial(
+            LinearSolve,
+            self.b_solver,
+            b_thres,
+            self.b_stop_mode,
+            lambda found: self._report("backward", found, on_solve),
         )
-        return self._grad.attach(Solved(f, fz, point, solution, adjoint)), jac_loss
+        z = self._grad.attach(Solved(f, fz, point, solution, Adjoint(fz, point, solve(), again)))
+        shift = tangent_of(fz)
+        if shift is not None and not self._grad.is_graph:
+            tangents = Tangents(f, point, shift, solve(name="tangent", of="tangent"))
+            z = with_tangent(z, self._grad.tangent(tangents))
+        return z, jac_loss
 
     def _report(self, which: str, solution: dict, on_solve) -> None:
         getattr(self.stats, which).add(solution)
@@ -261,6 +291,27 @@ class DEQ:
         if on_solve is not None:
             on_solve(which, solution)
 
+    def _warn_once(self, solution: dict) -> None:
+        """Say, once for each kind, that training goes on from what is no equilibrium."""
+        found = solve_figures(solution)
+        tolerance, lowest = solution.get("eps", 0.0), solution.get("lowest", found["rel_residual"])
+        if solution.get("prot_break"):
+            kind, what = "diverged", "diverged"
+        elif lowest >= tolerance > 0 or (tolerance == 0 and found["rel_residual"] > UNSOLVED):
+            kind, what = "unsolved", "stopped early"
+        else:
+            return
+        if kind in self._said:
+            return
+        self._said.add(kind)
+        asked = f" (eps {tolerance:.1g}, {solution['stop_mode']})" if tolerance else ""
+        warn(
+            f"a forward solve {what}: its relative residual is {found['rel_residual']:.2g}{asked} "
+            f"after {found['nfe']} evaluations, and training goes on from there: raise f_thres, "
+            "take another f_solver, or make f contract more (weight norm, Jacobian loss); this is "
+            "said once, and stats.forward has the figures"
+        )
+
     def _solve_list(self, f, z0: Sequence[Tensor], **options) -> Equilibrium:
         shapes = [tuple(t.shape[1:]) for t in z0]
 
@@ -268,9 +319,23 @@ class DEQ:
             return lambda z: list2vec(f(vec2list(z, shapes)))
 
         found = self(transformed(f, flattened), list2vec(z0), **options)
-        found.z, found.z_star = vec2list(found.z, shapes), vec2list(found.z_star, shapes)
-        found.states = [vec2list(state, shapes) for state in found.states]
+        found.z, found.z_star = _parts(found.z, shapes), _parts(found.z_star, shapes)
+        found.states = [_parts(state, shapes) for state in found.states[:-1]]
+        if options["indexing"]:
+            found.states.append(found.z)
         return found
+
+
+def _gmres_like(f_solver: Callable) -> Callable:
+    """gmres that stops as the forward solver does."""
+    common = {"eps", *(field.name for field in fields(Control))}
+    options = getattr(f_solver, "keywords", {})
+    return partial(gmres, **{name: options[name] for name in options if name in common})
+
+
+def _parts(z: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """The tensors of a state, each of them its own: one may be changed in place."""
+    return [part.clone() for part in vec2list(z, shapes)]
 
 
 def _watched(f: Map, indexing: Sequence[int]) -> tuple[Map, dict[int, Tensor]]:
@@ -308,7 +373,8 @@ class SolverAttributes:
     """Mixin for models: ``f_solver``, ``b_solver`` and ``grad`` that reach into ``self.deq``.
 
     The solvers accept a name or a callable, at any time; what is unknown or does not fit is
-    refused. A tighter ``f_solver`` alone leaves the gradient at the tolerance of ``b_solver``.
+    refused. A ``b_solver`` of None is the forward solver, as in the published models. A tighter
+    ``f_solver`` alone leaves the gradient at the tolerance of ``b_solver``.
     """
 
     deq: DEQ
@@ -327,7 +393,7 @@ class SolverAttributes:
 
     @b_solver.setter
     def b_solver(self, solver: str | Callable | None) -> None:
-        self.deq.b_solver = solver
+        self.deq.b_solver = SAME if solver is None else solver
 
     @property
     def grad(self) -> Gradient | Iteration:

@@ -26,11 +26,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib.adjoint import Adjoint, replace_gradient
+from lib.adjoint import Adjoint, Tangents, warn
+from lib.attachment import attach
 from lib.broyden import broyden
 from lib.errors import InputError
 from lib.iterations import Iteration, Reversible, Unroll
-from lib.maps import Map
+from lib.maps import Map, plain
 from lib.solver_run import check, check_count, check_damping, check_number
 from lib.specs import named
 
@@ -60,6 +61,8 @@ class Gradient:
     solves = False  # uses the backward solver
     of_state = False  # needs f(z*) as a function of z*
     keeps_inverse = False  # of the forward solver
+    order = 1  # of the derivatives that are right
+    is_graph = False  # attach is ordinary operations on f, for which forward mode is right too
 
     def refuse(self, f_solver: Callable[..., dict]) -> None:
         """Raise an InputError for a forward solver that it cannot follow."""
@@ -68,8 +71,20 @@ class Gradient:
         """Any threshold of a forward solver will do."""
 
     def attach(self, solved: Solved) -> Tensor:
-        """The state to go on with: a value at the fixed point, and this gradient."""
+        """The state to go on with: a value at the fixed point in a tensor of its own, and this
+        gradient (if autograd is recording)."""
         raise NotImplementedError
+
+    def tangent(self, tangents: Tangents) -> Tensor:
+        """The state's forward-mode tangent, to which the gradient is the transpose.
+
+        Raises:
+            InputError: this gradient has none.
+        """
+        raise InputError(
+            f"grad {type(self).__name__} has no forward mode: take grad ift, jfb or phantom, or "
+            "reverse mode (backward)"
+        )
 
     def attach_state(self, f: Map, z: Tensor) -> Tensor:
         """The same for a state on the way (detached): one step, as correction losses use it."""
@@ -78,20 +93,58 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Implicit(Gradient):
-    """y = J'y + g, solved to the tolerance of the backward solver (Bai, Kolter, Koltun 2019)."""
+    """y = J'y + g, solved to the tolerance of the backward solver (Bai, Kolter, Koltun 2019).
+
+    With ``order=2`` second derivatives are right as well. The state is then a Newton step,
+
+        z = z_1 + N (f(z_1) - z_1),     N = (I - J)^-1 at z*, a constant
+
+    from z_1, the state of order 1. Where f(z_1) = z_1 the first derivative of z is that of the
+    equilibrium whatever that of z_1 is, and the second one is, as that of z_1 is right (its second
+    derivative cancels). A second evaluation of f is kept; second derivatives take more solves.
+
+    Args:
+        order: of the derivatives: 1, or 2. A derivative beyond is refused in backward.
+    """
+
+    order: int = 1
 
     solves = of_state = True
 
+    def __post_init__(self):
+        check(self.order in (1, 2), "order", self.order, "1 or 2")
+
     def attach(self, solved: Solved) -> Tensor:
-        return replace_gradient(solved.fz, solved.adjoint.solve)
+        adjoint = solved.adjoint
+        if self.order == 1 or not solved.fz.requires_grad:
+            return attach(solved.fz, adjoint.solve)
+        # In the first backward pass what reaches z_1 is the adjoint's residual: nothing to solve.
+        passes = 0
+
+        def first(g: Tensor) -> Tensor:
+            nonlocal passes
+            passes += 1
+            return g
+
+        def second(g: Tensor) -> Tensor:
+            return adjoint.solve(g) if passes else g
+
+        z = attach(solved.fz, second, (first, adjoint.solve_transposed))
+        step = plain(solved.f)(z) - z
+        return z + attach(step, adjoint.solve, (adjoint.solve, adjoint.solve_transposed))
+
+    def tangent(self, tangents: Tangents) -> Tensor:
+        return tangents.solve(tangents.shift)
 
 
 @dataclass(frozen=True)
 class JacobianFree(Gradient):
     """y = g, the gradient of one step at z* (Fung et al. 2021)."""
 
+    is_graph = True
+
     def attach(self, solved: Solved) -> Tensor:
-        return solved.fz
+        return solved.fz.clone()  # f may hand out what it keeps, or what autograd saved
 
 
 @dataclass(frozen=True)
@@ -121,10 +174,18 @@ class Phantom(Gradient):
     def of_state(self) -> bool:
         return self.form == "neumann"
 
+    @property
+    def is_graph(self) -> bool:
+        return self.form == "unrolled"
+
+    def tangent(self, tangents: Tangents) -> Tensor:
+        return self._series(tangents.shift, tangents.product)
+
     def attach(self, solved: Solved) -> Tensor:
         if self.form == "neumann":
-            return replace_gradient(solved.fz, lambda grad: self._series(grad, solved.adjoint))
-        return self._steps(solved.f, solved.point.detach(), solved.fz)
+            return attach(solved.fz, lambda g: self._series(g, solved.adjoint.product))
+        out = self._steps(solved.f, solved.point.detach(), solved.fz)
+        return out.clone() if self.damping == 1 else out
 
     def attach_state(self, f: Map, z: Tensor) -> Tensor:
         return f(z) if self.form == "neumann" else self._steps(f, z, f(z))
@@ -135,10 +196,10 @@ class Phantom(Gradient):
             h = self._damped(h, f(h))
         return h
 
-    def _series(self, grad: Tensor, adjoint: Adjoint) -> Tensor:
-        total = term = grad
+    def _series(self, first: Tensor, product: Map) -> Tensor:
+        total = term = first
         for _ in range(self.steps - 1):
-            term = self._damped(term, adjoint.product(term))
+            term = self._damped(term, product(term))
             total = total + term
         return self.damping * total
 
@@ -186,19 +247,27 @@ class Shine(Gradient):
             )
 
     def attach(self, solved: Solved) -> Tensor:
-        inverse, updates = solved.solution.pop("inverse"), solved.solution["updates"]
+        inverse = solved.solution.pop("inverse", None)
+        if inverse is None:  # autograd is not recording
+            return solved.fz.clone()
+        updates = solved.solution["updates"]
+        if updates == 0:
+            warn(
+                "the forward solve took no step, so shine has no directions and its gradient is "
+                "that of jfb: start further away, or take grad ift"
+            )
 
         def adjoint(grad: Tensor) -> Tensor:
             like = inverse.residual
             flat = grad.reshape(len(grad), -1).to(like)
             y = -inverse.transposed(flat, updates)
-            norms = [torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (y, flat)]
+            norms = [v.double().norm(dim=1, keepdim=True) for v in (y, flat)]
             # Not `norms[0] > limit`: what is not finite falls back as well.
             y = torch.where(norms[0] <= self.limit * norms[1], y, flat)
             y = y.view(grad.shape).to(grad)
             return solved.adjoint.solve(grad, y, self.refine) if self.refine else y
 
-        return replace_gradient(solved.fz, adjoint)
+        return attach(solved.fz, adjoint)
 
 
 GRADIENTS: dict[str, type] = {

@@ -9,12 +9,16 @@ from torch import Tensor
 _LONG, _CHUNK = 4096, 512
 
 
-def products(vectors: Tensor, rows: Tensor) -> Tensor:
+def products(vectors: Tensor, rows: Tensor, wide: bool = False) -> Tensor:
     """Inner products of vectors (v, B, D) with rows (r, B, D), per sample: (B, v, r) in float64.
 
     They are cut into short chunks, whose sums are added in float64: more accurate, and with long
     ones MKL spends up to twice the time of reading the rows on packing them.
+
+    With ``wide`` they are of float64 throughout, for numbers whose squares float32 does not hold.
     """
+    if wide:
+        vectors, rows = vectors.double(), rows.double()
     v, batch, size = vectors.shape
     parts = chunks(size)
     if parts == 1:

@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lib.adjoint import warn
+from lib.attachment import tangent_of
 from lib.double_double import Pair, combine, take_apart
 from lib.errors import InputError
 from lib.maps import Map
@@ -99,7 +100,7 @@ class Reversible(Iteration):
         damping: b, in (0, 1).
     """
 
-    damping: float = 0.8
+    damping: float = 0.75
 
     def __post_init__(self):
         good = is_number(self.damping) and 0 < self.damping < 1
@@ -133,6 +134,11 @@ class Reversible(Iteration):
             at, moved = _roles(i)
             point = pair[at][0].to(z0.dtype)
             fz = history.evaluate(i, point)
+            if tangent_of(fz) is not None:
+                raise InputError(
+                    "grad reversible has no forward mode: take grad ift, jfb or phantom, or "
+                    "reverse mode (backward)"
+                )
             steps.add(point, fz)
             pair[moved] = _Damped.apply(*pair[moved], fz, self.damping)
             if i in indexing:
@@ -269,16 +275,26 @@ class _Steps:
         relative = absolute / (value + TINY)
         g, f = norms[-1]
         finite = np.isfinite(norms).all((0, 1))
-        per_sample = {"residual": g / (f + TINY), "finite": finite}
+        residual = g / (f + TINY)
+        per_sample = {
+            "residual": residual,
+            "converged": residual == 0,
+            "finite": finite,
+            "sample_nfe": np.full(len(finite), len(norms)),
+        }
         return {
             "result": z.detach(),
             "lowest": float(relative[-1]),
+            "abs_lowest": float(absolute[-1]),
+            "rel_lowest": float(relative[-1]),
             "nstep": len(norms) - 1,
             "prot_break": not np.isfinite(relative[-1]),
             "abs_trace": absolute.tolist(),
             "rel_trace": relative.tolist(),
             "nfe": len(norms),
+            "products": 0,
             "reason": "threshold",
+            "eps": 0.0,  # there is no tolerance
             **{k: torch.from_numpy(v).to(z.device) for k, v in per_sample.items()},
             "threshold": len(norms),
             "stop_mode": "rel",

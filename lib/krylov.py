@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from lib.maps import Affine, Map
+from lib.norms import TINY, norms, scaled_norms
 from lib.sample_run import start
-from lib.solver_run import TINY, Run, check_count, solver_method
+from lib.solver_run import Run, check_count, solver_method
 
 
 @solver_method
@@ -168,11 +169,6 @@ class _Best:
         return self.residual < 0.999 * self._first
 
 
-def norms(vectors: Tensor) -> np.ndarray:
-    """Norms (B,) of vectors (B, D), on the host."""
-    return torch.linalg.vector_norm(vectors, dim=1).double().cpu().numpy()
-
-
 def rows(samples: np.ndarray, like: Tensor) -> Tensor:
     """A mask (B, 1) of the samples (B,), on the device of ``like``."""
     return torch.from_numpy(samples).to(like.device)[:, None]
@@ -222,9 +218,13 @@ def bicgstab(
 
 def _bicgstab_cycle(system: "System") -> tuple[Tensor, np.ndarray]:
     """The best correction that the recursion came by, (B, D); for whom it lowers the residual."""
-    run, r = system.run, system.g.clone()
+    run, first = system.run, norms(system.g)
+    # In units of the residual, so that squares stay in range: a power of two, which rounds nothing.
+    limits = torch.finfo(system.g.dtype)
+    size = np.exp2(np.floor(np.log2(np.clip(first, limits.tiny, limits.max / 4))))
+    unit = torch.from_numpy(size).to(system.g)[:, None]
+    r, x = system.g / unit, system.x / unit
     correction, chosen = torch.zeros_like(r), torch.zeros_like(r)
-    first = norms(r)
     best, active = _Best(first, norms(system.x), r), (first > 0) & ~run.resting
     going = rows(active, r)
     shadow, p, rho = r, torch.where(going, r, 0.0), _dot(r, r)
@@ -248,10 +248,10 @@ def _bicgstab_cycle(system: "System") -> tuple[Tensor, np.ndarray]:
         rho = torch.where(broken, _dot(r, r), rho)
 
         moved = (alpha != 0) | (omega != 0)
-        parts = [_norm(r), _norm(correction), _norm(system.x + correction)]
+        parts = [_norm(r), _norm(correction), _norm(x + correction)]
         parts += [finite & finite_too, moved]
         found = torch.cat([part.double() for part in parts], dim=1).T.cpu().numpy()
-        residual, length, value = found[:3]
+        residual, length, value = found[:3] * size
         fails = active & ~(np.isfinite(residual + length) & (found[3] > 0))
         run.lose(fails)
         active &= ~fails
@@ -262,7 +262,7 @@ def _bicgstab_cycle(system: "System") -> tuple[Tensor, np.ndarray]:
         active &= ~system.enough(best.residual, best.value)
         going = rows(active, r)
         p = torch.where(going, p, 0.0)
-    return chosen, best.improved
+    return chosen * unit, best.improved
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -311,7 +311,8 @@ class System:
         if isinstance(self.f, Affine):
             return multiply(self.run, self.f.product, v)
         # Along v as far as x and f(x) are, so that the difference keeps its digits.
-        scale = _ratio(torch.maximum(_norm(self.x), _norm(self.fx)), _norm(v))
+        sizes = [scaled_norms(point).to(v)[:, None] for point in (self.x, self.fx)]
+        scale = _ratio(torch.maximum(*sizes), _norm(v))
         scale = torch.where(scale > 0, scale, 1.0)
         value = multiply(self.run, self.f, self.x + scale * v)
         return (value - self.fx) / scale

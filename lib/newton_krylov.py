@@ -8,8 +8,9 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from lib.krylov import gmres_cycle, multiply, norms, rows
+from lib.krylov import gmres_cycle, multiply, rows
 from lib.maps import Map, plain
+from lib.norms import norms
 from lib.sample_run import start
 from lib.solver_run import Run, check, check_count, check_damping, is_number, solver_method
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lib.errors import InputError
 from lib.maps import Map, transformed
+from lib.solver_stats import all_finite
 from lib.specs import accepts
 
 # Where a solve in half precision hands over to float32, in the relative residual: above the level
@@ -111,4 +112,5 @@ def solve_in_stages(
         fine[name] = coarse[name] + fine[name]
     fine["nstep"] += coarse["nfe"]
     fine["finite"] = fine["finite"] & coarse["finite"]
+    fine["all_finite"] = all_finite(fine) and all_finite(coarse)
     return fine | {"threshold": threshold}

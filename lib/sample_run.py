@@ -18,7 +18,7 @@ What the result says, where it differs from a solve that stops by the batch:
   trace; ``nstep`` is the last step at which a sample was at its best;
 - ``reason``, once all samples are finished, is the worst of them: 'diverged' if one did or all
   are lost, else 'stalled', else 'floor', else 'eps'. Lost samples are told by ``finite``;
-- ``prot_break`` is True if a sample diverged, or all are lost.
+- ``prot_break`` is True if a sample diverged, or was far out at the end, or all are lost.
 """
 
 import math
@@ -29,7 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.solver_run import TINY, Control, Run
+from lib.divergence import Divergence
+from lib.norms import mended, relative, total
+from lib.solver_run import Control, Run, check_finite, out_of_range
 
 
 class SampleRun(Run):
@@ -47,6 +49,7 @@ class SampleRun(Run):
     ):
         super().__init__(f, x0, threshold, eps, stop_mode, control)
         batch = len(x0)
+        self._divergence = Divergence(batch, torch.finfo(self.work_dtype).eps)
         self.shrinks = shrinks
         self.rows = np.arange(batch)  # the samples that the method holds
         self.done = np.zeros(batch, dtype=bool)
@@ -57,7 +60,6 @@ class SampleRun(Run):
         self._own_step, self._sample_nfe = np.zeros((2, batch), dtype=np.int64)
         self._diverged, self._stalled = np.zeros((2, batch), dtype=bool)
         self._f_rows = f
-        self._borrowed = True  # own_best is a tensor of the method's, not to be written to
 
     def evaluate(
         self, x: Tensor, out: Tensor | None = None, forgive: bool = False
@@ -71,7 +73,12 @@ class SampleRun(Run):
             x = self._at_rest(x)
         x, fx, gx = self._value(x, self._f_rows, out)
         norms = torch.stack([torch.linalg.vector_norm(v, dim=1) for v in (gx, fx)])
-        self._judge_rows(x, norms.cpu().numpy().astype(np.float64))
+        norms, counts = norms.cpu().numpy().astype(np.float64), ~self.done[self.rows]
+        norms = np.stack([mended(n, v, counts) for n, v in zip(norms, (gx, fx), strict=True)])
+        if self.nfe == 1 and not np.isfinite(norms).all():
+            check_finite(self.x0)
+        self.wide = out_of_range(norms[0][counts], self._least)
+        self._judge_rows(x, norms)
         done, self.kept = self.done[self.rows], None
         if not done.any():
             return x, fx, gx
@@ -108,10 +115,8 @@ class SampleRun(Run):
         rows, norms = self.rows[went_on], norms[:, went_on]
         finite = np.isfinite(norms).all(0)
         g, f = norms = np.where(finite, norms, 0.0)
-        relative = g / (f + TINY)
-        residual = np.where(finite, g if self.stop_mode == "abs" else relative, np.inf)
-        if self.nfe == 1:
-            self.limit = self._divergence_limit(g, f)
+        own_relative = relative(g, f)
+        residual = np.where(finite, g if self.stop_mode == "abs" else own_relative, np.inf)
         self._sample_nfe[rows] += 1
         better = residual < self.own_residual[rows]
         self._keep_best(x, rows[better], np.flatnonzero(went_on)[better])
@@ -121,9 +126,9 @@ class SampleRun(Run):
 
         self.lost[rows[~finite]] = True
         reached = (residual < self.eps) | (residual == 0)
-        diverged = finite & ~reached & (g > self.limit[rows])
+        diverged = finite & ~reached & self._divergence.found(g, f, rows)
         self._diverged[rows[diverged]] = True
-        ends = ~finite | reached | diverged | (relative < self.control.floor)
+        ends = ~finite | reached | diverged | (own_relative < self.control.floor)
         self.done[rows[ends]] = True
         self._norms_now[:, rows] = norms
         self._norms_now[:, self.done] = self._own_norms[:, self.done]
@@ -145,8 +150,8 @@ class SampleRun(Run):
         found = np.isfinite(norms).all(0)  # where f never was finite there is none
         if not found.any():
             return math.inf, math.inf
-        g, f = (math.sqrt(own.dot(own)) for own in norms[:, found])
-        return g, g / (f + TINY)
+        g, f = (total(own) for own in norms[:, found])
+        return g, relative(g, f)
 
     def lose(self, fails: np.ndarray) -> None:
         self.lost, self.done = self.lost | fails, self.done | fails
@@ -176,8 +181,11 @@ class SampleRun(Run):
     def result(self) -> dict:
         """What the solver returns."""
         self.lowest_of = dict(zip(("abs", "rel"), self._totals(self._own_norms), strict=True))
+        gave_up = self._gave_up() or bool((self._divergence.far & ~self.done).any())
         self.lowest, self.best_index = self.lowest_of[self.stop_mode], int(self._own_step.max())
-        return self._solution(self.own_best, self.own_residual, self._sample_nfe, self._gave_up())
+        return self._solution(
+            self.own_best, self.own_residual, self._own_norms, self._sample_nfe, gave_up
+        )
 
 
 def start(

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib.attachment import outside_of_compiler, refuse_transforms
+from lib.divergence import Divergence
 from lib.errors import InputError
 from lib.maps import transformed
-
-# A residual this many times the first one is a diverging iteration. Measured on the absolute
-# residual in both stop modes: the relative residual of z -> 3 z stays at 2/3 for ever.
-DIVERGENCE_FACTOR = 1e6
-TINY = 1e-30  # keeps 0 / 0 out of the relative residual of f = 0; far below any real norm
+from lib.norms import TINY as TINY
+from lib.norms import least_norm, mended, relative, total
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,13 +95,18 @@ class Run:
         self.best, self.best_index, self.lowest = self.x0, 0, math.inf
         self.lowest_of = {"abs": math.inf, "rel": math.inf}
         self.best_residual = np.full(len(x0), math.inf)
+        self.best_norms = np.full((2, len(x0)), math.inf)  # of g and f
+        # Whether residuals are of a size whose inner products float32 does not hold.
+        self.wide = False
+        self._least = least_norm(self.x0)
         # Samples on which f was not finite, on the host and (once there are any) on the device.
         self.lost, self.lost_mask = np.zeros(len(x0), dtype=bool), None
         self.converged = self.diverged = self.at_floor = self.stalled = False
         self._short = ""  # of what the solve ran out: a reason
-        self.limit = math.inf  # of the absolute residual
+        self._divergence = Divergence(1, torch.finfo(self.work_dtype).eps)
         # The best finite iterate of each sample: what a sample falls back to once f fails on it.
         self.own_best, self.own_residual = self.x0, self.best_residual
+        self._borrowed = True  # the best point may be somebody else's tensor, not to be written to
         self._pending: list[Tensor] = []  # points not yet judged, and their norms:
         self._norms = self.x0.new_empty(min(self.check_every, threshold + 1), 2, len(x0))
         self._slots = [norms.unbind() for norms in self._norms]
@@ -167,7 +171,7 @@ class Run:
             torch.linalg.vector_norm(vectors, dim=1, out=norms)
         self._pending.append(x)
         if forgive or self.nfe == 1 or len(self._pending) >= self.check_every:
-            if not self._check(forgive):
+            if not self._check(forgive, (gx, fx)):
                 return None
             if self.lost_mask is not None:
                 x, fx = self._settle(x, self.own_best), self._settle(fx, self.own_best)
@@ -181,8 +185,13 @@ class Run:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(x, f(x), f(x) - x), all (b, D) in the working dtype, for b samples of x's."""
         z = x if self.dtype == self.work_dtype else x.to(self.dtype)
-        shape = (len(x), *self.shape[1:])
+        shape, before = (len(x), *self.shape[1:]), _version(z)
         fz = f(z.view(shape))
+        if _version(z) != before:
+            raise InputError(
+                "f writes to a state that it was given, or gave: let it return a new tensor at "
+                "every call (no operation in place on its argument, no buffer of its own)"
+            )
         if not isinstance(fz, Tensor) or fz.shape != shape:
             found = tuple(fz.shape) if isinstance(fz, Tensor) else type(fz).__name__
             raise InputError(f"f must map {shape} to the same shape, but gave {found}")
@@ -193,16 +202,35 @@ class Run:
             x, fx = z.to(self.work_dtype), fx.to(self.work_dtype)
         return x, fx, torch.sub(fx, x, out=out)
 
-    def _check(self, forgive: bool = False) -> bool:
-        """Judge what was evaluated since the last check; False for a trial to be forgotten."""
+    def _check(self, forgive: bool = False, newest: tuple[Tensor, Tensor] | None = None) -> bool:
+        """Judge what was evaluated since the last check; False for a trial to be forgotten.
+
+        ``newest``: g and f at the last point, of which norms out of range are found again. Of the
+        points before they can only be bounded: from below, so that none counts as solved.
+        """
         points, self._pending = self._pending, []
         # The one synchronisation with the device.
-        norms = self._norms[: len(points)].cpu().numpy().astype(np.float64)
+        norms = self._norms[: len(points)].cpu().numpy().astype(np.float64)  # (n, 2, B)
+        norms = self._in_range(norms, newest)
+        if self.nfe == 1 and not np.isfinite(norms).all():
+            check_finite(self.x0)
         return all(self._judge(x, g, f, forgive) for x, (g, f) in zip(points, norms, strict=True))
+
+    def _in_range(self, norms: np.ndarray, newest: tuple[Tensor, Tensor] | None) -> np.ndarray:
+        """Norms (n, 2, B) as float64 would have them."""
+        counts = ~self.lost & (self.own_residual != 0)
+        fails = ~(np.isfinite(norms) & (norms >= self._least)) & counts
+        if fails.any():
+            last = None if newest is None else norms[-1]
+            norms = np.where(fails, np.maximum(norms, self._least), norms)  # NaN stays NaN
+            if last is not None:
+                norms[-1] = [mended(n, v, counts) for n, v in zip(last, newest, strict=True)]
+        self.wide = out_of_range(norms[-1, 0][counts], self._least)
+        return norms
 
     def _judge(self, x: Tensor, g: np.ndarray, f: np.ndarray, forgive: bool) -> bool:
         """Record the norms (B,) of g(x) and f(x), and keep x where it is the best so far."""
-        total_g, total_f = math.sqrt(g.dot(g)), math.sqrt(f.dot(f))
+        total_g, total_f = total(g), total(f)
         if self.lost_mask is not None or not math.isfinite(total_g + total_f):
             fails = ~np.isfinite(g + f) & ~self.lost
             if forgive and fails.any():
@@ -214,9 +242,9 @@ class Run:
             if self.lost.all():
                 self._record(math.inf, math.inf)
                 return True
-            total_g, total_f = math.sqrt(g.dot(g)), math.sqrt(f.dot(f))
-        self._record(total_g, total_g / (total_f + TINY))
-        residual = g if self.stop_mode == "abs" else g / (f + TINY)
+            total_g, total_f = total(g), total(f)
+        self._record(total_g, relative(total_g, total_f))
+        residual = g if self.stop_mode == "abs" else relative(g, f)
         if self.lost_mask is not None:
             # What is lost keeps its own best iterate and that iterate's residual.
             residual = np.where(self.lost, self.own_residual, residual)
@@ -230,21 +258,14 @@ class Run:
         current = self.abs_trace[-1] if self.stop_mode == "abs" else self.rel_trace[-1]
         if current < self.lowest:
             self.best, self.best_index, self.lowest = x, len(self.abs_trace) - 1, current
-            self.best_residual = residual
+            self.best_residual, self.best_norms = residual, np.stack([g, f])
             self.lowest_of = {"abs": self.abs_trace[-1], "rel": self.rel_trace[-1]}
         self.converged |= current < self.eps or current == 0.0
         self.at_floor |= self.rel_trace[-1] < self.control.floor
-        if len(self.abs_trace) == 1:
-            self.limit = self._divergence_limit(total_g, total_f)
-        self.diverged |= bool(total_g > self.limit)
+        if not forgive:
+            found = self._divergence.found(np.array([total_g]), np.array([total_f]))
+            self.diverged |= bool(found[0])
         return True
-
-    def _divergence_limit(self, g, f):
-        """What a residual must not exceed, from the norms of the first one (numbers or arrays).
-
-        A warm start may have a residual of rounding errors, whose growth says nothing.
-        """
-        return DIVERGENCE_FACTOR * np.maximum(g, math.sqrt(torch.finfo(self.work_dtype).eps) * f)
 
     def lose(self, fails: np.ndarray) -> None:
         """Mark samples (B,) as lost: they rest at their best point from now on."""
@@ -274,12 +295,17 @@ class Run:
         """What the solver returns (see :mod:`lib.solvers`)."""
         if self._pending:
             self._check()
-        gave_up = self.diverged and not self.converged
+        gave_up = (self.diverged or bool(self._divergence.far[0])) and not self.converged
         sample_nfe = np.full(len(self.x0), self.nfe)
-        return self._solution(self.best, self.best_residual, sample_nfe, gave_up)
+        return self._solution(self.best, self.best_residual, self.best_norms, sample_nfe, gave_up)
 
     def _solution(
-        self, best: Tensor, residual: np.ndarray, sample_nfe: np.ndarray, gave_up: bool
+        self,
+        best: Tensor,
+        residual: np.ndarray,
+        norms: np.ndarray,
+        sample_nfe: np.ndarray,
+        gave_up: bool,
     ) -> dict:
         per_sample = {
             "converged": (residual < self.eps) | (residual == 0),
@@ -288,7 +314,8 @@ class Run:
             "sample_nfe": sample_nfe,
         }
         return {
-            "result": best.to(self.dtype).view(self.shape),
+            # A tensor of the solve's own: the best point may be x0 itself, or what f returned.
+            "result": best.to(self.dtype, copy=self._borrowed).view(self.shape),
             "lowest": self.lowest,
             "abs_lowest": self.lowest_of["abs"],
             "rel_lowest": self.lowest_of["rel"],
@@ -299,6 +326,8 @@ class Run:
             "nfe": self.nfe,
             "products": self.products,
             "reason": self.reason,
+            "all_finite": not self.lost.any(),
+            "norms": norms,
             **{k: torch.from_numpy(v).to(self.device) for k, v in per_sample.items()},
             "eps": self.eps,
             "threshold": self.threshold,
@@ -312,9 +341,11 @@ def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
     Inner products and combinations of states in half precision would not carry a solver.
     """
 
+    @outside_of_compiler
     @functools.wraps(method)
     @torch.no_grad()
     def solve(f: Callable, x0: Tensor, *args, **options) -> dict:
+        refuse_transforms()
         kind = x0.device.type if isinstance(x0, Tensor) else "cpu"
         if not (torch.is_autocast_enabled(kind) and callable(f)):
             return method(f, x0, *args, **options)
@@ -369,4 +400,21 @@ def _check_arguments(f, x0, threshold, eps, stop_mode) -> None:
     check_count("threshold", threshold)
     check_number("eps", eps)
     check(stop_mode in ("abs", "rel"), "stop_mode", stop_mode, "'abs' or 'rel'")
+
+
+def check_finite(x0: Tensor) -> None:
+    """Refuse a start that is not finite."""
     check(bool(torch.isfinite(x0).all()), "x0", "not finite", "finite everywhere")
+
+
+def out_of_range(residual: np.ndarray, least: float) -> bool:
+    """Whether inner products of residuals of these norms might leave the range of the format.
+
+    ``least`` is that of :func:`~lib.norms.least_norm`; its inverse is as far on the other side.
+    """
+    return bool(((residual < least) & (residual > 0) | (residual > 1 / least)).any())
+
+
+def _version(z: Tensor) -> int | None:
+    """How often z was written to, as far as that is counted."""
+    return None if z.is_inference() else z._version

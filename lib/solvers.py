@@ -16,17 +16,21 @@ Example::
 What a solver returns
     ========== ===========================================================================
     result     visited point z of the lowest residual, shape and dtype of ``x0``; a sample
-               that is not finite there holds its own best finite iterate
+               that is not finite there holds its own best finite iterate. A tensor of its own
     lowest     residual of that point over the whole batch, in ``stop_mode``
     nstep      index of that point in the traces
     abs_trace  ||f(z) - z|| over the batch, a float per evaluated point, from ``x0`` on
     rel_trace  ||f(z) - z|| / ||f(z)||, likewise
-    prot_break True if the solver gave up: the iteration diverged or nothing stayed finite
+    prot_break True if the iteration diverged (:mod:`lib.divergence`), if it ended far out, or if
+               nothing stayed finite
     nfe        number of evaluations of f (the length of the traces)
     converged  (batch,) bool: the sample's own residual at ``result`` is below ``eps``
     residual   (batch,) that residual, in ``stop_mode``; inf if f was never finite
     finite     (batch,) bool: f stayed finite for this sample at every evaluated point (and
                products with its Jacobian did)
+    all_finite True if that holds for all of them; a bool on the host
+    norms      (2, batch) numpy array on the host: ||f(z) - z|| and ||f(z)|| of each sample at
+               ``result``
     sample_nfe (batch,) evaluations that the sample took part in
     products   products with the Jacobian, by the methods that take them
     reason     what ended the solve: 'eps', 'threshold', 'diverged', 'floor', 'max_nfe',

@@ -82,6 +82,10 @@ class Trainer(Stepper):
         """Settings without which a position or an optimiser's state mean nothing, by name."""
         raise NotImplementedError
 
+    def fixed_in(self, state: dict) -> dict:
+        """The same of a checkpoint, for one that is older than a setting too."""
+        return state["fixed"]
+
     # ---- the loop ------------------------------------------------------------------------------
 
     def train(self, run: Run) -> None:
@@ -234,7 +238,7 @@ class Trainer(Stepper):
         """
         self.check(state, source)
         for name, value in self.fixed().items():
-            if (saved := state["fixed"].get(name)) != value:
+            if (saved := self.fixed_in(state).get(name)) != value:
                 raise InputError(
                     f"{source} was saved with {name} {saved}, and this run has {value}: continue "
                     "with the former"

@@ -13,6 +13,7 @@ from deq_sequence.evaluation import evaluate, settings_from
 from deq_sequence.initialization import initialize
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.options import cutoffs_for, own_b_solver, parse
+from deq_sequence.ties import TIE_PROJ_MODES
 from deq_sequence.training import LMTrainer
 from lib.checkpoint import load_weights
 from lib.determinism import deterministic
@@ -88,6 +89,7 @@ def build_model(args: argparse.Namespace, corpus: Corpus, device: torch.device):
         b_solver=own_b_solver(args),
         stop_mode=args.stop_mode,
         grad=args.grad,
+        tie_proj_mode=args.tie_proj_mode,
     )
     initialize(
         model,
@@ -143,6 +145,8 @@ def train_command(
             f"{n_params} parameters | {device} | {processes.world_size} process(es) of "
             f"{torch.get_num_threads()} threads"
         )
+        if model.ties_projections:
+            run.log(f"tied projections {args.tie_proj_mode}: {TIE_PROJ_MODES[args.tie_proj_mode]}")
         run.log("debug: nothing is written" if args.debug else f"run folder {folder}")
         if args.jac_loss_weight > 0 and args.jac_loss_freq == 0:
             run.log("note: --jac_loss_weight has no effect while --jac_loss_freq is 0")

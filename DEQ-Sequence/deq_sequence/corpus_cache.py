@@ -7,7 +7,7 @@ import torch
 
 from lib.files import atomic_write
 
-FORMAT_VERSION = 1  # raise it whenever the ids of the same texts change
+FORMAT_VERSION = 2  # raise it whenever the ids of the same texts change
 
 
 def cache_path(datadir: Path, dataset: str) -> Path:
@@ -15,10 +15,11 @@ def cache_path(datadir: Path, dataset: str) -> Path:
     return Path(datadir) / f"corpus.{dataset}.pt"
 
 
-def cache_key(dataset: str, sources: list[Path]) -> list:
-    """What a cache depends on: format version, data set, and each file's name, size and mtime."""
+def cache_key(dataset: str, rules: tuple, sources: list[Path]) -> list:
+    """What a cache depends on: format version, data set, the rules by which its symbols get their
+    ids, and each file's name, size and mtime."""
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sources]
-    return [FORMAT_VERSION, dataset, files]
+    return [FORMAT_VERSION, dataset, rules, files]
 
 
 def load(path: Path, key: list) -> tuple[list[str], dict[str, torch.Tensor]] | None:

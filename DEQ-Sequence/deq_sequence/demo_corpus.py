@@ -72,12 +72,7 @@ def build_demo_corpus(datadir: str | Path) -> dict:
                     f"{datadir / split}.txt is not part of a demo corpus and would be overwritten: "
                     f"name another folder for --dataset demo"
                 )
-    texts = _render(list(_documents(Path(sysconfig.get_path("stdlib")))))
-    if not all(texts.values()):
-        raise InputError(
-            "this Python has too little documentation to make the demo corpus from: use an "
-            "installation with the sources of the standard library"
-        )
+    texts = demo_texts()
     manifest = _describe(texts)
     try:
         datadir.mkdir(parents=True, exist_ok=True)
@@ -92,6 +87,25 @@ def build_demo_corpus(datadir: str | Path) -> dict:
             f"name a folder that can be written to"
         ) from None
     return manifest
+
+
+def demo_texts(min_count: int | None = None) -> dict[str, str]:
+    """The text of each split; a word that occurs less often in train becomes ``<unk>``.
+
+    Args:
+        min_count: so often; ``MIN_COUNT`` if None.
+
+    Raises:
+        InputError: Python comes without its sources.
+    """
+    documents = list(_documents(Path(sysconfig.get_path("stdlib"))))
+    texts = _render(documents, MIN_COUNT if min_count is None else min_count)
+    if not all(texts.values()):
+        raise InputError(
+            "this Python has too little documentation to make the demo corpus from: use an "
+            "installation with the sources of the standard library"
+        )
+    return texts
 
 
 def _documents(stdlib: Path) -> Iterator[Document]:
@@ -174,7 +188,7 @@ def _assign(documents: list[Document]) -> list[str]:
     return splits
 
 
-def _render(documents: list[Document]) -> dict[str, str]:
+def _render(documents: list[Document], min_count: int) -> dict[str, str]:
     """The text of each split, rare words replaced by ``<unk>``."""
     lines: dict[str, list[str]] = {split: [] for split in SPLITS}
     for document, split in zip(documents, _assign(documents), strict=True):
@@ -183,7 +197,7 @@ def _render(documents: list[Document]) -> dict[str, str]:
     counts = Counter(word for line in lines["train"] for word in line.split())
 
     def known(line: str) -> str:
-        return " ".join(word if counts[word] >= MIN_COUNT else UNK for word in line.split())
+        return " ".join(word if counts[word] >= min_count else UNK for word in line.split())
 
     return {split: "".join(f" {known(line)} \n" for line in lines[split]) for split in SPLITS}
 

@@ -6,6 +6,7 @@ from torch import nn
 from deq_sequence.embedding import AdaptiveEmbedding
 from deq_sequence.layer import RelativeAttention
 from deq_sequence.softmax import ProjectedAdaptiveLogSoftmax
+from deq_sequence.ties import TiedWeights
 from lib.errors import InputError
 
 
@@ -23,7 +24,8 @@ def initialize(
     """Draw all weights: N(0, init_std), or U(-init_range, init_range) with ``init='uniform'``.
 
     Embedding tables (and the output tables tied to them) follow ``emb_init``: N(0, init_std) or
-    U(-emb_init_range, emb_init_range); projections are N(0, proj_init_std); biases are zero.
+    U(-emb_init_range, emb_init_range); projections are N(0, proj_init_std), and tied ones start
+    equal whatever their mode; biases are zero.
 
     Weight-normalised matrices keep PyTorch's default initialisation. The first public code meant
     to initialise them too but wrote to a temporary, and the published results were obtained so:
@@ -52,6 +54,9 @@ def initialize(
             projections = getattr(module, "emb_projs", None) or getattr(module, "out_projs", ())
             for projection in projections:
                 nn.init.normal_(projection.weight, 0.0, proj_init_std)
+    for module in model.modules():
+        if isinstance(module, TiedWeights):
+            module.start_equal()
 
 
 def _filler(name: str, kind: str, std: float, limit: float):

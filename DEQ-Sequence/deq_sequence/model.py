@@ -10,8 +10,9 @@ from deq_sequence.embedding import AdaptiveEmbedding, PositionalEmbedding
 from deq_sequence.initialization import initialize
 from deq_sequence.layer import TransformerLayer
 from deq_sequence.softmax import ProjectedAdaptiveLogSoftmax
+from deq_sequence.ties import TiedWeights, ties_between
 from lib.checkpoint import load_weights
-from lib.deq import DEQ, SRADIUS_ITERS, SolverAttributes, stacked
+from lib.deq import DEQ, SAME, SRADIUS_ITERS, SolverAttributes, stacked
 from lib.errors import InputError
 from lib.gradients import Gradient
 from lib.iterations import Iteration
@@ -31,7 +32,7 @@ class _Segment:
     mems: list[Tensor]  # (len, B, d), (len, B, 3d)
 
 
-class DEQTransformerLM(SolverAttributes, nn.Module):
+class DEQTransformerLM(SolverAttributes, TiedWeights):
     """Language model whose hidden states are the fixed point of one transformer layer.
 
     u = inject_conv(word_emb(data)); z* = f(z*; u, memory); loss = crit(dropout(z*), target).
@@ -48,7 +49,7 @@ class DEQTransformerLM(SolverAttributes, nn.Module):
         tie_weights: share embedding and output tables.
         d_embed: embedding width, d_model by default.
         div_val: factor by which each cluster of the vocabulary is narrower.
-        tie_projs: share embedding and output projection, per cluster; missing entries are False.
+        tie_projs: tie embedding and output projection, per cluster; missing entries are False.
         pre_lnorm: layer norm before attention and feed-forward instead of after.
         wnorm: weight normalisation of the layer's matrices.
         tgt_len, mem_len: segment and memory lengths (mem_len 0 or None: no memory).
@@ -60,6 +61,9 @@ class DEQTransformerLM(SolverAttributes, nn.Module):
         stop_mode: 'rel' or 'abs', for the forward solve; the adjoint stops by 'rel'.
         logging: function that is given one line after ``load``; None is silent.
         grad: how to differentiate the equilibrium (see :mod:`lib.gradients`).
+        tie_proj_mode: how ``tie_projs`` ties (see :class:`deq_sequence.ties.TiedWeights`):
+            'apart', two parameters that start equal, as published; 'shared', one parameter; or
+            'storage', one array of numbers with two optimiser states.
 
     Raises:
         InputError: sizes that do not fit together, a bad solver or stop_mode, a bad ``load``.
@@ -93,6 +97,7 @@ class DEQTransformerLM(SolverAttributes, nn.Module):
         stop_mode: str = "rel",
         logging: Callable[[str], None] | None = None,
         grad: str | Gradient | Iteration = "ift",
+        tie_proj_mode: str = "apart",
     ):
         super().__init__()
         d_embed = d_model if d_embed is None else d_embed
@@ -105,7 +110,9 @@ class DEQTransformerLM(SolverAttributes, nn.Module):
             raise InputError(f"local_size is {local_size}, but must be 0 (all positions) or more")
         if stop_mode not in ("abs", "rel"):
             raise InputError(f"stop_mode is {stop_mode!r}, but must be 'abs' or 'rel'")
-        self.deq = DEQ(f_solver, b_solver, stop_mode=stop_mode, b_stop_mode="rel", grad=grad)
+        self.deq = DEQ(
+            f_solver, b_solver or SAME, stop_mode=stop_mode, b_stop_mode="rel", grad=grad
+        )
 
         self.word_emb = AdaptiveEmbedding(n_token, d_embed, d_model, cutoffs, div_val)
         self.inject_conv = nn.Conv1d(d_model, 3 * d_model, 1)
@@ -114,7 +121,7 @@ class DEQTransformerLM(SolverAttributes, nn.Module):
             n_head, d_model, d_head, d_inner, dropout, dropatt, pre_lnorm, wnorm, local_size
         )
         self.crit = ProjectedAdaptiveLogSoftmax(n_token, d_embed, d_model, cutoffs, div_val)
-        self.crit.tie(self.word_emb, tie_weights, list(tie_projs))
+        self.tie(ties_between(self.word_emb, self.crit, tie_weights, tie_projs, tie_proj_mode))
         self.dropout = dropout
         self.variational_drop = VariationalDropout()
         initialize(self)
@@ -122,6 +129,11 @@ class DEQTransformerLM(SolverAttributes, nn.Module):
             load_weights(self, load)
             if logging is not None:
                 logging(f"weights loaded from {load}")
+
+    @property
+    def ties_projections(self) -> bool:
+        """Whether ``tie_proj_mode`` makes a difference."""
+        return any(tie.ours.startswith("crit.out_projs.") for tie in self.ties)
 
     def reset_length(self, tgt_len: int | None, mem_len: int | None) -> None:
         """Change segment and memory lengths, for evaluation say."""

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from deq_sequence.corpus import DATASETS
+from deq_sequence.ties import TIE_PROJ_MODES
 from lib.deq import DEQ
 from lib.errors import InputError, did_you_mean, naming
 from lib.gradients import GRADIENTS
@@ -95,6 +96,12 @@ def _model_flags(group) -> None:
     add("--same_length", action="store_true", help="every query sees mem_len keys")
     add("--attn_type", type=int, default=0, choices=(0,), help="relative, as published")
     add("--not_tied", action="store_true", help="output tables of their own")
+    add(
+        "--tie_proj_mode",
+        default="apart",
+        choices=list(TIE_PROJ_MODES),
+        help="tied projections: " + "; ".join(f"{k}: {v}" for k, v in TIE_PROJ_MODES.items()),
+    )
     add("--adaptive", action="store_true", help="adaptive embedding and softmax")
     add("--cutoffs", type=int, nargs="+", help="with --adaptive: first id of each cluster")
     add("--div_val", type=int, default=1, help="narrowing from cluster to cluster")
@@ -188,6 +195,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         args.local_size = args.mem_len  # the same thing: every query sees its last mem_len keys
     if args.cutoffs is not None and not args.adaptive:
         raise InputError("--cutoffs has no effect without --adaptive: add it")
+    projected = args.div_val > 1 or args.d_embed != args.d_model
+    if args.tie_proj_mode != "apart" and not (args.adaptive and projected):
+        raise InputError(
+            f"--tie_proj_mode {args.tie_proj_mode} has no effect: projections are tied with "
+            "--adaptive, and there are some with --div_val above 1 or another --d_embed"
+        )
     restart = args.restart or args.auto_restart
     if restart and args.name == "N/A" and not args.restart_dir:
         raise InputError("--restart needs --restart_dir, or the --name of the run to continue")

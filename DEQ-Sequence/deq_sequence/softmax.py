@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deq_sequence.embedding import (
-    AdaptiveEmbedding,
     check_ids,
     cluster_bounds,
     cluster_of,
@@ -29,7 +28,8 @@ class ProjectedAdaptiveLogSoftmax(nn.Module):
     projections only if ``d_embed`` differs from ``d_proj``.
 
     Args:
-        n_token, d_embed, d_proj, cutoffs, div_val: as for :class:`AdaptiveEmbedding`.
+        n_token, d_embed, d_proj, cutoffs, div_val: as for
+            :class:`deq_sequence.embedding.AdaptiveEmbedding`.
     """
 
     def __init__(
@@ -53,28 +53,6 @@ class ProjectedAdaptiveLogSoftmax(nn.Module):
         self.out_projs = nn.ModuleList()
         if div_val > 1 or d_embed != d_proj:
             self.out_projs.extend(nn.Linear(width, d_proj, bias=False) for width in widths)
-
-    def tie(self, embedding: AdaptiveEmbedding, weights: bool, projections: list[bool]) -> None:
-        """Share parameters with the input embedding; a tie is one Parameter under two names.
-
-        Args:
-            embedding: the embedding, made with the same sizes.
-            weights: tie every output table to its embedding table.
-            projections: tie projection i; missing entries are False. With ``div_val`` 1 all are
-                tied to the embedding's single projection.
-        """
-        if len(projections) > len(self.bounds):
-            raise InputError(
-                f"tie_projs has {len(projections)} entries for {len(self.bounds)} clusters"
-            )
-        if weights:
-            for out, emb in zip(self.out_layers, embedding.emb_layers, strict=True):
-                out.weight = emb.weight
-        if self.out_projs:
-            for i, tied in enumerate(projections):
-                if tied:
-                    source = embedding.emb_projs[0 if self.div_val == 1 else i]
-                    self.out_projs[i].weight = source.weight
 
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
         """-log p(target), in the order of the tokens.

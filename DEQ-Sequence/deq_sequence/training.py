@@ -23,6 +23,7 @@ from lib.stopping import Stopping
 from lib.trainer import Trainer
 
 _ALONE = Processes()
+_MODE, _VOCABULARY = "--tie_proj_mode", "the vocabulary"  # in ``fixed``
 
 
 class LMTrainer(Trainer):
@@ -74,8 +75,9 @@ class LMTrainer(Trainer):
             stopping=stopping or Stopping(args.max_time),
         )
         self.learning_rate = LearningRate(args, self.optimizer)
-        if args.clip_nonemb:  # and what is tied to it
+        if args.clip_nonemb:  # and what has the same numbers
             left_out = {id(p) for p in model.word_emb.parameters()}
+            left_out |= {id(model.get_parameter(t.ours)) for t in model.ties if t.mode != "apart"}
             self.clipped = [p for p in model.parameters() if id(p) not in left_out]
         if args.multi_gpu and torch.cuda.device_count() > 1 and device.type == "cuda":
             share = args.gpu0_bsz // args.batch_chunk if args.gpu0_bsz >= 0 else -1
@@ -219,4 +221,18 @@ class LMTrainer(Trainer):
             self.mems = [list(part) for part in self.split(tuple(own))]
 
     def fixed(self) -> dict:
-        return {f"--{name}": getattr(self.args, name) for name in ("batch_size", "optim")}
+        fixed = {f"--{name}": getattr(self.args, name) for name in ("batch_size", "optim")}
+        # Of how many parameters the optimiser keeps a state.
+        fixed[_MODE] = self.args.tie_proj_mode if self.model.ties_projections else None
+        return fixed | {_VOCABULARY: self.corpus.vocab.fingerprint()}
+
+    def fixed_in(self, state: dict) -> dict:
+        own, fixed = self.fixed(), dict(state["fixed"])
+        fixed.setdefault(_MODE, "shared")  # the one way once
+        if own[_MODE] is None or fixed[_MODE] is None:  # two models: their weights tell more
+            fixed[_MODE] = own[_MODE]
+        # Characters were once counted in the training text alone.
+        counts = torch.bincount(self.corpus.train, minlength=len(self.corpus.vocab))
+        changed = self.corpus.characters and bool((counts[:-1] <= counts[1:]).any())
+        once = "of the training text alone" if changed else own[_VOCABULARY]
+        return {_VOCABULARY: once} | fixed

@@ -1,5 +1,6 @@
 """The two-way map between symbols (words, or bytes) and token ids."""
 
+import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable
@@ -81,6 +82,11 @@ class Vocab:
             ids.append(lookup[EOS])
         return torch.from_numpy(np.asarray(ids)).long()
 
+    def fingerprint(self) -> str:
+        """A few words that change with any id."""
+        digest = hashlib.sha256("\0".join(self.idx2sym).encode()).hexdigest()
+        return f"{len(self)} types ({digest[:12]})"
+
     def decode(self, ids: torch.Tensor | Iterable[int]) -> list[str]:
         """Symbols of token ids (any 1-d tensor or iterable of ints).
 
@@ -133,6 +139,6 @@ class ByteVocab(Vocab):
             position = int(ids.argmin())
             raise InputError(
                 f"{source}, byte {position}: the byte {raw[position]:#04x} does not occur in the "
-                f"training text: make all three files from one source"
+                f"counted text: count all files that are to be encoded"
             )
         return torch.from_numpy(ids)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 from lib.checkpoint import load_weights
@@ -145,8 +146,12 @@ def train_classifier(
     ``resume`` is what a user adds to continue a run, for messages.
     """
 
+    _refuse_segmentation_only(cfg)
+
     def build(anew: bool, log: _Log):
         data = processes.in_turn(lambda: [get_cls_dataset(cfg, name) for name in ("train", "test")])
+        for line in _class_lines(cfg, data[1]):
+            log(line)
         model = get_cls_net(cfg)
         if anew and cfg.MODEL.PRETRAINED:
             with naming("MODEL.PRETRAINED"):
@@ -166,10 +171,12 @@ def train_segmenter(
     """
 
     def build(anew: bool, log: _Log):
-        data = processes.in_turn(lambda: [get_seg_dataset(cfg, name) for name in ("train", "test")])
-        for dataset, key in zip(data, ("TRAIN_SET", "TEST_SET"), strict=True):
-            if not dataset.has_labels:
-                raise InputError(f"DATASET.{key} {cfg.DATASET[key]} names images without labels")
+        splits = ("train", "test", "extra") if cfg.TRAIN.EXTRA_EPOCH else ("train", "test")
+        data = processes.in_turn(lambda: [get_seg_dataset(cfg, split) for split in splits])
+        if not data[1].has_labels:
+            raise InputError(f"DATASET.TEST_SET {cfg.DATASET.TEST_SET} names images without labels")
+        for line in dict.fromkeys(note for dataset in data for note in dataset.notes):
+            log(line)
         return (get_seg_net(cfg, log) if anew else MDEQSegNet(cfg)), *data
 
     task = SegmentationTrainer
@@ -187,7 +194,8 @@ def _train(
 ) -> Path | None:
     """Build a trainer, start or resume it, train.
 
-    ``build`` gives model, training and validation set; it is told whether the run is a new one.
+    ``build`` gives model, training and validation set, and the extra one of a second stage; it is
+    told whether the run is a new one.
     """
     stopping = Stopping(cfg.MAX_TIME)
     folder = run_folder(cfg, cfg_file)
@@ -198,7 +206,7 @@ def _train(
             checkpoint, source, lines = read_checkpoint(file, task, processes)
         changes = _changes(cfg, file.parent / CONFIG)
     device, gpus = _devices(cfg, processes)
-    model, train_set, valid_set = build(checkpoint is None, lines.append)
+    model, train_set, valid_set, *extra = build(checkpoint is None, lines.append)
     processes.vary_seed(cfg.SEED)
     model = model.to(device)
     if task.one_gpu and len(gpus) > 1:
@@ -207,9 +215,9 @@ def _train(
             f"with torchrun --nproc_per_node={len(gpus)}"
         )
         gpus = gpus[:1]
-    trainer = task(
-        cfg, model, train_set, valid_set, device, gpus, processes, resume=resume, stopping=stopping
-    )
+    data = train_set, valid_set
+    options = {"extra_set": extra[0] if extra else None, "resume": resume, "stopping": stopping}
+    trainer = task(cfg, model, *data, device, gpus, processes, **options)
     if checkpoint is not None:
         lines += trainer.load_state_dict(checkpoint, source)
     elif cfg.TRAIN.MODEL_FILE:
@@ -232,6 +240,7 @@ def _train(
     lines = [
         "debug: nothing is written" if cfg.DEBUG.DEBUG else f"run folder {folder}",
         f"{len(train_set)} training and {len(valid_set)} validation images",
+        *(_extra_line(cfg, dataset) for dataset in extra),
         *lines,
         *_batch_size_lines(cfg_file, trainer.batch_size),
     ]
@@ -265,6 +274,25 @@ def _train(
     return run.folder
 
 
+def _class_lines(cfg: CfgNode, dataset) -> list[str]:
+    """That some outputs of the network stand for no class of the data set."""
+    n_classes = len(dataset.classes)
+    if n_classes == cfg.MODEL.NUM_CLASSES:
+        return []
+    return [
+        f"note: the {n_classes} classes of {cfg.DATASET.DATASET} are outputs 0 to {n_classes - 1} "
+        f"of {cfg.MODEL.NUM_CLASSES}: weights that were trained on more classes number them "
+        "otherwise"
+    ]
+
+
+def _refuse_segmentation_only(cfg: CfgNode) -> None:
+    """Settings that would change a run of segmentation, and do nothing to one of classification."""
+    for key in ("DATASET.EXTRA_TRAIN_SET", "TEST.CENTER_CROP_TEST"):
+        if flat(cfg)[key]:
+            raise InputError(f"{key} is of segmentation: classification has no use for it")
+
+
 def _checkpoint_to_resume(cfg: CfgNode, folder: Path, resume: str) -> Path | None:
     """The checkpoint to continue from; None starts anew."""
     own = folder / CHECKPOINT
@@ -296,6 +324,14 @@ def _changes(cfg: CfgNode, path: Path) -> list[str]:
     ]
 
 
+def _extra_line(cfg: CfgNode, dataset: Dataset) -> str:
+    return (
+        f"after epoch {cfg.TRAIN.END_EPOCH}: {cfg.TRAIN.EXTRA_EPOCH} epochs over "
+        f"{len(dataset)} images of {cfg.DATASET.EXTRA_TRAIN_SET}, from a rate of "
+        f"{cfg.TRAIN.EXTRA_LR:g}"
+    )
+
+
 def _batch_size_lines(cfg_file: Path, batch_size: int) -> list[str]:
     """The effective batch size, and whether it is that of the file."""
     own = config.clone()
@@ -317,12 +353,13 @@ def _batch_size_lines(cfg_file: Path, batch_size: int) -> list[str]:
 
 def validate_classifier(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Evaluation:
     """Evaluate a classification model at equilibrium and print the figures."""
+    _refuse_segmentation_only(cfg)
     device, _ = _devices(cfg, processes)
     dataset = get_cls_dataset(cfg, "test")
     model, path = _trained(cfg, cfg_file, get_cls_net, device)
     found = evaluate_classification(cfg, model, dataset, device=device, processes=processes)
     if processes.leads:
-        print(f"{path} | {found.text()}", flush=True)
+        print(*_class_lines(cfg, dataset), f"{path} | {found.text()}", sep="\n", flush=True)
     return found
 
 
@@ -351,6 +388,8 @@ def predict_segmentation(cfg: CfgNode, cfg_file: Path, processes: Processes) -> 
         on_prediction=None if cfg.DEBUG.DEBUG else save,
     )
     if processes.leads:
+        for line in dataset.notes:
+            print(line)
         if dataset.has_labels:
             print(found.confusion.table(dataset.facts.class_names))
             print(f"{path} | {found.text()}")

@@ -84,6 +84,7 @@ def _defaults() -> CfgNode:
     cfg.DATASET.DATASET = "imagenet"
     cfg.DATASET.TRAIN_SET = "train"
     cfg.DATASET.TEST_SET = "valid"
+    cfg.DATASET.EXTRA_TRAIN_SET = ""  # list of a second stage of segmentation's training
     cfg.DATASET.NUM_CLASSES = 1000  # of segmentation
     cfg.DATASET.DATA_FORMAT = "jpg"  # for published files only: an image tells its own format
     cfg.DATASET.AUGMENT = True
@@ -108,6 +109,8 @@ def _defaults() -> CfgNode:
     cfg.TRAIN.IGNORE_LABEL = -1
     cfg.TRAIN.BEGIN_EPOCH = 0
     cfg.TRAIN.END_EPOCH = 140
+    cfg.TRAIN.EXTRA_EPOCH = 0  # epochs over EXTRA_TRAIN_SET, after END_EPOCH
+    cfg.TRAIN.EXTRA_LR = 0.001  # where their schedule begins
     cfg.TRAIN.RESUME = False  # continue the run in the folder, if it holds one
     cfg.TRAIN.CHECKPOINT = ""  # a checkpoint of another folder to continue from
     cfg.TRAIN.MODEL_FILE = ""  # weights to start from
@@ -121,6 +124,7 @@ def _defaults() -> CfgNode:
     cfg.TEST.BATCH_SIZE_PER_GPU = 32
     cfg.TEST.IMAGE_SIZE = [2048, 1024]  # (width, height) of a window in sliding-window inference
     cfg.TEST.BASE_SIZE = 2048
+    cfg.TEST.CENTER_CROP_TEST = False  # only the centre of images, IMAGE_SIZE of it
     cfg.TEST.NUM_SAMPLES = 0  # images at most; 0 is all
     cfg.TEST.FLIP_TEST = False
     cfg.TEST.MULTI_SCALE = False
@@ -299,9 +303,11 @@ _RANGES = [
     ("TRAIN.LR_STEP", lambda v: _integers(v, 0), "a list of epochs"),
     ("TRAIN.BEGIN_EPOCH", lambda v: v >= 0, "0 or more"),
     ("TRAIN.END_EPOCH", lambda v: v >= 0, "0 or more"),
+    ("TRAIN.EXTRA_EPOCH", lambda v: v >= 0, "0 or more"),
     ("TRAIN.OPTIMIZER", lambda v: v in ("adam", "sgd", "rmsprop"), "adam, sgd or rmsprop"),
     ("TRAIN.LR_SCHEDULER", lambda v: v in ("step", "cosine", "poly"), "step, cosine or poly"),
     ("TRAIN.LR", lambda v: v > 0, "above 0"),
+    ("TRAIN.EXTRA_LR", lambda v: v > 0, "above 0"),
     ("TRAIN.BATCH_SIZE", lambda v: v >= 0, "0 or more"),
     ("TRAIN.BATCH_SIZE_PER_GPU", lambda v: v >= 1, "at least 1"),
     ("TRAIN.BATCH_CHUNK", lambda v: v >= 1, "at least 1"),
@@ -331,3 +337,12 @@ def _check_values(cfg: CfgNode) -> None:
     train = cfg.TRAIN
     if train.OPTIMIZER == "sgd" and train.NESTEROV and train.MOMENTUM == 0:
         raise InputError("TRAIN.NESTEROV needs a TRAIN.MOMENTUM above 0")
+    extra_set = cfg.DATASET.EXTRA_TRAIN_SET
+    if extra_set and not train.EXTRA_EPOCH:
+        raise InputError(
+            f"DATASET.EXTRA_TRAIN_SET {extra_set} is never used while TRAIN.EXTRA_EPOCH is 0"
+        )
+    if train.EXTRA_EPOCH and not extra_set:
+        raise InputError(
+            f"TRAIN.EXTRA_EPOCH {train.EXTRA_EPOCH} needs a list in DATASET.EXTRA_TRAIN_SET"
+        )

@@ -85,11 +85,12 @@ def evaluate_segmentation(
     on_prediction: Callable[[int, Tensor], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Loss, mean IoU and accuracies over ``dataset`` at its full resolution.
+    """Loss, mean IoU and accuracies over ``dataset`` at the resolution of its items.
 
     Images larger than TEST.IMAGE_SIZE are covered by windows of that size; TEST.MULTI_SCALE
-    averages over TEST.SCALE_LIST, TEST.FLIP_TEST over mirror images. Without labels the figures
-    are NaN.
+    averages over TEST.SCALE_LIST, TEST.FLIP_TEST over mirror images. At scale 1 the long side of
+    an image is TEST.BASE_SIZE; with TEST.CENTER_CROP_TEST it was so before the centre was cut out,
+    and the centre keeps its size. Without labels the figures are NaN.
 
     Args:
         on_prediction: called with (index, train ids (H, W) on the CPU) for each image of this
@@ -100,6 +101,7 @@ def evaluate_segmentation(
         class_weights=dataset.facts.class_weights, ignore_label=cfg.TRAIN.IGNORE_LABEL
     )
     confusion = ConfusionMatrix(cfg.DATASET.NUM_CLASSES, cfg.TRAIN.IGNORE_LABEL)
+    cropped = cfg.TEST.CENTER_CROP_TEST
     scales = cfg.TEST.SCALE_LIST if cfg.TEST.MULTI_SCALE else [1.0]
     with evaluating(model) as stats:
         totals = _Totals(model, cfg, device, 2)  # loss, weight
@@ -109,7 +111,7 @@ def evaluate_segmentation(
                 lambda x: totals.forward(x, train_step),
                 images,
                 window=tuple(cfg.TEST.IMAGE_SIZE),
-                base_size=cfg.TEST.BASE_SIZE,
+                base_size=max(images.shape[2:]) if cropped else cfg.TEST.BASE_SIZE,
                 scales=scales,
                 flip=cfg.TEST.FLIP_TEST,
             )

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from lib.deq import DEQ, SRADIUS_ITERS, SolverAttributes, stacked
+from lib.deq import DEQ, SAME, SRADIUS_ITERS, SolverAttributes, stacked
 from lib.errors import InputError, naming
 from lib.jacobian import jac_loss_estimate
 from lib.layer_utils import conv3x3, list2vec, vec2list
@@ -57,7 +57,7 @@ class MDEQNet(SolverAttributes, nn.Module):
             raise InputError(f"DEQ.STOP_MODE is {cfg.DEQ.STOP_MODE!r}, but must be 'abs' or 'rel'")
         self.n_layer, self.pretrain_steps = model.NUM_LAYERS, cfg.TRAIN.PRETRAIN_STEPS
         self.f_thres, self.b_thres = cfg.DEQ.F_THRES, cfg.DEQ.B_THRES
-        b_solver = None if cfg.DEQ.B_SOLVER == "None" else cfg.DEQ.B_SOLVER
+        b_solver = SAME if cfg.DEQ.B_SOLVER == "None" else cfg.DEQ.B_SOLVER
         with naming("DEQ.F_SOLVER, DEQ.B_SOLVER and DEQ.GRAD"):
             self.deq = DEQ(
                 cfg.DEQ.F_SOLVER, b_solver, stop_mode=cfg.DEQ.STOP_MODE, grad=cfg.DEQ.GRAD

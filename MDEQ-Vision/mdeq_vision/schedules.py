@@ -25,7 +25,9 @@ def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     return fused_if_possible(torch.optim.RMSprop, model, **options)
 
 
-def learning_rate(cfg: CfgNode, step: int, steps_per_epoch: int) -> float:
+def learning_rate(
+    cfg: CfgNode, step: int, steps_per_epoch: int, extra_steps_per_epoch: int = 0
+) -> float:
     """The rate of update ``step`` (from 0).
 
     With n the update, T = END_EPOCH * steps_per_epoch and e the epoch of the update:
@@ -34,16 +36,23 @@ def learning_rate(cfg: CfgNode, step: int, steps_per_epoch: int) -> float:
         poly     LR (1 - n / T)^0.9
         step     LR * LR_FACTOR^k, k the number of entries of LR_STEP up to e
 
+    With EXTRA_EPOCH > 0 the same schedule begins again after T updates: from EXTRA_LR, with n and
+    e counted from there, over EXTRA_EPOCH epochs of ``extra_steps_per_epoch``.
+
     A function of the step alone, so a resumed run needs no state.
     """
     train = cfg.TRAIN
-    progress = min(step / max(train.END_EPOCH * steps_per_epoch, 1), 1.0)
+    rate, epochs = train.LR, train.END_EPOCH
+    if train.EXTRA_EPOCH > 0 and step >= epochs * steps_per_epoch:
+        step -= epochs * steps_per_epoch
+        rate, epochs, steps_per_epoch = train.EXTRA_LR, train.EXTRA_EPOCH, extra_steps_per_epoch
+    progress = min(step / max(epochs * steps_per_epoch, 1), 1.0)
     if train.LR_SCHEDULER == "cosine":
-        return ETA_MIN + (train.LR - ETA_MIN) * (1 + math.cos(math.pi * progress)) / 2
+        return ETA_MIN + (rate - ETA_MIN) * (1 + math.cos(math.pi * progress)) / 2
     if train.LR_SCHEDULER == "poly":
-        return train.LR * (1 - progress) ** POLY_POWER
+        return rate * (1 - progress) ** POLY_POWER
     passed = sum(epoch <= step // steps_per_epoch for epoch in train.LR_STEP)
-    return train.LR * train.LR_FACTOR**passed
+    return rate * train.LR_FACTOR**passed
 
 
 def jac_factor(cfg: CfgNode, step: int, epoch: int) -> float:

@@ -17,7 +17,8 @@ from lib.steps import Care, Choices
 from lib.stopping import Stopping
 from lib.sync_batchnorm import convert_sync_batchnorm, each_by_itself
 from lib.trainer import Trainer
-from mdeq_vision.datasets import make_loader, n_batches, on_device
+from mdeq_vision.curriculum import Curriculum
+from mdeq_vision.datasets import make_loader, on_device
 from mdeq_vision.evaluation import Evaluation
 from mdeq_vision.losses import mean_loss
 from mdeq_vision.model import MDEQNet
@@ -55,6 +56,7 @@ class ImageTrainer(Trainer):
         device: where the model is; with several ``gpus``, the first of them.
         gpus: the GPUs of this process; more than one makes it a DataParallel model.
         processes: of the run.
+        extra_set: data set of a second stage, TRAIN.EXTRA_EPOCH epochs after the first.
         resume: what continues a run, for messages.
         stopping: collects the wish to stop; None for one with the configuration's time limit.
     """
@@ -75,14 +77,15 @@ class ImageTrainer(Trainer):
         gpus: list[int],
         processes: Processes,
         *,
+        extra_set: Dataset | None = None,
         resume: str = RESUME,
         stopping: Stopping | None = None,
     ):
-        self.cfg, self.train_set, self.valid_set = cfg, train_set, valid_set
+        self.cfg, self.valid_set = cfg, valid_set
         devices = max(len(gpus), 1) * processes.world_size
         self.batch_size = cfg.TRAIN.BATCH_SIZE or cfg.TRAIN.BATCH_SIZE_PER_GPU * devices
-        self.n_batches = n_batches(
-            len(train_set), self.batch_size, drop_last=self.drop_last, percent=cfg.PERCENT
+        self.curriculum = Curriculum(
+            cfg, train_set, extra_set, batch_size=self.batch_size, drop_last=self.drop_last
         )
         if self.batch_size < processes.world_size * cfg.TRAIN.BATCH_CHUNK:
             raise InputError(
@@ -111,8 +114,8 @@ class ImageTrainer(Trainer):
             # output, jac_loss, sradius
             self.parallel = BalancedDataParallel(model, -1, 0, (0, None, 0), device_ids=gpus)
         self.epoch, self.position = cfg.TRAIN.BEGIN_EPOCH, 0  # batches done in this epoch
-        self.step = self.epoch * self.n_batches
-        self.last_step = cfg.TRAIN.END_EPOCH * self.n_batches
+        self.step = self.curriculum.steps_before(self.epoch)
+        self.last_step = self.curriculum.steps_before(self.curriculum.last.end)
         self.pretrain_steps = cfg.TRAIN.PRETRAIN_STEPS
 
     # ---- what subclasses define ----------------------------------------------------------------
@@ -134,11 +137,16 @@ class ImageTrainer(Trainer):
 
     # ---- a step --------------------------------------------------------------------------------
 
+    @property
+    def n_batches(self) -> int:
+        """Of the present epoch."""
+        return self.curriculum.at(self.epoch).n_batches
+
     def batches(self) -> Iterator[list[Tensor]]:
         """This process's shares (images, labels), to the end of the last epoch."""
-        while self.epoch < self.cfg.TRAIN.END_EPOCH:
+        while self.epoch < self.curriculum.last.end:
             loader = make_loader(
-                self.train_set,
+                self.curriculum.at(self.epoch).dataset,
                 batch_size=self.batch_size,
                 seed=self.cfg.SEED,
                 epoch=self.epoch,
@@ -166,7 +174,7 @@ class ImageTrainer(Trainer):
     def split(self, batch: tuple[Tensor, Tensor]) -> list[Part]:
         # Of the last batch a process may have one image more than another, but all take as many
         # forwards, as batch norm needs them together.
-        left = len(self.train_set) - self.position * self.batch_size
+        left = len(self.curriculum.at(self.epoch).dataset) - self.position * self.batch_size
         least = min(left, self.batch_size) // self.processes.world_size
         # Of fewer images than there are processes, each has all.
         copies = self.processes.world_size if least == 0 else 1
@@ -214,8 +222,9 @@ class ImageTrainer(Trainer):
             yield
 
     def set_learning_rate(self) -> None:
+        first, last = self.curriculum.first, self.curriculum.last
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.cfg, self.step, self.n_batches)
+            group["lr"] = learning_rate(self.cfg, self.step, first.n_batches, last.n_batches)
 
     def advance(self, batch: tuple[Tensor, Tensor]) -> None:
         self.position += 1
@@ -261,21 +270,27 @@ class ImageTrainer(Trainer):
         return found, record, found.score, found.figures[found.score]
 
     def after_validation(self, found: Evaluation) -> None:
-        if self.position == self.n_batches:
-            self.epoch, self.position = self.epoch + 1, 0
+        if self.position < self.n_batches:
+            return
+        before = self.curriculum.at(self.epoch)
+        self.epoch, self.position = self.epoch + 1, 0
+        if self.curriculum.at(self.epoch) is not before:
+            self.run.log(f"step {self.step} | the extra stage begins at epoch {self.epoch}")
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
     def extra_state(self) -> dict:
-        return {"epoch": self.epoch, "position": self.position}
+        return {"epoch": self.epoch, "position": self.position, "n_batches": self.n_batches}
 
     def load_extra(self, state: dict) -> None:
         self.epoch, self.position = state["epoch"], state["position"]
+        n_batches = state.get("n_batches", self.n_batches)
+        self.curriculum.check_place(self.step, self.epoch, self.position, n_batches)
 
     def fixed(self) -> dict:
         return {
             "TRAIN.OPTIMIZER": self.cfg.TRAIN.OPTIMIZER,
             "an effective batch size of": self.batch_size,
-            "a number of batches per epoch of": self.n_batches,
+            "a number of batches per epoch of": self.curriculum.first.n_batches,
             "SEED": self.cfg.SEED,
         }

@@ -9,7 +9,7 @@ from torch import nn
 
 from lib.deq import DEQ, DEQWarning, SolverAttributes
 from lib.errors import InputError
-from lib.solvers import anderson, broyden, fixed_point_iteration
+from lib.solvers import anderson, broyden, fixed_point_iteration, gmres
 from problems import largest_relative_error
 from toy_layers import Fragile, Toy, gradients, loss_of, unrolled_gradients
 
@@ -27,10 +27,13 @@ def run(deq: DEQ, layer: nn.Module, **options):
 
 
 def test_poor_adjoint_warns():
-    layer = Toy()
+    """z = 0.9 z + 1 in two evaluations: y = 0 and y = g, whose residual is 0.9 of g's norm."""
+    weight = torch.tensor(0.9, dtype=torch.float64, requires_grad=True)
     deq = DEQ(tight["broyden"], partial(anderson, eps=1e-9))
-    with pytest.warns(DEQWarning, match="raise b_thres"):
-        gradients(loss_of(deq(layer, layer.z0, f_thres=200, b_thres=1).z), layer)
+    z = deq(lambda z: weight * z + 1, torch.zeros(1, 2, dtype=torch.float64), b_thres=1).z
+    with pytest.warns(DEQWarning, match=r"relative residual up to 0\.9.*raise b_thres"):
+        z.sum().backward()
+    assert weight.grad.item() == pytest.approx(20)  # y = g: that of one step, dz/dw = z
 
 
 def test_good_solves_do_not_warn(deq):
@@ -78,13 +81,13 @@ def test_nan_adjoint_warns_and_spares_the_others(deq, fragile):
 
 def test_solvers_by_name_and_by_callable():
     own = partial(anderson, m=3)
-    deq = DEQ("broyden")
+    deq = DEQ("broyden", "same")
     assert deq.f_solver is deq.b_solver is broyden
-    deq.f_solver = own  # the adjoint follows while it has no solver of its own
+    deq.f_solver = own  # the adjoint follows
     assert deq.f_solver is deq.b_solver is own
     deq.b_solver = "fixed_point_iteration"
     assert deq.b_solver is fixed_point_iteration
-    deq.b_solver = None
+    deq.b_solver = "same"
     assert deq.b_solver is own
     for assign in ("f_solver", "b_solver"):
         with pytest.raises(InputError, match=r"newton'.*anderson, .*broyden"):
@@ -92,6 +95,20 @@ def test_solvers_by_name_and_by_callable():
         with pytest.raises(InputError, match="newton"):
             DEQ(**{"f_solver": "anderson", assign: "newton"})
     assert deq.f_solver is own
+
+
+def test_adjoint_is_solved_by_gmres_to_the_forward_tolerance():
+    deq = DEQ("anderson:m=4,eps=1e-7,stop=sample,max_nfe=9")
+    assert deq.b_solver.func is gmres
+    assert deq.b_solver.keywords == {"eps": 1e-7, "stop": "sample", "max_nfe": 9}
+    deq.f_solver = "broyden"
+    assert (deq.b_solver.func, deq.b_solver.keywords) == (gmres, {})
+
+    def own(f, x0, **options):
+        return anderson(f, x0, **options)
+
+    deq.f_solver = own  # its tolerance is not known
+    assert deq.b_solver is own
 
 
 def test_solver_attributes_of_a_model():
@@ -108,6 +125,8 @@ def test_solver_attributes_of_a_model():
     with pytest.raises(InputError, match="unknown"):
         model.f_solver = "unknown"
     assert model.f_solver is broyden
+    model.b_solver = None  # as forward, like the published models
+    assert model.b_solver is broyden
 
 
 def test_own_solver_with_the_fewest_keys():

@@ -46,7 +46,7 @@ def test_reversible_in_float32():
 
 def test_reversible_twice_over_a_retained_graph():
     layer = Toy()
-    z = DEQ(grad="reversible")(layer, layer.z0, f_thres=8).z
+    z = DEQ(grad="reversible:damping=0.8")(layer, layer.z0, f_thres=8).z
     expected = gradients(loss_of(coupled(layer, layer.z0, 4, 0.8)), layer)
     for keep in (True, True, False):
         error = largest_relative_error(gradients(loss_of(z), layer, retain_graph=keep), expected)
@@ -55,7 +55,7 @@ def test_reversible_twice_over_a_retained_graph():
 
 def test_reversible_with_two_pending():
     layers = Toy(seed=1), Toy(seed=2)
-    deq = DEQ(grad="reversible")
+    deq = DEQ(grad="reversible:damping=0.8")
     losses = [loss_of(deq(layer, layer.z0, f_thres=8).z) for layer in layers]
     for layer, loss in zip(layers, losses, strict=True):
         expected = gradients(loss_of(coupled(layer, layer.z0, 4, 0.8)), layer)
@@ -64,7 +64,7 @@ def test_reversible_with_two_pending():
 
 def test_reversible_evaluates_each_point_twice():
     layer, calls = Toy(), []
-    deq = DEQ(grad="reversible")
+    deq = DEQ(grad="reversible:damping=0.8")
 
     def f(z):
         calls.append(z.detach().clone())
@@ -80,7 +80,7 @@ def test_reversible_evaluates_each_point_twice():
 
 def test_reversible_steps_are_bounded():
     with pytest.raises(InputError, match=r"f_thres is 80.*lower f_thres to 27") as caught:
-        DEQ(grad="reversible")(torch.tanh, torch.zeros(1, 2), f_thres=80)
+        DEQ(grad="reversible:damping=0.8")(torch.tanh, torch.zeros(1, 2), f_thres=80)
     assert "\n" not in str(caught.value)
 
 
@@ -91,7 +91,7 @@ def test_reversible_recovers_what_f_would_amplify():
     def f(z):
         return torch.tanh(6 * z @ layer.w.T + layer.x)
 
-    z = DEQ(grad="reversible")(f, layer.z0, f_thres=26).z
+    z = DEQ(grad="reversible:damping=0.8")(f, layer.z0, f_thres=26).z
     expected = layer.z0
     y = expected
     for _ in range(13):
@@ -108,10 +108,10 @@ def test_reversible_warns_where_the_start_is_not_recovered():
     def f(z):
         return layer(z) + 1e-12 * torch.randn(3, 6, generator=noise, dtype=torch.float64)
 
-    z = DEQ(grad="reversible")(f, layer.z0, f_thres=8).z
+    z = DEQ(grad="reversible:damping=0.8")(f, layer.z0, f_thres=8).z
     with pytest.warns(DEQWarning, match="misses its start"):
         z.sum().backward()
-    z = DEQ(grad="reversible")(layer, layer.z0, f_thres=8).z
+    z = DEQ(grad="reversible:damping=0.8")(layer, layer.z0, f_thres=8).z
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         z.sum().backward()
@@ -125,6 +125,6 @@ def test_reversible_with_a_map_that_differs_from_call_to_call():
         scale = torch.exp(layer.b.sum()) if len(calls) == 1 else 1.0
         return layer(z) * scale
 
-    z = DEQ(grad="reversible")(f, layer.z0, f_thres=4).z
+    z = DEQ(grad="reversible:damping=0.8")(f, layer.z0, f_thres=4).z
     with pytest.raises(RuntimeError, match="the same at every call"):
         z.sum().backward()

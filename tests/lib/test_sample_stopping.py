@@ -249,10 +249,10 @@ def test_inner_products_are_of_live_samples(solver, monkeypatch):
     f, sizes = Batch(hard_and_easy(solver)), []
 
     def spy(original):
-        def products(vectors, rows):
+        def products(vectors, rows, wide=False):
             assert vectors.shape[1] == rows.shape[1]
             sizes.append((len(f.log), rows.shape[1]))  # calls so far
-            return original(vectors, rows)
+            return original(vectors, rows, wide)
 
         return products
 
@@ -331,6 +331,7 @@ def check(solution, log, x0, eps, stop_mode, floor=0.0):
     batch, step_dtype = len(x0), torch.promote_types(x0.dtype, torch.float32)
     best = [(math.inf, x0[i].double().flatten(), math.inf, math.inf, 0) for i in range(batch)]
     last = [None] * batch
+    highs, highest, far = [0] * batch, [0.0] * batch, [False] * batch
     first, done, lost, diverged = {}, set(), set(), set()
     nfe, abs_trace, rel_trace = [0] * batch, [], []
     assert len(log) == solution["nfe"]
@@ -348,11 +349,17 @@ def check(solution, log, x0, eps, stop_mode, floor=0.0):
             last[i] = (g, f)
             if k == 0:
                 first[i] = 1e6 * max(g, math.sqrt(torch.finfo(step_dtype).eps) * f)
+            if g <= first[i]:
+                highs[i] = 0
+            elif g > highest[i]:
+                highs[i] += 1
+                highest[i] = g
+            far[i] = g > first[i]
             if own < best[i][0]:
                 best[i] = (own, z, g, f, k)
             if own < eps or own == 0 or g / (f + 1e-30) < floor:
                 done.add(i)
-            elif g > first[i]:
+            elif highs[i] == 5:
                 done.add(i)
                 diverged.add(i)
         now = [best[i][2:4] if i in done else last[i] for i in range(batch)]
@@ -383,7 +390,8 @@ def check(solution, log, x0, eps, stop_mode, floor=0.0):
         assert solution["abs_lowest"] == solution["rel_lowest"] == math.inf
     assert solution["lowest"] == solution[f"{stop_mode}_lowest"]
     assert solution["nstep"] == max(b[4] for b in best)
-    assert solution["prot_break"] is bool(diverged or len(lost) == batch)
+    ends_far = any(far[i] for i in range(batch) if i not in done)
+    assert solution["prot_break"] is bool(diverged or ends_far or len(lost) == batch)
     if len(done) < batch:
         assert solution["reason"] == "threshold"
     elif diverged or len(lost) == batch:

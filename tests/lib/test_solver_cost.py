@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib import inner_products
+from lib.solver_stats import all_finite, solve_figures
 from lib.solvers import SOLVERS, anderson, broyden
 from problems import NanFrom, contraction, rotation, symmetric, tanh_layer, visited
 
@@ -45,10 +46,28 @@ def test_one_transfer_per_check(name, check_every, monkeypatch):
     transfers = Transfers(monkeypatch)
     solve = partial(SOLVERS[name], problem.f, problem.x0, eps=0.0, check_every=check_every)
     nfe = solve(threshold=17)["nfe"]
-    # x0 is checked for its finiteness, and x0's residual decides what counts as diverging.
+    # The first is at x0, whose residual says how large those that follow may be.
     checks = 1 + math.ceil((nfe - 1) / check_every)
-    expected = dict.fromkeys(Transfers.NAMES, 0) | {"cpu": checks, "numpy": checks, "__bool__": 1}
+    expected = dict.fromkeys(Transfers.NAMES, 0) | {"cpu": checks, "numpy": checks}
     assert transfers.counts == expected
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("stop", ["batch", "sample"])
+def test_figures_of_a_solve_read_nothing_from_the_device(name, stop, monkeypatch):
+    problem = tanh_layer()
+    solution = SOLVERS[name](problem.f, problem.x0, stop=stop)
+    lost = SOLVERS[name](NanFrom(problem.f, sample=1, call=0), problem.x0, stop=stop)
+    transfers = Transfers(monkeypatch)
+    assert not solve_figures(solution)["broken"]
+    assert all_finite(solution)
+    assert solve_figures(lost)["broken"]
+    assert not all_finite(lost)
+    assert not any(transfers.counts.values())
+    # A user's own solver may hand back the tensor alone, or neither.
+    assert not all_finite({"finite": torch.tensor([True, False])})
+    assert all_finite({"finite": torch.tensor([True, True])})
+    assert all_finite({})
 
 
 @by_name

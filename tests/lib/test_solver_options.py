@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -274,22 +275,97 @@ def test_a_line_search_that_runs_out_of_its_budget(max_nfe):
 
 
 def test_a_search_begins_from_the_value_of_its_point(monkeypatch):
-    """Not from that of the last trial of the search before, where another was the best."""
-    sizes = iter([1.0, 1.5, 1.2, 1.3, 1.4, 1.6, 1.3, 0.5, 0.1])  # of the residuals, in turn
+    """Not from that of the last trial of the search before, which led nowhere."""
+    sizes = iter([1.0, 2.5, 1.9, 2.6, 2.5, 2.4, 2.5, 2.6, 2.3, 0.1])  # of the residuals, in turn
     starts, search = [], lib.broyden._line_search
 
-    def spied(run, x, direction, start):
-        starts.append(start)
-        return search(run, x, direction, start)
+    def spied(run, x, direction, start, step):
+        starts.append((start, step, x.item()))
+        return search(run, x, direction, start, step)
 
     monkeypatch.setattr(lib.broyden, "_line_search", spied)
     x0 = torch.zeros(1, 1, dtype=torch.float64)
     options = {"threshold": 3, "eps": 0.0, "ls": True, "keep_inverse": True}
     solution = broyden(lambda z: z + next(sizes), x0, stop_mode="abs", **options)
-    assert starts == pytest.approx([1.0, 1.2**2, 0.5**2])  # 1.3 is no step down from 1.2
+    # 1.9 is no more than twice 1.0; of five trials none is below 1.25 times 1.9, so that the third
+    # search is from the same point.
+    assert [start for start, _, _ in starts] == [1.0, 1.9, 1.9]
+    assert [step for _, step, _ in starts] == [0, 1, 1]
+    assert starts[1][2] == starts[2][2] != starts[0][2]
     assert solution["nfe"] == 9
-    # Three steps led to evaluations number 2, 7 and 8 (0 is the start).
-    assert (solution["nstep"], solution["updates"]) == (8, 3)
+    # Three updates, by evaluations number 2, 7 and 8 (0 is the start).
+    assert (solution["nstep"], solution["updates"]) == (0, 0)
+
+
+@pytest.mark.parametrize("memory", [None, 2, 3, 50])
+def test_learning_without_going_there(memory):
+    """After return_to H has the update of the step, and the direction is of the point before."""
+    generator = torch.Generator().manual_seed(0)
+    like = torch.zeros(2, 6, dtype=torch.float64)
+    inverse = BroydenInverse(like, 30) if memory is None else LimitedInverse(like, memory)
+    dense = [DenseBroyden(6, memory) for _ in range(2)]
+    matrix = torch.randn(6, 6, generator=generator, dtype=torch.float64) / 6**0.5 - torch.eye(6)
+
+    def g(x):
+        return torch.tanh(x) @ matrix.double() + 1
+
+    x, length = like, None
+    for k, returns in enumerate([False, True, False, True, True, False, True, False]):
+        inverse.residual.copy_(g(x))
+        found = inverse.newton_direction(length).clone()
+        length = [1.0, 0.1, 1e-3][k % 3]
+        for b in range(2):
+            expected = dense[b].direction(g(x)[b])
+            torch.testing.assert_close(found[b], expected, rtol=1e-7, atol=1e-9)
+            there = x + length * found
+            dense[b].update((there - x)[b], (g(there) - g(x))[b])
+        while returns:
+            inverse.residual.copy_(g(there))
+            inverse.newton_direction(length)
+            found = inverse.return_to(g(x), length).clone()
+            expected = torch.stack([dense[b].direction(g(x)[b]) for b in range(2)])
+            torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+            there, returns = x + length * found, False
+            for b in range(2):
+                dense[b].update((there - x)[b], (g(there) - g(x))[b])
+        x = there
+
+
+@pytest.mark.parametrize("stop_mode", ["abs", "rel"])
+def test_a_search_shortens_a_step_however_far_it_would_lead(stop_mode):
+    """z^5 = 1 from 3: the first trial raises the residual by a factor of 3e9."""
+    x0 = torch.full((1, 1), 3.0, dtype=torch.float64)
+    recorder = Recorder(lambda z: z + 1 - z**5)
+    solution = broyden(recorder, x0, ls=True, threshold=100, eps=1e-9, stop_mode=stop_mode)
+    assert solution["abs_trace"][1] > 1e9 * solution["abs_trace"][0]
+    assert solution["converged"].all()
+    assert solution["result"].item() == pytest.approx(1.0, abs=1e-8)
+    assert solution["nfe"] <= 20
+
+
+def test_a_search_takes_no_step_that_rises_without_bound(monkeypatch):
+    """Broyden's directions lead up as well as down. Of the points taken, none is far up."""
+    taken, search = [], lib.broyden._line_search
+
+    def spied(run, x, direction, value, step):
+        taken.append(value)
+        return search(run, x, direction, value, step)
+
+    monkeypatch.setattr(lib.broyden, "_line_search", spied)
+    generator = torch.Generator().manual_seed(3)
+    for gain in (2.0, 5.0, 20.0):
+        matrix = gain * torch.randn(20, 20, generator=generator, dtype=torch.float64)
+        taken.clear()
+        broyden(
+            lambda z, a=matrix: z + 30 * torch.sin(z @ a) - 1,
+            torch.ones(2, 20, dtype=torch.float64),
+            threshold=100,
+            eps=1e-9,
+            ls=True,
+        )
+        assert len(taken) > 20
+        assert max(taken) <= 3.7 * taken[0]
+        assert any(b > a for a, b in pairwise(taken))
 
 
 # --- Budgets ------------------------------------------------------------------------------------

@@ -94,6 +94,41 @@ def test_a_gradient_that_is_not_finite_although_the_loss_is():
     assert trainer.step == 1
 
 
+@pytest.mark.parametrize("kept", [("weight",), ("norm.weight", "norm.bias"), ()])
+@pytest.mark.parametrize("clip", [1e-3, 1e3])
+def test_the_gradient_norm_counts_every_parameter_once(start, kept, clip):
+    """Whether clipped or left out; it is recorded with a step that is skipped for its loss."""
+    found = {}
+    for name, rate in (("clipped", clip), ("free", 0.0)):
+        trainer = ToyTrainer(clip=rate)
+        named = dict(trainer.model.named_parameters())
+        trainer.clipped = [p for key, p in named.items() if key not in kept]
+        grads = {}
+        for key, p in named.items():
+            p.register_post_accumulate_grad_hook(
+                lambda p, key=key, grads=grads: grads.update({key: p.grad.clone()})
+            )
+        compute = trainer.part
+        trainer.part = (
+            lambda *arguments, compute=compute: (
+                compute(*arguments)[0] + math.inf,  # whose gradient is that of the loss
+                *compute(*arguments)[1:],
+            )
+        )
+        trainer.last_step = 1
+        (record,) = of_kind(start(trainer, name), "skipped")
+        found[name] = record["gradient_norm"]
+        exact = torch.cat([g.flatten() for g in grads.values()]).norm().item()
+        assert record["gradient_norm"] == pytest.approx(exact, rel=1e-5)
+        # The optimiser's gradients: those of ``clipped`` have the norm that is asked for at most.
+        part = torch.stack([grads[k].norm() for k in named if k not in kept]).norm().item()
+        scale = min(1.0, rate / part) if rate else 1.0
+        for key, p in named.items():
+            expected = grads[key] * (1 if key in kept else scale)
+            torch.testing.assert_close(p.grad, expected, rtol=1e-4, atol=1e-9)
+    assert found["clipped"] == pytest.approx(found["free"], rel=1e-5)
+
+
 def test_too_many_in_a_row(start):
     trainer = ToyTrainer(max_skipped=3)
     trainer.saves = (1,)

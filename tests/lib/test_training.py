@@ -13,6 +13,7 @@ from lib.training import (
     TrainingError,
     evaluating,
     exit_code,
+    fused_if_possible,
     random_states,
     restore_random_states,
     restore_stats,
@@ -131,3 +132,39 @@ def test_solver_figures_and_their_state():
     other = Model()
     restore_stats(stats_state(model.deq.stats), other.deq.stats)
     assert solver_figures(other.deq.stats) == (values, text)
+
+
+# ---- optimisers ------------------------------------------------------------------------------
+
+
+class Views(nn.Module):
+    """Parameters over one storage: two parts of it side by side, and two that are the same."""
+
+    def __init__(self):
+        super().__init__()
+        numbers = torch.arange(6.0)
+        self.left, self.right = nn.Parameter(numbers[:3]), nn.Parameter(numbers[3:])
+        self.again, self.alone = nn.Parameter(numbers[:3]), nn.Parameter(torch.ones(2))
+        self.third = nn.Parameter(numbers[:3])
+
+
+def test_no_group_has_the_same_numbers_twice():
+    """One kernel for all parameters of a group would lose one of two updates."""
+    model = Views()
+    groups = fused_if_possible(torch.optim.SGD, model, lr=1.0).param_groups
+    found = [{id(p) for p in group["params"]} for group in groups]
+    expected = [(model.left, model.right, model.alone), (model.again,), (model.third,)]
+    assert found == [{id(p) for p in group} for group in expected]
+    (only,) = fused_if_possible(torch.optim.SGD, Model(), lr=1.0).param_groups
+    assert len(only["params"]) == 1
+
+
+def test_every_update_of_the_same_numbers_counts():
+    model = Views()
+    optimizer = fused_if_possible(torch.optim.SGD, model, lr=1.0)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert model.left.tolist() == [-3.0, -2.0, -1.0]  # by left, again and third
+    assert model.right.tolist() == [2.0, 3.0, 4.0]
+    assert model.third.tolist() == model.left.tolist()

@@ -16,6 +16,7 @@ STEPS = 6
 QUICK = [
     Case("words", "Jacobian loss", jacobian=True, steps=STEPS),
     Case("words", "2 parts of 5", batch=10, chunk=2, steps=STEPS, more=ADAPTIVE),
+    Case("words", "one storage", steps=STEPS, more=(*ADAPTIVE, "--tie_proj_mode", "storage")),
     Case("digits", "Jacobian loss", jacobian=True, steps=STEPS),
     Case("digits", "batch of 6", batch=6, steps=STEPS),
     Case("digits", "2 parts, same groups", chunk=2, steps=STEPS),

@@ -138,14 +138,33 @@ def test_atomic_write_leaves_the_old_file_when_the_block_fails(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_characters_are_raw_bytes_counted_over_train(tmp_path):
-    write(tmp_path, {"train": b"abb \xc3\xa9\n", "valid": b"b a", "test": b"\n"})
-    corpus = get_lm_corpus(tmp_path, "text8")
-    assert corpus.vocab.idx2sym == ["b", "a", " ", "\xc3", "\xa9", "\n"]
-    assert ids(corpus) == [[1, 0, 0, 2, 3, 4, 5], [0, 2, 1], [5]]
-    again = get_lm_corpus(tmp_path, "text8")
+@pytest.mark.parametrize("dataset", ["enwik8", "text8"])
+def test_characters_are_raw_bytes_counted_over_all_three(tmp_path, dataset):
+    """As published: Z, which only valid has, and the order of a and b, which test decides."""
+    write(tmp_path, {"train": b"abb \xc3\xa9\n", "valid": b"Zb a", "test": b"aa\n"})
+    corpus = get_lm_corpus(tmp_path, dataset)
+    assert corpus.vocab.idx2sym == ["a", "b", " ", "\n", "\xc3", "\xa9", "Z"]
+    assert ids(corpus) == [[0, 1, 1, 2, 4, 5, 3], [6, 1, 2, 0], [0, 0, 3]]
+    again = get_lm_corpus(tmp_path, dataset)
     assert ids(again) == ids(corpus)
-    assert again.vocab.encode([b"a"]).tolist() == [1]
+    assert again.vocab.encode([b"a"]).tolist() == [0]
+
+
+def test_a_cache_from_before_is_not_read(tmp_path):
+    """Format 1 of the cache, whose characters were counted in train alone."""
+    write(tmp_path, {"train": b"abb", "valid": b"aa", "test": b"a"})
+    expected = ids(get_lm_corpus(tmp_path, "enwik8"))
+    files = [tmp_path / f"{split}.txt" for split in SPLITS]
+    key = [1, "enwik8", [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]]
+    old = {split: torch.zeros(3, dtype=torch.int32) for split in SPLITS}
+    torch.save({"key": key, "idx2sym": ["b", "a"], "ids": old}, tmp_path / "corpus.enwik8.pt")
+    assert ids(get_lm_corpus(tmp_path, "enwik8")) == expected
+
+
+def test_other_rules_of_counting_make_another_cache(datadir, monkeypatch):
+    get_lm_corpus(datadir, "wt103")
+    monkeypatch.setitem(DATASETS, "wt103", DATASETS["wt2"])
+    assert len(get_lm_corpus(datadir, "wt103").vocab) == 7
 
 
 def transformer_xl_format(raw: bytes) -> bytes:
@@ -206,11 +225,6 @@ def test_unknown_word_names_file_and_line(datadir):
     (datadir / "train.txt").write_text("a\n")
     message = message_of(datadir, "wt103")
     assert message.startswith(f"{datadir / 'valid.txt'}, line 1: the word 'c' is not in")
-
-
-def test_unknown_byte_names_the_file(tmp_path):
-    write(tmp_path, {"train": b"ab", "valid": b"a", "test": b"az"})
-    assert message_of(tmp_path, "text8").startswith(f"{tmp_path / 'test.txt'}, byte 1: ")
 
 
 def test_only_the_character_sets_report_bits_per_character():

@@ -1,10 +1,13 @@
 """The published settings have the published weights' names and shapes, and load them.
 
 ``tests/data/lm_contract.json`` holds, per setting, the constructor's arguments, the state dict's
-keys and shapes, which of them are one tensor, and the number of distinct parameters.
+keys and shapes, which of them are tied (tables as one parameter, projections as two that start
+equal), the number of parameters in the published optimiser, and of distinct ones if a tie counts
+once.
 """
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from torch import nn
 
 from deq_sequence import DEQTransformerLM
+from deq_sequence.schedules import make_optimizer
 from lib.checkpoint import load_state, load_weights, save_atomic
 from lib.errors import InputError
 
@@ -19,9 +23,9 @@ CONTRACT = json.loads((Path(__file__).parents[1] / "data/lm_contract.json").read
 by_setting = pytest.mark.parametrize("setting", CONTRACT.values(), ids=CONTRACT)
 
 
-def on_meta(setting) -> DEQTransformerLM:
+def on_meta(setting, **changes) -> DEQTransformerLM:
     with torch.device("meta"):
-        return DEQTransformerLM(**setting["constructor"])
+        return DEQTransformerLM(**setting["constructor"], **changes)
 
 
 @by_setting
@@ -33,19 +37,42 @@ def test_keys_and_shapes(setting):
 
 
 @by_setting
-def test_number_of_distinct_parameters(setting):
-    parameters = {id(p): p.numel() for p in on_meta(setting).parameters()}
-    assert sum(parameters.values()) == setting["distinct_parameters"] == 97_691_888
+@pytest.mark.parametrize(
+    ("mode", "key", "number"),
+    [
+        ("apart", "parameters", 97_851_488),
+        ("storage", "parameters", 97_851_488),
+        ("shared", "distinct_parameters", 97_691_888),
+    ],
+)
+def test_number_of_parameters(setting, mode, key, number):
+    model = on_meta(setting, tie_proj_mode=mode)
+    optimizer = make_optimizer(Namespace(optim="SGD", lr=0.1, weight_decay=0.0), model)
+    listed = [p for group in optimizer.param_groups for p in group["params"]]
+    assert sum(p.numel() for p in listed) == setting[key] == number
+    assert sum(p.numel() for p in model.parameters()) == number
 
 
 @by_setting
-def test_ties(setting):
-    state = on_meta(setting).state_dict(keep_vars=True)
+def test_order_of_parameters(setting):
+    """By which the state of a published optimiser is indexed."""
+    assert [name for name, _ in on_meta(setting).named_parameters()] == setting["parameter_order"]
+
+
+@by_setting
+@pytest.mark.parametrize("mode", ["apart", "shared", "storage"])
+def test_ties(setting, mode):
+    model = on_meta(setting, tie_proj_mode=mode)
+    state = model.state_dict(keep_vars=True)
     groups = {}
     for key, value in state.items():
-        groups.setdefault(id(value), set()).add(key)
+        place = value.untyped_storage()._cdata if mode == "storage" else id(value)
+        groups.setdefault(place, set()).add(key)
     found = {frozenset(group) for group in groups.values() if len(group) > 1}
-    assert found == {frozenset(pair) for pair in setting["tied"]}
+    tied = {frozenset(pair) for pair in setting["tied"]}
+    assert {frozenset(tie[:2]) for tie in model.ties} == tied
+    tables = {pair for pair in tied if any("out_layers" in name for name in pair)}
+    assert found == (tables if mode == "apart" else tied)
 
 
 @by_setting
@@ -95,9 +122,15 @@ def small(**changes) -> DEQTransformerLM:
 
 @pytest.fixture
 def published():
-    """A model and its state dict as published: ties stored under both names."""
+    """A model as published: tied projections have gone their own ways, and both are stored."""
     torch.manual_seed(1)
-    return small().eval()
+    model = small()
+    with torch.no_grad():
+        for i in (1, 2, 3):
+            model.crit.out_projs[i].weight.add_(
+                torch.randn(model.word_emb.emb_projs[i].weight.shape)
+            )
+    return model.eval()
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
@@ -118,7 +151,7 @@ def test_loaded_model_computes_the_same(published, tmp_path, prefix, how):
     words = torch.randint(50, (7, 2))
     data, target = words[:-1], words[1:]
     assert torch.equal(model(data, target, [])[0], published(data, target, [])[0])
-    assert model.crit.out_projs[1].weight is model.word_emb.emb_projs[1].weight
+    assert not torch.equal(model.crit.out_projs[1].weight, model.word_emb.emb_projs[1].weight)
 
 
 def test_wrapped_model_saves_what_loads(published, tmp_path):

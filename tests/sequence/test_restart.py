@@ -106,6 +106,7 @@ OTHERS = [
     "--tgt_len 130 --optim RMSprop",
     "--scheduler dev_perf --decay_rate 0.9 --eval-interval 2 --optim SGD",
     "--adaptive --div_val 2 --optim Adagrad --not_tied",
+    "--adaptive --div_val 2 --tie_proj_mode storage --clip_nonemb",
     "--amp bf16 --pre_lnorm --mem_len 0",
     "--save-interval 1 --clip_nonemb --jac_incremental 2",
 ]
@@ -310,4 +311,28 @@ def test_restart_with_another_text(flags, refused, tmp_path, corpus_folder):
     short.mkdir()
     for name in ("train.txt", "valid.txt", "test.txt"):
         (short / name).write_text((corpus_folder / name).read_text()[:3000])
-    assert "shape" in refused("--data", str(short))
+    assert "was saved with the vocabulary 161 types" in refused("--data", str(short))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_characters_that_were_counted_in_the_training_text_alone(
+    flags, run_folder, tmp_path, capsys, same
+):
+    """So they once were: where that gave other ids, a checkpoint of then means other bytes."""
+    texts = {"train": "aaaabbbccd" * 40, "valid": "ab" * 99, "test": "abcd" * 30}
+    if not same:
+        texts["valid"] = "b" * 900
+    for split, text in texts.items():
+        (tmp_path / f"{split}.txt").write_text(text)
+    flags += ["--data", str(tmp_path), "--dataset", "text8"]
+    assert main(flags) == 0
+    file = run_folder.parents[1] / "runs-text8" / "run" / CHECKPOINT
+    state = load(file)
+    assert state["fixed"].pop("the vocabulary").startswith("4 types (")
+    torch.save(state, file)
+    if same:
+        assert main([*flags, "--restart", "--max_step", "7"]) == 0
+    else:
+        assert main([*flags, "--restart", "--max_step", "7"]) == 2
+        said = "saved with the vocabulary of the training text alone, and this run has 4 types"
+        assert said in capsys.readouterr().err

@@ -107,6 +107,31 @@ def test_dev_perf_does_not_count_evaluations_in_the_warm_up():
     assert found == pytest.approx([LR * 2 / 4, LR * 3 / 4, LR, LR])
 
 
+@pytest.mark.parametrize("warm_up", [0, 1, 4])
+def test_dev_perf_counts_from_the_first_evaluation_after_the_warm_up(warm_up):
+    """The evaluation at the border still is of the warm-up: what it found is no mark to beat."""
+    border = [9.0] * max(warm_up - 1, 0) + [1.0] * (warm_up > 0)  # after updates 1 ... warm_up
+    found = evaluations([*border, 2, 2.5, 2.5, 1], warm_up=warm_up)
+    assert found[warm_up:] == pytest.approx([LR, LR / 2, LR / 4, LR / 4])
+
+
+# Before, at and after the border of a warm-up of 4, and of none, at 20 steps in all.
+BORDER = {
+    "cosine": ([0.375, 0.5, 0.4522542486, 0.4267766953], [0.5, 0.4969220851]),
+    "inv_sqrt": ([0.375, 0.5, 0.4472135955, 0.4082482905], [0.5, 0.3535533906]),
+    "dev_perf": ([0.375, 0.5, 0.5, 0.5], [0.5, 0.5]),
+    "constant": ([0.375, 0.5, 0.5, 0.5], [0.5, 0.5]),
+}
+
+
+@pytest.mark.parametrize("scheduler", BORDER)
+def test_rates_at_the_border_of_the_warm_up(scheduler):
+    flags = ("--scheduler", scheduler, "--max_step", 20)
+    with_warm_up, without = BORDER[scheduler]
+    assert rates(6, *flags, "--warmup_step", 4)[2:] == pytest.approx(with_warm_up, rel=1e-9)
+    assert rates(2, *flags) == pytest.approx(without, rel=1e-9)
+
+
 def test_dev_perf_state_round_trip():
     flags = ("--scheduler", "dev_perf", "--patience", 1)
     one, optimizer = make(*flags)

@@ -1,7 +1,7 @@
 """What the flags of training do, through both phases, on a text that a second suffices for.
 
-The golden losses are the first twelve of one run. Whoever changes numerics on purpose renews them
-in a commit of its own:
+The golden losses are the first twelve of one run, for each mode of tied projections. Whoever
+changes numerics on purpose renews them in a commit of its own:
 
     RENEW_GOLDEN=1 python -m pytest tests/sequence/test_training.py -k golden
 """
@@ -19,6 +19,7 @@ import torch
 
 from deq_sequence import training
 from deq_sequence.command import main
+from deq_sequence.ties import TIE_PROJ_MODES
 from lib.checkpoint import load
 from lib.experiment import CHECKPOINT, LOG, METRICS, SETTINGS, WEIGHTS, Run, read_metrics
 from lib.solvers import broyden
@@ -438,9 +439,14 @@ def test_two_runs_agree_bit_for_bit(train, run_folder):
     assert losses(other) != losses(one)
 
 
-def test_golden_losses(train):
-    found = losses(train(*GOLDEN_FLAGS.split()))
+@pytest.mark.parametrize("mode", TIE_PROJ_MODES)
+def test_golden_losses(train, mode):
+    found = losses(train(*GOLDEN_FLAGS.split(), "--tie_proj_mode", mode))
+    golden = json.loads(GOLDEN.read_text())
     if "RENEW_GOLDEN" in os.environ:
-        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+        golden[mode] = found
+        GOLDEN.write_text(json.dumps(golden, indent=1) + "\n")
     # Rounding differs between processors, and twelve steps hardly amplify it.
-    assert found == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-4)
+    assert found == pytest.approx(golden[mode], rel=1e-4)
+    others = [golden[other] for other in TIE_PROJ_MODES if other != mode]
+    assert all(found != pytest.approx(other, rel=1e-4) for other in others)

@@ -11,10 +11,11 @@ from PIL import Image
 from image_files import noise, settings, write_cityscapes
 from lib.errors import InputError
 from mdeq_vision.datasets import CITYSCAPES, DIGIT_SCENES, SEGMENTATION, get_seg_dataset
-from mdeq_vision.datasets.cityscapes import to_train_ids
+from mdeq_vision.datasets.cityscapes_labels import to_train_ids
 from mdeq_vision.datasets.digit_scenes import N_SCENES, render_scene
 from mdeq_vision.datasets.digits import split_digits
-from mdeq_vision.datasets.geometry import IGNORE, TrainingGeometry
+from mdeq_vision.datasets.geometry import IGNORE, CentreCrop, TrainingGeometry
+from mdeq_vision.inference import predict
 
 LISTS = {
     "TRAIN_SET": "list/cityscapes/train.lst",
@@ -291,6 +292,65 @@ def test_labels_may_have_another_resolution():
     pixels, ids = geometry(label_scale=0.5)(Image.fromarray(picture), labels)
     assert pixels.shape == (30, 40, 3)
     assert ids.shape == (15, 20)
+
+
+@pytest.mark.parametrize(
+    ("size", "window"),
+    [
+        ((40, 30), (slice(9, 39), slice(12, 52))),
+        ((41, 31), (slice(8, 39), slice(12, 53))),  # halves to the even number, as published
+        ((64, 48), (slice(0, 48), slice(0, 64))),
+        ((100, 20), (slice(14, 34), slice(0, 64))),  # what is smaller stays whole
+    ],
+)
+def test_centre_crop_cuts_the_middle(size, window):
+    picture, labels = labelled_noise(64, 48)
+    pixels, ids = CentreCrop(size, base_size=64)(Image.fromarray(picture), labels)
+    np.testing.assert_array_equal(pixels, picture[window])
+    np.testing.assert_array_equal(ids, labels[window])
+
+
+@pytest.mark.parametrize("base_size", [96, 33])
+def test_centre_crop_is_of_the_image_at_scale_1(base_size):
+    """The resized image is the one that a prediction without a crop would see."""
+    picture, labels = labelled_noise(64, 48)
+    crop = CentreCrop((20, 10), base_size)
+    pixels, ids = crop(Image.fromarray(picture), labels)
+    seen = []
+
+    def forward(images):
+        seen.append(images)
+        return images
+
+    images = torch.tensor(picture).permute(2, 0, 1)[None].double()
+    predict(forward, images, window=(999, 999), base_size=base_size)
+    whole = seen[0][0].permute(1, 2, 0).numpy()
+    top, left = (
+        round((side - part) / 2) for side, part in zip(whole.shape[:2], (10, 20), strict=True)
+    )
+    assert np.abs(whole[top : top + 10, left : left + 20] - pixels).max() <= 0.5 + 1e-4
+    nearest = Image.fromarray(labels).resize(whole.shape[1::-1], Image.Resampling.NEAREST)
+    np.testing.assert_array_equal(ids, np.array(nearest)[top : top + 10, left : left + 20])
+
+
+def test_centre_crop_test_items(pristine):
+    """Of the test split alone, with and without labels; pictures are cut like items."""
+    test = {"CENTER_CROP_TEST": True, "IMAGE_SIZE": [60, 40], "BASE_SIZE": 128}
+    window = (slice(12, 52), slice(34, 94))
+
+    def dataset(split, crop=True, **lists):
+        cfg = city_settings(pristine, **lists)
+        cfg.defrost()
+        cfg.TEST.update(test | {"CENTER_CROP_TEST": crop})
+        return get_seg_dataset(cfg, split)
+
+    for lists in ({}, {"TEST_SET": "list/cityscapes/test.lst"}):
+        cropped, whole = dataset("test", **lists), dataset("test", crop=False, **lists)
+        (image, labels), (full_image, full_labels) = cropped[1], whole[1]
+        assert torch.equal(image, full_image[(slice(None), *window)])
+        assert torch.equal(labels, full_labels[window])
+        np.testing.assert_array_equal(cropped.picture(1), whole.picture(1)[window])
+    assert dataset("train")[0][0].shape == (3, 48, 96)
 
 
 # ---- digit scenes --------------------------------------------------------------------------------

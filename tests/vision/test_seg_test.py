@@ -236,6 +236,44 @@ def test_images_of_different_sizes_one_by_one(argv, tmp_path, capsys):
     assert sizes == {(32, 64), (27, 50)}
 
 
+CROP = "TEST.CENTER_CROP_TEST True TEST.IMAGE_SIZE [40,20] TEST.BASE_SIZE 64".split()
+
+
+@pytest.mark.parametrize(
+    ("more", "inputs"),
+    [
+        ([], {(20, 40)}),
+        # Scales are of the cut centre; at the larger one it no longer fits the window.
+        (["TEST.MULTI_SCALE", "True", "TEST.SCALE_LIST", "[0.5,2]"], {(10, 20), (20, 40)}),
+    ],
+)
+def test_centre_crop(argv, city, monkeypatch, more, inputs):
+    """The network sees the centre as it is; figures, files and overlays are of the centre."""
+    sizes = set()
+    real = MDEQNet.forward
+
+    def forward(self, x, *args, **options):
+        sizes.add(tuple(x.shape[2:]))
+        return real(self, x, *args, **options)
+
+    monkeypatch.setattr(MDEQNet, "forward", forward)
+    argv = [*argv, *CROP, *more]
+    found = command.predict_segmentation(settings(argv), SCENES, Processes())
+    assert sizes == inputs
+    window = (slice(6, 26), slice(12, 52))
+    matrix = 0
+    for path in sorted((predictions(argv) / "labels").iterdir()):
+        stem = path.stem.removesuffix("_leftImg8bit")
+        (file,) = (city / "cityscapes/gtFine").rglob(f"{stem}_gtFine_labelIds.png")
+        truth, predicted = pixels(file)[0][window], pixels(path)[0]
+        counts = np.isin(truth, OFFICIAL)
+        matrix += confusion_matrix(truth[counts], predicted[counts], labels=OFFICIAL)
+        (image,) = (city / "cityscapes/leftImg8bit").rglob(path.name)
+        both = pixels(predictions(argv) / "overlays" / path.name)[0]
+        np.testing.assert_array_equal(both[:, :40], pixels(image)[0][window])
+    assert found.confusion.matrix.tolist() == matrix.tolist()
+
+
 def test_spectral_radius(argv, capsys):
     assert run_tool("seg_test", *argv, "DEQ.SPECTRAL_RADIUS_MODE", "True") == 0
     (radius,) = re.findall(r"spectral radius ([\d.]+)", capsys.readouterr().out)

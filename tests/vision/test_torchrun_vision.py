@@ -97,6 +97,31 @@ def test_weights_and_statistics_under_torchrun(tmp_path):
         torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-5)
 
 
+def test_an_extra_stage_under_torchrun(tmp_path):
+    """Two processes and one take the same steps over both lists."""
+    city = write_cityscapes(tmp_path / "city", n_train=5, n_val=4, size=(64, 32))
+    more = f"""
+        DATASET.DATASET cityscapes DATASET.ROOT {city} DATASET.NUM_CLASSES 19 PERCENT 1
+        DATASET.TRAIN_SET list/cityscapes/train.lst DATASET.TEST_SET list/cityscapes/val.lst
+        DATASET.EXTRA_TRAIN_SET list/cityscapes/trainval.lst TRAIN.EXTRA_EPOCH 2
+        TRAIN.END_EPOCH 1 TRAIN.PRETRAIN_STEPS 100 TRAIN.BASE_SIZE 64 TEST.IMAGE_SIZE [64,32]
+        TEST.BASE_SIZE 64 TEST.BATCH_SIZE_PER_GPU 2
+    """.split()
+    done = torchrun("seg_train", *scenes(tmp_path / "two", 2, *SURE, *more))
+    assert done.returncode == 0, done.stderr
+    assert run_tool("seg_train", *scenes(tmp_path / "one", 4, *SURE, *more)) == 0
+    two, one = (tmp_path / name / "cityscapes" / SCENES.stem for name in ("two", "one"))
+    found, expected = (
+        [(r["step"], r["lr"], r["loss"]) for r in read_metrics(f) if r["kind"] == "train"]
+        for f in (two, one)
+    )
+    assert [r[0] for r in found] == [1, 2, 3, 4, 5]
+    assert found == [pytest.approx(r, abs=1e-5) for r in expected]
+    one, two = load(one / WEIGHTS), load(two / WEIGHTS)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-5)
+
+
 # seg_train, stopped after the fifth step.
 STOPPER = """
 import sys

@@ -241,6 +241,19 @@ def test_summary_and_places_are_in_the_log(digits):
     assert "1438 training and 359 validation images" in log
 
 
+def test_outputs_without_a_class_are_noted(digits, capsys):
+    """Weights of another data set may number the classes otherwise: nothing else would show it."""
+    note = "note: the 10 classes of digits are outputs 0 to 9 of 12"
+    more = ["MODEL.NUM_CLASSES", 12, "TRAIN.END_EPOCH", 1]
+    assert note in (digits(*more) / LOG).read_text()
+    capsys.readouterr()
+    assert run_tool("cls_valid", *digits.argv(*more)) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(note)
+    assert run_tool("cls_train", *digits.argv("--modelDir", digits.folder / "own", *more[2:])) == 0
+    assert "note: the 10 classes" not in capsys.readouterr().out
+
+
 def test_number_formats(digits, monkeypatch):
     """AMP and TF32 reach both phases, the loss is of float32 scores, and evaluation follows."""
     allowed, seen = [], set()

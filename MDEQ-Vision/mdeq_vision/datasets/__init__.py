@@ -64,19 +64,27 @@ def get_cls_dataset(cfg: Any, split: str) -> Dataset:
 
 
 def get_seg_dataset(cfg: Any, split: str) -> SegmentationDataset:
-    """The 'train' or 'test' split of DATASET.DATASET, for segmentation.
+    """The 'train', 'extra' or 'test' split of DATASET.DATASET, for segmentation.
+
+    'extra' is DATASET.EXTRA_TRAIN_SET, for a second stage of training.
 
     Raises:
         InputError: an unknown name or split, missing or damaged files, or settings that do not
             fit the data set.
     """
-    return _build(SEGMENTATION, cfg, split, "segmentation")
+    return _build(SEGMENTATION, cfg, split, "segmentation", ("train", "extra", "test"))
 
 
-def _build(builders: dict[str, Any], cfg: Any, split: str, task: str) -> Any:
+def _build(
+    builders: dict[str, Any],
+    cfg: Any,
+    split: str,
+    task: str,
+    splits: tuple[str, ...] = ("train", "test"),
+) -> Any:
     name = cfg.DATASET.DATASET
-    if split not in ("train", "test"):
-        raise InputError(f"split {split!r}: choose 'train' or 'test'")
+    if split not in splits:
+        raise InputError(f"split {split!r}: choose {' or '.join(map(repr, splits))}")
     if name not in builders:
         raise InputError(
             f"DATASET.DATASET {name!r} is no {task} data set: choose {', '.join(builders)}"

@@ -6,36 +6,42 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lib.errors import InputError
+from lib.errors import InputError, naming
+from mdeq_vision.datasets.cityscapes_labels import (
+    check_names,
+    is_named_officially,
+    read_train_ids,
+)
 from mdeq_vision.datasets.facts import CITYSCAPES
-from mdeq_vision.datasets.geometry import IGNORE
-from mdeq_vision.datasets.image_reading import read_labels, read_rgb
+from mdeq_vision.datasets.image_reading import read_rgb
 from mdeq_vision.datasets.segmentation import SegmentationDataset, require_unique_names
 
 FOLDER = "cityscapes"  # below DATASET.ROOT; the paths in the lists start there
-N_LABEL_IDS = 34
+LISTS = {"train": "TRAIN_SET", "extra": "EXTRA_TRAIN_SET", "test": "TEST_SET"}
 WAY_OUT = "write the lists with 'python tools/make_cityscapes_lists.py'"
 
 
 class Cityscapes(SegmentationDataset):
     """The images of a list file, in its order. See SegmentationDataset for the items.
 
-    The list is DATASET.TRAIN_SET or TEST_SET, relative to DATASET.ROOT. A line is an image path
-    and a label path, relative to ROOT/cityscapes; or an image path alone, in all lines or in none.
+    The list is DATASET.TRAIN_SET, EXTRA_TRAIN_SET or TEST_SET, relative to DATASET.ROOT. A line is
+    an image path and a label path, relative to ROOT/cityscapes; or an image path alone, in all
+    lines or in none. Label files named *TrainIds or *train_id hold train ids, others label ids.
 
     Raises:
-        InputError: the list is missing, empty or malformed, or names files that do not exist; on
-            access, a file cannot be read, image and labels differ in size, or a label id is
-            unknown.
+        InputError: the list is missing, empty or malformed, or names files that do not exist, that
+            are no labels by their names, or labels of another scene; on access, a file cannot be
+            read, image and labels differ in size, or a label is unknown.
     """
 
     def __init__(self, cfg: Any, split: str):
         super().__init__(cfg, split, CITYSCAPES)
         root = Path(cfg.DATASET.ROOT)
-        list_path = root / (cfg.DATASET.TRAIN_SET if split == "train" else cfg.DATASET.TEST_SET)
+        list_path = root / cfg.DATASET[LISTS[split]]
         self.samples = read_list(list_path, root / FOLDER)
         self.has_labels = self.samples[0][1] is not None
-        if split == "train" and not self.has_labels:
+        self.notes = _notes(list_path, [labels for _, labels in self.samples if labels])
+        if split != "test" and not self.has_labels:
             raise InputError(f"{list_path} names no labels: training needs them ({WAY_OUT})")
         if split == "test":
             require_unique_names([self.name(i) for i in range(len(self))], list_path)
@@ -51,14 +57,14 @@ class Cityscapes(SegmentationDataset):
 
     def _read_train_ids(self, index: int, image: Image.Image) -> np.ndarray:
         image_path, label_path = self.samples[index]
-        label_ids = read_labels(label_path)
-        height, width = label_ids.shape
+        train_ids = read_train_ids(label_path)
+        height, width = train_ids.shape
         if (width, height) != image.size:
             raise InputError(
                 f"image {image_path} is {image.width}x{image.height}, but its labels {label_path} "
                 f"are {width}x{height}: they must have the same size"
             )
-        return to_train_ids(label_ids, label_path)
+        return train_ids
 
 
 def read_list(path: Path, folder: Path) -> list[tuple[Path, Path | None]]:
@@ -83,7 +89,10 @@ def read_list(path: Path, folder: Path) -> list[tuple[Path, Path | None]]:
         if samples and (samples[0][1] is None) != (len(files) == 1):
             raise InputError(f"{path}, line {number}: some lines name labels and some do not")
         missing += [(number, file) for file in files if not file.is_file()]
-        samples.append((files[0], files[1] if len(files) == 2 else None))
+        image, labels = files if len(files) == 2 else (files[0], None)
+        with naming(f"{path}, line {number}"):
+            check_names(image, labels)
+        samples.append((image, labels))
     if not samples:
         raise InputError(f"list file {path} is empty: {WAY_OUT}")
     if missing:
@@ -95,26 +104,12 @@ def read_list(path: Path, folder: Path) -> list[tuple[Path, Path | None]]:
     return samples
 
 
-def _train_id_table() -> np.ndarray:
-    """Train id or IGNORE per label id 0..33; id -1 (licence plates) is stored as 255."""
-    table = np.full(256, IGNORE, np.uint8)
-    table[list(CITYSCAPES.label_ids)] = np.arange(len(CITYSCAPES.label_ids))
-    return table
-
-
-TRAIN_IDS = _train_id_table()
-
-
-def to_train_ids(label_ids: np.ndarray, path: Path) -> np.ndarray:
-    """Official label ids, any integer type -> train ids or IGNORE, uint8.
-
-    Raises:
-        InputError: an id that Cityscapes does not have; the error names ``path``.
-    """
-    unknown = (label_ids >= N_LABEL_IDS) & (label_ids != 255) | (label_ids < -1)
-    if unknown.any():
-        raise InputError(
-            f"labels {path} have the label id {label_ids[unknown][0]}: Cityscapes has -1 to "
-            f"{N_LABEL_IDS - 1} (use the files *_labelIds.png)"
-        )
-    return TRAIN_IDS[label_ids]  # -1 is the last entry, which is that of 255
+def _notes(path: Path, labels: list[Path]) -> list[str]:
+    """That values are taken for label ids although names do not say so."""
+    unsaid = [file for file in labels if not is_named_officially(file)]
+    if not unsaid:
+        return []
+    return [
+        f"note: {len(unsaid)} label files of {path}, such as {unsaid[0].name}, are read as label "
+        "ids: those of train ids must be named *_labelTrainIds.png"
+    ]

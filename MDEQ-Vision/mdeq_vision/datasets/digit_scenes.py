@@ -41,6 +41,8 @@ class DigitScenes(SegmentationDataset):
 
     def __init__(self, cfg: Any, split: str):
         super().__init__(cfg, split, DIGIT_SCENES)
+        if split not in N_SCENES:
+            raise InputError("digit_scenes has no lists, so DATASET.EXTRA_TRAIN_SET names nothing")
         width, height = cfg.TRAIN.IMAGE_SIZE
         if min(width, height) < MIN_SIDE:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Random scale, crop and flip of an image together with its labels.
+"""Scale, crop and flip of an image together with its labels.
 
 All randomness comes from torch's global generator.
 """
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 IGNORE = 255  # in the uint8 label arrays of this package; items carry TRAIN.IGNORE_LABEL instead
@@ -58,9 +59,38 @@ class TrainingGeometry:
         if not self.multi_scale:
             return size
         scale = 0.5 + _random_below(self.scale_factor + 1) / 10
-        long_side = int(self.base_size * scale + 0.5)
-        width, height = (max(1, int(side * long_side / max(size) + 0.5)) for side in size)
-        return width, height
+        return _with_long_side(size, int(self.base_size * scale + 0.5))
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """The centre of a test image and of its labels, as they are at scale 1.
+
+    The long side becomes ``base_size``, the image bilinearly as in :mod:`mdeq_vision.inference`,
+    the labels to the nearest; then ``crop`` (width, height) is cut out of the middle. What is
+    smaller than that stays whole.
+    """
+
+    crop: tuple[int, int]
+    base_size: int
+
+    def __call__(self, image: Image.Image, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Image and labels (h, w) uint8 -> (H, W, 3) and (H, W), both uint8."""
+        pixels = np.asarray(image)
+        width, height = _with_long_side(image.size, self.base_size)
+        if (width, height) != image.size:
+            channels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float()
+            channels = F.interpolate(channels, (height, width), mode="bilinear")
+            pixels = channels[0].permute(1, 2, 0).round().byte().numpy()
+            labels = np.asarray(
+                Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
+            )
+        left, top = (
+            max(round((side - crop) / 2), 0)
+            for side, crop in zip((width, height), self.crop, strict=True)
+        )
+        window = (slice(top, top + self.crop[1]), slice(left, left + self.crop[0]))
+        return pixels[window], labels[window]
 
 
 def resize_labels(labels: np.ndarray, factor: float) -> np.ndarray:
@@ -70,6 +100,11 @@ def resize_labels(labels: np.ndarray, factor: float) -> np.ndarray:
     height, width = (max(1, int(side * factor + 0.5)) for side in labels.shape)
     resized = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
     return np.asarray(resized)
+
+
+def _with_long_side(size: tuple[int, int], long_side: int) -> tuple[int, int]:
+    width, height = (max(1, int(side * long_side / max(size) + 0.5)) for side in size)
+    return width, height
 
 
 def _random_below(n: int) -> int:

@@ -25,19 +25,25 @@ def read_rgb(path: str | Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_labels(path: str | Path) -> np.ndarray:
+def read_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
     """A file of one integer label per pixel: (H, W), in the file's own integer type.
 
+    And the colours (n, 3) uint8 that a palette gives to the labels 0 to n - 1; None without one.
+
     Raises:
-        InputError: no such file, not an image, truncated, or several channels.
+        InputError: no such file, not an image, truncated, several channels, or a lossy format.
     """
-    labels = np.array(_read(path))
+    image = _read(path)
+    if image.format in ("JPEG", "JPEG2000"):
+        raise InputError(f"label image {path} is a {image.format}, which changes values: use PNG")
+    labels = np.array(image)
     if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer):
         raise InputError(
             f"label image {path} has shape {labels.shape} and type {labels.dtype}: one integer "
             "per pixel is expected (*_labelIds.png, not the coloured image)"
         )
-    return labels
+    colours = image.getpalette("RGB") if image.mode == "P" else None
+    return labels, None if colours is None else np.array(colours, np.uint8).reshape(-1, 3)
 
 
 def _read(path: str | Path) -> Image.Image:

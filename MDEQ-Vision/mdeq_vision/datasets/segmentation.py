@@ -11,22 +11,27 @@ from torch.utils.data import Dataset
 
 from lib.errors import InputError
 from mdeq_vision.datasets.facts import SegmentationFacts
-from mdeq_vision.datasets.geometry import IGNORE, TrainingGeometry
+from mdeq_vision.datasets.geometry import IGNORE, CentreCrop, TrainingGeometry
 
 
 class SegmentationDataset(Dataset):
     """Images with a train id per pixel.
 
     Item i is ``(image, labels)``: image float32 (3, H, W), normalised; labels int64 (H, W), train
-    ids 0..n-1 or ``TRAIN.IGNORE_LABEL``. In the training split it went through TrainingGeometry,
-    in the test split it is the whole image. Without labels (``has_labels`` is False) every pixel
+    ids 0..n-1 or ``TRAIN.IGNORE_LABEL``. In the training splits it went through TrainingGeometry;
+    in the test split it is the whole image, or with TEST.CENTER_CROP_TEST its centre, cut out by
+    CentreCrop. Without labels (``has_labels`` is False) every pixel
     is ignored.
 
     Args:
         cfg: the configuration. DATASET.NUM_CLASSES and TRAIN.IGNORE_LABEL are read; for training
-            also TRAIN.IMAGE_SIZE, BASE_SIZE, SCALE_FACTOR, MULTI_SCALE, FLIP, DOWNSAMPLERATE.
-        split: 'train' or 'test'.
+            also TRAIN.IMAGE_SIZE, BASE_SIZE, SCALE_FACTOR, MULTI_SCALE, FLIP, DOWNSAMPLERATE; for
+            testing TEST.CENTER_CROP_TEST, IMAGE_SIZE, BASE_SIZE.
+        split: 'train', 'extra' or 'test'.
         facts: the facts about this data set.
+
+    Attributes:
+        notes: lines for the log of a run.
 
     Raises:
         InputError: a setting that does not fit the data set.
@@ -45,8 +50,9 @@ class SegmentationDataset(Dataset):
                 "choose -1 or 255"
             )
         self.split, self.facts, self.has_labels = split, facts, True
+        self.notes: list[str] = []
         self._ignore_label = ignore
-        self._geometry = training_geometry(cfg) if split == "train" else None
+        self._geometry = test_geometry(cfg) if split == "test" else training_geometry(cfg)
         self._mean = torch.tensor(facts.mean).view(3, 1, 1)
         self._std = torch.tensor(facts.std).view(3, 1, 1)
 
@@ -65,8 +71,11 @@ class SegmentationDataset(Dataset):
         raise NotImplementedError
 
     def picture(self, index: int) -> np.ndarray:
-        """The whole image as it was: (H, W, 3) uint8, RGB."""
-        return np.array(self._read_image(index))
+        """The image of a test item, not normalised: (H, W, 3) uint8, RGB."""
+        image = self._read_image(index)
+        if self.split == "test" and self._geometry is not None:
+            return self._geometry(image, np.zeros(image.size[::-1], np.uint8))[0]
+        return np.array(image)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image = self._read_image(index)
@@ -110,6 +119,14 @@ def training_geometry(cfg: Any) -> TrainingGeometry:
         flip=train.FLIP,
         label_scale=train.DOWNSAMPLERATE,
     )
+
+
+def test_geometry(cfg: Any) -> CentreCrop | None:
+    """The geometry that the section TEST asks for; None leaves images whole."""
+    test = cfg.TEST
+    if not test.CENTER_CROP_TEST:
+        return None
+    return CentreCrop(crop=tuple(test.IMAGE_SIZE), base_size=test.BASE_SIZE)
 
 
 def require_unique_names(names: list[str], where: Path) -> None:

@@ -1,0 +1,152 @@
+"""Tied weights: what the embedding and the softmax have in common, and how they keep it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lib.errors import InputError
+
+# The ways to tie a projection.
+TIE_PROJ_MODES = {
+    "apart": "two parameters, equal at the start: as the published runs trained and saved them",
+    "shared": "one parameter",
+    "storage": "one array of numbers, each use with a gradient and an optimiser state of its own",
+}
+
+
+class Tie(NamedTuple):
+    """Two names of parameters, ``ours`` tied to ``source``, in one of ``TIE_PROJ_MODES``."""
+
+    ours: str
+    source: str
+    mode: str
+    way_out: str  # what loads a file in which the two differ
+
+
+class TiedWeights(nn.Module):
+    """A module whose ``ties`` outlast copies, moves to another device or dtype, and loading.
+
+    - ``apart``: two parameters that only start equal. The first public code tied their ``.data``,
+      which the move to a GPU parted before the first step. So the published runs trained two
+      projections, and saved both.
+    - ``shared``: one parameter under two names.
+    - ``storage``: two parameters over one storage. This is what the first public code did on a
+      CPU: each has its own gradient and optimiser state, and both updates go into the same numbers.
+
+    State dicts hold both names. Where the two have to be equal, a state dict in which they differ
+    is refused: nothing could tell which one to keep.
+    """
+
+    ties: tuple[Tie, ...] = ()
+
+    def __init__(self):
+        super().__init__()
+        self.register_load_state_dict_post_hook(_join_after_loading)
+
+    def tie(self, ties: Sequence[Tie]) -> None:
+        """Tie parameters from now on."""
+        self.ties = tuple(ties)
+        self.start_equal()
+
+    @torch.no_grad()
+    def start_equal(self) -> None:
+        """Make the two of every tie equal, after an initialisation that drew both.
+
+        Where both names have one array of numbers it keeps what was drawn last, for the last of
+        ``ties``; the others follow this, so that all modes start from the same weights.
+        """
+        self._join()
+        for tie in self.ties:
+            self.get_parameter(tie.source).copy_(self.get_parameter(tie.ours))
+        for tie in self.ties:
+            self.get_parameter(tie.ours).copy_(self.get_parameter(tie.source))
+
+    def _join(self) -> None:
+        """Put ties in place where a copy or a move has made two arrays of one."""
+        for tie in self.ties:
+            ours, source = self.get_parameter(tie.ours), self.get_parameter(tie.source)
+            if tie.mode == "shared" and ours is not source:
+                owner, _, name = tie.ours.rpartition(".")
+                setattr(self.get_submodule(owner), name, source)
+            elif tie.mode == "storage":
+                ours.data = source.data
+
+    def _apply(self, fn, recurse=True):  # .to() and its like
+        super()._apply(fn, recurse)
+        self._join()
+        return self
+
+    def __setstate__(self, state):  # deepcopy and unpickling
+        super().__setstate__(state)
+        self._join()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *rest):
+        self._refuse_parted(state_dict, prefix, local_metadata.get("assign_to_params_buffers"))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+    def _refuse_parted(self, state: dict[str, Tensor], prefix: str, assign: bool) -> None:
+        for tie in self.ties:
+            both = [state[prefix + n] for n in (tie.ours, tie.source) if prefix + n in state]
+            if tie.mode == "apart" or not both:
+                continue
+            if len(both) == 1 and assign:  # the next _join could take the other
+                raise InputError(
+                    f"{tie.ours} and {tie.source} are tied: assign both or neither of them"
+                )
+            if len(both) == 2 and _differ(*both):
+                raise InputError(
+                    f"{tie.ours} differs from {tie.source}, but they are tied here: {tie.way_out}"
+                )
+
+
+def ties_between(
+    embedding: nn.Module, softmax: nn.Module, weights: bool, projections: Sequence[bool], mode: str
+) -> list[Tie]:
+    """The ties of a model whose ``word_emb`` and ``crit`` are made with the same sizes.
+
+    Args:
+        embedding: an :class:`deq_sequence.embedding.AdaptiveEmbedding`.
+        softmax: a :class:`deq_sequence.softmax.ProjectedAdaptiveLogSoftmax`.
+        weights: tie every output table to its embedding table; that is always one parameter.
+        projections: tie projection i; missing entries are False. With ``div_val`` 1 all are tied
+            to the embedding's single projection, if there is one.
+        mode: of the projections, a key of ``TIE_PROJ_MODES``.
+
+    Raises:
+        InputError: an unknown mode, or more entries than clusters.
+    """
+    if mode not in TIE_PROJ_MODES:
+        raise InputError(
+            f"tie_proj_mode is {mode!r}, but must be one of {', '.join(TIE_PROJ_MODES)}"
+        )
+    if len(projections) > len(softmax.bounds):
+        raise InputError(
+            f"tie_projs has {len(projections)} entries for {len(softmax.bounds)} clusters"
+        )
+    ties = []
+    if weights:
+        way_out = "load it with --not_tied (tie_weights=False), which keeps both"
+        for i in range(len(softmax.out_layers)):
+            ours, source = f"crit.out_layers.{i}.weight", f"word_emb.emb_layers.{i}.weight"
+            ties.append(Tie(ours, source, "shared", way_out))
+    way_out = "load it with --tie_proj_mode apart (tie_proj_mode='apart'), which keeps both"
+    for i, (_, tied) in enumerate(zip(softmax.out_projs, projections, strict=False)):
+        if tied:
+            ours = f"crit.out_projs.{i}.weight"
+            source = f"word_emb.emb_projs.{i % len(embedding.emb_projs)}.weight"
+            ties.append(Tie(ours, source, mode, way_out))
+    return ties
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    if a.is_meta or b.is_meta or a.shape != b.shape:  # other shapes are refused as such
+        return False
+    a, b = a.detach(), b.detach().to(a)
+    return not bool(((a == b) | ((a != a) & (b != b))).all())  # NaN is refused elsewhere
+
+
+def _join_after_loading(model: TiedWeights, incompatible) -> None:
+    """load_state_dict(assign=True) replaces every parameter by one of its own."""
+    model._join()
