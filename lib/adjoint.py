@@ -12,9 +12,11 @@ import numpy as np
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from lib.attachment import tangent_of
 from lib.host import to_device
+from lib.lockstep import lockstep
 from lib.maps import Affine, Map, plain
 from lib.norms import norms as norms_of
 from lib.precision import in_float32, solve_in_stages
@@ -64,9 +66,10 @@ class LinearSolve:
         report: Callable[[dict], None],
         name: str = "adjoint",
         of: str = "gradient",
+        group: ProcessGroup | None = None,
     ):
         self._solver, self._threshold, self._stop_mode = solver, threshold, stop_mode
-        self._report, self._name, self._of = report, name, of
+        self._report, self._name, self._of, self._group = report, name, of, group
 
     @torch.no_grad()
     def __call__(
@@ -87,6 +90,10 @@ class LinearSolve:
             threshold: another one than the solve's own.
             make_precise: makes the product in float32, if ``product`` is in half precision.
         """
+        with lockstep(product, b, self._group) as product:
+            return self._in_step(product, b, start, threshold, make_precise)
+
+    def _in_step(self, product: Map, b: Tensor, start, threshold, make_precise) -> Tensor:
         norms = sample_norms(b)
         scale = self._scale(norms)
         scaled = b if scale == 1 else b * scale

@@ -36,6 +36,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from lib.adjoint import Adjoint, DEQWarning, LinearSolve, Tangents, warn
 from lib.attachment import (
@@ -53,6 +54,7 @@ from lib.iterations import Iteration
 from lib.jacobian import jac_loss_estimate, power_method
 from lib.krylov import gmres
 from lib.layer_utils import list2vec, vec2list
+from lib.lockstep import lockstep
 from lib.maps import Map, plain, transformed
 from lib.newton_krylov import newton_krylov
 from lib.precision import half_precision, in_float32, solve_in_stages
@@ -99,6 +101,9 @@ class DEQ:
         b_stop_mode: for the adjoint; None takes ``stop_mode``.
         grad: how to differentiate: a name in :data:`lib.gradients.GRADIENTS`, with options
             ("phantom:steps=3,damping=0.8"), or an instance of one of them.
+        group: processes among which f communicates, as under ``fully_shard`` (FSDP2), such as
+            ``torch.distributed.group.WORLD``. Solvers stop by a process's own samples; all then
+            evaluate f as often as the one that needs most (:mod:`lib.lockstep`).
 
     ``stats`` accumulates what the solvers did; ``stats.reset()`` starts anew.
 
@@ -114,7 +119,9 @@ class DEQ:
         stop_mode: str = "rel",
         b_stop_mode: str | None = None,
         grad: str | Gradient | Iteration = "ift",
+        group: ProcessGroup | None = None,
     ):
+        self.group = group
         self._grad = get_gradient(grad)
         self.f_solver, self.b_solver = f_solver, b_solver
         self.stop_mode = stop_mode
@@ -208,6 +215,8 @@ class DEQ:
                 indexing=indexing,
                 on_solve=on_solve,
             )
+        if self.group is not None:
+            self._refuse_with_group(half_precision(z0), bool(indexing), jac_vecs)
         for number in indexing:
             check_count("a number in indexing", number)
         iteration = isinstance(self._grad, Iteration)
@@ -244,15 +253,39 @@ class DEQ:
         ends = [*(states.get(number, z) for number in indexing), z] if indexing else []
         return Equilibrium(z, z_star, jac_loss, sradius, solution, ends)
 
+    def _refuse_with_group(self, half: bool, indexing: bool, jac_vecs: int) -> None:
+        """Refuse what makes processes differ in more than evaluations, or shards cannot do."""
+        if half:
+            raise InputError(
+                "group: under autocast, processes would change to float32 at different times; let "
+                "fully_shard compute in bfloat16 instead (its mp_policy)"
+            )
+        if indexing and not isinstance(self._grad, Iteration):
+            raise InputError(
+                "group: a solve may end before what indexing names, in some processes only: leave "
+                "it out, or take grad='unroll'"
+            )
+        forward = getattr(self._f_solver, "func", self._f_solver)
+        twice = {
+            "f_solver newton_krylov": forward is newton_krylov,
+            "the Jacobian loss": jac_vecs > 0 and torch.is_grad_enabled(),
+            "a gradient of order 2": getattr(self._grad, "order", 1) > 1,
+        }
+        for what in (name for name, wanted in twice.items() if wanted):
+            raise InputError(
+                f"group: {what} differentiates the backward of f, which shards do not allow: "
+                "leave it out"
+            )
+
     def _solve(
         self, f: Map, z0: Tensor, f_thres: int, indexing: Sequence[int]
     ) -> tuple[dict, dict[int, Tensor]]:
         """The forward solver's dict, and the points it visited after ``indexing`` evaluations."""
-        f, visited = _watched(f, indexing) if indexing else (f, {})
         options = {"threshold": f_thres, "stop_mode": self.stop_mode}
         if self._grad.keeps_inverse and torch.is_grad_enabled():
             options["keep_inverse"] = True
-        with torch.no_grad():
+        with torch.no_grad(), lockstep(f, z0, self.group) as f:
+            f, visited = _watched(f, indexing) if indexing else (f, {})
             if half_precision(z0):
                 return solve_in_stages(
                     self.f_solver, f, lambda: in_float32(f), z0, **options
@@ -276,6 +309,7 @@ class DEQ:
             b_thres,
             self.b_stop_mode,
             lambda found: self._report("backward", found, on_solve),
+            group=self.group,
         )
         z = self._grad.attach(Solved(f, fz, point, solution, Adjoint(fz, point, solve(), again)))
         shift = tangent_of(fz)
