@@ -329,18 +329,62 @@ def test_stops_per_sample(jvp):
     assert solution["reason"] == "eps"
 
 
-def test_damping_helps_where_full_steps_overshoot():
-    """g(z) = -3 atan(z - 2): from z = 4, Newton's steps grow."""
+def overshooting(z):
+    """g(z) = -3 atan(z - 2): from z = 4, Newton's steps grow; from 3, they do not."""
+    return z - 3 * torch.atan(z - 2)
+
+
+@by_stop
+def test_steps_that_overshoot_are_shortened(stop):
+    """After five that do not lower the residual it goes back to the start of the first."""
+    x0 = torch.full((1, 1), 4.0, dtype=torch.float64)
+    recorder = Recorder(overshooting)
+    options = {"threshold": 120, "eps": 1e-9, "stop_mode": "abs", "stop": stop}
+    solution = newton(recorder, x0, **options)
+    points = [p.item() - 2 for p in recorder.points]
+    # Five full steps from the start, each longer than the one before it.
+    assert all(abs(after) > 1.5 * abs(before) for before, after in pairwise(points[:6]))
+    # Then shares of the first of them, each at most half of the last.
+    share = (points[6] - points[0]) / (points[1] - points[0])
+    assert 0 < share <= 0.5
+    assert all(abs(p) < abs(points[0]) for p in points[6:])
+    assert solution["converged"].all()
+    assert not solution["prot_break"]
+    assert solution["result"].item() == pytest.approx(2.0, abs=1e-9)
+    damped = newton(overshooting, x0, damping=0.3, **options)
+    assert damped["converged"].all()
+
+
+@by_stop
+def test_what_one_sample_tries_costs_its_mates_nothing(stop):
+    """The second overshoots and goes back; the first, and their points, are as they are alone."""
+    x0 = torch.tensor([[3.0], [4.0], [2.5]], dtype=torch.float64)
+    options = {"threshold": 120, "eps": 0.0, "stop": stop, "warmup": 1, "max_nfe": 30}
+    together = Recorder(overshooting)
+    newton_krylov(together, x0, **options)
+    for i in range(3):
+        alone = Recorder(overshooting)
+        newton_krylov(alone, x0[i : i + 1], **options)
+        n = min(len(alone.points), len(together.points))
+        assert n >= 5
+        for a, b in zip(alone.points[:n], together.points[:n], strict=True):
+            assert a.item() == pytest.approx(b[i].item(), rel=1e-12)
+
+
+@by_stop
+@by_jvp
+def test_steps_that_rise_at_first_are_kept(stop, jvp):
+    """Rosenbrock's system: the first exact step raises the residual 40 times, the second solves."""
 
     def f(z):
-        return z - 3 * torch.atan(z - 2)
+        odd, even = z[:, 0::2], z[:, 1::2]
+        return z + torch.stack([10 * (even - odd**2), 1 - odd], 2).flatten(1)
 
-    x0 = torch.full((1, 1), 4.0, dtype=torch.float64)
-    options = {"threshold": 120, "eps": 1e-9, "stop_mode": "abs"}
-    assert not newton(f, x0, **options)["converged"].any()
-    damped = newton(f, x0, damping=0.3, **options)
-    assert damped["converged"].all()
-    assert damped["result"].item() == pytest.approx(2.0, abs=1e-9)
+    x0 = torch.tensor([[-1.2, 1.0]], dtype=torch.float64)
+    solution = newton(f, x0, threshold=60, eps=1e-10, stop_mode="abs", jvp=jvp, stop=stop, **ENTIRE)
+    assert solution["abs_trace"][1] > 5 * solution["abs_trace"][0]
+    assert solution["converged"].all()
+    assert solution["nfe"] == 3
 
 
 def test_autocast_is_for_f_alone():
@@ -404,7 +448,7 @@ def test_from_zero_through_a_layer_normalisation(jvp, stop):
     """Whose derivative there is 300, and tells nothing of what is further away."""
     solve = partial(newton_krylov, normalised, torch.zeros(3, 16).double(), threshold=30, eps=1e-9)
     assert solve(jvp=jvp, stop=stop)["lowest"] < 1e-4
-    assert solve(jvp=jvp, stop=stop, warmup=0)["lowest"] > 0.5
+    assert solve(jvp=jvp, stop=stop, warmup=0)["lowest"] > 0.05
 
 
 @by_stop
@@ -421,3 +465,47 @@ def test_warmup_iterates_plainly(warmup, stop):
     assert (solution["products"] > 0) == (warmup < 20)
     if warmup < 20:
         assert not torch.equal(recorder.points[warmup + 1], x)
+
+
+@by_stop
+@by_jvp
+@pytest.mark.parametrize("warmup", [1, 2, 5])
+def test_a_warmup_that_raises_the_residual_is_undone(jvp, stop, warmup):
+    """By each sample for itself: from 20, 1 + z - z^3 leads to -7979; from 0.1 it leads nearer."""
+
+    def f(z):
+        return 1 + z - z**3
+
+    x0 = torch.tensor([[20.0], [0.1]], dtype=torch.float64)
+    calls = Recorder(f)
+    options = {"eps": 1e-9, "stop_mode": "abs", "jvp": jvp, "stop": stop, "warmup": warmup}
+    solution = newton_krylov(calls, x0, threshold=100, **options)
+    points = calls.points
+    first = points[1]
+    assert torch.equal(first, f(x0))
+    visited = [p[0].item() for p in points if p[0].item() not in (20.0, first[0].item())]
+    assert all(abs(z) <= 20 for z in visited)
+    assert solution["converged"].all()
+    assert solution["nfe"] <= 18
+
+
+# ---- inference mode ---------------------------------------------------------------------------
+
+
+@by_stop
+@by_jvp
+@pytest.mark.parametrize("held", [False, True])
+def test_inference_mode_changes_nothing(jvp, stop, held):
+    """Neither for a start made there, nor for a map that holds tensors made there."""
+    f, _, _ = batched_tanh(gain=2.0)
+    shift = torch.linspace(-1, 1, 12, dtype=torch.float64)
+    options = {"threshold": 60, "eps": 1e-9, "jvp": jvp, "stop": stop}
+    expected = newton_krylov(lambda z: f(z) * shift, torch.zeros(3, 12).double(), **options)
+    with torch.inference_mode():
+        x0 = torch.zeros(3, 12, dtype=torch.float64)
+        factor = shift.clone() if held else shift
+        found = newton_krylov(lambda z: f(z) * factor, x0, **options)
+        assert torch.is_inference_mode_enabled()
+    assert found["products"] == expected["products"] > 0
+    assert found["abs_trace"] == pytest.approx(expected["abs_trace"], rel=1e-6, abs=1e-12)
+    torch.testing.assert_close(found["result"].clone(), expected["result"], rtol=0, atol=1e-10)
