@@ -14,7 +14,6 @@ import torch
 from tqdm import tqdm
 
 from lib.errors import InputError
-from lib.events import Events
 from lib.files import atomic_write
 from lib.retention import clean_temporaries, versions
 
@@ -134,6 +133,8 @@ class Run:
             file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
         self._metrics = open(folder / METRICS, "a")  # noqa: SIM115  (open for the whole run)
         self._log = open(folder / LOG, "w" if resume_step is None else "a")  # noqa: SIM115
+        from lib.events import Events  # here: benchmarks write none, and do without tensorboardX
+
         purge_step = None if resume_step is None else resume_step + 1
         self._events = Events(self._events_folder, purge_step)
 

@@ -32,8 +32,9 @@ class Trainer(Stepper):
 
     A signal or the time limit ends the run after a step, with all its state saved. ``state_dict``
     holds all that the next step depends on, and the running means of the log: a run that was
-    killed and resumed repeats, bit for bit, the one that was not. Arguments are those of
-    :class:`Stepper`.
+    killed and resumed repeats, bit for bit, the one that was not. On a GPU that takes
+    :func:`~lib.determinism.deterministic`; without it, the two agree to rounding. Arguments are
+    those of :class:`Stepper`.
     """
 
     weights_key = "model"  # the checkpoint's entry with the model's weights

@@ -1,6 +1,7 @@
 """What tests of several rooms share."""
 
 import pytest
+import torch
 from hypothesis import settings
 
 from deq_sequence.demo_corpus import build_demo_corpus
@@ -8,6 +9,13 @@ from lib.experiment import Run
 
 settings.register_profile("untimed", deadline=None)  # machines are shared
 settings.load_profile("untimed")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(scope="session")

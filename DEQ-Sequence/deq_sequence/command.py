@@ -16,6 +16,7 @@ from deq_sequence.options import cutoffs_for, own_b_solver, parse
 from deq_sequence.ties import TIE_PROJ_MODES
 from deq_sequence.training import LMTrainer
 from lib.checkpoint import load_weights
+from lib.determinism import deterministic
 from lib.distributed import Processes
 from lib.errors import InputError
 from lib.experiment import (
@@ -199,6 +200,7 @@ def _set_up(args: argparse.Namespace, processes: Processes) -> torch.device:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     allow_tf32(args.tf32)
+    deterministic(args.deterministic)
     torch.manual_seed(args.seed)  # the same initial weights in all processes
     if not args.cuda:
         return torch.device("cpu")

@@ -148,6 +148,7 @@ def _training_flags(group) -> None:
     add("--start_train_steps", type=int, default=0, help="count steps from here, with --load")
     add("--amp", default="none", choices=AMP, help="mixed precision: matrix products in bf16")
     add("--tf32", action="store_true", help="GPU: round the factors of float32 products to TF32")
+    add("--deterministic", action="store_true", help="GPU: a run repeats bit for bit, but slower")
     add("--compile", action="store_true", help="let torch.compile compute f within the solvers")
 
 

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 from lib.checkpoint import load_weights
+from lib.determinism import deterministic
 from lib.distributed import Processes
 from lib.errors import InputError, naming
 from lib.experiment import CHECKPOINT, WEIGHTS, Run, check_unused, peak_memory_mib
@@ -121,7 +122,7 @@ def _devices(cfg: CfgNode, processes: Processes) -> tuple[torch.device, list[int
     torch.manual_seed(cfg.SEED)  # the same initial weights in all processes
     cudnn = torch.backends.cudnn
     cudnn.benchmark, cudnn.enabled = cfg.CUDNN.BENCHMARK, cfg.CUDNN.ENABLED
-    cudnn.deterministic = cfg.CUDNN.DETERMINISTIC
+    deterministic(cfg.CUDNN.DETERMINISTIC)
     allow_tf32(cfg.TF32)
     if not torch.cuda.is_available():
         return torch.device("cpu"), []

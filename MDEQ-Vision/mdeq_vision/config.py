@@ -36,6 +36,7 @@ def _defaults() -> CfgNode:
     cfg.AUTO_RESUME = False  # the same as TRAIN.RESUME
     cfg.PIN_MEMORY = True  # takes effect with a GPU
 
+    # DETERMINISTIC: on a GPU, a run repeats bit for bit, but slower; then BENCHMARK has no effect.
     cfg.CUDNN = CfgNode({"BENCHMARK": True, "DETERMINISTIC": False, "ENABLED": True})
     cfg.AMP = "none"  # bf16: f in bfloat16, solver states and losses in float32
     cfg.TF32 = False  # round the factors of float32 products on the GPU to TF32

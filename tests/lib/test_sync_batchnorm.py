@@ -248,7 +248,7 @@ def test_conversion_refuses_other_dimensions():
     assert type(model[0]) is nn.BatchNorm2d
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_conversion_on_a_gpu():
     assert isinstance(convert_sync_batchnorm(network().cuda())[1], nn.SyncBatchNorm)
 

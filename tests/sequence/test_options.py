@@ -16,7 +16,7 @@ CONTRACT = json.loads((Path(__file__).parents[1] / "data" / "lm_flags.json").rea
 ADDED = {
     *("--help", "--cutoffs", "--num_threads", "--amp", "--eval_batch_size"),
     *("--batch_chunk", "--save-interval", "--compile", "--tf32", "--max_time", "--max_skipped"),
-    *("--auto_restart", "--keep_checkpoints", "--grad", "--tie_proj_mode"),
+    *("--auto_restart", "--keep_checkpoints", "--grad", "--tie_proj_mode", "--deterministic"),
 }
 ACTIONS = {flag: action for action in build_parser()._actions for flag in action.option_strings}
 

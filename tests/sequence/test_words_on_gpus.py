@@ -1,8 +1,10 @@
 """The command on pretended GPUs: what it computes there, and how a run goes on elsewhere."""
 
 import pytest
+import torch
 
 from deq_sequence.command import main
+from lib.determinism import deterministic
 from lib.experiment import LOG, read_metrics
 from pretended_machine import pretended_machine
 
@@ -47,3 +49,16 @@ def test_training_is_the_cpus(flags, run_folder, gpus, more, amp):
     assert run(run_folder, [*flags, *more], gpus) == pytest.approx(
         expected, rel=1e-6 if amp == "none" else 3e-3
     )
+
+
+def test_deterministic_kernels_are_switched_on(flags, run_folder):
+    """On the CPU, where they change nothing but the switch."""
+    losses = []
+    try:
+        for name, more in (("run", ["--deterministic"]), ("other", [])):
+            argv = [*flags, *SHORT, "--name", name, *more]
+            losses.append(run(run_folder.with_name(name), argv))
+            assert torch.are_deterministic_algorithms_enabled() == bool(more)
+    finally:
+        deterministic(False)
+    assert losses[0] == losses[1]

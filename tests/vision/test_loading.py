@@ -198,7 +198,7 @@ def test_torchvision_is_imported_again_and_again():
     "device",
     [
         "cpu",
-        pytest.param("cuda", marks=pytest.mark.skipif("not torch.cuda.is_available()")),
+        pytest.param("cuda", marks=pytest.mark.gpu),
     ],
 )
 def test_on_device_are_the_same_batches_in_the_same_order(device):

@@ -1,0 +1,131 @@
+"""The sections of scripts/gpu_check.sh, one after another, each in a process of its own.
+
+A section that takes too long or too much memory, or lacks a package, costs the others nothing.
+
+    machine   what is there
+    digits    solvers and gradients against the CPU's digits, and how often the host waits
+    nccl      one process with NCCL (gloo on the CPU): averaged gradients, batch norm
+    tests     those marked for a GPU
+    profile   where the time of a step goes: the kernels that take most
+    steps     a step of each published setting, fast against plain; bfloat16 and torch.compile
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Seconds that each may take at most, out of all that is left.
+LIMITS = {"machine": 60, "digits": 90, "nccl": 60, "tests": 120, "profile": 90, "steps": 540}
+RESERVE = 5  # seconds to end in
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the sections; 1 if one of them found something wrong, else 0."""
+    args = _parser().parse_args(argv)
+    names = args.sections.split(",")
+    if unknown := [name for name in names if name not in LIMITS]:
+        print(
+            f"gpu_check: no section {unknown[0]!r}: choose from {', '.join(LIMITS)}",
+            file=sys.stderr,
+        )
+        return 2
+    deadline = time.monotonic() + 60 * args.minutes - RESERVE
+    failed = []
+    with open(args.out, "w", encoding="utf-8") as file:
+
+        def tell(text: str) -> None:
+            print(text, end="", flush=True)
+            file.write(text)
+            file.flush()
+
+        for name in names:
+            left = deadline - time.monotonic()
+            tell(f"\n## {name}\n\n")
+            if left < 1:
+                tell("left out: no time left\n")
+                continue
+            start = time.monotonic()
+            if _section(name, args, min(left, LIMITS[name]), tell):
+                failed.append(name)
+            tell(f"\n({time.monotonic() - start:.0f} s)\n")
+        tell(f"\nwrong: {', '.join(failed)}\n" if failed else "\nnothing wrong was found\n")
+    return 1 if failed else 0
+
+
+def _section(name: str, args: argparse.Namespace, seconds: float, tell) -> bool:
+    """Run one; whether it found something wrong."""
+    if name == "tests":
+        command = ["-m", "pytest", "-m", "gpu", "-q", "-rs", "--tb=short", "-p", "no:cacheprovider"]
+        marked = [str(path) for path in ROOT.glob("tests/**/*.py") if _is_marked(path)]
+        command += ["--continue-on-collection-errors", *sorted(marked)]
+    else:
+        command = ["-m", "benchmarks.gpu", name, "--seconds", f"{seconds:.0f}"]
+        command += ["--settings", args.settings] if args.settings else []
+        command += ["--device", args.device] if args.device else []
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, text=True, errors="replace",
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    timer = _Timer(process, seconds)
+    lines = []
+    try:
+        with process:
+            for line in process.stdout:
+                tell(line)
+                lines.append(line)
+    except BaseException:
+        timer.fire()
+        raise
+    if timer.stop():
+        tell("broken off: out of time\n")
+        return False
+    if missing := [line for line in lines if "ModuleNotFoundError: " in line]:
+        tell(f"left out, all or in part: {missing[-1]}")
+        return False
+    return process.returncode not in (0, 5)  # pytest's 5: no test was chosen
+
+
+def _is_marked(path: Path) -> bool:
+    return path.name.startswith("test_") and "pytest.mark.gpu" in path.read_text(encoding="utf-8")
+
+
+class _Timer:
+    """Ends a process that takes too long, and what it has started."""
+
+    def __init__(self, process: subprocess.Popen, seconds: float):
+        self.fired, self._process = False, process
+        self._timer = threading.Timer(seconds, self.fire)
+        self._timer.start()
+
+    def fire(self) -> None:
+        self.fired = True
+        self._timer.cancel()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def stop(self) -> bool:
+        """Whether the process was ended."""
+        self._timer.cancel()
+        return self.fired
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="gpu_check.sh", description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--sections", default=",".join(LIMITS), help="which, in this order")
+    add("--minutes", type=float, default=9.0, help="for all together")
+    add("--settings", help="of profile and steps: names, or language, images, all")
+    add("--device", choices=("cpu", "cuda"), help="default: the GPU, if there is one")
+    add("--out", type=Path, default=Path("gpu_check.md"), help="the tables are written here")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
