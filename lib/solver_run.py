@@ -18,6 +18,7 @@ from lib.attachment import outside_of_compiler, refuse_transforms
 from lib.divergence import Divergence
 from lib.errors import InputError
 from lib.maps import transformed
+from lib.matmul_precision import full_products, within
 from lib.norms import TINY as TINY
 from lib.norms import least_norm, mended, relative, total
 
@@ -336,9 +337,11 @@ class Run:
 
 
 def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
-    """Decorator of a method: nothing is differentiated, and autocast is for f alone.
+    """Decorator of a method: nothing is differentiated, and fewer digits are for f alone.
 
-    Inner products and combinations of states in half precision would not carry a solver.
+    Inner products and combinations of states in half precision, or in TF32, would not carry a
+    solver: autocast and torch's precision of float32 products hold in f and in products with its
+    Jacobian, and there only.
     """
 
     @outside_of_compiler
@@ -347,19 +350,15 @@ def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
     def solve(f: Callable, x0: Tensor, *args, **options) -> dict:
         refuse_transforms()
         kind = x0.device.type if isinstance(x0, Tensor) else "cpu"
-        if not (torch.is_autocast_enabled(kind) and callable(f)):
-            return method(f, x0, *args, **options)
-        dtype = torch.get_autocast_dtype(kind)
-
-        def autocast(f: Callable) -> Callable:
-            def autocast_f(z: Tensor) -> Tensor:
-                with torch.autocast(kind, dtype):
-                    return f(z)
-
-            return autocast_f
-
-        with torch.autocast(kind, enabled=False):
-            return method(transformed(f, autocast), x0, *args, **options)
+        with full_products() as callers:
+            if callers is not None and callable(f):
+                f = transformed(f, lambda f: within(callers, f))
+            if not (torch.is_autocast_enabled(kind) and callable(f)):
+                return method(f, x0, *args, **options)
+            dtype = torch.get_autocast_dtype(kind)
+            f = transformed(f, lambda f: within(lambda: torch.autocast(kind, dtype), f))
+            with torch.autocast(kind, enabled=False):
+                return method(f, x0, *args, **options)
 
     return solve
 
