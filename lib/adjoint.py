@@ -14,6 +14,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from lib.attachment import tangent_of
+from lib.host import to_device
 from lib.maps import Affine, Map, plain
 from lib.norms import norms as norms_of
 from lib.precision import in_float32, solve_in_stages
@@ -139,7 +140,7 @@ class LinearSolve:
         none = (sample_norms(y) == 0) & (norms > 0)
         passes = poor & (lost | none | ~(residual <= simple))
         if passes.any():
-            rows = torch.from_numpy(passes).to(b.device).view(-1, *[1] * (b.dim() - 1))
+            rows = to_device(passes, b.device).view(-1, *[1] * (b.dim() - 1))
             y = torch.where(rows, b, y)
             residual = np.where(passes, simple, residual)
         poor = ~(residual <= POOR) & ~lost

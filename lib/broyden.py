@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib.host import to_device
 from lib.inner_products import products
 from lib.norms import scaled_norms
 from lib.sample_run import start
@@ -248,7 +250,7 @@ class BroydenInverse:
 
     @staticmethod
     def _like(values: list[float], like: Tensor) -> Tensor:
-        return torch.tensor(values, dtype=like.dtype, device=like.device)
+        return to_device(np.array(values), like)
 
 
 class LimitedInverse:

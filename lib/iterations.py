@@ -19,6 +19,7 @@ from lib.adjoint import warn
 from lib.attachment import tangent_of
 from lib.double_double import Pair, combine, take_apart
 from lib.errors import InputError
+from lib.host import to_device
 from lib.maps import Map
 from lib.precision import same_autocast
 from lib.solver_run import TINY, check, check_damping, is_number
@@ -295,7 +296,7 @@ class _Steps:
             "products": 0,
             "reason": "threshold",
             "eps": 0.0,  # there is no tolerance
-            **{k: torch.from_numpy(v).to(z.device) for k, v in per_sample.items()},
+            **{k: to_device(v, z.device) for k, v in per_sample.items()},
             "threshold": len(norms),
             "stop_mode": "rel",
         }

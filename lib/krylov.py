@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib.host import to_device
 from lib.maps import Affine, Map
 from lib.norms import TINY, norms, scaled_norms
 from lib.sample_run import start
@@ -128,7 +129,7 @@ def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[
         active &= ~exhausted & ~system.enough(best.residual, best.value)
         if not active.any() or system.run.stopped:
             break
-    weights = torch.from_numpy(chosen[:, None, :n]).to(basis)  # (B, 1, n)
+    weights = to_device(chosen[:, None, :n], basis)  # (B, 1, n)
     return torch.bmm(weights, basis[:n].transpose(0, 1))[:, 0], best.improved
 
 
@@ -171,12 +172,12 @@ class _Best:
 
 def rows(samples: np.ndarray, like: Tensor) -> Tensor:
     """A mask (B, 1) of the samples (B,), on the device of ``like``."""
-    return torch.from_numpy(samples).to(like.device)[:, None]
+    return to_device(samples, like.device)[:, None]
 
 
 def _unit(vectors: Tensor, norms: np.ndarray) -> Tensor:
     """Vectors (B, D) over their norms (B,); zero where the norm is."""
-    norms = torch.from_numpy(norms).to(vectors)[:, None]
+    norms = to_device(norms, vectors)[:, None]
     return torch.where(norms > 0, vectors / torch.where(norms > 0, norms, 1.0), 0.0)
 
 
@@ -222,7 +223,7 @@ def _bicgstab_cycle(system: "System") -> tuple[Tensor, np.ndarray]:
     # In units of the residual, so that squares stay in range: a power of two, which rounds nothing.
     limits = torch.finfo(system.g.dtype)
     size = np.exp2(np.floor(np.log2(np.clip(first, limits.tiny, limits.max / 4))))
-    unit = torch.from_numpy(size).to(system.g)[:, None]
+    unit = to_device(size, system.g)[:, None]
     r, x = system.g / unit, system.x / unit
     correction, chosen = torch.zeros_like(r), torch.zeros_like(r)
     best, active = _Best(first, norms(system.x), r), (first > 0) & ~run.resting

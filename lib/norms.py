@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib.host import to_device
+
 TINY = 1e-300  # keeps 0 / 0 out of the relative residual of f = 0; far below any real norm
 
 
@@ -38,7 +40,7 @@ def mended(found: np.ndarray, vectors: Tensor, counts: np.ndarray | None = None)
         fails &= counts
     if not fails.any():
         return found
-    rows = torch.from_numpy(np.flatnonzero(fails)).to(vectors.device)
+    rows = to_device(np.flatnonzero(fails), vectors.device)
     found = found.copy()
     found[fails] = scaled_norms(vectors[rows]).cpu().numpy()
     return found

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from lib.divergence import Divergence
+from lib.host import to_device
 from lib.norms import mended, relative, total
 from lib.solver_run import Control, Run, check_finite, out_of_range
 
@@ -83,9 +84,9 @@ class SampleRun(Run):
         if not done.any():
             return x, fx, gx
         if not self.shrinks:
-            gx.masked_fill_(torch.from_numpy(done).to(self.device)[:, None], 0.0)
+            gx.masked_fill_(to_device(done, self.device)[:, None], 0.0)
             return self._at_rest(x), self._at_rest(fx), gx
-        self.kept = torch.from_numpy(np.flatnonzero(~done)).to(self.device)
+        self.kept = to_device(np.flatnonzero(~done), self.device)
         self.rows = self.rows[~done]
         if len(self.rows):
             self._f_rows = self._restricted()
@@ -95,11 +96,11 @@ class SampleRun(Run):
         """x (B, D) with the finished samples at their best point."""
         if not self.done.any():
             return x
-        return torch.where(torch.from_numpy(self.done).to(self.device)[:, None], self.own_best, x)
+        return torch.where(to_device(self.done, self.device)[:, None], self.own_best, x)
 
     def _restricted(self) -> Callable[[Tensor], Tensor]:
         """f of the rows that are left."""
-        rows = torch.from_numpy(self.rows).to(self.device)
+        rows = to_device(self.rows, self.device)
         if hasattr(self.f, "select"):
             return self.f.select(rows)
         rest = self.own_best.to(self.dtype).view(self.shape)
@@ -141,7 +142,7 @@ class SampleRun(Run):
         elif len(samples):
             if self._borrowed:
                 self.own_best, self._borrowed = self.own_best.clone(), False
-            samples, places = (torch.from_numpy(i).to(self.device) for i in (samples, places))
+            samples, places = (to_device(i, self.device) for i in (samples, places))
             self.own_best.index_copy_(0, samples, x[places])
 
     @staticmethod

@@ -17,6 +17,7 @@ from torch import Tensor
 from lib.attachment import outside_of_compiler, refuse_transforms
 from lib.divergence import Divergence
 from lib.errors import InputError
+from lib.host import to_device
 from lib.maps import transformed
 from lib.matmul_precision import full_products, within
 from lib.norms import TINY as TINY
@@ -253,7 +254,7 @@ class Run:
         if better.all() or (better | self.lost).all():  # the usual step: a reference, no copy
             self.own_best, self.own_residual = x, residual
         elif better.any():
-            mask = torch.from_numpy(better).to(self.device)
+            mask = to_device(better, self.device)
             self.own_best = torch.where(mask[:, None], x, self.own_best)
             self.own_residual = np.where(better, residual, self.own_residual)
         current = self.abs_trace[-1] if self.stop_mode == "abs" else self.rel_trace[-1]
@@ -272,7 +273,7 @@ class Run:
         """Mark samples (B,) as lost: they rest at their best point from now on."""
         if fails.any():
             self.lost = self.lost | fails
-            self.lost_mask = torch.from_numpy(self.lost).to(self.device)
+            self.lost_mask = to_device(self.lost, self.device)
             self.diverged |= bool(self.lost.all())
 
     def stall(self, samples: np.ndarray) -> None:
@@ -329,7 +330,7 @@ class Run:
             "reason": self.reason,
             "all_finite": not self.lost.any(),
             "norms": norms,
-            **{k: torch.from_numpy(v).to(self.device) for k, v in per_sample.items()},
+            **{k: to_device(v, self.device) for k, v in per_sample.items()},
             "eps": self.eps,
             "threshold": self.threshold,
             "stop_mode": self.stop_mode,
