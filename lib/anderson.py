@@ -36,7 +36,10 @@ def anderson(
     Args:
         f: maps (B, ...) to the same shape, into a tensor of its own at every call.
         x0: start, (B, ...) of any rank and floating dtype, finite.
-        m: number of past points that are mixed, at least 1 (1 is plain iteration).
+        m: number of past points that are mixed, at least 1 (1 is plain iteration). Six are enough
+            for contractions and their like; where I - J has eigenvalues on both sides of zero
+            (Broyden's tridiagonal and banded systems, adjoints of a spectral radius above 1) they
+            stall, and twelve, or ``restart``, solve.
         lam: absolute ridge, as published (1e-4 there). It swamps the system near the solution,
             so the default None takes a ridge of a few rounding errors relative to each ||g_i||^2
             (1.2e-6 in float32, 1e-13 in float64).

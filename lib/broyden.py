@@ -55,7 +55,7 @@ def broyden(
             all, by one vector each.
         damping: length t of a step, in (0, 1].
         keep_inverse: hand H back, under "inverse", and how many of its updates were made on the
-            way to the result, under "updates"; not with stop='sample'.
+            way to the result, under "updates"; not with stop='sample' or best='sample'.
         **control: see :class:`~lib.solver_run.Control`; a line search needs stop='batch'.
 
     Returns:
@@ -71,6 +71,8 @@ def broyden(
     for option, value in (("ls", ls), ("keep_inverse", keep_inverse)):
         check(isinstance(value, bool), option, value, "True or False")
         check(not (value and per_sample), option, value, "False with stop='sample'")
+    own = keep_inverse and control.get("best") == "sample"
+    check(not own, "keep_inverse", keep_inverse, "False with best='sample'")
     check(not ls or damping == 1, "ls", ls, "False with a damping")
     run = start(f, x0, threshold, eps, stop_mode, control, heeds_check_every=not ls)
     if memory is None:

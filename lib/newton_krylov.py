@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lib.krylov import gmres_cycle, multiply, rows
 from lib.maps import Map, plain
+from lib.matmul_precision import callers_products
 from lib.norms import norms
 from lib.sample_run import start
 from lib.solver_run import Run, check, check_count, check_damping, is_number, solver_method
@@ -248,13 +249,16 @@ def _reverse(f: Map, z: Tensor) -> tuple[Tensor, Map]:
     def vjp() -> tuple[Tensor, Tensor | None]:
         """u, and J'u with its graph: made once, where there is a product at all."""
         u = torch.zeros_like(value, requires_grad=True)
-        return u, *torch.autograd.grad(value, point, u, create_graph=True, allow_unused=True)
+        with callers_products():
+            back = torch.autograd.grad(value, point, u, create_graph=True, allow_unused=True)
+        return u, *back
 
     def product(v: Tensor) -> Tensor:
         u, back = vjp()
         if back is None or not back.requires_grad:  # zero, such as that of a step function
             return torch.zeros_like(v)
-        (found,) = torch.autograd.grad(back, u, v, retain_graph=True, allow_unused=True)
+        with callers_products():
+            (found,) = torch.autograd.grad(back, u, v, retain_graph=True, allow_unused=True)
         return torch.zeros_like(v) if found is None else found
 
     return value.detach(), product

@@ -21,7 +21,6 @@ What the result says, where it differs from a solve that stops by the batch:
 - ``prot_break`` is True if a sample diverged, or was far out at the end, or all are lost.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -31,8 +30,8 @@ from torch import Tensor
 
 from lib.divergence import Divergence
 from lib.host import to_device
-from lib.norms import mended, relative, total
-from lib.solver_run import Control, Run, check_finite, out_of_range
+from lib.norms import mended, relative
+from lib.solver_run import Control, Run, check_finite, out_of_range, totals
 
 
 class SampleRun(Run):
@@ -55,10 +54,8 @@ class SampleRun(Run):
         self.rows = np.arange(batch)  # the samples that the method holds
         self.done = np.zeros(batch, dtype=bool)
         self.own_residual = self.own_residual.copy()
-        # Norms of f(z) - z and f(z) at each sample's best point, and at its last one.
-        self._own_norms = np.full((2, batch), np.inf)
-        self._norms_now = self._own_norms.copy()
-        self._own_step, self._sample_nfe = np.zeros((2, batch), dtype=np.int64)
+        self._norms_now = self._own_norms.copy()  # at its last point
+        self._sample_nfe = np.zeros(batch, dtype=np.int64)
         self._diverged, self._stalled = np.zeros((2, batch), dtype=bool)
         self._f_rows = f
 
@@ -133,7 +130,7 @@ class SampleRun(Run):
         self.done[rows[ends]] = True
         self._norms_now[:, rows] = norms
         self._norms_now[:, self.done] = self._own_norms[:, self.done]
-        self._record(*self._totals(self._norms_now))
+        self._record(*totals(self._norms_now))
 
     def _keep_best(self, x: Tensor, samples: np.ndarray, places: np.ndarray) -> None:
         """Row ``places[i]`` of x is the best point so far of sample ``samples[i]``."""
@@ -144,15 +141,6 @@ class SampleRun(Run):
                 self.own_best, self._borrowed = self.own_best.clone(), False
             samples, places = (to_device(i, self.device) for i in (samples, places))
             self.own_best.index_copy_(0, samples, x[places])
-
-    @staticmethod
-    def _totals(norms: np.ndarray) -> tuple[float, float]:
-        """The residual over the batch, 'abs' and 'rel', from norms (2, B) of g and f."""
-        found = np.isfinite(norms).all(0)  # where f never was finite there is none
-        if not found.any():
-            return math.inf, math.inf
-        g, f = (total(own) for own in norms[:, found])
-        return g, relative(g, f)
 
     def lose(self, fails: np.ndarray) -> None:
         self.lost, self.done = self.lost | fails, self.done | fails
@@ -181,9 +169,8 @@ class SampleRun(Run):
 
     def result(self) -> dict:
         """What the solver returns."""
-        self.lowest_of = dict(zip(("abs", "rel"), self._totals(self._own_norms), strict=True))
+        self._take_own_best()
         gave_up = self._gave_up() or bool((self._divergence.far & ~self.done).any())
-        self.lowest, self.best_index = self.lowest_of[self.stop_mode], int(self._own_step.max())
         return self._solution(
             self.own_best, self.own_residual, self._own_norms, self._sample_nfe, gave_up
         )

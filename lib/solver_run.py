@@ -19,6 +19,7 @@ from lib.divergence import Divergence
 from lib.errors import InputError
 from lib.host import to_device
 from lib.maps import transformed
+from lib.matmul_precision import full_products, within
 from lib.norms import TINY as TINY
 from lib.norms import least_norm, mended, relative, total
 
@@ -30,6 +31,10 @@ class Control:
     Attributes:
         stop: 'batch' stops by norms over the whole batch, as published; 'sample' by each sample's
             own: see :mod:`lib.sample_run`.
+        best: which point is returned. 'batch': that of the lowest residual over the whole batch, as
+            published. 'sample': each sample's own, at no cost: where one sample wanders, its mates
+            do not pay for it. Neither changes when the solve stops. None is that of ``stop``, which
+            'sample' needs.
         check_every: look at the residual only every so many evaluations. Between checks a GPU
             need not wait for the host; up to ``check_every - 1`` evaluations may be done in vain,
             and as many more points are held. The point returned is the best one all the same.
@@ -44,6 +49,7 @@ class Control:
     """
 
     stop: str = "batch"
+    best: str | None = None
     check_every: int = 1
     floor: float = 0.0
     max_nfe: int | None = None
@@ -51,6 +57,10 @@ class Control:
 
     def __post_init__(self):
         check(self.stop in ("batch", "sample"), "stop", self.stop, "'batch' or 'sample'")
+        best = (None, "batch", "sample")
+        check(self.best in best, "best", self.best, "None, 'batch' or 'sample'")
+        if self.stop == "sample" and self.best == "batch":
+            raise InputError("stop='sample' returns each sample's own best point: leave best out")
         check_count("check_every", self.check_every)
         check_number("floor", self.floor)
         if self.max_nfe is not None:
@@ -105,8 +115,11 @@ class Run:
         self.converged = self.diverged = self.at_floor = self.stalled = False
         self._short = ""  # of what the solve ran out: a reason
         self._divergence = Divergence(1, torch.finfo(self.work_dtype).eps)
-        # The best finite iterate of each sample: what a sample falls back to once f fails on it.
+        # The best finite iterate of each sample: what a sample falls back to once f fails on it,
+        # or what it is given at the end. Norms of g and f there, and at which step it is.
         self.own_best, self.own_residual = self.x0, self.best_residual
+        self._own_norms = np.full((2, len(x0)), math.inf)
+        self._own_step = np.zeros(len(x0), dtype=np.int64)
         self._borrowed = True  # the best point may be somebody else's tensor, not to be written to
         self._pending: list[Tensor] = []  # points not yet judged, and their norms:
         self._norms = self.x0.new_empty(min(self.check_every, threshold + 1), 2, len(x0))
@@ -250,6 +263,8 @@ class Run:
             # What is lost keeps its own best iterate and that iterate's residual.
             residual = np.where(self.lost, self.own_residual, residual)
         better = residual < self.own_residual
+        self._own_norms = np.where(better, [g, f], self._own_norms)
+        self._own_step = np.where(better, len(self.abs_trace) - 1, self._own_step)
         if better.all() or (better | self.lost).all():  # the usual step: a reference, no copy
             self.own_best, self.own_residual = x, residual
         elif better.any():
@@ -298,7 +313,17 @@ class Run:
             self._check()
         gave_up = (self.diverged or bool(self._divergence.far[0])) and not self.converged
         sample_nfe = np.full(len(self.x0), self.nfe)
+        if self.control.best == "sample":
+            self._take_own_best()
+            return self._solution(
+                self.own_best, self.own_residual, self._own_norms, sample_nfe, gave_up
+            )
         return self._solution(self.best, self.best_residual, self.best_norms, sample_nfe, gave_up)
+
+    def _take_own_best(self) -> None:
+        """Of each sample's own best point: the residual over the batch, and the last step of it."""
+        self.lowest_of = dict(zip(("abs", "rel"), totals(self._own_norms), strict=True))
+        self.lowest, self.best_index = self.lowest_of[self.stop_mode], int(self._own_step.max())
 
     def _solution(
         self,
@@ -337,9 +362,11 @@ class Run:
 
 
 def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
-    """Decorator of a method: nothing is differentiated, and autocast is for f alone.
+    """Decorator of a method: nothing is differentiated, and fewer digits are for f alone.
 
-    Inner products and combinations of states in half precision would not carry a solver.
+    Inner products and combinations of states in half precision, or in TF32, would not carry a
+    solver: autocast and torch's precision of float32 products hold in f and in products with its
+    Jacobian, and there only.
     """
 
     @outside_of_compiler
@@ -348,19 +375,15 @@ def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
     def solve(f: Callable, x0: Tensor, *args, **options) -> dict:
         refuse_transforms()
         kind = x0.device.type if isinstance(x0, Tensor) else "cpu"
-        if not (torch.is_autocast_enabled(kind) and callable(f)):
-            return method(f, x0, *args, **options)
-        dtype = torch.get_autocast_dtype(kind)
-
-        def autocast(f: Callable) -> Callable:
-            def autocast_f(z: Tensor) -> Tensor:
-                with torch.autocast(kind, dtype):
-                    return f(z)
-
-            return autocast_f
-
-        with torch.autocast(kind, enabled=False):
-            return method(transformed(f, autocast), x0, *args, **options)
+        with full_products() as callers:
+            if callers is not None and callable(f):
+                f = transformed(f, lambda f: within(callers, f))
+            if not (torch.is_autocast_enabled(kind) and callable(f)):
+                return method(f, x0, *args, **options)
+            dtype = torch.get_autocast_dtype(kind)
+            f = transformed(f, lambda f: within(lambda: torch.autocast(kind, dtype), f))
+            with torch.autocast(kind, enabled=False):
+                return method(f, x0, *args, **options)
 
     return solve
 
@@ -414,6 +437,15 @@ def out_of_range(residual: np.ndarray, least: float) -> bool:
     ``least`` is that of :func:`~lib.norms.least_norm`; its inverse is as far on the other side.
     """
     return bool(((residual < least) & (residual > 0) | (residual > 1 / least)).any())
+
+
+def totals(norms: np.ndarray) -> tuple[float, float]:
+    """The residual over the batch, 'abs' and 'rel', from norms (2, B) of g and f."""
+    found = np.isfinite(norms).all(0)  # where f never was finite there is none
+    if not found.any():
+        return math.inf, math.inf
+    g, f = (total(own) for own in norms[:, found])
+    return g, relative(g, f)
 
 
 def _version(z: Tensor) -> int | None:

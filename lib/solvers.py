@@ -16,9 +16,11 @@ Example::
 What a solver returns
     ========== ===========================================================================
     result     visited point z of the lowest residual, shape and dtype of ``x0``; a sample
-               that is not finite there holds its own best finite iterate. A tensor of its own
+               that is not finite there holds its own best finite iterate. A tensor of its own.
+               With best='sample', each sample's own point of its lowest residual
     lowest     residual of that point over the whole batch, in ``stop_mode``
-    nstep      index of that point in the traces
+    nstep      index of that point in the traces; with best='sample' the last of those, where
+               ``lowest`` may be below all of the trace
     abs_trace  ||f(z) - z|| over the batch, a float per evaluated point, from ``x0`` on
     rel_trace  ||f(z) - z|| / ||f(z)||, likewise
     prot_break True if the iteration diverged (:mod:`lib.divergence`), if it ended far out, or if

@@ -54,8 +54,7 @@ class TiedWeights(nn.Module):
     def start_equal(self) -> None:
         """Make the two of every tie equal, after an initialisation that drew both.
 
-        Where both names have one array of numbers it keeps what was drawn last, for the last of
-        ``ties``; the others follow this, so that all modes start from the same weights.
+        All modes then start from the same weights: those that were drawn last, as one array keeps.
         """
         self._join()
         for tie in self.ties:
@@ -86,7 +85,8 @@ class TiedWeights(nn.Module):
         self._refuse_parted(state_dict, prefix, local_metadata.get("assign_to_params_buffers"))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
-    def _refuse_parted(self, state: dict[str, Tensor], prefix: str, assign: bool) -> None:
+    def _refuse_parted(self, state: dict[str, Tensor], prefix: str, assign: bool | None) -> None:
+        """Before anything is loaded; so what is refused changes nothing."""
         for tie in self.ties:
             both = [state[prefix + n] for n in (tie.ours, tie.source) if prefix + n in state]
             if tie.mode == "apart" or not both:

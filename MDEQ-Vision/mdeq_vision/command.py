@@ -26,6 +26,7 @@ from mdeq_vision.evaluation import Evaluation, evaluate_classification, evaluate
 from mdeq_vision.model import MDEQNet, MDEQSegNet, get_cls_net
 from mdeq_vision.options import Parser, experiment_parser, parse
 from mdeq_vision.pictures import save_prediction
+from mdeq_vision.stage import unused_keys
 from mdeq_vision.summary import model_summary
 from mdeq_vision.tasks import ClassificationTrainer, SegmentationTrainer
 from mdeq_vision.training import RESUME, ImageTrainer
@@ -146,7 +147,7 @@ def train_classifier(
     ``resume`` is what a user adds to continue a run, for messages.
     """
 
-    _refuse_segmentation_only(cfg)
+    _refuse_other_task(cfg, "classification")
 
     def build(anew: bool, log: _Log):
         data = processes.in_turn(lambda: [get_cls_dataset(cfg, name) for name in ("train", "test")])
@@ -169,6 +170,8 @@ def train_segmenter(
 
     ``resume`` is what a user adds to continue a run, for messages.
     """
+
+    _refuse_other_task(cfg, "segmentation")
 
     def build(anew: bool, log: _Log):
         splits = ("train", "test", "extra") if cfg.TRAIN.EXTRA_EPOCH else ("train", "test")
@@ -244,8 +247,10 @@ def _train(
         *lines,
         *_batch_size_lines(cfg_file, trainer.batch_size),
     ]
-    if cfg.LOSS.JAC_LOSS_WEIGHT > 0 and cfg.LOSS.JAC_LOSS_FREQ == 0:
-        lines.append("note: LOSS.JAC_LOSS_WEIGHT has no effect while LOSS.JAC_LOSS_FREQ is 0")
+    for key in ("JAC_LOSS_WEIGHT", "PRETRAIN_JAC_LOSS_WEIGHT"):
+        if cfg.LOSS[key] > 0 and cfg.LOSS.JAC_LOSS_FREQ == 0:
+            lines.append(f"note: LOSS.{key} has no effect while LOSS.JAC_LOSS_FREQ is 0")
+    lines += unused_keys(cfg)
     if unused := unused_settings(model.grad):
         names = ", ".join(f"DEQ.{name.upper()}" for name in unused)
         lines.append(f"note: DEQ.GRAD {cfg.DEQ.GRAD} makes no use of {names}")
@@ -286,11 +291,23 @@ def _class_lines(cfg: CfgNode, dataset) -> list[str]:
     ]
 
 
-def _refuse_segmentation_only(cfg: CfgNode) -> None:
-    """Settings that would change a run of segmentation, and do nothing to one of classification."""
-    for key in ("DATASET.EXTRA_TRAIN_SET", "TEST.CENTER_CROP_TEST"):
-        if flat(cfg)[key]:
-            raise InputError(f"{key} is of segmentation: classification has no use for it")
+# Settings of one task that ask it to do something: of the other they would be ignored.
+_OF_ONE_TASK = {
+    "segmentation": (
+        *("DATASET.EXTRA_TRAIN_SET", "LOSS.USE_OHEM", "TRAIN.FLIP", "TRAIN.MULTI_SCALE"),
+        *("TEST.CENTER_CROP_TEST", "TEST.FLIP_TEST", "TEST.MULTI_SCALE"),
+    ),
+    "classification": ("DATASET.AUGMENT",),
+}
+
+
+def _refuse_other_task(cfg: CfgNode, task: str) -> None:
+    """Refuse what another task would do differently from its default, and ``task`` cannot do."""
+    own, default = flat(cfg), flat(config)
+    for other, keys in _OF_ONE_TASK.items():
+        for key in keys if other != task else ():
+            if own[key] != default[key]:
+                raise InputError(f"{key} {own[key]!r} is of {other}: {task} makes no use of it")
 
 
 def _checkpoint_to_resume(cfg: CfgNode, folder: Path, resume: str) -> Path | None:
@@ -353,7 +370,7 @@ def _batch_size_lines(cfg_file: Path, batch_size: int) -> list[str]:
 
 def validate_classifier(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Evaluation:
     """Evaluate a classification model at equilibrium and print the figures."""
-    _refuse_segmentation_only(cfg)
+    _refuse_other_task(cfg, "classification")
     device, _ = _devices(cfg, processes)
     dataset = get_cls_dataset(cfg, "test")
     model, path = _trained(cfg, cfg_file, get_cls_net, device)
@@ -365,6 +382,7 @@ def validate_classifier(cfg: CfgNode, cfg_file: Path, processes: Processes) -> E
 
 def predict_segmentation(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Evaluation:
     """Write a segmentation model's predictions; print the figures where there are labels."""
+    _refuse_other_task(cfg, "segmentation")
     device, _ = _devices(cfg, processes)
     dataset = get_seg_dataset(cfg, "test")
     model, path = _trained(cfg, cfg_file, MDEQSegNet, device)

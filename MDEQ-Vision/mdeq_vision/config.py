@@ -87,13 +87,13 @@ def _defaults() -> CfgNode:
     cfg.DATASET.EXTRA_TRAIN_SET = ""  # list of a second stage of segmentation's training
     cfg.DATASET.NUM_CLASSES = 1000  # of segmentation
     cfg.DATASET.DATA_FORMAT = "jpg"  # for published files only: an image tells its own format
-    cfg.DATASET.AUGMENT = True
+    cfg.DATASET.AUGMENT = True  # change training images at random, in classification
 
     cfg.TRAIN = CfgNode()
     cfg.TRAIN.IMAGE_SIZE = [1024, 512]  # (width, height) of a training crop
     cfg.TRAIN.BASE_SIZE = 2048  # long side of an image at scale 1
-    cfg.TRAIN.DOWNSAMPLERATE = 1
-    cfg.TRAIN.FLIP = True
+    cfg.TRAIN.DOWNSAMPLERATE = 1  # labels are so many times smaller than the crop
+    cfg.TRAIN.FLIP = True  # of segmentation, as all from IMAGE_SIZE on
     cfg.TRAIN.MULTI_SCALE = True
     cfg.TRAIN.SCALE_FACTOR = 16
     cfg.TRAIN.CLIP = -1.0  # largest gradient norm; 0 or less does not clip
@@ -300,6 +300,7 @@ _RANGES = [
     ("MODEL.EXPANSION_FACTOR", lambda v: v > 0, "above 0"),
     ("TRAIN.WD", lambda v: v >= 0, "0 or more"),
     ("TRAIN.MOMENTUM", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    ("TRAIN.LR_FACTOR", lambda v: v > 0, "above 0"),
     ("TRAIN.LR_STEP", lambda v: _integers(v, 0), "a list of epochs"),
     ("TRAIN.BEGIN_EPOCH", lambda v: v >= 0, "0 or more"),
     ("TRAIN.END_EPOCH", lambda v: v >= 0, "0 or more"),

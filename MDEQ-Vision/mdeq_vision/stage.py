@@ -4,12 +4,13 @@ from collections.abc import Mapping
 
 from yacs.config import CfgNode
 
-from lib.errors import InputError
+from lib.errors import InputError, did_you_mean
 
 NAME = "MODEL.EXTRA.FULL_STAGE"
 _ONLY = {"BLOCK": "BASIC", "FUSE_METHOD": "SUM", "NUM_MODULES": 1}
 # Lists of one integer per branch: least and largest value.
 _LISTS = {"NUM_CHANNELS": (1, None), "NUM_BLOCKS": (1, None), "BIG_KERNELS": (0, 2)}
+_NUMBERS = ("NUM_BRANCHES", "FINAL_CHANSIZE")  # the latter of the classification head
 _HEAD_LISTS = {"HEAD_CHANNELS": (1, None)}
 
 
@@ -27,7 +28,7 @@ def full_stage(cfg: CfgNode, *, head: bool = False) -> CfgNode:
     if not isinstance(stage, Mapping):
         raise InputError(f"the configuration has no {NAME}: start from a file in experiments/")
     lists = _LISTS | (_HEAD_LISTS if head else {})
-    numbers = ("NUM_BRANCHES", "FINAL_CHANSIZE") if head else ("NUM_BRANCHES",)
+    numbers = _NUMBERS if head else _NUMBERS[:1]
     if missing := [key for key in (*numbers, *lists) if key not in stage]:
         raise InputError(f"{NAME} lacks {', '.join(missing)}")
     for key in numbers:
@@ -44,6 +45,18 @@ def full_stage(cfg: CfgNode, *, head: bool = False) -> CfgNode:
         if stage.get(key, value) != value:
             raise InputError(f"{NAME}.{key} is {stage[key]!r}, but only {value!r} is available")
     return stage
+
+
+def unused_keys(cfg: CfgNode) -> list[str]:
+    """Lines about keys of MODEL.EXTRA, open as it is to new ones, that no model has a use for."""
+    known = {"MODEL.EXTRA.FINAL_CONV_KERNEL"}
+    known |= {f"{NAME}.{key}" for key in (*_NUMBERS, *_ONLY, *_LISTS, *_HEAD_LISTS)}
+    given = {f"MODEL.EXTRA.{key}" for key in cfg.MODEL.EXTRA if key != "FULL_STAGE"}
+    given |= {f"{NAME}.{key}" for key in cfg.MODEL.EXTRA.FULL_STAGE}
+    return [
+        f"note: {key} has no effect{did_you_mean(key, known - given)}"
+        for key in sorted(given - known)
+    ]
 
 
 def check_integer(name: str, value, least: int, largest: int | None = None) -> None:

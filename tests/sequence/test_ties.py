@@ -15,6 +15,7 @@ from deq_sequence.ties import TIE_PROJ_MODES
 from lib.checkpoint import load, load_weights, save_atomic
 from lib.errors import InputError
 from lib.experiment import CHECKPOINT, LOG, WEIGHTS
+from lib.export import export_file
 from small_model import STACKED, build, words
 
 OURS, SOURCE = "crit.out_projs.1.weight", "word_emb.emb_projs.1.weight"
@@ -329,6 +330,22 @@ def test_values_on_no_device_are_not_compared(mode):
     model.load_state_dict(model.state_dict())
     model.load_state_dict(build(seed=3).state_dict(), assign=True)
     assert_tied(model)
+
+
+@by_mode
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_both_names_are_exported(mode, suffix, tmp_path):
+    """As they are; a storage that two parameters share is written for each."""
+    model = build(tie_proj_mode=mode)
+    train(model, optimizer_of(model))
+    save_atomic({"model": model.state_dict()}, tmp_path / "checkpoint.pt")
+    export_file(tmp_path / "checkpoint.pt", tmp_path / f"weights{suffix}")
+    other = build(seed=1, tie_proj_mode=mode)
+    load_weights(other, tmp_path / f"weights{suffix}")
+    assert_tied(other)
+    assert_same(other.state_dict(), model.state_dict())
+    differ = mode == "apart"
+    assert torch.equal(other.get_parameter(OURS), other.get_parameter(SOURCE)) != differ
 
 
 # ---- the command -----------------------------------------------------------------------------

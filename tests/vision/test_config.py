@@ -145,7 +145,8 @@ NOT_CHECKED = [
     ("TRAIN.LR", inf), ("TRAIN.WD", nan), ("TRAIN.MOMENTUM", nan), ("LOSS.JAC_LOSS_WEIGHT", nan),
     ("LOSS.JAC_LOSS_WEIGHT", -1.0), ("TRAIN.LR_STEP", ["a"]), ("GPUS", ["a"]), ("GPUS", []),
     ("GPUS", [-1]), ("MODEL.IMAGE_SIZE", [16.5, 16]), ("TEST.SCALE_LIST", [inf]),
-    ("TRAIN.END_EPOCH", -3),
+    ("TRAIN.END_EPOCH", -3), ("TRAIN.LR_FACTOR", -0.1), ("TRAIN.LR_FACTOR", 0),
+    ("TRAIN.EXTRA_EPOCH", -1), ("TRAIN.EXTRA_LR", 0),
 ]  # fmt: skip
 
 

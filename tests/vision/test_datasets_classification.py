@@ -160,6 +160,23 @@ def test_imagenet_training_crops_and_validation_cuts_the_centre(imagenet):
     torch.testing.assert_close(test[0][0], (pixels - mean) / std)
 
 
+def test_imagenet_without_augmentation(imagenet):
+    """A training image is then what validation would see of it, every time."""
+    cfg = settings("imagenet", imagenet, DATASET={"AUGMENT": False}, **SMALL)
+    dataset = get_cls_dataset(cfg, "train")
+    assert torch.equal(dataset[0][0], dataset[0][0])
+    own = settings("imagenet", imagenet, **SMALL)
+    own.defrost()
+    own.DATASET.TRAIN_SET, own.DATASET.TEST_SET = "val", "train"
+    assert torch.equal(dataset[0][0], get_cls_dataset(own, "test")[0][0])
+
+
+def test_imagenet_images_are_square(imagenet):
+    cfg = settings("imagenet", imagenet, MODEL=SMALL["MODEL"] | {"IMAGE_SIZE": [32, 24]})
+    with pytest.raises(InputError, match=r"MODEL.IMAGE_SIZE is \[32, 24\], but imagenet's are sq"):
+        get_cls_dataset(cfg, "train")
+
+
 def test_imagenet_folder_without_images_in_its_path(imagenet):
     (imagenet / "images" / "val").rename(imagenet / "val")
     cfg = settings("imagenet", imagenet, **SMALL)

@@ -294,6 +294,16 @@ def test_labels_may_have_another_resolution():
     assert ids.shape == (15, 20)
 
 
+@pytest.mark.parametrize(("rate", "size"), [(4, (12, 24)), (1, (48, 96)), (0.5, (96, 192))])
+def test_downsample_rate_divides_the_labels(pristine, rate, size):
+    """As in the published code: labels at a quarter of the crop have rate 4."""
+    cfg = city_settings(pristine)
+    cfg.defrost()
+    cfg.TRAIN.DOWNSAMPLERATE = rate
+    image, labels = get_seg_dataset(cfg, "train")[0]
+    assert (image.shape, labels.shape) == ((3, 48, 96), size)
+
+
 @pytest.mark.parametrize(
     ("size", "window"),
     [

@@ -241,9 +241,6 @@ def test_steps_before_an_epoch():
             "DATASET.EXTRA_TRAIN_SET: the data set has 2 samples",
         ),
         ("seg_train", [*STAGE, "DATASET.DATASET", "digit_scenes"], "digit_scenes has no lists"),
-        ("cls_train", [*STAGE, "DATASET.DATASET", "digits"], "DATASET.EXTRA_TRAIN_SET is of seg"),
-        ("cls_train", ["TEST.CENTER_CROP_TEST", "True"], "TEST.CENTER_CROP_TEST is of seg"),
-        ("cls_valid", ["TEST.CENTER_CROP_TEST", "True"], "TEST.CENTER_CROP_TEST is of seg"),
     ],
 )
 def test_bad_settings(argv, folder, capsys, tool, more, named):

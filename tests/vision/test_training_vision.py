@@ -209,8 +209,10 @@ def test_an_effective_batch_of_several_gpus(digits, tmp_path):
 
 
 def test_a_weight_without_effect_is_noted(digits):
-    log = (digits("LOSS.JAC_LOSS_FREQ", 0) / LOG).read_text()
-    assert "LOSS.JAC_LOSS_WEIGHT has no effect while LOSS.JAC_LOSS_FREQ is 0" in log
+    more = ["LOSS.JAC_LOSS_FREQ", 0, "LOSS.PRETRAIN_JAC_LOSS_WEIGHT", 0.1]
+    log = (digits(*more) / LOG).read_text()
+    for key in ("JAC_LOSS_WEIGHT", "PRETRAIN_JAC_LOSS_WEIGHT"):
+        assert f"note: LOSS.{key} has no effect while LOSS.JAC_LOSS_FREQ is 0" in log
 
 
 def test_spectral_radius_in_validation(digits):
@@ -252,6 +254,39 @@ def test_outputs_without_a_class_are_noted(digits, capsys):
     assert out.startswith(note)
     assert run_tool("cls_train", *digits.argv("--modelDir", digits.folder / "own", *more[2:])) == 0
     assert "note: the 10 classes" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tool", "more"),
+    [
+        ("cls_train", "TRAIN.EXTRA_EPOCH 2 DATASET.EXTRA_TRAIN_SET list/extra.lst"),
+        ("cls_train", "LOSS.USE_OHEM True"),
+        ("cls_train", "TRAIN.FLIP False"),
+        ("cls_train", "TRAIN.MULTI_SCALE False"),
+        ("cls_valid", "TEST.CENTER_CROP_TEST True"),
+        ("cls_valid", "TEST.FLIP_TEST True"),
+        ("cls_valid", "TEST.MULTI_SCALE True"),
+        ("seg_train", "DATASET.AUGMENT False"),
+        ("seg_test", "DATASET.AUGMENT False"),
+    ],
+)
+def test_what_the_task_cannot_do_is_refused(digits, capsys, tool, more):
+    *_, key, value = more.split()
+    task = {"cls": "classification", "seg": "segmentation"}
+    other = task["seg" if tool.startswith("cls") else "cls"]
+    assert run_tool(tool, *digits.argv(*more.split())) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{key} {value if value in ('True', 'False') else repr(value)} is of {other}" in line
+    assert line.endswith(f"{task[tool[:3]]} makes no use of it")
+    assert not digits.folder.exists()
+
+
+def test_keys_of_the_open_section_that_have_no_effect_are_noted(digits):
+    more = [f"{small_digits.STAGE}.NUM_CHANELS", "[8,8]", "MODEL.EXTRA.STEM_INPLANES", 64]
+    log = (digits(*more, "TRAIN.END_EPOCH", 1) / LOG).read_text()
+    assert "note: MODEL.EXTRA.STEM_INPLANES has no effect" in log
+    assert f"note: {small_digits.STAGE}.NUM_CHANELS has no effect" in log
+    assert log.count("has no effect") == 2
 
 
 def test_number_formats(digits, monkeypatch):

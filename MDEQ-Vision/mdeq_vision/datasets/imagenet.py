@@ -56,15 +56,19 @@ class ImageNet(Dataset):
 def imagenet_dataset(cfg: Any, split: str) -> ImageNet:
     """The images in ROOT/images/SET if there is such a folder, else in ROOT/SET.
 
-    SET is TRAIN_SET or TEST_SET. Training images are always augmented.
+    SET is TRAIN_SET or TEST_SET. Training images are augmented, unless AUGMENT is False.
 
     Raises:
-        InputError: see ImageNet; or the folder of the other set is there too and has other
-            classes, so that labels would not mean the same.
+        InputError: see ImageNet; images that are not square; or the folder of the other set is
+            there too and has other classes, so that labels would not mean the same.
     """
+    width, height = cfg.MODEL.IMAGE_SIZE
+    if width != height:
+        raise InputError(f"MODEL.IMAGE_SIZE is {[width, height]}, but imagenet's are square")
     root, names = Path(cfg.DATASET.ROOT), (cfg.DATASET.TRAIN_SET, cfg.DATASET.TEST_SET)
     own, other = names if split == "train" else names[::-1]
-    dataset = ImageNet(_folder(root, own), size=cfg.MODEL.IMAGE_SIZE[0], augment=split == "train")
+    augment = split == "train" and cfg.DATASET.AUGMENT
+    dataset = ImageNet(_folder(root, own), size=width, augment=augment)
     other_folder = _folder(root, other)
     if other_folder.is_dir():
         other_classes = {entry.name for entry in other_folder.iterdir() if entry.is_dir()}

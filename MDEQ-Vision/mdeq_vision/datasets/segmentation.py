@@ -110,14 +110,14 @@ def training_geometry(cfg: Any) -> TrainingGeometry:
     if train.SCALE_FACTOR < 0 or train.SCALE_FACTOR % 1:
         raise InputError(f"TRAIN.SCALE_FACTOR {train.SCALE_FACTOR}: give an integer from 0 up")
     if train.DOWNSAMPLERATE <= 0:
-        raise InputError(f"TRAIN.DOWNSAMPLERATE {train.DOWNSAMPLERATE}: give a factor above 0")
+        raise InputError(f"TRAIN.DOWNSAMPLERATE {train.DOWNSAMPLERATE}: give a divisor above 0")
     return TrainingGeometry(
         crop=(width, height),
         base_size=train.BASE_SIZE,
         scale_factor=int(train.SCALE_FACTOR),
         multi_scale=train.MULTI_SCALE,
         flip=train.FLIP,
-        label_scale=train.DOWNSAMPLERATE,
+        label_scale=1 / train.DOWNSAMPLERATE,
     )
 
 
