@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lib.inner_products import products
 from lib.sample_run import start
 from lib.solver_run import check, check_count, check_number, solver_method
+
+_CUT = 0.01  # of beta, by each step that leads far out
 
 
 @solver_method
@@ -46,7 +49,8 @@ def anderson(
         threshold: evaluations of f at most, the two before the first mixing included.
         eps: stop once the residual over the batch is below this.
         stop_mode: 'abs' for ||f(z) - z||, 'rel' for ||f(z) - z|| / ||f(z)||.
-        beta: damping; 1 uses the f(z_i) alone.
+        beta: damping; 1 uses the f(z_i) alone. It is cut to a hundredth, for a sample's own mixing,
+            where a step has led far out (:mod:`lib.divergence`).
         restart: forget all points whenever m are stored, and begin anew from the mixed point,
             instead of replacing the oldest one.
         **control: see :class:`~lib.solver_run.Control`.
@@ -63,7 +67,7 @@ def anderson(
     check_number("beta", beta, positive=True)
     check(isinstance(restart, bool), "restart", restart, "True or False")
     run = start(f, x0, threshold, eps, stop_mode, control)
-    past = _AndersonWindow(run.x0, m=min(m, threshold), lam=lam)
+    past = _AndersonWindow(run.x0, m=min(m, threshold), lam=lam, beta=beta)
     _, fx, gx = run.evaluate(run.x0, out=past.residual[0])
     while not run.stopped and run.nfe < threshold:
         newest, n = (run.nfe - 1) % past.m, min(run.nfe, past.m)
@@ -73,7 +77,9 @@ def anderson(
             n = newest + 1
             if n == 1:
                 past.forget()
-        past.value[newest].copy_(fx if beta == 1 else fx - (1 - beta) * gx)
+        if run.far.any():
+            past.damp(run.far)
+        past.keep_value(newest, fx, gx)
         past.renew_gram(newest, n, run.wide)
         # At first a plain step, into a tensor that is neither the caller's nor the window's.
         x = fx.clone() if run.nfe == 1 else past.combination(newest, n)
@@ -84,13 +90,14 @@ def anderson(
 class _AndersonWindow:
     """The last m points: residuals g_i, values h_i = beta f(z_i) + (1 - beta) z_i, Gram matrix.
 
-    ``residual`` and ``value``, m tensors (B, D) each, are written by the caller, in turn.
+    ``residual``, m tensors (B, D), are written by the caller, in turn.
     """
 
     _ABSENT = 1e300  # ||g||^2 of a point that is not there yet, so that it gets no weight
 
-    def __init__(self, like: Tensor, m: int, lam: float | None):
+    def __init__(self, like: Tensor, m: int, lam: float | None, beta: float):
         batch, size = like.shape
+        self._beta: float | Tensor = beta  # (B, 1), once some samples have their own
         self.m = m
         self._residuals = like.new_empty(m, batch, size)
         self._values = like.new_empty(m, batch, size)
@@ -115,7 +122,22 @@ class _AndersonWindow:
         """Go on with these samples alone."""
         self._residuals, self._values = self._residuals[:, rows], self._values[:, rows]
         self._gram, self._ones = self._gram[rows], self._ones[rows]
+        if isinstance(self._beta, Tensor):
+            self._beta = self._beta[rows]
         self._unbind()
+
+    def keep_value(self, newest: int, fx: Tensor, gx: Tensor) -> None:
+        """Write h = beta f(x) + (1 - beta) x."""
+        plain = not isinstance(self._beta, Tensor) and self._beta == 1
+        self.value[newest].copy_(fx if plain else fx - (1 - self._beta) * gx)
+
+    def damp(self, samples: np.ndarray) -> None:
+        """Cut beta to a hundredth for samples (B,), for the points that are stored as well."""
+        mask = torch.from_numpy(samples).to(self._gram.device)[:, None]
+        cut = self._values.new_ones(mask.shape).masked_fill_(mask, _CUT)
+        after = self._beta * cut
+        self._values -= (self._beta - after) * self._residuals
+        self._beta = after
 
     def forget(self) -> None:
         """Drop all points."""

@@ -12,16 +12,24 @@ FAR = 1e6
 HIGHS = 5
 
 
+def far_out(g: np.ndarray, f: np.ndarray, eps: float) -> np.ndarray:
+    """What is far out, from the norms (n,) of g and f at the first point.
+
+    A warm start may have a residual of rounding errors (``eps``, of the format), whose growth says
+    nothing: the first residual counts as sqrt(eps) ||f|| at least.
+    """
+    return FAR * np.maximum(g, math.sqrt(eps) * f)
+
+
 class Divergence:
     """Which of n samples (or the batch, n = 1) diverge, from their residuals so far.
 
     Args:
-        eps: rounding error of the format. A warm start may have a residual of rounding errors,
-            whose growth says nothing: the first one counts as sqrt(eps) ||f|| at least.
+        eps: rounding error of the format.
     """
 
     def __init__(self, count: int, eps: float):
-        self._least = math.sqrt(eps)
+        self._eps = eps
         self._limit: np.ndarray | None = None  # what is far out, (n,)
         self.far = np.zeros(count, dtype=bool)  # whether the newest residual is far out
         self._highest = np.zeros(count)
@@ -34,7 +42,7 @@ class Divergence:
         say nothing.
         """
         if self._limit is None:
-            self._limit = FAR * np.maximum(g, self._least * f)
+            self._limit = far_out(g, f, self._eps)
         far = self.far[rows] = g > self._limit[rows]
         if not far.any() and not self._highs[rows].any():  # the usual step
             return far

@@ -77,13 +77,14 @@ class SampleRun(Run):
         self.wide = out_of_range(norms[0][counts], self._least)
         self._judge_rows(x, norms)
         done, self.kept = self.done[self.rows], None
+        self.far = self._divergence.far[self.rows] & ~done
         if not done.any():
             return x, fx, gx
         if not self.shrinks:
             gx.masked_fill_(torch.from_numpy(done).to(self.device)[:, None], 0.0)
             return self._at_rest(x), self._at_rest(fx), gx
         self.kept = torch.from_numpy(np.flatnonzero(~done)).to(self.device)
-        self.rows = self.rows[~done]
+        self.rows, self.far = self.rows[~done], self.far[~done]
         if len(self.rows):
             self._f_rows = self._restricted()
         return x[self.kept], fx[self.kept], gx[self.kept]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.divergence import Divergence
+from lib.divergence import Divergence, far_out
 from lib.errors import InputError
 from lib.maps import transformed
 from lib.matmul_precision import full_products, within
@@ -111,6 +111,7 @@ class Run:
         self.lost, self.lost_mask = np.zeros(len(x0), dtype=bool), None
         self.converged = self.diverged = self.at_floor = self.stalled = False
         self._short = ""  # of what the solve ran out: a reason
+        self.far = np.zeros(len(x0), dtype=bool)  # samples whose newest point is far out
         self._divergence = Divergence(1, torch.finfo(self.work_dtype).eps)
         # The best finite iterate of each sample: what a sample falls back to once f fails on it,
         # or what it is given at the end. Norms of g and f there, and at which step it is.
@@ -275,6 +276,9 @@ class Run:
             self.lowest_of = {"abs": self.abs_trace[-1], "rel": self.rel_trace[-1]}
         self.converged |= current < self.eps or current == 0.0
         self.at_floor |= self.rel_trace[-1] < self.control.floor
+        if self.nfe == 1:
+            self._far_out = far_out(g, f, torch.finfo(self.work_dtype).eps)
+        self.far = g > self._far_out
         if not forgive:
             found = self._divergence.found(np.array([total_g]), np.array([total_f]))
             self.diverged |= bool(found[0])

@@ -4,12 +4,15 @@ import math
 from functools import partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
 import lib.broyden
+import lib.krylov
 import lib.solver_run
 from dense_broyden import DenseBroyden, compare_with_dense
+from lib.anderson import _AndersonWindow
 from lib.broyden import BroydenInverse, LimitedInverse
 from lib.maps import Affine
 from lib.solvers import (
@@ -526,3 +529,73 @@ def test_the_last_estimate_is_enough(solver):
                 solution = solver(product, problem.x0, threshold=60, eps=eps, stop=stop)
                 assert solution["reason"] == "eps"
                 assert solution["nfe"] == 2
+
+
+# --- Constants that hold something --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ridge", "s"),
+    [(torch.float32, 1.1920929e-6, 2.0**-10), (torch.float64, 1e-13, 2.0**-22)],
+)
+def test_the_default_ridge(dtype, ridge, s):
+    """Residuals 1 and 1 + s: with s^2 near the ridge, the weights tell how large it is."""
+    window = _AndersonWindow(torch.zeros(1, 1, dtype=dtype), m=2, lam=None, beta=1.0)
+    for i, size in enumerate((1.0, 1.0 + s)):
+        window.residual[i].fill_(size)
+        window.renew_gram(i, i + 1, False)
+    found = window._weights(1)[0, 0]
+    # (G + ridge diag G) a = 1 up to a factor, by Cramer's rule.
+    a, b, c = 1 + ridge, 1 + s, (1 + s) ** 2 * (1 + ridge)
+    expected = torch.tensor([c - b, a - b], dtype=torch.float64) / (c - b + a - b)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0)
+
+
+def test_where_no_update_exists_the_step_is_plain():
+    """The residual did not change along the last step: s' H y = 0."""
+    g = torch.randn(2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    inverse = BroydenInverse(g, 5)
+    inverse.residual.copy_(g)
+    torch.testing.assert_close(inverse.newton_direction(None), g)
+    inverse.residual.copy_(g)
+    torch.testing.assert_close(inverse.newton_direction(1.0), g)
+
+
+def test_a_point_that_runs_away_for_little_is_not_taken():
+    """Up to a thousand times as far as before; beyond, its residual must have halved."""
+    one = np.ones(1)
+    for length, residual, taken in [
+        (900.0, 0.8, True),
+        (2000.0, 0.8, False),
+        (2000.0, 0.51, False),
+        (2000.0, 0.49, True),
+        (1e8, 0.49, True),
+    ]:
+        best = lib.krylov._Best(one, one, torch.zeros(1, 1, dtype=torch.float64))
+        offer = [np.array([v]) for v in (True, residual, length, 1.0)]
+        assert best.offer(*offer).tolist() == [taken]
+
+
+@pytest.mark.parametrize("stop", ["batch", "sample"])
+@pytest.mark.parametrize("restart", [False, True])
+def test_anderson_damps_the_samples_that_were_led_far_out(stop, restart):
+    """And them alone: of z - 1e4 z^3 the first step leads to 1e4 z0^3; tanh is as it is alone."""
+    problem = tanh_layer((1, 12))
+
+    def wild(z):
+        return z + 2 - 1e5 * z**3
+
+    def both(z):
+        return torch.cat([problem.f(z[:1]), wild(z[1:])])
+
+    options = {"threshold": 40, "restart": restart, "stop": stop, "eps": 0.0}
+    x0 = torch.full((2, 12), 2.0, dtype=torch.float64)
+    together = Recorder(lambda z: both(z) if len(z) == 2 else wild(z))
+    solution = anderson(together, x0, **options)
+    assert solution["abs_trace"][1] > 1e6 * solution["abs_trace"][0]
+    for i, f in enumerate((problem.f, wild)):
+        alone = visited(anderson, f, x0[i : i + 1], **options)
+        n = min(12, len(alone))
+        for a, b in zip(alone[:n], together.points[:n], strict=True):
+            scale = 1 + a.abs().max()
+            torch.testing.assert_close(a[0] / scale, b[i] / scale, rtol=0, atol=1e-9)

@@ -1,0 +1,77 @@
+"""A contract: the classical problems that each solver solves, and by how many evaluations."""
+
+import json
+
+import pytest
+import torch
+
+from root_problems import PROBLEMS
+from root_table import DATA, pairs, solve
+
+COUNTS = json.loads(DATA.read_text())
+# Chaotic on their way, so that another order of summation may change their counts, or more.
+CHAOTIC = ("Wood", "Rosenbrock", "helical", "Powell", "variably", "steep")
+HELD = [
+    (problem, name)
+    for problem, name in pairs()
+    if COUNTS.get(problem.name, {}).get(name, 999) <= 60 and not problem.name.startswith(CHAOTIC)
+]
+
+
+def test_problems_are_what_they_say():
+    """z + F and z - F are of the same F, and have no digits of each other's."""
+    assert len(PROBLEMS) >= 50
+    assert len({p.name.rpartition(",")[0] or p.name for p in PROBLEMS}) >= 20
+    for problem in PROBLEMS:
+        difference = problem.f(problem.x0) - problem.x0
+        sign = -1 if problem.name.endswith("z - F") else 1
+        size = 1 + problem.residual(problem.x0).abs().max()
+        assert (difference - sign * problem.residual(problem.x0)).abs().max() < 1e-12 * size
+        assert problem.x0.dtype == torch.float64
+
+
+@pytest.mark.parametrize(("problem", "name"), HELD, ids=[f"{p.name} by {name}" for p, name in HELD])
+def test_solved_within_the_count(problem, name):
+    """The count of this machine, and a tenth and two more for another's rounding."""
+    most = COUNTS[problem.name][name]
+    count, wrong = solve(problem, name, max_nfe=most + most // 10 + 2)
+    assert not wrong
+    assert count is not None
+
+
+@pytest.mark.parametrize(
+    ("problem", "name", "most"),
+    [
+        ("Brown almost linear, z + F", "broyden", 20),
+        ("Wood, z + F", "anderson", 220),
+        ("Wood, z + F", "newton", 200),
+        ("quintic from 3, z + F", "broyden ls", 20),
+        ("cubic from 20, z + F", "newton", 40),
+        ("trigonometric, z + F", "broyden ls", 60),
+        ("Ginibre, radius 8", "broyden", 60),
+    ],
+)
+def test_solves_that_were_given_up(problem, name, most):
+    """By a single large step, a search without a slope, or a warm-up that led away."""
+    (problem,) = [p for p in PROBLEMS if p.name == problem]
+    count, wrong = solve(problem, name)
+    assert not wrong
+    assert count is not None
+    assert count <= most
+
+
+@pytest.mark.parametrize("name", dict.fromkeys(name for _, name in pairs()))
+def test_no_false_claim_of_convergence(name):
+    """Of any problem, solved or not, within a few evaluations: a claim is one that F bears out."""
+    for problem, solver in pairs():
+        if solver == name:
+            _, wrong = solve(problem, name, max_nfe=15)
+            assert not wrong, problem.name
+
+
+def test_what_is_solved_does_not_become_less():
+    """Of 440 pairs 282 were, before an iteration was given more than one large step."""
+    assert sum(len(counts) for counts in COUNTS.values()) >= 335
+    solved = [sum(name in counts for counts in COUNTS.values()) for name in ("newton", "broyden")]
+    assert solved[0] >= 52
+    assert solved[1] >= 39
