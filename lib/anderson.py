@@ -134,7 +134,7 @@ class _AndersonWindow:
     def damp(self, samples: np.ndarray) -> None:
         """Cut beta to a hundredth for samples (B,), for the points that are stored as well."""
         mask = torch.from_numpy(samples).to(self._gram.device)[:, None]
-        cut = torch.where(mask, _CUT, 1.0).to(self._values.dtype)
+        cut = self._values.new_ones(mask.shape).masked_fill_(mask, _CUT)
         after = self._beta * cut
         self._values -= (self._beta - after) * self._residuals
         self._beta = after
