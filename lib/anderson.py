@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib.host import to_device
 from lib.inner_products import products
 from lib.sample_run import start
 from lib.solver_run import check, check_count, check_number, solver_method
@@ -133,7 +134,7 @@ class _AndersonWindow:
 
     def damp(self, samples: np.ndarray) -> None:
         """Cut beta to a hundredth for samples (B,), for the points that are stored as well."""
-        mask = torch.from_numpy(samples).to(self._gram.device)[:, None]
+        mask = to_device(samples, self._gram.device)[:, None]
         cut = self._values.new_ones(mask.shape).masked_fill_(mask, _CUT)
         after = self._beta * cut
         self._values -= (self._beta - after) * self._residuals

@@ -295,6 +295,8 @@ class _Steps:
             "nfe": len(norms),
             "products": 0,
             "reason": "threshold",
+            "all_finite": bool(finite.all()),
+            "norms": norms[-1],
             "eps": 0.0,  # there is no tolerance
             **{k: to_device(v, z.device) for k, v in per_sample.items()},
             "threshold": len(norms),

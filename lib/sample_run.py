@@ -84,7 +84,7 @@ class SampleRun(Run):
         if not self.shrinks:
             gx.masked_fill_(to_device(done, self.device)[:, None], 0.0)
             return self._at_rest(x), self._at_rest(fx), gx
-        self.kept = torch.from_numpy(np.flatnonzero(~done)).to(self.device)
+        self.kept = to_device(np.flatnonzero(~done), self.device)
         self.rows, self.far = self.rows[~done], self.far[~done]
         if len(self.rows):
             self._f_rows = self._restricted()

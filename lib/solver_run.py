@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib.attachment import outside_of_compiler, refuse_transforms
 from lib.divergence import Divergence, far_out
 from lib.errors import InputError
 from lib.host import to_device
