@@ -9,6 +9,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from lib.host import to_device
 from lib.krylov import gmres_cycle, multiply, rows
 from lib.maps import Map, plain
 from lib.matmul_precision import callers_products
@@ -149,7 +150,7 @@ class _Iterate:
         if plain.any():
             point = torch.where(rows(plain, point), self.fx, point)
         if returns.any():
-            lengths = torch.from_numpy(self._lengths[:, None]).to(point)
+            lengths = to_device(self._lengths[:, None], point)
             point = torch.where(rows(returns, point), self._low_x + lengths * self._low_step, point)
         self._set(*self._run.evaluate(point))
 
