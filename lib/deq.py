@@ -338,7 +338,8 @@ class DEQ:
         if kind in self._said:
             return
         self._said.add(kind)
-        asked = f" (eps {tolerance:.1g}, {solution['stop_mode']})" if tolerance else ""
+        mode = solution.get("stop_mode", self.stop_mode)  # solvers of a user's may not say
+        asked = f" (eps {tolerance:.1g}, {mode})" if tolerance else ""
         warn(
             f"a forward solve {what}: its relative residual is {found['rel_residual']:.2g}{asked} "
             f"after {found['nfe']} evaluations, and training goes on from there: raise f_thres, "

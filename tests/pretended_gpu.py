@@ -68,6 +68,9 @@ class PretendedTensor(Tensor):
     def data_ptr(self) -> int:
         return self.value.data_ptr()
 
+    def record_stream(self, stream) -> None:
+        pass
+
     def __reduce_ex__(self, protocol):
         return self.value.__reduce_ex__(protocol)  # in a file it is a CPU's
 

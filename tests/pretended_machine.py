@@ -54,6 +54,9 @@ def _cuda(gpus: int) -> dict:
         "get_device_properties": lambda device: SimpleNamespace(
             total_memory=2**34, multi_processor_count=100, major=9
         ),
+        "Stream": lambda device=None: _Stream(),
+        "current_stream": lambda device=None: _Stream(),
+        "stream": contextlib.nullcontext,
         "is_current_stream_capturing": lambda: False,
         "max_memory_allocated": lambda *_: 0,
         "is_bf16_supported": lambda *_: True,
@@ -73,8 +76,16 @@ def _accelerator(mode: PretendedGpu) -> dict:
 
 
 class _Stream(contextlib.nullcontext):
+    """All is computed at once here: there is nothing to wait for."""
+
     def is_capturing(self) -> bool:
         return False
+
+    def record_event(self) -> None:
+        pass
+
+    def wait_event(self, event) -> None:
+        pass
 
 
 def _autocast() -> dict:

@@ -214,7 +214,9 @@ def steps(args) -> int:
                 row = ["does not fit in memory"]
             except InputError as error:  # no compiler
                 row = [str(error)]
-            except (RuntimeError, AssertionError) as error:  # of one form: the others go on
+            except ModuleNotFoundError:
+                raise
+            except Exception as error:  # of one form: the others go on
                 row = [f"! {type(error).__name__}: {' '.join(str(error).split())[:200]}"]
             wrong |= row[-1].startswith("!")
             print(f"| {name} | {form} | {' | '.join(row)} |", flush=True)

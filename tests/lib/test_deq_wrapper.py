@@ -145,6 +145,21 @@ def test_own_solver_with_the_fewest_keys():
     assert largest_relative_error(found, unrolled_gradients(layer)) <= 1e-7
 
 
+def test_own_solver_that_stops_early_is_told_of():
+    """With the keys that the first DEQ code documents, among them eps but not the stop mode."""
+
+    def once(f, x0, threshold, stop_mode):
+        gap = (f(x0) - x0).norm().item()
+        return {
+            **{"result": x0, "lowest": gap, "nstep": 0, "prot_break": False, "eps": 1e-3},
+            **{"abs_trace": [gap], "rel_trace": [gap], "threshold": threshold},
+        }
+
+    layer = Toy()
+    with pytest.warns(DEQWarning, match=r"a forward solve stopped early.*\(eps 0\.001, rel\)"):
+        DEQ(once)(layer, layer.z0)
+
+
 def test_own_solver_that_works_in_place():
     def in_place(f, x0, threshold, stop_mode):
         for _ in range(threshold):
