@@ -52,7 +52,7 @@ VARIANTS = [
     Variant("phantom:steps=3,damping=0.8"),
     Variant("phantom:steps=3,damping=0.8,form=neumann"),
     Variant("phantom:steps=5,damping=0.5", f_thres=12),
-    Variant("reversible"),
+    Variant("reversible:damping=0.8"),
     Variant("unroll"),
     Variant("unroll:checkpointing=true"),
 ]
@@ -61,7 +61,7 @@ REGULARISED = [
     Variant("shine", "broyden", f_thres=12),
     Variant("jfb"),
     Variant("phantom:steps=3,damping=0.8"),
-    Variant("reversible"),
+    Variant("reversible:damping=0.8"),
     Variant("unroll"),
 ]
 PLANS = {
