@@ -372,7 +372,7 @@ def test_an_unsolved_forward_is_said_once():
     def run(a: float, **options):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            deq(lambda z: a * z**3 + x, torch.zeros(1, 3), **options)
+            deq(lambda z: a * z + x, torch.zeros(1, 3), **options)
         return [str(w.message) for w in caught]
 
     assert run(0.1) == []
@@ -384,9 +384,9 @@ def test_an_unsolved_forward_is_said_once():
     assert "raise f_thres" in message
     assert run(0.1, f_thres=2) == []
     deq.f_solver = "fixed_point_iteration"
-    (message,) = run(9.0)
+    (message,) = run(3.0)
     assert "diverged" in message
-    assert run(9.0) == []
+    assert run(3.0) == []
 
 
 def test_an_iteration_that_does_not_settle_is_said_once():
