@@ -7,6 +7,7 @@ tangent of z* where x moves by dx. Both are solved by the backward solver.
 import math
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from lib.host import to_device
 from lib.lockstep import lockstep
 from lib.maps import Affine, Map, plain
 from lib.norms import norms as norms_of
-from lib.precision import in_float32, solve_in_stages
+from lib.precision import in_float32, same_autocast, solve_in_stages
 from lib.solver_stats import all_finite
 
 # A residual ||A y + b - y|| / ||b|| above this is compared with that of y = b, and warned of if it
@@ -27,6 +28,7 @@ from lib.solver_stats import all_finite
 # (scripts/bench_adjoints.py).
 POOR = 0.1
 
+_RISING = 6  # evaluations over which a residual that rises is a diverging iteration's
 _MOST_SCALE = 120  # powers of two that float32 holds, with room
 
 
@@ -142,6 +144,7 @@ class LinearSolve:
             residual = _relative(sample_norms(product(y) + b - y), norms)
         poor = lost | ~(residual <= POOR)  # or not a number
         if not poor.any():
+            self._warn_if_poor(None, solution)
             return y
         simple = _relative(sample_norms(product(b)), norms)
         none = (sample_norms(y) == 0) & (norms > 0)
@@ -151,18 +154,39 @@ class LinearSolve:
             y = torch.where(rows, b, y)
             residual = np.where(passes, simple, residual)
         poor = ~(residual <= POOR) & ~lost
-        if poor.any():  # one digit: the same trouble has the same words, which Python says once
-            warn(
-                f"the {self._name} is not solved (relative residual up to "
-                f"{residual[poor].max():.1g}), so the {self._of} may be far off: raise b_thres, "
-                "take another b_solver (gmres), or regularise the Jacobian"
-            )
+        worst = residual[poor].max() if poor.any() else None
+        self._warn_if_poor(worst, solution)
         return y
+
+    def _warn_if_poor(self, worst: float | None, solution: dict) -> None:
+        """``worst`` is the largest residual of those that are too large."""
+        # One digit: the same trouble has the same words, which Python says once.
+        what = f"relative residual up to {worst:.1g}" if worst is not None else ""
+        if not what and _rises(solution):  # it left a solution that it had come near to
+            what = "its residual rose to the end"
+        if what:
+            warn(
+                f"the {self._name} is not solved ({what}), so the {self._of} may be far off: raise "
+                "b_thres, take another b_solver (gmres), or regularise the Jacobian"
+            )
+
+
+def _rises(solution: dict) -> bool:
+    """Whether a solve ended at its threshold, growing: a small residual says little there."""
+    last = solution.get("abs_trace", [])[-_RISING:]
+    grows = all(a < b for a, b in pairwise(last))
+    return solution.get("reason") == "threshold" and len(last) == _RISING and grows
 
 
 def sample_norms(vectors: Tensor) -> np.ndarray:
     """Norms (B,) of vectors (B, ...), on the host in float64."""
     return norms_of(vectors.reshape(len(vectors), -1))
+
+
+def _powers_of_two(vectors: Tensor) -> Tensor:
+    """Of each vector (B, ...) the power of two above its norm, or 1 for zero; (B, 1, ...)."""
+    exponents = np.clip(np.frexp(sample_norms(vectors))[1], -_MOST_SCALE, _MOST_SCALE)
+    return to_device(np.exp2(exponents), vectors).view(-1, *[1] * (vectors.dim() - 1))
 
 
 def _relative(residual: np.ndarray, norms: np.ndarray) -> np.ndarray:
@@ -192,12 +216,14 @@ class Adjoint:
         fz: f(point), with its graph.
         point: z*, which requires grad.
         solve: how to solve.
-        again: f, if ``fz`` was computed in half precision: the solve then finishes in float32.
+        again: f, if ``fz`` was computed in half precision: the solve then finishes in float32, as
+            far as f still gives the same.
     """
 
     def __init__(self, fz: Tensor, point: Tensor, solve: LinearSolve, again: Map | None = None):
         self.fz, self.point = fz, point
         self._solve, self._again = solve, again
+        self._autocast = same_autocast(point.device)
 
     def product(self, v: Tensor) -> Tensor:
         """J'v, shape and dtype of v."""
@@ -224,6 +250,10 @@ class Adjoint:
         return self._solve(lambda t: _vjp(back, u, t), v)
 
     def _in_float32(self) -> Map:
+        with torch.no_grad(), self._autocast():
+            same = torch.equal(self._again(self.point.detach()), self.fz)
+        if not same:  # what f refers to has changed since, or f is random
+            return self.product
         with torch.enable_grad():
             point = self.point.detach().requires_grad_()
             fz = in_float32(self._again)(point)
@@ -248,11 +278,17 @@ class Tangents:
     def __init__(self, f: Map, point: Tensor, shift: Tensor, solve: LinearSolve):
         self._f, self._point, self._solve = plain(f), point.detach(), solve
         self.shift = shift.detach()
+        self._powers = _powers_of_two(self.shift)
 
     def product(self, v: Tensor) -> Tensor:
-        """J v, shape and dtype of v."""
-        found = tangent_of(self._f(forward_ad.make_dual(self._point, v.to(self._point.dtype))))
-        return torch.zeros_like(v) if found is None else (found - self.shift).to(v.dtype)
+        """J v, shape and dtype of v.
+
+        f gives J v + J_x dx. So that the difference keeps its digits, v is as long as J_x dx there.
+        """
+        scale = self._powers / _powers_of_two(v)
+        at = forward_ad.make_dual(self._point, (scale * v).to(self._point.dtype))
+        found = tangent_of(self._f(at))
+        return torch.zeros_like(v) if found is None else ((found - self.shift) / scale).to(v.dtype)
 
     def solve(self, b: Tensor) -> Tensor:
         """t = J t + b."""

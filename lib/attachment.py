@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lib.errors import InputError
 
-INSTEAD = "use torch.autograd (grad, backward, functional.jacobian without vectorize) instead"
+INSTEAD = "use torch.autograd instead (grad, backward, functional.jacobian, one by one)"
 
 
 def attach(
@@ -49,7 +49,7 @@ def attach(
         (grad,) = grads
         if grad is None:
             return grads  # an operation behind z has no gradient
-        _refuse_batched(grad)
+        refuse_batched(grad)
         if differentiating_forward() and (dual or tangent_of(grad) is not None):
             raise RuntimeError(
                 "forward mode over reverse mode is a second derivative, which is not available "
@@ -59,33 +59,40 @@ def attach(
             return (_Linear.apply(grad, fz, *linear),)
         adjoint = change(grad)
         # With create_graph the adjoint would look like a constant to a second derivative.
-        return (refuse_derivative(adjoint, fz) if torch.is_grad_enabled() else adjoint,)
+        return (refuse_derivative(adjoint, fz, grad) if torch.is_grad_enabled() else adjoint,)
 
     out.grad_fn.register_prehook(replaced)
     return out
 
 
-def _refuse_batched(grad: Tensor) -> None:
+def refuse_batched(value: Tensor | None) -> None:
+    """Refuse a gradient, or a tangent, of many directions at once.
+
+    Raises:
+        RuntimeError: it is one.
+    """
     functorch = torch._C._functorch
-    if functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad):
+    if value is None:
+        return
+    if functorch.is_batchedtensor(value) or functorch.is_legacy_batchedtensor(value):
         raise RuntimeError(
-            "a batch of gradients (is_grads_batched, vectorize=True) cannot go through an "
-            "equilibrium at once, because each needs a solve: call autograd.grad once for each"
+            "a batch of gradients or tangents (is_grads_batched, vectorize=True) cannot go through "
+            "an equilibrium at once, because each needs a solve: take them one after the other"
         )
 
 
-def refuse_derivative(value: Tensor, anchor: Tensor) -> Tensor:
+def refuse_derivative(value: Tensor, *anchors: Tensor) -> Tensor:
     """``value``, which fails in words where it is differentiated, instead of being a constant.
 
     Args:
-        anchor: a tensor with a graph, so that the value gets a node in it.
+        anchors: what the value depends on: at least one tensor with a graph.
     """
-    return _Refuse.apply(value, anchor)
+    return _Refuse.apply(value, *anchors)
 
 
 class _Refuse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, value: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx, value: Tensor, *anchors: Tensor) -> Tensor:
         return value.view_as(value)
 
     @staticmethod
@@ -107,10 +114,12 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
+        refuse_batched(grad)
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "third derivatives through an equilibrium are not available: in the second "
-                "backward pass leave create_graph out (retain_graph=True keeps the graph)"
+                "backward pass leave create_graph out (retain_graph=True keeps the graph), and in "
+                "place of functional.hvp take vhp"
             )
         return ctx.transposed(grad), None, None, None
 
@@ -140,15 +149,19 @@ def refuse_transforms() -> None:
     Raises:
         InputError: inside of one of them.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise InputError(
-            "a solve inside a transform of torch.func (grad, vmap, jvp, ...) is not possible, "
-            f"because its number of steps depends on values: {INSTEAD}"
-        )
     if torch.compiler.is_exporting():
         raise InputError(
             "a solve cannot be exported, because its number of steps depends on values: export f "
             "alone (one evaluation) and solve around it"
+        )
+    # torch.func.linearize and make_fx trace without an interpreter; fake tensors have no values.
+    modes = torch._C._TorchDispatchModeKey
+    traced = any(torch._C._get_dispatch_mode(mode) for mode in (modes.PROXY, modes.FAKE))
+    if traced or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise InputError(
+            "a solve inside a transform of torch.func (grad, vmap, jvp, ...), or traced, is not "
+            "possible, "
+            f"because its number of steps depends on values: {INSTEAD}"
         )
 
 
@@ -178,7 +191,8 @@ def own_saved_tensors():
     product with its Jacobian. An equilibrium keeps one evaluation of f anyway.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    checkpointed = hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+    module = getattr(hooks[0], "__module__", None) if hooks is not None else None
+    checkpointed = module == "torch.utils.checkpoint"
     return saved_tensors_hooks(_same, _same) if checkpointed else nullcontext()
 
 

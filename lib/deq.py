@@ -58,7 +58,7 @@ from lib.lockstep import lockstep
 from lib.maps import Map, plain, transformed
 from lib.newton_krylov import newton_krylov
 from lib.precision import half_precision, in_float32, solve_in_stages
-from lib.solver_run import Control, check_count
+from lib.solver_run import Control, check, check_count
 from lib.solver_stats import SolverStats, all_finite, solve_figures
 from lib.solvers import SOLVERS, get_solver
 
@@ -204,6 +204,8 @@ class DEQ:
         """
         refuse_transforms()
         if not isinstance(z0, Tensor):
+            listed = isinstance(z0, Sequence) and all(isinstance(t, Tensor) for t in z0)
+            check(listed, "z0", z0, "a tensor or a list of tensors")
             return self._solve_list(
                 f,
                 z0,
@@ -238,11 +240,10 @@ class DEQ:
         jac_vecs = jac_vecs if recording else 0
         if iteration:
             if jac_vecs:
-                point = _point(z_star, requires_grad=True)
+                point = _point(z_star.clone(), requires_grad=True)
                 jac_loss = jac_loss_estimate(plain(f)(point), point, vecs=jac_vecs)
         elif recording or training or differentiating_forward():
-            again = f if half_precision(z0) else None
-            z, jac_loss = self._attach(f, solution, jac_vecs, b_thres, on_solve, again)
+            z, jac_loss = self._attach(f, solution, jac_vecs, b_thres, on_solve, half_precision(z0))
             values = {0: z_star} | states
             states = {i: self._grad.attach_state(f, state) for i, state in states.items()}
             if not training:  # the values of the solver, the gradients of the choice
@@ -250,7 +251,8 @@ class DEQ:
                 states = dict(zip(states, ends, strict=True))
         else:
             z = z_star.clone()  # the user's own, like any other state
-        ends = [*(states.get(number, z) for number in indexing), z] if indexing else []
+        # Each of them a tensor of its own.
+        ends = [*(states.get(number, z).clone() for number in indexing), z] if indexing else []
         return Equilibrium(z, z_star, jac_loss, sradius, solution, ends)
 
     def _refuse_with_group(self, half: bool, indexing: bool, jac_vecs: int) -> None:
@@ -293,13 +295,14 @@ class DEQ:
             return self.f_solver(f, z0, **options), visited
 
     def _attach(
-        self, f: Map, solution: dict, jac_vecs: int, b_thres: int, on_solve, again: Map | None
+        self, f: Map, solution: dict, jac_vecs: int, b_thres: int, on_solve, half: bool
     ) -> tuple[Tensor, Tensor]:
         """The state with its gradient, and the Jacobian loss."""
         of_state = torch.is_grad_enabled() and (jac_vecs > 0 or self._grad.of_state)
-        point = _point(solution["result"], of_state)
+        point = _point(solution["result"].clone(), of_state)  # z_star is the user's
         with own_saved_tensors():
-            fz = plain(f)(point) if jac_vecs or self._grad.order > 1 else f(point)
+            form = plain(f) if jac_vecs or self._grad.order > 1 else f
+            fz = form(point)
         jac_loss = fz.new_zeros(())
         if jac_vecs:
             jac_loss = jac_loss_estimate(fz, point, vecs=jac_vecs)
@@ -311,7 +314,8 @@ class DEQ:
             lambda found: self._report("backward", found, on_solve),
             group=self.group,
         )
-        z = self._grad.attach(Solved(f, fz, point, solution, Adjoint(fz, point, solve(), again)))
+        adjoint = Adjoint(fz, point, solve(), form if half else None)
+        z = self._grad.attach(Solved(f, fz, point, solution, adjoint))
         shift = tangent_of(fz)
         if shift is not None and not self._grad.is_graph:
             tangents = Tangents(f, point, shift, solve(name="tangent", of="tangent"))
@@ -328,16 +332,14 @@ class DEQ:
     def _warn_once(self, solution: dict) -> None:
         """Say, once for each kind, that training goes on from what is no equilibrium."""
         found = solve_figures(solution)
-        tolerance, lowest = solution.get("eps", 0.0), solution.get("lowest", found["rel_residual"])
-        if solution.get("prot_break"):
-            kind, what = "diverged", "diverged"
-        elif lowest >= tolerance > 0 or (tolerance == 0 and found["rel_residual"] > UNSOLVED):
-            kind, what = "unsolved", "stopped early"
-        else:
+        tolerance = solution.get("eps", 0.0)
+        what = "diverged" if solution.get("prot_break") else "stopped early"
+        solved = solution.get("reason") in ("eps", "floor")
+        if not tolerance:  # none was asked for, or a user's own solver does not say
+            solved |= not found["rel_residual"] > UNSOLVED
+        if (solved and what != "diverged") or what in self._said:
             return
-        if kind in self._said:
-            return
-        self._said.add(kind)
+        self._said.add(what)
         mode = solution.get("stop_mode", self.stop_mode)  # solvers of a user's may not say
         asked = f" (eps {tolerance:.1g}, {mode})" if tolerance else ""
         warn(
@@ -351,7 +353,18 @@ class DEQ:
         shapes = [tuple(t.shape[1:]) for t in z0]
 
         def flattened(f: Callable) -> Map:
-            return lambda z: list2vec(f(vec2list(z, shapes)))
+            def flat_f(z: Tensor) -> Tensor:
+                parts = f(vec2list(z, shapes))
+                found = parts if isinstance(parts, Tensor) else [tuple(t.shape[1:]) for t in parts]
+                if found is parts or found != shapes:
+                    gave = "one tensor" if found is parts else found
+                    raise InputError(
+                        f"f must map a list of the shapes {shapes} (without the batch) to the "
+                        f"same, but gave {gave}"
+                    )
+                return list2vec(parts)
+
+            return flat_f
 
         found = self(transformed(f, flattened), list2vec(z0), **options)
         found.z, found.z_star = _parts(found.z, shapes), _parts(found.z_star, shapes)

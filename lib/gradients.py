@@ -183,7 +183,8 @@ class Phantom(Gradient):
 
     def attach(self, solved: Solved) -> Tensor:
         if self.form == "neumann":
-            return attach(solved.fz, lambda g: self._series(g, solved.adjoint.product))
+            product = solved.adjoint.product  # not all of ``solved``: f may refer to its user
+            return attach(solved.fz, lambda g: self._series(g, product))
         out = self._steps(solved.f, solved.point.detach(), solved.fz)
         return out.clone() if self.damping == 1 else out
 
@@ -250,7 +251,7 @@ class Shine(Gradient):
         inverse = solved.solution.pop("inverse", None)
         if inverse is None:  # autograd is not recording
             return solved.fz.clone()
-        updates = solved.solution["updates"]
+        updates, solve = solved.solution["updates"], solved.adjoint.solve
         if updates == 0:
             warn(
                 "the forward solve took no step, so shine has no directions and its gradient is "
@@ -265,7 +266,7 @@ class Shine(Gradient):
             # Not `norms[0] > limit`: what is not finite falls back as well.
             y = torch.where(norms[0] <= self.limit * norms[1], y, flat)
             y = y.view(grad.shape).to(grad)
-            return solved.adjoint.solve(grad, y, self.refine) if self.refine else y
+            return solve(grad, y, self.refine) if self.refine else y
 
         return attach(solved.fz, adjoint)
 

@@ -8,6 +8,7 @@ entry of the traces belongs to the step that led to the result.
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from lib.errors import InputError
 from lib.host import to_device
 from lib.maps import Map
 from lib.precision import same_autocast
-from lib.solver_run import TINY, check, check_damping, is_number
+from lib.solver_run import TINY, check, check_arguments, check_damping, checked_value, is_number
 
 # On the way back to the start, rounding of the pair may grow to this part of a rounding error of
 # f's own format: too little to change what f is given, but for one number in a million.
@@ -69,12 +70,14 @@ class Unroll(Iteration):
     def run(
         self, f: Map, z0: Tensor, evaluations: int, indexing: Collection[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor], dict]:
+        check_arguments(f, z0, evaluations)
+        value = partial(checked_value, f)
         z, states, steps = z0, {}, _Steps()
         for i in range(1, evaluations + 1):
             if self.checkpointing and torch.is_grad_enabled():
-                fz = checkpoint(f, z, use_reentrant=False, preserve_rng_state=False)
+                fz = checkpoint(value, z, use_reentrant=False, preserve_rng_state=False)
             else:
-                fz = f(z)
+                fz = value(z)
             steps.add(z, fz)
             z = fz if self.damping == 1 else torch.lerp(z, fz, self.damping)
             if i in indexing:
@@ -126,6 +129,7 @@ class Reversible(Iteration):
         Raises:
             InputError: more steps than can be undone.
         """
+        check_arguments(f, z0, evaluations)
         self.refuse_threshold(evaluations)
         n = max(evaluations // 2, 1)
         history = _History(f, z0, self.damping)
@@ -182,7 +186,7 @@ class _History:
     def __init__(self, f: Map, z0: Tensor, damping: float):
         self._f, self._dtype, self._damping = f, z0.dtype, damping
         self.rest = torch.promote_types(z0.dtype, torch.float32)  # format of the error terms
-        self._start = z0.detach()
+        self._start = z0.detach().clone()
         self._autocast = same_autocast(z0.device)
         self._evaluations: dict[int, dict] = {}  # by number, from 1 on
         self._end: list[Pair] = []
@@ -198,7 +202,7 @@ class _History:
             return i, own["saved"] - 1
 
         with saved_tensors_hooks(count, self._saved):
-            return self._f(point)
+            return checked_value(self._f, point)
 
     def close(self, pair: list[Pair]) -> None:
         """The iteration has ended with this pair."""
@@ -210,6 +214,11 @@ class _History:
 
     def _saved(self, place: tuple[int, int]) -> Tensor:
         i, number = place
+        if not self._end:
+            raise RuntimeError(
+                "f differentiates itself, which a reversible iteration cannot repeat: take grad "
+                "ift, phantom or unroll"
+            )
         if i > self._at and i != self._open:  # a second backward over a retained graph
             self._rewind()
         while self._open != i:

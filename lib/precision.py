@@ -103,6 +103,8 @@ def solve_in_stages(
     if not accepts(solver, "floor"):
         return solver(f, z0, threshold=threshold, **options)
     coarse = solver(f, z0, threshold=threshold, floor=COARSE_EPS, **options)
+    if not {"nfe", "products", "rel_lowest", "lowest", "eps"} <= set(coarse):
+        return coarse  # a user's own, whose keywords take anything
     left = threshold - coarse["nfe"] - coarse["products"]
     rounding = coarse["rel_lowest"] < COARSE_EPS
     if left < 1 or not rounding or coarse["lowest"] < coarse["eps"]:

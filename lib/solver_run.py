@@ -14,7 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.attachment import outside_of_compiler, refuse_transforms
+from lib.attachment import (
+    outside_of_compiler,
+    refuse_batched,
+    refuse_transforms,
+    tangent_of,
+)
 from lib.divergence import Divergence, far_out
 from lib.errors import InputError
 from lib.host import to_device
@@ -90,7 +95,7 @@ class Run:
         stop_mode: str,
         control: Control,
     ):
-        _check_arguments(f, x0, threshold, eps, stop_mode)
+        check_arguments(f, x0, threshold, eps, stop_mode)
         self.f = f
         self.shape, self.dtype, self.device = x0.shape, x0.dtype, x0.device
         self.threshold, self.eps, self.stop_mode = threshold, float(eps), stop_mode
@@ -200,16 +205,7 @@ class Run:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(x, f(x), f(x) - x), all (b, D) in the working dtype, for b samples of x's."""
         z = x if self.dtype == self.work_dtype else x.to(self.dtype)
-        shape, before = (len(x), *self.shape[1:]), _version(z)
-        fz = f(z.view(shape))
-        if _version(z) != before:
-            raise InputError(
-                "f writes to a state that it was given, or gave: let it return a new tensor at "
-                "every call (no operation in place on its argument, no buffer of its own)"
-            )
-        if not isinstance(fz, Tensor) or fz.shape != shape:
-            found = tuple(fz.shape) if isinstance(fz, Tensor) else type(fz).__name__
-            raise InputError(f"f must map {shape} to the same shape, but gave {found}")
+        fz = checked_value(f, z.view(len(x), *self.shape[1:]))
         self.nfe += 1
         fx = fz.detach().reshape(x.shape)
         if fx.dtype != self.work_dtype or z is not x:
@@ -420,7 +416,24 @@ def check_damping(value) -> None:
     check(is_number(value) and 0 < value <= 1, "damping", value, "in (0, 1]")
 
 
-def _check_arguments(f, x0, threshold, eps, stop_mode) -> None:
+def checked_value(f: Callable, z: Tensor) -> Tensor:
+    """f(z); refused where f changes the shape, or writes to a state."""
+    before = _version(z)
+    fz = f(z)
+    if _version(z) != before:
+        raise InputError(
+            "f writes to a state that it was given, or gave: let it return a new tensor at "
+            "every call (no operation in place on its argument, no buffer of its own)"
+        )
+    if not isinstance(fz, Tensor) or fz.shape != z.shape:
+        found = tuple(fz.shape) if isinstance(fz, Tensor) else type(fz).__name__
+        raise InputError(f"f must map {tuple(z.shape)} to the same shape, but gave {found}")
+    refuse_batched(tangent_of(fz))
+    return fz
+
+
+def check_arguments(f, x0, threshold, eps=0.0, stop_mode="rel") -> None:
+    """Refuse what no solve can begin with."""
     check(callable(f), "f", f, "a function of the state")
     check(isinstance(x0, Tensor), "x0", type(x0).__name__, "a tensor (see list2vec for lists)")
     check(x0.is_floating_point(), "dtype of x0", x0.dtype, "a floating dtype")

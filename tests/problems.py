@@ -147,3 +147,27 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 def largest_relative_error(found, expected) -> float:
     """The worst of :func:`relative_error` over pairs of tensors."""
     return max(relative_error(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def batched_tanh(size=12, gain=2.0, seed=0, batch=3):
+    """z -> tanh(A z) + b in batched operations, and (A, b)."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(batch, size, size, generator=generator, dtype=torch.float64)
+    a = gain * a / torch.linalg.matrix_norm(a, 2)[:, None, None]
+    b = torch.randn(batch, size, generator=generator, dtype=torch.float64)
+
+    def f(z):
+        flat = z.reshape(len(z), -1, 1)
+        return (torch.bmm(a.to(z.dtype), flat).tanh()[:, :, 0] + b.to(z.dtype)).view(z.shape)
+
+    return f, a, b
+
+
+def problem_for(name, **options):
+    """A problem that the solver is for."""
+    return contraction(**options) if name in ("gmres", "bicgstab") else tanh_layer(**options)
+
+
+def wall(z):
+    """Not finite beyond 1.5; a unit step from 0 goes to 4."""
+    return torch.where(z < 1.5, z + 4 * (1 - z), math.nan)

@@ -1,7 +1,4 @@
-"""The state as a tensor of the user's own: in place, hooked, split, compiled, checkpointed.
-
-f(z) = a z + x with a = 1/2 and x = 1 has z* = 2, dz*/dx = 2 and dz*/da = 4.
-"""
+"""The state as a tensor of the user's own: in place, hooked, split, compiled, checkpointed."""
 
 import warnings
 from functools import partial
@@ -13,37 +10,12 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
-from lib.deq import DEQ, Equilibrium
+from halving import EXACT, TIGHT, assert_equal, by_grad, double, solve
+from lib.deq import DEQ
 from lib.errors import InputError
 from lib.solvers import broyden
 from problems import largest_relative_error
 from toy_layers import ConvTanh, Toy, TwoScales, gradients, loss_of
-
-TIGHT = "broyden:eps=1e-13"
-# Each gradient, and what it makes of dz*/dx.
-EXACT = {
-    "ift": 2.0,
-    "shine:limit=100": 2.0,
-    "phantom:steps=60,form=neumann,damping=1": 2.0,
-    "phantom:steps=60,damping=1": 2.0,
-    "jfb": 1.0,
-    "unroll": 2.0,
-    "reversible:damping=0.6": 2.0,
-}
-by_grad = pytest.mark.parametrize("grad", EXACT)
-# Wrong ones are off by 1 and more; 24 coupled steps, the slowest to converge, leave 4e-5.
-NEAR = {"rtol": 1e-4, "atol": 0}
-double = partial(torch.full, dtype=torch.float64)
-
-
-def solve(grad: str = "ift", x: Tensor | None = None, **options) -> tuple[Equilibrium, Tensor]:
-    x = double((1, 3), 1.0, requires_grad=True) if x is None else x
-    deq = DEQ(TIGHT, TIGHT, grad=grad)
-    return deq(lambda z: 0.5 * z + x, double((1, 3), 0.0), f_thres=48, **options), x
-
-
-def assert_equal(found: Tensor, value: float) -> None:
-    torch.testing.assert_close(found, torch.full_like(found, value), **NEAR)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -221,7 +193,7 @@ def test_reverse_over_forward_is_refused():
 def test_batched_gradients_are_refused(grad):
     found, x = solve(grad)
     many = torch.eye(3, dtype=torch.float64)[:, None]
-    with pytest.raises(RuntimeError, match=r"call autograd\.grad once for each"):
+    with pytest.raises(RuntimeError, match="one after the other"):
         torch.autograd.grad(found.z, x, many, is_grads_batched=True)
 
 

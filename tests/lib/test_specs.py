@@ -185,7 +185,10 @@ def test_every_option_of_every_solver():
         ("", "unknown solver '': choose from anderson, "),
         (":m=4", "unknown solver '': choose from "),
         ("anderson:mm=4", "solver anderson has no option mm: did you mean m?"),
-        ("anderson:memory=4", "solver anderson has no option memory (it has: best, beta, check_every, "),
+        (
+            "anderson:memory=4",
+            "solver anderson has no option memory (it has: best, beta, check_every, ",
+        ),
         ("broyden:memry=4", "solver broyden has no option memry: did you mean memory?"),
         ("broyden:m=4", "solver broyden has no option m"),
         ("anderson:threshold=5", "solver anderson has no option threshold"),

@@ -123,14 +123,13 @@ def check(found, grad="ift", f_thres=5):
     assert all(r.get("backward_nfe", 0) <= 6 for r in solved)
     assert all(r.get("backward_rel_residual", 0) < 1.01 for r in solved)
 
-    # From the equilibrium, gradients reach all that they reach by plain autograd; unless so few
-    # iterations find no adjoint that is better than zero.
+    # From the equilibrium, gradients reach all that they reach by plain autograd, however poor the
+    # adjoint: what is worse than one step is one step.
     stacked = found.reached[1]
     assert any(name.startswith("downsample.") for name in stacked)  # the stem
     assert any(name.startswith("fullstage.") for name in stacked)
-    counted = [r.get("backward_rel_residual", 0) < 0.99 for r in solved]
-    assert any(counted)
-    for reached in (names for names, c in zip(found.reached[2:], counted, strict=True) if c):
+    assert len(found.reached) > 2
+    for reached in found.reached[2:]:
         assert sorted(stacked - reached) == []
 
 
