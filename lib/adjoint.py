@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lib.attachment import tangent_of
+from lib.errors import DEQWarning
 from lib.host import to_device
 from lib.lockstep import lockstep
 from lib.maps import Affine, Map, plain
@@ -30,10 +31,6 @@ POOR = 0.1
 
 _RISING = 6  # evaluations over which a residual that rises is a diverging iteration's
 _MOST_SCALE = 120  # powers of two that float32 holds, with room
-
-
-class DEQWarning(RuntimeWarning):
-    """A solve that ended badly enough to spoil the result or its gradient."""
 
 
 def warn(message: str) -> None:
@@ -92,6 +89,11 @@ class LinearSolve:
             threshold: another one than the solve's own.
             make_precise: makes the product in float32, if ``product`` is in half precision.
         """
+        if b.is_meta:  # there are no values to judge by
+            y0 = torch.zeros_like(b) if start is None else start
+            return self._solver(
+                Affine(product, b), y0, threshold=self._threshold, stop_mode=self._stop_mode
+            )["result"]
         with lockstep(product, b, self._group) as product:
             return self._in_step(product, b, start, threshold, make_precise)
 

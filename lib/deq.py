@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lib.adjoint import Adjoint, DEQWarning, LinearSolve, Tangents, warn
+from lib.adjoint import Adjoint, LinearSolve, Tangents, warn
 from lib.attachment import (
     differentiating_forward,
     outside_of_compiler,
@@ -48,7 +48,7 @@ from lib.attachment import (
     tangent_of,
     with_tangent,
 )
-from lib.errors import InputError
+from lib.errors import DEQWarning, InputError
 from lib.gradients import Gradient, Solved, get_gradient
 from lib.iterations import Iteration
 from lib.jacobian import jac_loss_estimate, power_method

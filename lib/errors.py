@@ -1,4 +1,4 @@
-"""The one exception for bad input."""
+"""The one exception for bad input, and the one warning of a bad solve."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -11,6 +11,10 @@ class InputError(ValueError):
     Its message is one clear line that names the thing, its value, and the way out. The commands
     print it without a traceback and leave with exit code 2; in a notebook it is a ``ValueError``.
     """
+
+
+class DEQWarning(RuntimeWarning):
+    """A solve that ended badly enough to spoil the result or its gradient."""
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from lib.training import (
     solver_figures,
     stats_state,
     summed_stats,
+    warnings_in,
 )
 
 FORMAT = 2  # of the checkpoint
@@ -99,7 +100,7 @@ class Trainer(Stepper):
         self.model.train()
         self._window_start = time.perf_counter()
         bar = run.progress(total=self.last_step, initial=self.step)
-        with self.stopping:
+        with self.stopping, warnings_in(run.log):
             if self.unfinished:
                 self._finish_step(validate=True, save=True, stop=False)
             for batch in self.batches():

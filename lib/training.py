@@ -3,6 +3,7 @@
 import random
 import sys
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lib.distributed import Processes, end_at_once, lost_contact
-from lib.errors import InputError
+from lib.errors import DEQWarning, InputError
 from lib.experiment import CHECKPOINT
 from lib.solver_stats import PassStats, SolverStats
 from lib.stopping import Stopped
@@ -82,6 +83,28 @@ def evaluating(model: nn.Module) -> Iterator[SolverStats]:
     finally:
         model.deq.stats = stats
         model.train(was_training)
+
+
+@contextmanager
+def warnings_in(log: Callable[[str], None]) -> Iterator[None]:
+    """Within, what is warned of a solve is a line of the log: the same words once.
+
+    That of a forward solve which stopped early is left out: the log has its residuals.
+    """
+    said, show = set(), warnings.showwarning
+
+    def logged(message, category, *where) -> None:
+        if not issubclass(category, DEQWarning):
+            show(message, category, *where)
+        elif str(message) not in said:
+            said.add(str(message))
+            log(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DEQWarning)
+        warnings.filterwarnings("ignore", "a forward solve", DEQWarning)
+        warnings.showwarning = logged
+        yield
 
 
 class EvaluationStopped(Exception):

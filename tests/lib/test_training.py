@@ -1,13 +1,14 @@
 """What trainers share: exit codes, random states, statistics, refusal of what is not finite."""
 
 import random
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
 from lib.deq import DEQ
-from lib.errors import InputError
+from lib.errors import DEQWarning, InputError
 from lib.stopping import Stopped
 from lib.training import (
     TrainingError,
@@ -19,6 +20,7 @@ from lib.training import (
     restore_stats,
     solver_figures,
     stats_state,
+    warnings_in,
 )
 from pretended_machine import pretended_machine
 
@@ -168,3 +170,13 @@ def test_every_update_of_the_same_numbers_counts():
     assert model.left.tolist() == [-3.0, -2.0, -1.0]  # by left, again and third
     assert model.right.tolist() == [2.0, 3.0, 4.0]
     assert model.third.tolist() == model.left.tolist()
+
+
+def test_warnings_of_solves_are_lines_of_the_log():
+    """The same words once; what the log's figures say is left out; other warnings stay."""
+    lines = []
+    with pytest.warns(UserWarning, match="of another kind"), warnings_in(lines.append):
+        for words in ("the adjoint is poor", "the adjoint is poor", "a forward solve stopped"):
+            warnings.warn(words, DEQWarning, stacklevel=1)
+        warnings.warn("of another kind", UserWarning, stacklevel=1)
+    assert lines == ["warning: the adjoint is poor"]

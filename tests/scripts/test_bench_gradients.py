@@ -103,7 +103,8 @@ def test_held_after_forward():
     # But for a few numbers that a longer trace holds.
     assert sizes["ift"][1] == pytest.approx(sizes["ift"][0], abs=1000)
     assert sizes["reversible"][1] == pytest.approx(sizes["reversible"][0], abs=1000)
-    assert sizes["ift"][1] < 4 * vector
+    # f(z*), the point, what f and the loss keep, and the state of the user's own.
+    assert sizes["ift"][1] < 4.5 * vector
     assert sizes["unroll"][1] - sizes["unroll"][0] > 4 * vector
 
 
