@@ -175,7 +175,7 @@ def test_every_update_of_the_same_numbers_counts():
 def test_warnings_of_solves_are_lines_of_the_log():
     """The same words once; what the log's figures say is left out; other warnings stay."""
     lines = []
-    with pytest.warns(UserWarning, match="of another kind"), warnings_in(lines.append):
+    with pytest.warns(UserWarning, match="of another kind"), warnings_in(lines.append):  # noqa: PT031
         for words in ("the adjoint is poor", "the adjoint is poor", "a forward solve stopped"):
             warnings.warn(words, DEQWarning, stacklevel=1)
         warnings.warn("of another kind", UserWarning, stacklevel=1)
