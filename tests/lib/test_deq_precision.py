@@ -133,7 +133,8 @@ def test_backward_outside_the_context_uses_the_stages_too():
         found = solve(layer, DEQ(partial(anderson, eps=1e-4)))
     layer.formats.clear()
     found.z.sum().backward()
-    assert layer.formats == [torch.float32]  # one evaluation, for the adjoint's second stage
+    # Whether f still gives the same; and the evaluation for the adjoint's second stage.
+    assert layer.formats == [torch.bfloat16, torch.float32]
 
 
 def test_a_solver_without_a_floor_runs_once():
