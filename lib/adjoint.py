@@ -55,6 +55,7 @@ class LinearSolve:
         threshold, stop_mode: for the solver.
         report: called with the solver's dict after each solve.
         name: of the solution, in warnings; and what is made ``of`` it.
+        group: processes among which products communicate (:mod:`lib.lockstep`).
     """
 
     def __init__(
@@ -89,25 +90,25 @@ class LinearSolve:
             threshold: another one than the solve's own.
             make_precise: makes the product in float32, if ``product`` is in half precision.
         """
+        options = {
+            "threshold": self._threshold if threshold is None else threshold,
+            "stop_mode": self._stop_mode,
+        }
         if b.is_meta:  # there are no values to judge by
             y0 = torch.zeros_like(b) if start is None else start
-            return self._solver(
-                Affine(product, b), y0, threshold=self._threshold, stop_mode=self._stop_mode
-            )["result"]
+            return self._solver(Affine(product, b), y0, **options)["result"]
         with lockstep(product, b, self._group) as product:
-            return self._in_step(product, b, start, threshold, make_precise)
+            return self._in_step(product, b, start, make_precise, options)
 
-    def _in_step(self, product: Map, b: Tensor, start, threshold, make_precise) -> Tensor:
+    def _in_step(
+        self, product: Map, b: Tensor, start: Tensor | None, make_precise, options: dict
+    ) -> Tensor:
         norms = sample_norms(b)
         scale = self._scale(norms)
         scaled = b if scale == 1 else b * scale
         zero = torch.zeros_like(b) if start is None else None  # A 0 = 0
         y0 = zero if start is None else start * scale
         step = Affine(product, scaled, zero)
-        options = {
-            "threshold": self._threshold if threshold is None else threshold,
-            "stop_mode": self._stop_mode,
-        }
         if make_precise is None:
             solution = self._solver(step, y0, **options)
         else:

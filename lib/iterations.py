@@ -22,8 +22,9 @@ from lib.double_double import Pair, combine, take_apart
 from lib.errors import InputError
 from lib.host import to_device
 from lib.maps import Map
+from lib.norms import TINY
 from lib.precision import same_autocast
-from lib.solver_run import TINY, check, check_arguments, check_damping, checked_value, is_number
+from lib.solver_run import check, check_arguments, check_damping, checked_value, is_number
 
 # On the way back to the start, rounding of the pair may grow to this part of a rounding error of
 # f's own format: too little to change what f is given, but for one number in a million.

@@ -25,7 +25,6 @@ from lib.errors import InputError
 from lib.host import to_device
 from lib.maps import transformed
 from lib.matmul_precision import full_products, within
-from lib.norms import TINY as TINY
 from lib.norms import least_norm, mended, relative, total
 
 
