@@ -22,6 +22,7 @@ from lib.lockstep import lockstep
 from lib.maps import Affine, Map, plain
 from lib.norms import norms as norms_of
 from lib.precision import in_float32, same_autocast, solve_in_stages
+from lib.solver_run import totals
 from lib.solver_stats import all_finite
 
 # A residual ||A y + b - y|| / ||b|| above this is compared with that of y = b, and warned of if it
@@ -45,7 +46,8 @@ class LinearSolve:
 
     - b is scaled (by a power of two, which changes no digit) where its norm would be too small
       for float32's squares, and in stop mode 'abs' to a norm of 1/2 or more: an absolute
-      tolerance then means eps times min(1, ||b||);
+      tolerance then means eps times min(1, ||b||). The norm is that of the whole batch; it is
+      each sample's own where the solver stops by sample;
     - a sample whose y is worse than y = b takes y = b; so does one that is left at y = 0, or
       whose products are not finite;
     - what is still far from the equation is warned of.
@@ -105,9 +107,9 @@ class LinearSolve:
     ) -> Tensor:
         norms = sample_norms(b)
         scale = self._scale(norms)
-        scaled = b if scale == 1 else b * scale
+        scaled = _times(b, scale)
         zero = torch.zeros_like(b) if start is None else None  # A 0 = 0
-        y0 = zero if start is None else start * scale
+        y0 = zero if start is None else _times(start, scale)
         step = Affine(product, scaled, zero)
         if make_precise is None:
             solution = self._solver(step, y0, **options)
@@ -115,21 +117,21 @@ class LinearSolve:
             solution = solve_in_stages(
                 self._solver, step, lambda: Affine(make_precise(), scaled), y0, **options
             )
-        if scale != 1:
-            solution = _unscaled(solution, scale)
+        solution = _unscaled(solution, scale)
         self._report(solution)
         return self._judged(solution, product, b, norms)
 
-    def _scale(self, norms: np.ndarray) -> float:
-        """The power of two that b is multiplied by."""
-        finite = norms[np.isfinite(norms)]
-        size = math.hypot(*finite)
-        if size == 0 or not math.isfinite(size):
-            return 1.0
-        least, most = (0.5, 2.0**40) if self._stop_mode == "abs" else (2.0**-40, 2.0**40)
-        if least <= size <= most:
-            return 1.0
-        return 2.0 ** min(-math.frexp(size)[1], _MOST_SCALE)
+    def _scale(self, norms: np.ndarray) -> np.ndarray:
+        """The powers of two (B,) that b is multiplied by.
+
+        It is the same power for all samples that are judged by the norm of the whole batch.
+        """
+        finite = np.where(np.isfinite(norms), norms, 0.0)
+        alone = getattr(self._solver, "keywords", {}).get("stop") == "sample"
+        sizes = finite if alone else np.full_like(finite, math.hypot(*finite))
+        least = 0.5 if self._stop_mode == "abs" else 2.0**-40
+        fits = (sizes == 0) | ((least <= sizes) & (sizes <= 2.0**40)) | ~np.isfinite(sizes)
+        return np.exp2(np.where(fits, 0, np.minimum(-np.frexp(sizes)[1], _MOST_SCALE)))
 
     def _judged(self, solution: dict, product: Map, b: Tensor, norms: np.ndarray) -> Tensor:
         """The solver's y where it is good, else the better one of it and b."""
@@ -197,18 +199,39 @@ def _relative(residual: np.ndarray, norms: np.ndarray) -> np.ndarray:
     return np.where(norms > 0, residual / np.where(norms > 0, norms, 1.0), residual)
 
 
-def _unscaled(solution: dict, scale: float) -> dict:
-    """A solver's dict for the equation without the scale of b."""
+def _times(vectors: Tensor, factors: np.ndarray) -> Tensor:
+    """Vectors (B, ...) by their factors (B,); the same tensor where all are 1."""
+    if (factors == 1).all():
+        return vectors
+    return vectors * to_device(factors, vectors).view(-1, *[1] * (vectors.dim() - 1))
+
+
+def _unscaled(solution: dict, scale: np.ndarray) -> dict:
+    """A solver's dict for the equation whose b has not been multiplied by ``scale`` (B,).
+
+    Where the samples' scales differ, ``abs_trace`` and ``eps`` stay those of the scaled equation.
+    """
+    if (scale == 1).all():
+        return solution
     out = dict(solution)
-    out["result"] = solution["result"] / scale
-    absolute = ["norms", "abs_lowest"]
-    if solution.get("stop_mode") == "abs":
-        absolute += ["lowest", "residual", "eps"]
-    for name in absolute:
+    out["result"] = _times(solution["result"], 1 / scale)
+    absolute = solution.get("stop_mode") == "abs"
+    for name in ["norms", "residual"] if absolute else ["norms"]:
         if name in solution:
-            out[name] = solution[name] / scale
+            value = solution[name]
+            of_host = isinstance(value, np.ndarray)
+            out[name] = value / scale if of_host else _times(value, 1 / scale)
+    if (scale != scale[0]).any():
+        if "norms" in out:
+            lowest = dict(zip(("abs", "rel"), totals(out["norms"]), strict=True))
+            out |= {"abs_lowest": lowest["abs"], "rel_lowest": lowest["rel"]}
+            out["lowest"] = lowest[solution["stop_mode"]]
+        return out
+    for name in ["abs_lowest", "lowest", "eps"] if absolute else ["abs_lowest"]:
+        if name in solution:
+            out[name] = solution[name] / scale[0]
     if "abs_trace" in solution:
-        out["abs_trace"] = [value / scale for value in solution["abs_trace"]]
+        out["abs_trace"] = [value / scale[0] for value in solution["abs_trace"]]
     return out
 
 

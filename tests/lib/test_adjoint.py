@@ -63,6 +63,25 @@ def test_a_small_sample_among_large_ones(solver, mode):
 
 
 @by_mode
+@by_solver
+@pytest.mark.parametrize("size", [1e-3, 1e-12, 1e-30])
+def test_a_small_sample_that_stops_by_itself_is_solved_like_the_others(solver, mode, size):
+    matrix, sizes = contraction(), torch.tensor([[1.0], [size], [0.0]], dtype=torch.float64)
+    b = sizes * torch.ones(3, 6, dtype=torch.float64)
+    y, solution, said = solve(matrix, b, solver, mode, stop="sample", eps=1e-6)
+    error = (y - exact(matrix, b)).norm(dim=1) / exact(matrix, b).norm(dim=1)
+    assert error[:2].max() < 1e-5
+    assert not said
+    assert solution["converged"].all()
+    residual = (b + y @ matrix.T - y).norm(dim=1)
+    found = torch.from_numpy(solution["norms"][0])
+    torch.testing.assert_close(found, residual, rtol=1e-3, atol=1e-15 * size)
+    assert solution["abs_lowest"] == pytest.approx(residual.norm().item(), rel=1e-3)
+    size_of_f = 1 if mode == "abs" else torch.from_numpy(solution["norms"][1])
+    torch.testing.assert_close(solution["residual"] * size_of_f, found)
+
+
+@by_mode
 @pytest.mark.parametrize("solver", ["fixed_point_iteration", "anderson", "broyden"])
 def test_an_exploding_solution_is_not_used(solver, mode):
     """diag(1.5, 0.2): plain iteration leaves a y of 1e6 whose residual is a third of ||f(y)||."""
