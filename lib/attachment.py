@@ -7,6 +7,7 @@ that is a view of f(z*) is lost by ``z += x``, and ``autograd.grad(L, z)`` would
 """
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -49,6 +50,7 @@ def attach(
         (grad,) = grads
         if grad is None:
             return grads  # an operation behind z has no gradient
+        _refuse_compiled()
         refuse_batched(grad)
         if differentiating_forward() and (dual or tangent_of(grad) is not None):
             raise RuntimeError(
@@ -78,6 +80,16 @@ def refuse_batched(value: Tensor | None) -> None:
         raise RuntimeError(
             "a batch of gradients or tangents (is_grads_batched, vectorize=True) cannot go through "
             "an equilibrium at once, because each needs a solve: take them one after the other"
+        )
+
+
+def _refuse_compiled() -> None:
+    """Refuse a backward pass by compiled autograd, which has freed what f kept by then."""
+    at_work = sys.modules.get("torch._dynamo.compiled_autograd")  # where it is, it was imported
+    if at_work is not None and at_work.in_compiled_autograd_region:
+        raise RuntimeError(
+            "compiled autograd cannot go through an equilibrium, because each backward pass needs "
+            "a solve: leave torch._dynamo.config.compiled_autograd off (compiling the model is fine)"
         )
 
 

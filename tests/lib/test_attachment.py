@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
@@ -273,6 +274,19 @@ def test_a_whole_graph_and_an_export_are_refused_in_words():
         torch.compile(net, backend="eager", fullgraph=True)(x)
     with pytest.raises(InputError, match="export f alone"):
         torch.export.export(net, (x,))
+
+
+@pytest.mark.parametrize("grad", ["ift", "shine", "phantom:form=neumann", "jfb"])
+def test_compiled_autograd_is_right_or_refused_in_words(grad):
+    torch._dynamo.reset()
+    found, x = solve(grad)
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        if grad == "jfb":  # an ordinary graph, as those of phantom, unroll and reversible
+            found.z.sum().backward()
+            assert_equal(x.grad, EXACT[grad])
+            return
+        with pytest.raises(RuntimeError, match=r"leave .*compiled_autograd off"):
+            found.z.sum().backward()
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
