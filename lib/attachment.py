@@ -88,8 +88,8 @@ def _refuse_compiled() -> None:
     at_work = sys.modules.get("torch._dynamo.compiled_autograd")  # where it is, it was imported
     if at_work is not None and at_work.in_compiled_autograd_region:
         raise RuntimeError(
-            "compiled autograd cannot go through an equilibrium, because each backward pass needs "
-            "a solve: leave torch._dynamo.config.compiled_autograd off (compiling the model is fine)"
+            "compiled autograd cannot go through an equilibrium, because its backward pass needs a "
+            "solve: leave torch._dynamo.config.compiled_autograd off (torch.compile is fine)"
         )
 
 
