@@ -1,9 +1,13 @@
 """What tests of several rooms share."""
 
+import fcntl
+import os
+
 import pytest
 import torch
 from hypothesis import settings
 
+from attempts import ForkServer
 from deq_sequence.demo_corpus import build_demo_corpus
 from lib.experiment import Run
 
@@ -21,9 +25,22 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory):
     """The embedded corpus, built once (some seconds). Do not write to it: copy it."""
-    folder = tmp_path_factory.mktemp("demo") / "data"
-    build_demo_corpus(folder)
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent  # of all of pytest's processes
+    folder = place / "demo" / "data"
+    with (place / "demo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            build_demo_corpus(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def server():
+    """A process that has done the imports, for tests that start commands."""
+    with ForkServer() as server:
+        yield server
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from attempts import Attempt
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -112,22 +114,24 @@ def with_tiny_sizes(command, data, folder):
 
 
 @pytest.mark.parametrize("room", ["DEQ-Sequence", "MDEQ-Vision", "."])
-def test_commands_run(room, demo_folder, tmp_path):
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+def test_commands_run(room, demo_folder, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     for command in (command for command, folder in RUN.items() if folder == room):
         for words in with_tiny_sizes(command, demo_folder, tmp_path):
-            result = subprocess.run(
-                words,
-                cwd=ROOT / room,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
-            assert result.returncode == 0, f"{command}: {result.stderr}"
+            code, printed, errors = run(words, ROOT / room, server)
+            assert code == 0, f"{command}: {errors}"
             assert re.search(
-                r"test .* ppl \d|test / unigram|top1 \d|mIoU \d|test accuracy", result.stdout
-            ), result.stdout
+                r"test .* ppl \d|test / unigram|top1 \d|mIoU \d|test accuracy", printed
+            ), printed
+
+
+def run(words, folder, server):
+    """Exit code, output and errors of a command; the imports of ``python`` are done already."""
+    if words[0] == "python":
+        with Attempt(words[1:], server=server, folder=folder) as attempt:
+            return attempt.wait(), "\n".join(attempt.lines), attempt.errors()
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("block", blocks("python"))

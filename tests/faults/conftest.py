@@ -1,15 +1,9 @@
-"""What the tests of stopped runs share: the fork server, and undisturbed runs, made once."""
+"""What the tests of stopped runs share: undisturbed runs, made once."""
 
 import pytest
 
-from attempts import ForkServer, run
+from attempts import run
 from harness import TRAINERS
-
-
-@pytest.fixture(scope="session")
-def server():
-    with ForkServer() as server:
-        yield server
 
 
 @pytest.fixture(params=TRAINERS)

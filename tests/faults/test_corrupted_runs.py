@@ -4,11 +4,13 @@ import pytest
 
 from corrupted_runs import judged
 from corruptions import ALLOWED, KINDS
+from harness import quick_for
 
 
 @pytest.mark.parametrize(
     "count", [1, pytest.param(len(KINDS), marks=pytest.mark.slow)], ids=["one", "each kind"]
 )
+@quick_for("language")
 def test_corrupted_runs(trainer, count, server, whole, tmp_path):
     outcomes = []
     for corruption, outcome, said in judged(trainer, tmp_path, whole(trainer), server, count):

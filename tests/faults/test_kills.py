@@ -5,10 +5,11 @@ import random
 import pytest
 
 from attempts import run
-from harness import TRAINERS, assert_same_run
+from harness import TRAINERS, assert_same_run, quick_for
 from kills import kill_and_resume, main
 
 
+@quick_for("language", "segmentation")
 def test_kills(trainer, server, whole, tmp_path):
     """The undisturbed run was forked and the last attempt is not, so both ways are the same."""
     rng = random.Random(0)

@@ -100,16 +100,16 @@ STEPS = [
 @pytest.mark.parametrize(
     ("step", "solver"), [*[(step, broyden) for step in STEPS], (step_plain, anderson)]
 )
-def test_300_steps_leave_nothing(step, solver):
-    """A state has 98 kB here: one that stayed behind at every step would come to 24 MB."""
+def test_steps_leave_nothing(step, solver):
+    """A state has 98 kB here: one that stayed behind at every step would come to 9.8 MB."""
     layer = Layer(batch=12, size=2048)
     deq = DEQ(partial(solver, eps=0.0))
-    for number in range(300):
+    for number in range(130):
         step(deq, layer)
-        if number == 50:  # what is allocated once is there by now
+        if number == 30:  # what is allocated once is there by now
             tensors, memory = live_tensors(), resident_bytes()
-    assert live_tensors() == tensors
-    assert resident_bytes() - memory < 8e6
+    assert live_tensors() <= tensors  # what earlier tests left may go
+    assert resident_bytes() - memory < 6e6
 
 
 def test_forward_without_backward_frees_its_graph():

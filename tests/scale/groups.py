@@ -1,21 +1,24 @@
 """Groups of processes on this machine (gloo), each of which runs a script and leaves a result."""
 
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from attempts import Attempt, ForkServer
 from lib.distributed import Processes, end_at_once
 
 
 def run_group(
-    script: str | Path, world_size: int, folder: Path, *argv: str, timeout: float = 600
+    script: str | Path,
+    world_size: int,
+    folder: Path,
+    *argv: str,
+    server: ForkServer | None = None,
+    timeout: float = 600,
 ) -> list[Any]:
     """Run ``script`` in a group of processes, one thread each; what they found, by rank.
 
@@ -23,24 +26,24 @@ def run_group(
         script: calls ``work`` with its arguments.
         folder: for the results; created, and used for nothing else.
         argv: further arguments of the script.
+        server: fork from it instead of starting interpreters.
         timeout: seconds until the group is given up.
     """
     folder.mkdir(parents=True)
-    # Helper modules, which the tests' settings put on the path, are found by the processes too.
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(script)]
-    started = [
-        subprocess.Popen([*command, str(rank), str(world_size), str(folder), *argv], env=env)
-        for rank in range(world_size)
-    ]
-    try:
-        deadline = time.monotonic() + timeout
-        codes = [process.wait(deadline - time.monotonic()) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    assert codes == [0] * world_size, f"exit codes {codes}"
+    with ExitStack() as started:
+        processes = [
+            started.enter_context(
+                Attempt(
+                    [str(script), str(rank), str(world_size), str(folder), *argv],
+                    server=server,
+                    patience=timeout,
+                )
+            )
+            for rank in range(world_size)
+        ]
+        codes = [process.wait() for process in processes]
+        said = "".join(process.errors() for process in processes)
+    assert codes == [0] * world_size, f"exit codes {codes}: {said}"
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 

@@ -91,11 +91,12 @@ def child(processes: Processes, data: str, file: str) -> dict[Case, Found] | Non
     return found if processes.leads else None
 
 
-def in_processes(folder: Path, world_size: int, data: str, cases: list[Case]):
+def in_processes(folder: Path, world_size: int, data: str, cases: list[Case], server=None):
     """What ``world_size`` processes find."""
     file = folder / f"cases{world_size}.pt"
     torch.save(cases, file)
-    return run_group(__file__, world_size, folder / f"group{world_size}", data, str(file))[0]
+    place = folder / f"group{world_size}"
+    return run_group(__file__, world_size, place, data, str(file), server=server)[0]
 
 
 def main() -> int:

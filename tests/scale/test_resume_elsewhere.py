@@ -69,7 +69,7 @@ def whole(demo_folder):
 
 
 @pytest.fixture(scope="module")
-def part(demo_folder, tmp_path_factory):
+def part(demo_folder, tmp_path_factory, server):
     """Run a part in a number of processes: ``part(world_size, name, file, chunk, which)``."""
     folder = tmp_path_factory.mktemp("parts")
 
@@ -78,7 +78,7 @@ def part(demo_folder, tmp_path_factory):
         if world_size == 1:
             return found_by(Processes(), *argv)
         place = folder / f"{len(list(folder.iterdir()))}"
-        return run_group(__file__, world_size, place, *argv, timeout=200)[0]
+        return run_group(__file__, world_size, place, *argv, server=server, timeout=200)[0]
 
     return run
 

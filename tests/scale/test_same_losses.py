@@ -25,10 +25,10 @@ QUICK = [
 
 
 @pytest.fixture(scope="module")
-def both(demo_folder, tmp_path_factory):
+def both(demo_folder, tmp_path_factory, server):
     """What two processes found, and what one process with the same batches did."""
     folder = tmp_path_factory.mktemp("group")
-    two = in_processes(folder, 2, str(demo_folder), QUICK)
+    two = in_processes(folder, 2, str(demo_folder), QUICK, server)
     return two, run_cases(Processes(), str(demo_folder), [reference(case, 2) for case in QUICK])
 
 

@@ -23,11 +23,11 @@ SCRIPT = Path(__file__).with_name("sharded.py")
         pytest.param("broyden:stop=sample", "anderson", "ift", marks=pytest.mark.slow),
     ],
 )
-def test_processes_stay_in_step(tmp_path, f_solver, b_solver, grad):
+def test_processes_stay_in_step(tmp_path, server, f_solver, b_solver, grad):
     """In the middle of a solve, each would wait for ever for one that has stopped."""
     arguments = f"{f_solver}{',' if ':' in f_solver else ':'}eps=1e-9", f"{b_solver}:eps=1e-9", grad
     alone = sharded(Processes(), *arguments)
-    first, second = run_group(SCRIPT, 2, tmp_path / "two", *arguments, timeout=120)
+    first, second = run_group(SCRIPT, 2, tmp_path / "two", *arguments, server=server, timeout=120)
     assert first["forward"] > 2 * second["forward"]
     assert first["backward"] > second["backward"]
     assert first["calls"] == second["calls"]  # those in vain included

@@ -179,9 +179,9 @@ def evaluations(processes: Processes, data: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def found(demo_folder, tmp_path_factory):
+def found(demo_folder, tmp_path_factory, server):
     folder = tmp_path_factory.mktemp("group")
-    return run_group(__file__, N, folder / "found", str(demo_folder), timeout=240)
+    return run_group(__file__, N, folder / "found", str(demo_folder), server=server, timeout=240)
 
 
 def same(a, b) -> bool:

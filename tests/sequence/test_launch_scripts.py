@@ -141,7 +141,13 @@ def results(output, mark):
     return {line[1]: line[2:] for line in lines}
 
 
-@pytest.mark.parametrize("script", RUNS)
+@pytest.mark.parametrize(
+    "script",
+    [
+        script if "_deq_transformer_reg" in script else pytest.param(script, marks=pytest.mark.slow)
+        for script in RUNS
+    ],
+)
 def test_train_and_eval(script, corpus_folder, tmp_path):
     places = ["--data", corpus_folder, "--work_dir", tmp_path / "runs"]
     trained = launch(script, "train", *places, *SMALL.split(), cwd=tmp_path)

@@ -83,6 +83,7 @@ def killed_run(flags, run_folder, steps, border, kills, *more):
     assert_same_run(run_folder, run_folder.parent / "whole")
 
 
+@pytest.mark.slow  # faults/test_kills.py kills runs by default
 def test_killed_on_both_sides_of_the_border(flags, run_folder):
     rng = random.Random(0)
     kills = (rng.randrange(10, 70), rng.randrange(130, 170))

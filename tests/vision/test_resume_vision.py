@@ -255,6 +255,7 @@ def killed_run(settings, kills, *more):
 LONGER = "TRAIN.PRETRAIN_STEPS 15 PERCENT 0.042 TRAIN.END_EPOCH 2 SAVE_FREQ 4".split()
 
 
+@pytest.mark.slow  # faults/test_kills.py kills runs by default
 def test_killed(digits):
     killed_run(digits, (19,), *LONGER)
 

@@ -28,17 +28,25 @@ _LAZY = ("deq_sequence.command", "mdeq_vision.command", "sklearn.datasets", "tor
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
+def _environment() -> dict[str, str]:
+    """Helper modules, which the tests' settings put on the path, are found by the processes too."""
+    return os.environ | _ONE_THREAD | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
 class Attempt:
     """Start ``command`` (a script and its arguments); leaving the ``with`` block ends it.
 
     Args:
         command: the script and its arguments.
         server: fork from it instead of starting an interpreter.
+        folder: to run in; None for this process's own.
         max_file_size: bytes beyond which a write to a file fails, as on a full disk.
         patience: seconds without a line of output after which :meth:`wait` gives up.
     """
 
-    def __init__(self, command, *, server=None, max_file_size=None, patience=_PATIENCE):
+    def __init__(
+        self, command, *, server=None, folder=None, max_file_size=None, patience=_PATIENCE
+    ):
         self.patience = patience
         self.lines: list[str] = []  # of output, so far
         self.steps: dict[str, int] = {}  # the last one in them, of each kind
@@ -54,12 +62,14 @@ class Attempt:
                 stderr=self._errors,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env=os.environ | _ONE_THREAD,
+                cwd=folder,
+                env=_environment(),
                 preexec_fn=lambda: _prepare(max_file_size),
             )
             self.pid = self._process.pid
         else:
-            self.pid = server.start(command, max_file_size, out, self._errors.fileno())
+            folder = os.path.abspath(folder or os.curdir)
+            self.pid = server.start(command, folder, max_file_size, out, self._errors.fileno())
         os.close(out)
 
     def __enter__(self):
@@ -152,7 +162,7 @@ class ForkServer:
                 command,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
-                env=os.environ | _ONE_THREAD,
+                env=_environment(),
                 preexec_fn=_prepare,
             )
 
@@ -163,9 +173,10 @@ class ForkServer:
         self._socket.close()  # the server ends with it
         self._process.wait()
 
-    def start(self, command, max_file_size, out: int, err: int) -> int:
+    def start(self, command, folder: str, max_file_size, out: int, err: int) -> int:
         """Fork an attempt that writes to two file descriptors; its process id."""
-        request = json.dumps({"command": command, "max_file_size": max_file_size})
+        request = {"command": command, "folder": folder, "max_file_size": max_file_size}
+        request = json.dumps(request)
         socket.send_fds(self._socket, [request.encode()], [out, err])
         return int(self._socket.recv(100))
 
@@ -196,6 +207,7 @@ def _serve(connection: socket.socket) -> None:
                 os.dup2(file, number)
                 os.close(file)
             _limit_files(request["max_file_size"])
+            os.chdir(request["folder"])
             sys.argv = request["command"]
             runpy.run_path(sys.argv[0], run_name="__main__")
             return
