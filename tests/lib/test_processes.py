@@ -111,9 +111,9 @@ def draws(processes: Processes) -> dict:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(tmp_path_factory, server):
     folder = tmp_path_factory.mktemp("group")
-    return run_group(__file__, N, folder / "found", str(folder), timeout=120)
+    return run_group(__file__, N, folder / "found", str(folder), server=server, timeout=120)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])

@@ -4,17 +4,16 @@ The two processes run this file as a script; they go through all cases and leave
 """
 
 import copy
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from groups import run_group, work
+from lib.distributed import Processes
 from lib.errors import InputError
 from lib.sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm
 
@@ -95,11 +94,8 @@ def training_batch():
 # ---- what a process does ---------------------------------------------------------------------
 
 
-def work(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    found = {}
+def found_by(processes: Processes) -> dict:
+    found, rank = {}, processes.rank
     for name, (options, sizes, dtype) in CASES.items():
         inputs, grads = batches(sum(sizes), dtype)
         mine = slice(0, sizes[0]) if rank == 0 else slice(sizes[0], None)
@@ -118,22 +114,14 @@ def work(rank: int, folder: Path) -> None:
             SyncBatchNorm2d(CHANNELS)(torch.zeros(shape))
         except InputError as error:
             found["errors"].append(str(error))
-    torch.save(found, folder / str(rank))
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(tmp_path_factory, server):
     """What the two processes found."""
-    folder = tmp_path_factory.mktemp("processes")
-    command = [sys.executable, __file__, str(folder)]
-    processes = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
-    return [torch.load(folder / str(rank), weights_only=True) for rank in range(2)]
+    folder = tmp_path_factory.mktemp("processes") / "found"
+    return run_group(__file__, 2, folder, server=server, timeout=120)
 
 
 # ---- two processes ---------------------------------------------------------------------------
@@ -254,4 +242,4 @@ def test_conversion_on_a_gpu():
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[2]), Path(sys.argv[1]))
+    work(found_by, sys.argv[1:])

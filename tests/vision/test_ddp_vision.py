@@ -1,11 +1,10 @@
 """Segmentation in two processes on the CPU (gloo) against one process with the doubled batch.
 
 Two processes run this file as a script and go through all cases of a few steps.
-``python tests/vision/test_ddp_vision.py`` prints the largest differences.
+``PYTHONPATH=tests python tests/vision/test_ddp_vision.py`` prints the largest differences.
 """
 
 import contextlib
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -13,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import lib.deq
 import mdeq_vision.model
+from groups import run_group, work
 from lib.distributed import Processes
 from mdeq_vision.evaluation import evaluate_segmentation
 from mdeq_vision.tasks import SegmentationTrainer
@@ -173,39 +172,20 @@ def all_cases(processes, cases):
 # ---- what a process does ------------------------------------------------------------------------
 
 
-def work(rank: int, folder: Path, cases: list[str]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    processes = Processes(rank, 2, rank)
-    found = {"steps": all_cases(processes, cases), "evaluation": evaluation(processes)}
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def run_two(folder: Path, cases) -> list[dict]:
-    """What the two processes found."""
-    started = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(folder), *cases])
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=300) for process in started] == [0, 0]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+def found_by(processes: Processes, *cases: str) -> dict:
+    return {"steps": all_cases(processes, cases), "evaluation": evaluation(processes)}
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(tmp_path_factory, server):
     """What two processes found in a group of cases, and what one process found."""
     made = {}
 
     def get(cases):
         if cases not in made:
             folder = tmp_path_factory.mktemp("two")
-            made[cases] = run_two(folder, cases), all_cases(Processes(), cases)
+            two = run_group(__file__, 2, folder / "found", *cases, server=server, timeout=300)
+            made[cases] = two, all_cases(Processes(), cases)
         return made[cases]
 
     return get
@@ -277,7 +257,8 @@ def test_every_image_is_evaluated_once(measured):
 
 def print_differences():
     with tempfile.TemporaryDirectory() as folder:
-        two, one = run_two(Path(folder), CASES), all_cases(Processes(), CASES)
+        two = run_group(__file__, 2, Path(folder) / "found", *CASES)
+    one = all_cases(Processes(), CASES)
     print("case | phase | batch norm | loss | gradient | state")
     for key, expected in one.items():
         parts = [largest(found["steps"][key], expected) for found in two]
@@ -286,8 +267,7 @@ def print_differences():
 
 
 if __name__ == "__main__":
-    sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     if len(sys.argv) > 1:
-        work(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+        work(found_by, sys.argv[1:])
     else:
         print_differences()

@@ -1,6 +1,5 @@
 """Counts and what follows from them, against scikit-learn."""
 
-import subprocess
 import sys
 import warnings
 
@@ -15,6 +14,8 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
+from groups import run_group, work
+from lib.distributed import Processes
 from lib.errors import InputError
 from mdeq_vision.metrics import ConfusionMatrix, topk_correct
 
@@ -157,35 +158,20 @@ def test_reduce_in_one_process_changes_nothing():
     assert (found.matrix == before).all()
 
 
-_PROCESS = """
-import sys
-import torch
-import torch.distributed as dist
-from mdeq_vision.metrics import ConfusionMatrix
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-confusion = ConfusionMatrix(6)
-prediction, label = torch.load(f"{folder}/pixels")
-for i in range(rank, 4, 3):  # 0 and 3, 1
-    confusion.update(prediction[i], label[i])
-torch.save(confusion.reduce().matrix, f"{folder}/{rank}")
-dist.destroy_process_group()
-"""
-
-
-def test_reduce_over_two_processes(tmp_path):
+def found_by(processes: Processes) -> torch.Tensor:
+    confusion = ConfusionMatrix(6)
     prediction, label = pixels()
-    torch.save((prediction, label), tmp_path / "pixels")
-    processes = [
-        subprocess.Popen([sys.executable, "-c", _PROCESS, str(rank), str(tmp_path)])
-        for rank in range(2)
-    ]
-    try:
-        assert [process.wait(timeout=180) for process in processes] == [0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    for i in range(processes.rank, 4, 3):  # 0 and 3, 1
+        confusion.update(prediction[i], label[i])
+    return confusion.reduce().matrix
+
+
+def test_reduce_over_two_processes(server, tmp_path):
+    prediction, label = pixels()
     expected = counted(prediction[[0, 1, 3]], label[[0, 1, 3]]).matrix
-    for rank in range(2):
-        assert (torch.load(tmp_path / str(rank)) == expected).all()
+    for matrix in run_group(__file__, 2, tmp_path / "found", server=server, timeout=180):
+        assert (matrix == expected).all()
+
+
+if __name__ == "__main__":
+    work(found_by, sys.argv[1:])
