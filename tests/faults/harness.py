@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import torch
 
 from lib.checkpoint import load
@@ -103,12 +102,6 @@ TRAINERS = {
         Vision("segmentation", "seg_train.py", "digit_scenes/seg_mdeq_TINY", _SCENES),
     )
 }
-
-
-def quick_for(*names: str):
-    """Decorator of a test of the ``trainer``: with the others it is a slow one."""
-    params = [n if n in names else pytest.param(n, marks=pytest.mark.slow) for n in TRAINERS]
-    return pytest.mark.parametrize("trainer", params, indirect=True)
 
 
 def _write_text(folder: Path) -> None:

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+from itertools import product
 
 import pytest
 
@@ -101,8 +102,13 @@ def fits_not(folder, what):
 
 # Whatever cannot be written, the line names it, and what the run goes on from: so Run has to name
 # the settings, the records, the log and the events as the trainer does weights and checkpoints.
-@pytest.mark.parametrize("what", [CHECKPOINT, WEIGHTS, "records", "nothing"])
-@pytest.mark.parametrize("name", slow_but(["language"], TRAINERS))
+@pytest.mark.parametrize(
+    ("name", "what"),
+    slow_but(
+        [("language", CHECKPOINT), ("language", "nothing")],
+        product(TRAINERS, [CHECKPOINT, WEIGHTS, "records", "nothing"]),
+    ),
+)
 def test_a_file_that_does_not_fit(name, what, server, begun, whole, tmp_path):
     trainer = TRAINERS[name]
     parent = shutil.copytree(begun(trainer), tmp_path / "parent")
@@ -175,8 +181,10 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-@pytest.mark.parametrize("left", [60 * KIB, 4 * KIB, 0])
-@pytest.mark.parametrize("name", slow_but(["language"], TRAINERS))
+@pytest.mark.parametrize(
+    ("name", "left"),
+    slow_but([("language", 60 * KIB)], product(TRAINERS, [60 * KIB, 4 * KIB, 0])),
+)
 def test_full_disk(name, left, server, begun, whole, small_disk):
     trainer = TRAINERS[name]
     place, fill = small_disk

@@ -5,11 +5,14 @@ import random
 import pytest
 
 from attempts import run
-from harness import TRAINERS, assert_same_run, quick_for
+from harness import TRAINERS, assert_same_run
 from kills import kill_and_resume, main
+from parameters import slow_but
 
 
-@quick_for("language", "segmentation")
+@pytest.mark.parametrize(
+    "trainer", slow_but(["language", "classification"], TRAINERS), indirect=True
+)
 def test_kills(trainer, server, whole, tmp_path):
     """The undisturbed run was forked and the last attempt is not, so both ways are the same."""
     rng = random.Random(0)

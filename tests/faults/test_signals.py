@@ -9,6 +9,7 @@ import pytest
 
 from attempts import Attempt, run
 from harness import BORDER, STEPS, TRAINERS, assert_same_run, records, saved_step, temporary_files
+from parameters import slow_but
 
 TO = "run"
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
@@ -42,6 +43,9 @@ def stop_and_resume(trainer, number, at, delay, parent, whole, server=None):
 
 
 # The classifier loads in a process of its own, which gets the signal too, and has to outlive it.
+@pytest.mark.parametrize(
+    "trainer", slow_but(["language", "classification"], TRAINERS), indirect=True
+)
 def test_stopped_by_a_signal(trainer, server, whole, tmp_path):
     """One of the four combinations; the others are slow."""
     i = list(TRAINERS).index(trainer.name)

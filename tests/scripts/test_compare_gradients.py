@@ -8,6 +8,7 @@ import torch
 import compare_gradients
 from benchmarks import comparison
 from benchmarks.comparison import Plan, Variant, make_start, run_variant
+from parameters import slow_but
 
 
 @pytest.fixture(autouse=True)
@@ -47,28 +48,39 @@ def one_process(monkeypatch):
     monkeypatch.setattr(comparison.torch, "set_num_threads", lambda _: None)
 
 
-def test_the_command(tmp_path, capsys):
-    argv = ["--tiny", "--steps", "4", "--stacked", "2", "--seconds", "0.01", "--out", str(tmp_path)]
+@pytest.mark.parametrize("task", slow_but(["words"], ["words", "digits"]))
+def test_the_command(tmp_path, capsys, task):
+    argv = ["--tasks", task]
+    argv += [
+        "--tiny",
+        "--steps",
+        "4",
+        "--stacked",
+        "2",
+        "--seconds",
+        "0.01",
+        "--out",
+        str(tmp_path),
+    ]
     only = ["--only", "ift, anderson 6 / broyden", "phantom:steps=3,damping=0.8, "]
     assert compare_gradients.main([*argv, *only]) == 0
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "gradients.json").read_text())
-    for task in ("words", "digits"):
-        outcomes = found[task]["outcomes"]
-        assert [o["name"][:4] for o in outcomes] == ["ift,", "phan"] * 2
-        assert [o["regularised"] for o in outcomes] == [False, False, True, True]
-        for outcome in outcomes:
-            assert outcome["name"] in printed
-            assert outcome["skipped"] == 0
-            assert outcome["at_steps"]["loss"] > 0
-            assert outcome["at_seconds"]["steps"] >= 1
-            assert outcome["forward_nfe"] > 0
-            assert (outcome["backward_nfe"] > 0) == outcome["name"].startswith("ift")
-            assert all(-1.01 <= p["cosine"] <= 1.01 for p in outcome["probes"])
-            assert all(p["exact_backward_residual"] < 1e-4 for p in outcome["probes"])
-        # All begin at the same point.
-        firsts = [o["probes"][0] for o in outcomes]
-        assert len({round(p["spectral_radius"], 4) for p in firsts}) == 1
+    outcomes = found[task]["outcomes"]
+    assert [o["name"][:4] for o in outcomes] == ["ift,", "phan"] * 2
+    assert [o["regularised"] for o in outcomes] == [False, False, True, True]
+    for outcome in outcomes:
+        assert outcome["name"] in printed
+        assert outcome["skipped"] == 0
+        assert outcome["at_steps"]["loss"] > 0
+        assert outcome["at_seconds"]["steps"] >= 1
+        assert outcome["forward_nfe"] > 0
+        assert (outcome["backward_nfe"] > 0) == outcome["name"].startswith("ift")
+        assert all(-1.01 <= p["cosine"] <= 1.01 for p in outcome["probes"])
+        assert all(p["exact_backward_residual"] < 1e-4 for p in outcome["probes"])
+    # All begin at the same point.
+    firsts = [o["probes"][0] for o in outcomes]
+    assert len({round(p["spectral_radius"], 4) for p in firsts}) == 1
     assert (tmp_path / "gradients.png").stat().st_size > 10_000
     assert (tmp_path / "gradients.md").read_text().strip() in printed
 

@@ -16,6 +16,7 @@ import torch
 from deq_sequence.command import main
 from lib.checkpoint import load
 from lib.experiment import CHECKPOINT, LOG, METRICS, SETTINGS, WEIGHTS, read_metrics
+from parameters import slow_but
 
 TRAIN = Path(__file__).parents[2] / "DEQ-Sequence" / "train_transformer.py"
 
@@ -113,12 +114,12 @@ OTHERS = [
 ]
 
 
+AROUND = [("", stop) for stop in (8, 10, 11, 12, 15)]  # the border is 10; 7 and 14 are saved
+
+
 @pytest.mark.parametrize(
     ("more", "stop"),
-    [
-        *(("", stop) for stop in (8, 10, 11, 12, 15)),  # the border is 10; 7 and 14 are saved
-        *product(OTHERS, (9, 17)),
-    ],
+    slow_but([*AROUND, *((other, 17) for other in OTHERS)], [*AROUND, *product(OTHERS, (9, 17))]),
 )
 def test_stopped_and_restarted(flags, run_folder, stop_at, more, stop):
     flags = [*flags, *STATEFUL, "--max_step", "18", "--pretrain_steps", "10", *more.split()]
