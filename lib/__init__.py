@@ -1,4 +1,53 @@
-"""What every equilibrium model shares: solvers, implicit gradients, regularisation, run keeping.
+"""Deep equilibrium models: the DEQ layer, its solvers and gradients, and Jacobian tools.
 
-Knows nothing of words or images.
+Most programs need only the names below. The modules have more (:mod:`lib.solvers`,
+:mod:`lib.gradients`, :mod:`lib.jacobian`, :mod:`lib.optimization`). :mod:`lib.runs` is about
+training runs: records, checkpoints, processes. Nothing in this package depends on text or images.
 """
+
+from lib.deq import DEQ, Equilibrium
+from lib.errors import DEQWarning, InputError
+from lib.gradients import get_gradient
+from lib.jacobian import jac_loss_estimate, leading_eigenvalues, power_method
+from lib.layer_utils import list2vec, vec2list
+from lib.optimization import (
+    VariationalAttnDropout,
+    VariationalDropout,
+    VariationalHidDropout,
+    VariationalHidDropout2d,
+    weight_norm,
+)
+from lib.solvers import (
+    anderson,
+    bicgstab,
+    broyden,
+    fixed_point_iteration,
+    get_solver,
+    gmres,
+    newton_krylov,
+)
+
+__all__ = [
+    "DEQ",
+    "DEQWarning",
+    "Equilibrium",
+    "InputError",
+    "VariationalAttnDropout",
+    "VariationalDropout",
+    "VariationalHidDropout",
+    "VariationalHidDropout2d",
+    "anderson",
+    "bicgstab",
+    "broyden",
+    "fixed_point_iteration",
+    "get_gradient",
+    "get_solver",
+    "gmres",
+    "jac_loss_estimate",
+    "leading_eigenvalues",
+    "list2vec",
+    "newton_krylov",
+    "power_method",
+    "vec2list",
+    "weight_norm",
+]

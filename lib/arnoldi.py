@@ -1,9 +1,9 @@
-"""Arnoldi's process on a batch of matrices that are known by their products with vectors.
+"""Arnoldi's process on a batch of matrices given by their products with vectors.
 
-A V = V H + h w e_m' after m steps, with orthonormal columns in (V, w) that span the Krylov space of
-the first, and H (m, m) of Hessenberg form. Eigenvalues t of H, the Ritz values, approach those of
-A, the outermost first: for H y = t y and ||y|| = 1, the residual ||A x - t x|| of x = V y is
-|h| |y_m| (Saad, Numerical Methods for Large Eigenvalue Problems, chapter 6).
+After m steps, A V = V H + h w e_m'. The columns of (V, w) are orthonormal and span the Krylov space
+of the first column. H (m, m) has Hessenberg form. The eigenvalues t of H, the Ritz values, approach
+those of A, the outermost first. For H y = t y with ||y|| = 1, the vector x = V y has the residual
+||A x - t x|| = |h| |y_m| (Saad, Numerical Methods for Large Eigenvalue Problems, chapter 6).
 """
 
 from collections.abc import Callable, Iterator
@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_CHECK_EVERY = 10  # steps: solving the small eigenvalue problem at each would be slow
+_CHECK_EVERY = 10  # steps: solving the small eigenvalue problem at every step would be slow
 
 
 class Eigenvalues(NamedTuple):
-    """Eigenvalues by falling modulus, (B, k) complex, and their residuals, (B, k) real."""
+    """Eigenvalues in order of decreasing modulus, (B, k) complex; residuals, (B, k) real."""
 
     values: Tensor
     residuals: Tensor
@@ -27,10 +27,11 @@ def arnoldi(
 ) -> Iterator[Tensor]:
     """Hessenberg matrices (B, m + 1, m) of ``product`` in the Krylov space of v (B, D).
 
-    One for every m from 1 to ``steps``; its last row holds only h, which leads out of the space.
-    A sample whose space is exhausted (the residual is rounding alone) has h = 0 and keeps zero
-    columns: a further direction would be noise, and its Ritz values could exceed the spectral
-    radius. With ``renew`` the sample goes on from a random direction across the space instead.
+    Yields one matrix for every m from 1 to ``steps``. Its last row holds only h, the component out
+    of the space. If the space of a sample is exhausted (the rest is rounding alone), h is 0 and the
+    further columns of the sample are zero: a further direction would be noise, with Ritz values
+    that may exceed the spectral radius. With ``renew`` the sample instead continues from a random
+    direction orthogonal to the space.
     """
     batch, size = v.shape
     basis = v.new_zeros(batch, steps + 1, size)
@@ -46,7 +47,7 @@ def arnoldi(
         yield hessenberg[:, : j + 2, : j + 1]
         basis[:, j + 1] = torch.where(alive, w, 0.0)
         if renew:
-            # Drawn at every step, so that a sample's random numbers do not depend on the others.
+            # Draw at every step: the random numbers of a sample must not depend on the others.
             fresh = torch.randn_like(v)
             if not alive.all():
                 fresh = normalise(_orthogonalise(fresh, basis[:, : j + 1])[0])[0]
@@ -54,9 +55,9 @@ def arnoldi(
 
 
 def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """w (B, D) less its part in the rows of basis (B, m, D), and that part's overlaps (B, m)."""
+    """w (B, D) minus its projection on the rows of basis (B, m, D); its coefficients (B, m)."""
     overlaps = 0.0
-    for _ in range(2):  # twice is enough (Giraud et al. 2005)
+    for _ in range(2):  # two passes are enough (Giraud et al. 2005)
         overlap = torch.bmm(basis, w[:, :, None])  # (B, m, 1)
         w = w - torch.bmm(overlap.transpose(1, 2), basis).squeeze(1)
         overlaps = overlaps + overlap.squeeze(2).double()
@@ -66,10 +67,10 @@ def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 def leading_ritz_values(
     product: Callable[[Tensor], Tensor], v: Tensor, k: int, steps: int, tol: float
 ) -> Eigenvalues:
-    """The k Ritz values of largest modulus from v (B, D), and their residuals.
+    """The k Ritz values of largest modulus, started from v (B, D), and their residuals.
 
-    A sample is done once its k residuals are at most ``tol`` times its largest modulus, and keeps
-    the values of then, so that they do not depend on the others. A sample whose products are not
+    A sample is done once its k residuals are at most ``tol`` times its largest modulus. Its values
+    are then fixed, so they do not depend on the other samples. A sample whose products are not
     finite has NaN. At most ``steps`` products are made, and at most D.
     """
     steps = min(steps, v.shape[1])
@@ -89,24 +90,28 @@ def leading_ritz_values(
 
 
 def ritz_values(hessenberg: Tensor, k: int) -> Eigenvalues:
-    """The k eigenvalues of largest modulus of (B, m + 1, m) without its last row, and residuals."""
+    """The k Ritz values of largest modulus, and their residuals, from (B, m + 1, m) matrices."""
     square, finite = only_finite(hessenberg[:, :-1])
     values, vectors = torch.linalg.eig(square)
     values = values.where(finite[:, None], torch.nan)
     residuals = hessenberg[:, -1, -1:] * vectors[:, -1].abs()
     residuals = residuals.where(finite[:, None], torch.nan)
-    # Stable: LAPACK puts the two of a pair side by side, that above the real axis first.
+    # A stable sort keeps the order of LAPACK in a pair: the value above the real axis first.
     order = values.abs().argsort(dim=1, descending=True, stable=True)[:, :k]
     return Eigenvalues(values.gather(1, order), residuals.gather(1, order))
 
 
 def only_finite(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, m, m) with zeros for matrices that are not finite, which LAPACK refuses; which are."""
+    """Replace matrices that are not finite by zeros, because LAPACK refuses them.
+
+    Returns:
+        The matrices (B, m, m), and which of them are finite, (B,) bool.
+    """
     finite = matrices.isfinite().all(dim=2).all(dim=1)
     return matrices.where(finite[:, None, None], 0.0), finite
 
 
 def normalise(v: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit vectors and norms per row; a zero row stays zero."""
+    """Unit vectors, and norms, of the rows; a zero row stays zero."""
     norm = torch.linalg.vector_norm(v, dim=1, keepdim=True)
     return v / torch.where(norm > 0, norm, 1.0), norm

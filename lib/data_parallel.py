@@ -1,4 +1,4 @@
-"""Several GPUs in one process."""
+"""Data parallelism over several GPUs in one process."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,11 +8,11 @@ from torch.nn.parallel import DataParallel, parallel_apply, replicate
 from torch.nn.parallel.scatter_gather import gather
 
 from lib.errors import InputError
-from lib.precision import same_autocast
+from lib.solvers.precision import same_autocast
 
 
 def shares(batch: int, n_devices: int, first: int = -1) -> list[int]:
-    """Sizes of each device's part of a batch: ``first`` on device 0 (-1: even), the rest even.
+    """Number of samples per device: ``first`` on device 0 (-1: even), the rest divided evenly.
 
     >>> shares(56, 4, 14), shares(10, 4, 1), shares(10, 3)
     ([14, 14, 14, 14], [1, 3, 3, 3], [4, 3, 3])
@@ -33,12 +33,13 @@ class BalancedDataParallel(DataParallel):
 
     Args:
         module: the model; its tensor arguments are split along ``dim``.
-        first: samples on device 0; -1 shares evenly, 0 leaves it to the outputs alone.
+        first: number of samples on device 0. -1 splits the batch evenly; with 0, device 0 only
+            holds the outputs.
         dim: batch dimension of all inputs.
-        output_dims: batch dimension of each output of the model's list; None for an output that
-            is a mean over samples, which is averaged with the shares as weights, so that it is
-            the mean over the whole batch.
-        device_ids: numbers of the GPUs; all if None.
+        output_dims: batch dimension of each output in the model's list. None is for an output that
+            is a mean over samples: its parts are averaged with the numbers of samples as weights,
+            which gives the mean over the whole batch.
+        device_ids: numbers of the GPUs; None means all.
     """
 
     def __init__(
@@ -68,16 +69,16 @@ class BalancedDataParallel(DataParallel):
         ]
 
     def _replicas(self, devices: list[int]) -> list[Callable]:
-        """The module on each of the devices, under autocast as it is now."""
-        # They are copied from the first device, whether or not it has samples; its gradient is
-        # then zero.
+        """Copies of the module on ``devices``, each with the caller's autocast setting."""
+        # replicate copies from the first device, so include it even if it has no samples. Its
+        # replica then contributes a zero gradient.
         first, *others = self.device_ids
         wanted = [first, *(d for d in devices if d in others)]
         replicas = replicate(self.module, wanted, detach=not torch.is_grad_enabled())
         autocast = same_autocast(self.src_device_obj)
 
-        # parallel_apply runs each one in a thread, and switches autocast on there without its
-        # dtype: float16 on a GPU, whatever was asked for.
+        # parallel_apply runs each replica in a thread, and enables autocast there without the
+        # caller's dtype. The dtype would be float16 on a GPU, even if the caller chose another one.
         def under_autocast(replica: nn.Module) -> Callable:
             def forward(*inputs, **kwargs):
                 with autocast():

@@ -1,15 +1,16 @@
 r"""The DEQ wrapper: find z* = f(z*), re-attach it to autograd, report what the solvers did.
 
-Forward, a solver runs without autograd and f is applied once more at its result, so that one
-evaluation of f is all that backward keeps, however many iterations the solver ran. Backward, by
-the implicit function theorem,
+Forward: a solver runs without autograd. Then f is applied once more, with autograd, at the solver's
+result. So backward keeps one evaluation of f, however many iterations the solver ran.
+
+Backward: by the implicit function theorem,
 
     dL/dtheta = y' df/dtheta,      y' = dL/dz' (I - J)^-1,    J = df/dz at z*
 
-where y is the fixed point of y -> J'y + dL/dz and is found by a solver too (Bai, Kolter and
-Koltun 2019, arXiv 1909.01377). That is ``grad="ift"``; others are in :mod:`lib.gradients`.
+Here y is the fixed point of y -> J'y + dL/dz, and the backward solver finds y (Bai, Kolter and
+Koltun 2019, arXiv 1909.01377). This is ``grad="ift"``; :mod:`lib.gradients` has the others.
 
-Example (a layer of a notebook's own)::
+Example (a layer defined in a notebook)::
 
     >>> import torch
     >>> from lib.deq import DEQ
@@ -21,13 +22,14 @@ Example (a layer of a notebook's own)::
     >>> deq.stats.backward.last["rel_residual"] < 1e-3
     True
 
-Under autocast f runs in bfloat16 (or half) precision, whose rounding is a floor for the residual:
-a solve that asks for less goes there first and finishes with f in float32 (see
-:func:`~lib.precision.solve_in_stages`). States and residuals are float32 throughout.
+Under autocast f runs in bfloat16 (or half) precision, and the rounding of f is a floor for the
+residual. A solve with a smaller tolerance first descends to that floor, then finishes with f in
+float32 (see :func:`~lib.solvers.precision.solve_in_stages`). States and residuals are always
+float32.
 
-A list of tensors is one state: pass ``deq(f, list2vec(z0_list))`` and let f begin with
-``vec2list`` and end with ``list2vec``, or hand the list over as it is: then f maps a list to a
-list and the result is a list.
+A state may consist of several tensors. Either pass ``deq(f, list2vec(z0_list))``, with an f that
+begins with ``vec2list`` and ends with ``list2vec``. Or pass the list itself: then f maps a list to
+a list, and the result is a list.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,45 +40,47 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lib.adjoint import Adjoint, LinearSolve, Tangents, warn
-from lib.attachment import (
-    differentiating_forward,
-    outside_of_compiler,
-    own_saved_tensors,
-    recording_for,
-    refuse_transforms,
-    tangent_of,
-    with_tangent,
-)
 from lib.errors import DEQWarning, InputError
 from lib.gradients import Gradient, Solved, get_gradient
-from lib.iterations import Iteration
+from lib.gradients.adjoint import Adjoint, LinearSolve, Tangents, warn
+from lib.gradients.attachment import own_saved_tensors, recording_for, with_tangent
+from lib.gradients.iterations import Iteration
 from lib.jacobian import jac_loss_estimate, power_method
-from lib.krylov import gmres
 from lib.layer_utils import list2vec, vec2list
-from lib.lockstep import lockstep
-from lib.maps import Map, plain, transformed
-from lib.newton_krylov import newton_krylov
-from lib.precision import half_precision, in_float32, solve_in_stages
-from lib.solver_run import Control, check, check_count
-from lib.solver_stats import SolverStats, all_finite, solve_figures
 from lib.solvers import SOLVERS, get_solver
+from lib.solvers.krylov import gmres
+from lib.solvers.lockstep import lockstep
+from lib.solvers.maps import Map, plain, transformed
+from lib.solvers.newton_krylov import newton_krylov
+from lib.solvers.precision import half_precision, in_float32, solve_in_stages
+from lib.solvers.solve import Control, check, check_count
+from lib.solvers.stats import SolverStats, all_finite, solve_figures
+from lib.solvers.transforms import (
+    differentiating_forward,
+    outside_of_compiler,
+    refuse_transforms,
+    tangent_of,
+)
 
 __all__ = ["DEQ", "DEQWarning", "Equilibrium", "SolverAttributes", "stacked"]
 
-SAME = "same"  # as b_solver: the forward solver
-UNSOLVED = 0.1  # a relative residual that no forward solve should end at, whatever its tolerance
+SAME = "same"  # b_solver="same": use the forward solver
+UNSOLVED = 0.1  # relative residual above which a forward solve without a tolerance is unsolved
 SRADIUS_ITERS = 150  # products with the Jacobian that models spend on one spectral radius
 
 
 @dataclass
 class Equilibrium:
-    """What one forward solve gives.
+    """The result of one forward solve.
 
-    z is the state to go on with (with the gradient of choice: f(z*), or what a gradient that
-    takes steps arrives at; in evaluation the value of z*); z_star the solver's result, detached;
-    solution the solver's dict (None for a stacked network); jac_loss a scalar; sradius (B, 1);
-    where they were not asked for, the last two are zeros. states are those of ``indexing``, and z.
+    Attributes:
+        z: the output state, with the chosen gradient attached. With ``training`` its value is
+            f(z*), or the last step of a gradient that takes steps; otherwise its value is z*.
+        z_star: the solver's result, detached.
+        jac_loss: the Jacobian loss, a scalar; zero if not requested.
+        sradius: the spectral radius, (B, 1); zeros if not requested.
+        solution: the solver's dict; None for a stacked network.
+        states: the states that ``indexing`` requests, then z; empty without ``indexing``.
     """
 
     z: Tensor | list[Tensor]
@@ -91,24 +95,27 @@ class DEQ:
     """Solve for the equilibrium of a layer and differentiate it.
 
     Args:
-        f_solver: forward solver: a name in :data:`lib.solvers.SOLVERS`, with options
-            ("anderson:m=4"), or any callable with their signature, such as
+        f_solver: the forward solver. Either a name in :data:`lib.solvers.SOLVERS`, optionally with
+            options ("anderson:m=4"), or any callable with the signature of these solvers, such as
             ``functools.partial(broyden, eps=1e-9)``.
-        b_solver: the same for the adjoint, where gmres and bicgstab are accepted too. None is
-            gmres, to the tolerance of the forward solver (which is taken itself if it is none of
-            :data:`lib.solvers.SOLVERS`); "same" is the forward solver (gmres after newton_krylov).
-        stop_mode: 'rel' or 'abs', for the forward solve.
-        b_stop_mode: for the adjoint; None takes ``stop_mode``.
-        grad: how to differentiate: a name in :data:`lib.gradients.GRADIENTS`, with options
-            ("phantom:steps=3,damping=0.8"), or an instance of one of them.
-        group: processes among which f communicates, as under ``fully_shard`` (FSDP2), such as
-            ``torch.distributed.group.WORLD``. Solvers stop by a process's own samples; all then
-            evaluate f as often as the one that needs most (:mod:`lib.lockstep`).
+        b_solver: the backward solver, which solves for the adjoint; given like ``f_solver``. A name
+            is one of :data:`lib.solvers.ADJOINT_SOLVERS`, which include gmres and bicgstab.
+            None means gmres with the tolerance of the forward solver, if the forward solver is
+            one of :data:`lib.solvers.SOLVERS`; otherwise None means the forward solver itself.
+            "same" means the forward solver; if that is newton_krylov, gmres.
+        stop_mode: 'rel' or 'abs': the residual by which the forward solve stops.
+        b_stop_mode: the same for the backward solve; None takes ``stop_mode``.
+        grad: how to differentiate. Either a name in :data:`lib.gradients.GRADIENTS`, optionally
+            with options ("phantom:steps=3,damping=0.8"), or an instance of one of these classes.
+        group: the processes among which f communicates (as under ``fully_shard``, FSDP2), such as
+            ``torch.distributed.group.WORLD``. Each process stops its solver by its own samples.
+            All processes then evaluate f as often as the process that needs the most evaluations
+            (:mod:`lib.solvers.lockstep`).
 
-    ``stats`` accumulates what the solvers did; ``stats.reset()`` starts anew.
+    ``stats`` accumulates what the solvers did; ``stats.reset()`` clears it.
 
     Raises:
-        InputError: a solver or a gradient that does not exist, or two that do not fit together.
+        InputError: the solver or the gradient does not exist, or they do not fit together.
     """
 
     def __init__(
@@ -127,7 +134,7 @@ class DEQ:
         self.stop_mode = stop_mode
         self.b_stop_mode = b_stop_mode or stop_mode
         self.stats = SolverStats()
-        self._said: set[str] = set()  # kinds of warnings that are given once
+        self._said: set[str] = set()  # kinds of warnings already given: each is given once
 
     @property
     def f_solver(self) -> Callable:
@@ -181,26 +188,27 @@ class DEQ:
         """Find z* = f(z*) from z0 and attach the gradient.
 
         Args:
-            f: the layer, a function of the state alone: what does not depend on z (weights,
-                masks, injections) belongs into its closure, computed once. What it may offer
-                beside f(z) is in :mod:`lib.maps`; its ``plain`` form is used where the Jacobian
-                loss is taken.
-            z0: start, (B, ...) of any rank, or a list of (B, ...) tensors. A good initial guess
+            f: the layer, a function of the state alone. Compute what does not depend on z
+                (weights, masks, injections) once, and let f hold it in its closure. f may offer
+                more than f(z): see :mod:`lib.solvers.maps`. The Jacobian loss uses ``f.plain``.
+            z0: the initial guess, (B, ...) of any rank, or a list of (B, ...) tensors. A good guess
                 saves evaluations.
-            f_thres, b_thres: thresholds of the two solvers.
-            training: return f(z*) (True) or the value of z* (False). Gradients are attached
-                either way whenever autograd is recording.
-            jac_vecs: vectors of the Jacobian loss; 0 does not compute it.
-            sradius_iters: products for the spectral radius at z*; 0 does not compute it.
-            indexing: numbers of evaluations of f after which the state is wanted as well, for
-                losses that correct the path to the fixed point (Bai et al. 2022, arXiv
-                2204.08442). ``states`` of the result holds them in this order, each followed by f
-                once (or as many steps as ``phantom`` takes) with the gradient of that alone, and z
-                last. A solve that ends before gives z in their place.
+            f_thres, b_thres: thresholds of the forward and the backward solver.
+            training: return f(z*) (True) or the value of z* (False). Both carry the gradient
+                whenever autograd is recording.
+            jac_vecs: number of random vectors for the Jacobian loss; 0 skips this loss.
+            sradius_iters: number of products for the spectral radius at z*; 0 skips it.
+            indexing: also return the states after these numbers of evaluations of f, for losses
+                that correct the path to the fixed point (Bai et al. 2022, arXiv 2204.08442).
+                ``states`` of the result holds these states in the order of ``indexing``, then z.
+                To each of them f is applied once (with ``phantom``: its steps), and the gradient is
+                that of this application alone. If the solve ends before a number, z takes the
+                place of its state.
             on_solve: called with ('forward' or 'backward', solver dict) after each solve.
 
         Raises:
-            InputError: an argument out of range; a transform of torch.func or an export around it.
+            InputError: an argument is out of range, or the call is inside a transform of torch.func
+                or an export.
         """
         refuse_transforms()
         if not isinstance(z0, Tensor):
@@ -246,17 +254,17 @@ class DEQ:
             z, jac_loss = self._attach(f, solution, jac_vecs, b_thres, on_solve, half_precision(z0))
             values = {0: z_star} | states
             states = {i: self._grad.attach_state(f, state) for i, state in states.items()}
-            if not training:  # the values of the solver, the gradients of the choice
+            if not training:  # the values from the solver, with the chosen gradient
                 z, *ends = (values[i] + (t - t.detach()) for i, t in ({0: z} | states).items())
                 states = dict(zip(states, ends, strict=True))
         else:
-            z = z_star.clone()  # the user's own, like any other state
-        # Each of them a tensor of its own.
+            z = z_star.clone()  # the user may change z in place; z_star must not change with it
+        # Clone: a number may occur twice, or stand for z, and the user may change one in place.
         ends = [*(states.get(number, z).clone() for number in indexing), z] if indexing else []
         return Equilibrium(z, z_star, jac_loss, sradius, solution, ends)
 
     def _refuse_with_group(self, half: bool, indexing: bool, jac_vecs: int) -> None:
-        """Refuse what makes processes differ in more than evaluations, or shards cannot do."""
+        """Refuse what lockstep cannot keep equal in all processes, and what shards forbid."""
         if half:
             raise InputError(
                 "group: under autocast, processes would change to float32 at different times; let "
@@ -268,12 +276,12 @@ class DEQ:
                 "it out, or take grad='unroll'"
             )
         forward = getattr(self._f_solver, "func", self._f_solver)
-        twice = {
+        double_backward = {
             "f_solver newton_krylov": forward is newton_krylov,
             "the Jacobian loss": jac_vecs > 0 and torch.is_grad_enabled(),
             "a gradient of order 2": getattr(self._grad, "order", 1) > 1,
         }
-        for what in (name for name, wanted in twice.items() if wanted):
+        for what in (name for name, wanted in double_backward.items() if wanted):
             raise InputError(
                 f"group: {what} differentiates the backward of f, which shards do not allow: "
                 "leave it out"
@@ -282,7 +290,7 @@ class DEQ:
     def _solve(
         self, f: Map, z0: Tensor, f_thres: int, indexing: Sequence[int]
     ) -> tuple[dict, dict[int, Tensor]]:
-        """The forward solver's dict, and the points it visited after ``indexing`` evaluations."""
+        """The forward solver's dict, and its iterates after ``indexing`` evaluations of f."""
         options = {"threshold": f_thres, "stop_mode": self.stop_mode}
         if self._grad.keeps_inverse and torch.is_grad_enabled():
             options["keep_inverse"] = True
@@ -297,9 +305,10 @@ class DEQ:
     def _attach(
         self, f: Map, solution: dict, jac_vecs: int, b_thres: int, on_solve, half: bool
     ) -> tuple[Tensor, Tensor]:
-        """The state with its gradient, and the Jacobian loss."""
+        """The output state with its gradient, and the Jacobian loss."""
         of_state = torch.is_grad_enabled() and (jac_vecs > 0 or self._grad.of_state)
-        point = _point(solution["result"].clone(), of_state)  # z_star is the user's
+        # Clone: the user may change z_star, which shares memory with the result, in place.
+        point = _point(solution["result"].clone(), of_state)
         with own_saved_tensors():
             form = plain(f) if jac_vecs or self._grad.order > 1 else f
             fz = form(point)
@@ -330,17 +339,17 @@ class DEQ:
             on_solve(which, solution)
 
     def _warn_once(self, solution: dict) -> None:
-        """Say, once for each kind, that training goes on from what is no equilibrium."""
+        """Warn, once per kind of failure, that training goes on from an unsolved forward pass."""
         found = solve_figures(solution)
         tolerance = solution.get("eps", 0.0)
         what = "diverged" if solution.get("prot_break") else "stopped early"
         solved = solution.get("reason") in ("eps", "floor")
-        if not tolerance:  # none was asked for, or a user's own solver does not say
+        if not tolerance:  # eps is 0, or a user-defined solver does not report eps
             solved |= not found["rel_residual"] > UNSOLVED
         if (solved and what != "diverged") or what in self._said:
             return
         self._said.add(what)
-        mode = solution.get("stop_mode", self.stop_mode)  # solvers of a user's may not say
+        mode = solution.get("stop_mode", self.stop_mode)  # user-defined solvers may omit it
         asked = f" (eps {tolerance:.1g}, {mode})" if tolerance else ""
         warn(
             f"a forward solve {what}: its relative residual is {found['rel_residual']:.2g}{asked} "
@@ -375,21 +384,22 @@ class DEQ:
 
 
 def _gmres_like(f_solver: Callable) -> Callable:
-    """gmres that stops as the forward solver does."""
+    """gmres with the tolerance and the stopping options of the forward solver."""
     common = {"eps", *(field.name for field in fields(Control))}
     options = getattr(f_solver, "keywords", {})
     return partial(gmres, **{name: options[name] for name in options if name in common})
 
 
 def _parts(z: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
-    """The tensors of a state, each of them its own: one may be changed in place."""
+    """The tensors of a stacked state, as copies: the user may change one in place."""
     return [part.clone() for part in vec2list(z, shapes)]
 
 
 def _watched(f: Map, indexing: Sequence[int]) -> tuple[Map, dict[int, Tensor]]:
-    """f, and a dict that gets the points of its evaluations number ``indexing`` (0 is the first).
+    """f with a recorder, and the dict that the recorder fills: evaluation number -> point.
 
-    It does not offer ``select``, with which it would be given a part of the batch.
+    Evaluations count from 0; only the numbers in ``indexing`` are recorded. The returned f does not
+    offer ``select``: a selection would evaluate, and so record, only a part of the batch.
     """
     visited: dict[int, Tensor] = {}
     count = 0
@@ -412,17 +422,18 @@ def _watched(f: Map, indexing: Sequence[int]) -> tuple[Map, dict[int, Tensor]]:
 
 def _point(state: Tensor, requires_grad: bool) -> Tensor:
     point = state.detach().requires_grad_(requires_grad)
-    if requires_grad:  # the state itself is not trained: do not leave a gradient on it
+    if requires_grad:  # the state is no parameter: a backward pass must leave no gradient on it
         point.register_post_accumulate_grad_hook(_drop_grad)
     return point
 
 
 class SolverAttributes:
-    """Mixin for models: ``f_solver``, ``b_solver`` and ``grad`` that reach into ``self.deq``.
+    """Mixin for models: ``f_solver``, ``b_solver`` and ``grad`` forward to ``self.deq``.
 
-    The solvers accept a name or a callable, at any time; what is unknown or does not fit is
-    refused. A ``b_solver`` of None is the forward solver, as in the published models. A tighter
-    ``f_solver`` alone leaves the gradient at the tolerance of ``b_solver``.
+    A solver may be set at any time, as a name or a callable. An unknown name, or a solver that does
+    not fit the gradient, is refused. ``b_solver = None`` means the forward solver, as in the
+    published models. If ``b_solver`` is set to another solver, the gradient has the tolerance of
+    that solver: a smaller tolerance of ``f_solver`` alone does not improve the gradient.
     """
 
     deq: DEQ
@@ -453,7 +464,7 @@ class SolverAttributes:
 
 
 def stacked(f: Callable, z0: Tensor | list[Tensor], n_layer: int) -> Tensor | list[Tensor]:
-    """f applied ``n_layer`` times with ordinary autograd: the weight-tied network."""
+    """Apply f ``n_layer`` times with ordinary autograd: the weight-tied network."""
     if n_layer < 1:
         raise InputError(f"the number of stacked layers is {n_layer!r}, but must be at least 1")
     z = z0

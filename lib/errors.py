@@ -1,4 +1,4 @@
-"""The one exception for bad input, and the one warning of a bad solve."""
+"""The exception for bad input, and the warning about a bad solve."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -8,8 +8,8 @@ from contextlib import contextmanager
 class InputError(ValueError):
     """Bad input: a file, flag, setting or argument that cannot be used.
 
-    Its message is one clear line that names the thing, its value, and the way out. The commands
-    print it without a traceback and leave with exit code 2; in a notebook it is a ``ValueError``.
+    The message is one line: what is wrong, its value, and what to do. The commands print the
+    message without a traceback and exit with code 2. In a notebook the error is a ``ValueError``.
     """
 
 
@@ -19,7 +19,7 @@ class DEQWarning(RuntimeWarning):
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """Put the name of a flag or setting before the message of an InputError."""
+    """A context that puts the name of a flag or setting before the message of an InputError."""
     try:
         yield
     except InputError as error:
@@ -27,6 +27,6 @@ def naming(what: str) -> Iterator[None]:
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
-    """The end of a message about an unknown word: the nearest known one, if there is any."""
+    """The end of a message about an unknown word: the nearest known word, else ``otherwise``."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f": did you mean {near[0]}?" if near else otherwise

@@ -1,7 +1,7 @@
-"""Estimates on the Jacobian J = df/dz of an equilibrium layer, from products with J alone.
+"""Estimates of the Jacobian J = df/dz of an equilibrium layer, from products with J alone.
 
-All functions take a pair (f0, z0) with f0 = f(z0) computed from a z0 that requires grad, so they
-work on any layer; every sample (dimension 0) has its own Jacobian.
+All functions take a pair (f0, z0), where f0 = f(z0) is computed from a z0 that requires grad. So
+they work on any layer. Every sample (dimension 0) has its own Jacobian.
 
 Example (a rotation, shrunk: eigenvalues 0.8 e^(+-i pi/2), spectral norm 0.8)::
 
@@ -18,8 +18,8 @@ Example (a rotation, shrunk: eigenvalues 0.8 e^(+-i pi/2), spectral norm 0.8)::
     >>> f"{norm.estimate.item():.2f} +- {norm.standard_error.item():.2f}"
     '1.28 +- 0.00'
 
-They add no graph to f0 and keep its own, so they may follow each other and a training step;
-:func:`jac_loss_estimate` alone can be trained on.
+These functions keep the graph of f0, so several of them and a training step may use the same f0.
+Only the result of :func:`jac_loss_estimate` can be differentiated.
 """
 
 from collections.abc import Callable
@@ -31,12 +31,12 @@ from torch import Tensor
 from lib.arnoldi import Eigenvalues, arnoldi, leading_ritz_values, normalise, only_finite
 from lib.errors import InputError
 
-_ARNOLDI_STEPS = 24  # past the power iterations: enough to separate a handful of leading pairs
-_LEADING_STEPS = 100  # of leading_eigenvalues, unless told otherwise
+_ARNOLDI_STEPS = 24  # after the power iterations: enough to separate a few leading pairs
+_LEADING_STEPS = 100  # default steps of leading_eigenvalues
 
 
 def _rademacher_like(x: Tensor) -> Tensor:
-    """Signs +1 and -1 of equal probability."""
+    """Random signs, +1 or -1 with equal probability."""
     return torch.empty_like(x).bernoulli_(0.5).mul_(2).sub_(1)
 
 
@@ -45,7 +45,7 @@ VECTORS = {"gaussian": torch.randn_like, "rademacher": _rademacher_like}
 
 
 class HutchinsonEstimate(NamedTuple):
-    """A mean over random vectors and its standard error, (B,) each."""
+    """The mean over random vectors, and the standard error of this mean, each (B,)."""
 
     estimate: Tensor
     standard_error: Tensor
@@ -61,15 +61,16 @@ def jac_loss_estimate(
 ) -> Tensor:
     """Hutchinson estimate of ||J||_F^2 per element, the Jacobian regularisation loss.
 
-    E ||v'J||^2 = ||J||_F^2 for v with E v v' = I; returned is its mean over ``vecs`` draws divided
-    by ``z0.numel()`` (Bai, Koltun and Kolter 2021, arXiv 2106.14342, equation 7).
+    E ||v'J||^2 = ||J||_F^2 for random v with E v v' = I. The estimate is the mean of ||v'J||^2 over
+    ``vecs`` draws, divided by ``z0.numel()`` (Bai, Koltun and Kolter 2021, arXiv 2106.14342,
+    equation 7).
 
     Args:
         f0: f(z0), any shape (B, ...).
         z0: the point, of the same shape, requiring grad.
         vecs: number of random vectors, at least 1.
-        create_graph: keep the graph, so that the loss can be trained on.
-        vectors: "gaussian", as in the paper, or "rademacher" (of lower variance, see
+        create_graph: build the graph of the loss, so that the loss can be trained on.
+        vectors: "gaussian", as in the paper, or "rademacher", which has a lower variance (see
             :func:`squared_frobenius_norm`).
 
     Returns:
@@ -87,15 +88,16 @@ def jac_loss_estimate(
 def squared_frobenius_norm(
     f0: Tensor, z0: Tensor, vecs: int = 16, *, vectors: str = "rademacher"
 ) -> HutchinsonEstimate:
-    """Hutchinson estimate of ||J||_F^2 per sample, and how far to trust it.
+    """Hutchinson estimate of ||J||_F^2 per sample, with its standard error.
 
-    The estimate is the mean of ||v'J||^2 over ``vecs`` draws, its standard error their sample
-    standard deviation / sqrt(vecs). Nothing is divided by the size D of a sample: the loss of
-    :func:`jac_loss_estimate` is the mean of this over samples, over D.
+    The estimate is the mean of ||v'J||^2 over ``vecs`` draws. Its standard error is the sample
+    standard deviation of the draws / sqrt(vecs). The estimate is not divided by the size D of a
+    sample: the loss of :func:`jac_loss_estimate` is the mean over samples of this estimate, divided
+    by D.
 
-    With G = J J', the variance of one draw, v'G v, is 2 ||G||_F^2 for Gaussian vectors and
-    2 (||G||_F^2 - sum_i G_ii^2) for Rademacher ones (Hutchinson 1990; Avron and Toledo 2011). So
-    the latter are never worse, and exact where G is diagonal.
+    With G = J J', the variance of one draw v'G v is 2 ||G||_F^2 for Gaussian vectors and
+    2 (||G||_F^2 - sum_i G_ii^2) for Rademacher vectors (Hutchinson 1990; Avron and Toledo 2011). So
+    Rademacher vectors never have the higher variance, and they are exact if G is diagonal.
 
     Args:
         f0: f(z0), any shape (B, ...).
@@ -104,10 +106,10 @@ def squared_frobenius_norm(
         vectors: "rademacher" or "gaussian".
 
     Returns:
-        Estimate and standard error, (B,) each, of the dtype of ``z0``, float32 at least.
+        Estimate and standard error, each (B,), in the dtype of ``z0``, at least float32.
 
     Raises:
-        InputError: too few vectors, an unknown kind of them, or no pair (f0, z0).
+        InputError: too few vectors, an unknown kind of vectors, or no valid pair (f0, z0).
     """
     _check_pair(f0, z0)
     _check_count("vecs", vecs, 2)
@@ -124,9 +126,10 @@ def jac_loss_weight_at(
 ) -> float:
     """Jacobian loss weight after ``step`` updates: ``base`` plus 0.1 per completed interval.
 
-    Language models count the multiples of ``increment_every`` passed after step ``start`` (the
-    end of pre-training); with ``from_start``, as image models do, intervals begin at ``start``.
-    A function of the step alone, so a resumed run needs no state. 0 or less never grows.
+    By default, as in the language models, an interval is completed at each multiple of
+    ``increment_every`` after step ``start`` (the end of pre-training). With ``from_start``, as in
+    the image models, intervals begin at ``start``. With ``increment_every`` of 0 or less the weight
+    stays ``base``. The weight depends on the step alone, so a resumed run needs no state.
     """
     if increment_every <= 0 or step <= start:
         return base
@@ -139,18 +142,19 @@ def jac_loss_weight_at(
 def power_method(f0: Tensor, z0: Tensor, n_iters: int = 200) -> tuple[Tensor, Tensor]:
     """Spectral radius of J per sample: power iteration, finished by a small Arnoldi process.
 
-    Power iteration alone does not settle on a complex leading pair: its Rayleigh quotient gives
-    a real part. Here its last iterates span the leading invariant subspace, and the largest
-    |eigenvalue| of J' restricted to their Krylov space is read off (Saad, Numerical Methods for
-    Large Eigenvalue Problems, chapter 6).
+    Power iteration alone does not converge for a leading complex pair: its Rayleigh quotient gives
+    a real part. Here Arnoldi's process starts from the last power iterate, whose Krylov space
+    approximates the leading invariant subspace. The radius is the largest |eigenvalue| of J'
+    restricted to this Krylov space (Saad, Numerical Methods for Large Eigenvalue Problems,
+    chapter 6).
 
     Args:
         f0: f(z0), (B, ...).
         z0: the point, of the same shape, requiring grad.
-        n_iters: products with J' in all, at least 1.
+        n_iters: total number of products with J', at least 1.
 
     Returns:
-        The last normalised power iterate, shape of ``z0``, and |eigenvalue| of shape (B, 1).
+        The last normalised power iterate, in the shape of ``z0``, and the spectral radius (B, 1).
     """
     _check_pair(f0, z0)
     _check_count("n_iters", n_iters, 1)
@@ -158,7 +162,7 @@ def power_method(f0: Tensor, z0: Tensor, n_iters: int = 200) -> tuple[Tensor, Te
     v = _random_directions(z0)
     arnoldi_steps = min(_ARNOLDI_STEPS, (n_iters + 1) // 2, v.shape[1])
     for _ in range(n_iters - arnoldi_steps):
-        # A nilpotent J ends at zero: stay at the last direction then.
+        # A nilpotent J maps the iterate to zero: keep the last direction then.
         grown, growth = normalise(product(v))
         v = torch.where(growth > 0, grown, v)
     *_, hessenberg = arnoldi(product, v, arnoldi_steps)
@@ -169,35 +173,37 @@ def power_method(f0: Tensor, z0: Tensor, n_iters: int = 200) -> tuple[Tensor, Te
 def leading_eigenvalues(
     f0: Tensor, z0: Tensor, k: int = 6, *, steps: int | None = None, tol: float = 1e-6
 ) -> Eigenvalues:
-    """The k eigenvalues of J of largest modulus per sample, complex ones included.
+    """The k eigenvalues of J of largest modulus per sample, including complex ones.
 
-    Arnoldi's process with J' from a random vector: J'V = V H + h w e_m', with orthonormal columns
-    in (V, w) and H of size m. Eigenvalues t of H approach those of J, the outermost first. With
-    J'x close to t x for x = V y, H y = t y and ||y|| = 1, the residual ||J'x - t x|| is
-    |h| |y_m|. Thus t is an eigenvalue of J + E for some ||E||_2 of that size: off by no more if J
-    is normal, else by up to about the condition number of the eigenvalue times that (Saad,
-    Numerical Methods for Large Eigenvalue Problems, chapters 3 and 6). Products are rounded, so
-    residuals below the rounding error of J say no more than that.
+    Arnoldi's process with J' starts from a random vector: J'V = V H + h w e_m', where (V, w) has
+    orthonormal columns and H has size m. The eigenvalues t of H approach those of J, the outermost
+    first. For H y = t y with ||y|| = 1, the vector x = V y has the residual
+    ||J'x - t x|| = |h| |y_m|. So t is an eigenvalue of J + E for some E with ||E||_2 of that size.
+    If J is normal, the error of t is at most the residual; otherwise it is up to about the residual
+    times the condition number of the eigenvalue (Saad, Numerical Methods for Large Eigenvalue
+    Problems, chapters 3 and 6). Products are rounded, so a residual below the rounding error of J
+    shows only that the error of t is of the size of that rounding error.
 
-    A sample whose Krylov space is exhausted goes on from a new random vector. Hence small, zero
-    and scaled identity Jacobians give all their k eigenvalues; of a multiple eigenvalue in a space
-    that is not exhausted, copies may be missing.
+    A sample whose Krylov space is exhausted continues from a new random vector. So small, zero and
+    scaled identity Jacobians give all their k eigenvalues. If the space is not exhausted, copies of
+    a multiple eigenvalue may be missing.
 
     Args:
         f0: f(z0), (B, ...).
         z0: the point, of the same shape, requiring grad; D numbers per sample.
-        k: how many, from 1 to D. The last may be one of a conjugate pair without the other.
-        steps: most products with J', at least k; more than D are not made. All the vectors of a
-            sample are kept: steps * D numbers. Default 100, or 4 k if that is more.
+        k: number of eigenvalues, from 1 to D. The last one may be half of a conjugate pair.
+        steps: the largest number of products with J', at least k; the process makes at most D. It
+            keeps all its vectors: steps * D numbers per sample. The default is 100, or 4 k if that
+            is more.
         tol: a sample is done once its k residuals are at most tol times its largest modulus.
 
     Returns:
-        Values, (B, k) complex, and residuals, (B, k), of the precision of ``z0``, float32 at
-        least. Of a conjugate pair the value above the real axis comes first. A sample whose
-        Jacobian is not finite has NaN; it harms no other.
+        Values, (B, k) complex, and residuals, (B, k), in the precision of ``z0``, at least float32.
+        In a conjugate pair the value above the real axis comes first. A sample whose Jacobian is
+        not finite has NaN and does not affect the other samples.
 
     Raises:
-        InputError: k or steps out of range, or no pair (f0, z0).
+        InputError: k or steps out of range, or no valid pair (f0, z0).
     """
     _check_pair(f0, z0)
     size = z0.shape[1:].numel()
@@ -213,29 +219,29 @@ def leading_eigenvalues(
 def contraction_bound(f0: Tensor, z0: Tensor, steps: int = 50) -> Tensor:
     """Spectral norm ||J||_2 per sample: below 1, f is a contraction near z0.
 
-    ||J||_2, the largest singular value, is the Lipschitz constant of f at z0 in the Euclidean norm
-    and bounds the spectral radius. Returned is the square root of the largest Ritz value of J'J by
-    Lanczos' process with full reorthogonalisation, from the random vector J'u.
+    ||J||_2, the largest singular value, is the Lipschitz constant of f at z0 in the Euclidean norm.
+    It bounds the spectral radius. The estimate is the square root of the largest Ritz value of J'J,
+    from Lanczos' process with full reorthogonalisation, started at the random vector J'u.
 
-    It approaches ||J||_2 from below, but for rounding: with u uniform on the sphere in D
-    dimensions, it lies below sqrt(1 - e) ||J||_2 with a probability of at most
-    1.648 sqrt(D) exp(-(2 steps - 1) sqrt(e)), whatever J is (Kuczynski and Wozniakowski 1992,
-    SIAM J. Matrix Anal. Appl. 13, 1094). With 50 steps and D = 100 000, at most one in a hundred
-    is more than 0.6 % too low.
+    Up to rounding, the estimate approaches ||J||_2 from below. With u uniform on the sphere in D
+    dimensions, and for any J, the probability that the estimate is below sqrt(1 - e) ||J||_2 is at
+    most 1.648 sqrt(D) exp(-(2 steps - 1) sqrt(e)) (Kuczynski and Wozniakowski 1992, SIAM J. Matrix
+    Anal. Appl. 13, 1094). With 50 steps and D = 100 000, at most one estimate in a hundred is more
+    than 0.6 % too low.
 
-    J v comes from differentiating u -> J'u, so the backward of f must be differentiable itself.
+    The products J v are derivatives of u -> J'u, so the backward of f must be differentiable.
 
     Args:
         f0: f(z0), (B, ...).
         z0: the point, of the same shape, requiring grad; D numbers per sample.
-        steps: products with J and J' each, at least 1; more than D are not made.
+        steps: number of products with J, and as many with J'; at least 1, and at most D are made.
 
     Returns:
-        (B,), of the dtype of ``z0``, float32 at least; NaN for a sample whose Jacobian is not
+        (B,), in the dtype of ``z0``, at least float32; NaN for a sample whose Jacobian is not
         finite.
 
     Raises:
-        InputError: f has no double backward, steps is below 1, or no pair (f0, z0).
+        InputError: f has no double backward, steps is below 1, or no valid pair (f0, z0).
     """
     _check_pair(f0, z0)
     _check_count("steps", steps, 1)
@@ -244,13 +250,13 @@ def contraction_bound(f0: Tensor, z0: Tensor, steps: int = 50) -> Tensor:
     product = _product(f0, z0, u, v)
     v = normalise(v)[0]
     *_, hessenberg = arnoldi(lambda v: transposed(product(v)), v, min(steps, v.shape[1]))
-    lanczos, finite = only_finite(hessenberg[:, :-1])  # tridiagonal, and eigvalsh reads one side
+    lanczos, finite = only_finite(hessenberg[:, :-1])  # tridiagonal, symmetric
     squared = torch.linalg.eigvalsh(lanczos).amax(dim=1).clamp(min=0)
     return squared.sqrt().where(finite, torch.nan).to(_real_dtype(z0))
 
 
 def _random_directions(z0: Tensor) -> Tensor:
-    """Unit vectors (B, D)."""
+    """Random unit vectors (B, D)."""
     return normalise(torch.randn_like(z0, dtype=_real_dtype(z0)).reshape(len(z0), -1))[0]
 
 
@@ -259,7 +265,7 @@ def _real_dtype(z0: Tensor) -> torch.dtype:
 
 
 def _vjp(f0: Tensor, z0: Tensor, v: Tensor, create_graph: bool) -> Tensor:
-    """v'J; zeros where f does not depend on z."""
+    """v'J; zeros if f does not depend on z."""
     grads = torch.autograd.grad(
         f0, z0, v, retain_graph=True, create_graph=create_graph, allow_unused=True
     )
@@ -267,7 +273,7 @@ def _vjp(f0: Tensor, z0: Tensor, v: Tensor, create_graph: bool) -> Tensor:
 
 
 def _transposed_product(f0: Tensor, z0: Tensor) -> Callable[[Tensor], Tensor]:
-    """v -> J'v, (B, D) each."""
+    """The function v -> J'v on (B, D)."""
 
     def product(v: Tensor) -> Tensor:
         vector = v.to(f0.dtype).view(f0.shape)
@@ -277,10 +283,13 @@ def _transposed_product(f0: Tensor, z0: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _product(f0: Tensor, z0: Tensor, u: Tensor, v: Tensor) -> Callable[[Tensor], Tensor]:
-    """x -> J x, (B, D) each: J is the transposed Jacobian of the linear map u -> J'u.
+    """The function x -> J x on (B, D): J is the transposed Jacobian of the linear map u -> J'u.
 
-    Tried on v = J'u, for which u'(J v) = v'v: a backward that is not differentiable raises, or is
-    taken for a constant without a word.
+    The product is tested on v = J'u, for which u'(J v) = v'v. The test is needed because autograd
+    may silently treat a backward that is not differentiable as a constant.
+
+    Raises:
+        InputError: the backward of f is not differentiable.
     """
     reason, cause = "J v does not match J'u", None
     try:
@@ -289,12 +298,12 @@ def _product(f0: Tensor, z0: Tensor, u: Tensor, v: Tensor) -> Callable[[Tensor],
         if pulled_back.requires_grad:
             product = _transposed_product(pulled_back, leaf)
         else:
-            product = torch.zeros_like  # as where f does not depend on z
+            product = torch.zeros_like  # right if f does not depend on z; the test below decides
         image = product(v)
         found, exact = (u * image).sum(dim=1), v.square().sum(dim=1)
-        # u is random: ||J v|| / sqrt(D) is the usual size of u'J v, but by chance it may be small.
+        # u is random: u'J v usually has the size ||J v|| / sqrt(D), but may be small by chance.
         usual = torch.linalg.vector_norm(image, dim=1) / u.shape[1] ** 0.5
-        # 5 % is far above the rounding of bfloat16, in which f may compute.
+        # f may compute in bfloat16: 5 % is far above its rounding.
         if not ((found - exact).abs() > 0.05 * (exact + usual)).any():
             return product
     except torch.OutOfMemoryError:

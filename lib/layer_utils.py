@@ -1,4 +1,4 @@
-"""Small pieces that several equilibrium models share."""
+"""Small functions that several equilibrium models share."""
 
 from collections.abc import Sequence
 from math import prod
@@ -12,7 +12,7 @@ from lib.errors import InputError
 def list2vec(tensors: Sequence[Tensor]) -> Tensor:
     """Flatten a list of (B, ...) tensors and stack them into one state (B, sum of sizes, 1).
 
-    For the (B, C_i, H_i, W_i) states of a multiscale model this is (B, sum C_i H_i W_i, 1).
+    The (B, C_i, H_i, W_i) states of a multiscale model give (B, sum C_i H_i W_i, 1).
     """
     if len(tensors) == 0:
         raise InputError("list2vec needs at least one tensor, but the list is empty")
@@ -48,6 +48,6 @@ def conv5x5(in_planes: int, out_planes: int, stride: int = 1, bias: bool = False
 def norm_diff(
     new: Sequence[Tensor] | Tensor, old: Sequence[Tensor] | Tensor, show_list: bool = False
 ) -> float | list[float]:
-    """||new - old|| over a list of tensors (or a batch), or each one's own with ``show_list``."""
+    """||new - old|| over a list of tensors (or a batch); with ``show_list``, one norm per item."""
     norms = [torch.linalg.vector_norm(a - b).item() for a, b in zip(new, old, strict=True)]
     return norms if show_list else sum(norm**2 for norm in norms) ** 0.5

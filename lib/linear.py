@@ -1,4 +1,4 @@
-"""Products and convolutions by the faster of the two libraries that PyTorch has on a CPU."""
+"""Matrix products and convolutions on a CPU, by the faster of MKL and oneDNN."""
 
 import platform
 from functools import cache
@@ -8,22 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_LEAST_ROWS = 128  # with fewer, preparing the weights for oneDNN costs what its kernels save
-_MOST_PIXELS, _LEAST_WEIGHTS = 128, 8_000_000  # of a convolution as a product, see conv2d
+_LEAST_ROWS = 128  # with fewer rows, rearranging the weights for oneDNN costs what its kernels save
+_MOST_PIXELS, _LEAST_WEIGHTS = 128, 8_000_000  # limits for a convolution as a product: see conv2d
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W' + b, as F.linear computes it, to rounding.
+    """x W' + b, equal to F.linear up to rounding.
 
-    In float32 F.linear calls MKL, which on processors of other makers than Intel keeps to its AVX2
-    kernels: 108 GFLOP/s a core on an AMD EPYC 9005 (Zen 5) that does 230 with the AVX-512 kernels
-    of oneDNN. PyTorch reaches those through convolutions. So there, and with more than one thread
-    (as PyTorch demands for it), this is a convolution of kernel size 1, with all its derivatives.
+    In float32 F.linear calls MKL. On processors that Intel did not make, MKL uses only its AVX2
+    kernels: 108 GFLOP/s per core on an AMD EPYC 9005 (Zen 5), where the AVX-512 kernels of oneDNN
+    reach 230. PyTorch calls these kernels for convolutions, with more than one thread. On such
+    processors, and with more than one thread, this function is therefore a convolution of kernel
+    size 1, with all its derivatives.
 
     Args:
         x: (..., K).
         weight: (N, K).
-        bias: (N,), or of the shape of the result.
+        bias: (N,), or the shape of the result.
 
     Returns:
         (..., N).
@@ -35,8 +36,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         by_convolution = _convolutions_are_faster() and not torch.is_autocast_enabled("cpu")
     whole = bias is not None and bias.dim() > 1
     if by_convolution:
-        # Rows as pixels, in two lines of them: a single line, or pixels as samples, would not be
-        # seen as the layout with channels last that needs no copies.
+        # The rows of x become the pixels of an image of height 2. With height 1, or with rows as
+        # samples, PyTorch does not recognise the channels-last layout, which needs no copies.
         image = x.reshape(1, 2, rows // 2, k).permute(0, 3, 1, 2)
         out = F.conv2d(image, weight[:, :, None, None], None if whole else bias)
         out = out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
@@ -48,16 +49,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    """Convolution without bias, groups or dilation, as F.conv2d computes it, to rounding.
+    """Convolution without bias, groups or dilation, equal to F.conv2d up to rounding.
 
-    oneDNN rearranges the weights at every call. For the few pixels of the lowest resolutions and
-    weights beyond the cache, that is nearly all of its time: 27 ms of 31 at 640 x 3200 channels and
-    8 pixels on two cores, where the product with MKL, which takes weights as they are, spends 8 ms.
+    oneDNN rearranges the weights at every call. With the few pixels of the lowest resolutions and
+    weights larger than the cache, this takes nearly all of its time: 27 ms of 31 ms at 640 x 3200
+    channels and 8 pixels on two cores. MKL uses the weights as they are: as a matrix product the
+    same convolution takes 8 ms. So such convolutions are computed as products.
 
     Args:
         x: (B, C, H, W).
         weight: (C', C, k, k).
-        stride, padding: of both directions, in pixels.
+        stride, padding: in pixels, the same for both directions.
 
     Returns:
         (B, C', H', W').
@@ -79,7 +81,7 @@ def _convolutions_are_faster() -> bool:
 
 @cache
 def _mkl_holds_back() -> bool:
-    """Whether MKL leaves AVX-512 unused, and oneDNN does not."""
+    """Whether MKL does not use AVX-512 on this processor, but oneDNN does."""
     backends = torch.backends
     return (
         backends.mkl.is_available()

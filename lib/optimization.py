@@ -1,7 +1,7 @@
 """Weight normalisation and variational dropout, in the forms that a fixed-point layer needs.
 
-Both keep something constant over all applications of f in one forward: the normalised weight is
-computed once, and a dropout mask is drawn once.
+f must stay the same map during a solve. So each forward pass computes the normalised weight once
+and draws each dropout mask once, for all applications of f.
 """
 
 from collections.abc import Sequence
@@ -11,39 +11,39 @@ from torch import Tensor, nn
 
 from lib.errors import InputError
 
-_HELD = "_held_weights"  # name -> weight computed by reset(), in the module's __dict__
+_HELD = "_held_weights"  # key in the module's __dict__: name -> (version, weight) of reset()
 
 
 class WeightNorm:
-    """Recomputes w = v g / ||v||; what :func:`weight_norm` returns beside the module."""
+    """Recomputes w = v g / ||v|| for a module; returned by :func:`weight_norm`."""
 
     def __init__(self, names: Sequence[str], dim: int):
         self.names, self.dim = tuple(names), dim
 
     def compute(self, module: nn.Module, name: str) -> Tensor:
-        """w = v g / ||v||, the norm over all dimensions but ``dim``; with its graph."""
+        """w = v g / ||v|| with its graph; the norm is over all dimensions except ``dim``."""
         g, v = getattr(module, f"{name}_g"), getattr(module, f"{name}_v")
-        # One pass over v forward and one backward, where plain operations take a dozen (backward
-        # of 4800 x 700 on one CPU thread: 1.4 ms instead of 17).
+        # A fused operation: one pass over v forward and one backward, instead of a dozen (backward
+        # of 4800 x 700 on one CPU thread: 1.4 ms instead of 17 ms).
         return torch._weight_norm(v, g, self.dim % v.dim())
 
     def reset(self, module: nn.Module) -> None:
-        """Compute the weights now and hold them until the next call: once per forward.
+        """Compute the weights and hold them until the next call. Call this once per forward pass.
 
-        Without it, or once g or v have changed (an optimiser step, load_state_dict, .to()), the
-        weight is computed at every access, so it is never stale.
+        Without this call, or after g or v has changed (an optimiser step, load_state_dict, .to()),
+        every access computes the weight. So the weight is never stale.
         """
         module.__dict__[_HELD] = {
             name: (self._version(module, name), self.compute(module, name)) for name in self.names
         }
 
     def get(self, module: nn.Module, name: str) -> Tensor:
-        """The held weight if it is still good, else a freshly computed one."""
+        """The held weight if it is still valid, else a newly computed one."""
         version, weight = module.__dict__.get(_HELD, {}).get(name, (None, None))
         if weight is None or version != self._version(module, name):
             return self.compute(module, name)
         if torch.is_grad_enabled() and not weight.requires_grad:
-            return self.compute(module, name)  # held under no_grad: it would train nothing
+            return self.compute(module, name)  # held under no_grad: no gradient for g and v
         return weight
 
     @staticmethod
@@ -57,18 +57,21 @@ def weight_norm(
 ) -> tuple[nn.Module, WeightNorm]:
     """Reparametrise weights as w = v g / ||v|| (Salimans and Kingma 2016, arXiv 1602.07868).
 
-    Replaces each parameter ``<name>`` by ``<name>_g`` (the norms, shape 1 but for ``dim``) and
-    ``<name>_v``, with the initial weight unchanged. ``module.<name>`` stays readable: it becomes
-    a property of the module's class, not a stored tensor, so deepcopy and state dicts see the
-    parameters alone.
+    Each parameter ``<name>`` is replaced by ``<name>_g`` (the norms, of size 1 in all dimensions
+    except ``dim``) and ``<name>_v``. The initial weight is unchanged. ``module.<name>`` stays
+    readable, as a property of the module's class. It is not a stored tensor, so deepcopy and state
+    dicts contain only the parameters.
 
     Args:
         module: the module that owns the parameters; changed in place.
         names: parameter names, such as ``['weight']``.
-        dim: the dimension that keeps a norm of its own.
+        dim: each index of this dimension has its own norm.
 
     Returns:
         ``(module, fn)``; ``fn.reset(module)`` computes the weights once and holds them.
+
+    Raises:
+        InputError: the module has no parameter of such a name.
     """
     fn = WeightNorm(names, dim)
     for name in fn.names:
@@ -81,7 +84,7 @@ def weight_norm(
         module.register_parameter(f"{name}_v", nn.Parameter(weight.detach().clone()))
 
     def state_without_held(self):
-        # Held weights belong to a forward that is under way: no copy and no file takes them.
+        # Held weights belong to the current forward pass: leave them out of copies and files.
         return {key: value for key, value in self.__dict__.items() if key != _HELD}
 
     base = type(module)
@@ -104,7 +107,7 @@ def bernoulli_mask(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Inverted-dropout mask: Bernoulli(1 - p) / (1 - p), so its mean is one."""
+    """Inverted-dropout mask: Bernoulli(1 - p) / (1 - p), with mean one."""
     return torch.empty(*shape, device=device, dtype=dtype).bernoulli_(1 - p).div_(1 - p)
 
 
@@ -115,10 +118,10 @@ def _check_probability(dropout: float) -> float:
 
 
 class VariationalDropout(nn.Module):
-    """Dropout with one mask over time, drawn anew at every call (Gal and Ghahramani 2016).
+    """Dropout with one mask for all time steps, drawn at every call (Gal and Ghahramani 2016).
 
-    ``x`` (N, L, C) with ``dim=3`` gets a mask (N, 1, C); (M, N, L, C) with ``dim=4`` a mask
-    (M, N, 1, C). The identity in evaluation.
+    With ``dim=3``, ``x`` (N, L, C) gets a mask (N, 1, C). With ``dim=4``, ``x`` (M, N, L, C) gets a
+    mask (M, N, 1, C). In evaluation the module is the identity.
     """
 
     def forward(self, x: Tensor, dropout: float = 0.5, dim: int = 3) -> Tensor:
@@ -132,7 +135,7 @@ class VariationalDropout(nn.Module):
 
 
 class _HeldMask(nn.Module):
-    """Dropout whose mask is drawn by ``reset_mask`` and then stays, over all applications of f."""
+    """Dropout with a mask that ``reset_mask`` draws and all applications of f share."""
 
     def __init__(self, dropout: float = 0.0):
         super().__init__()
@@ -141,11 +144,11 @@ class _HeldMask(nn.Module):
 
     @property
     def active(self) -> bool:
-        """Whether the forward changes its input at all."""
+        """Whether forward changes its input."""
         return self.training and self.dropout > 0
 
     def _draw(self, shape: Sequence[int], device, dtype) -> Tensor | None:
-        # No draw where none is used, so that evaluation leaves the random state alone.
+        # Draw only if the mask is used, so that evaluation does not change the random state.
         if self.active:
             self.mask = bernoulli_mask(shape, self.dropout, device=device, dtype=dtype)
         else:
@@ -164,15 +167,18 @@ class _HeldMask(nn.Module):
 
 
 class VariationalHidDropout(_HeldMask):
-    """One mask per sample and channel: (B, 1, d) if ``length_first`` (x is (B, L, d)), else
-    (B, d, 1) (x is (B, d, L))."""
+    """One mask value per sample and channel.
+
+    With ``length_first``, x is (B, L, d) and the mask (B, 1, d); else x is (B, d, L) and the mask
+    (B, d, 1).
+    """
 
     def __init__(self, dropout: float = 0.0, length_first: bool = False):
         super().__init__(dropout)
         self.length_first = length_first
 
     def reset_mask(self, bsz: int, d: int, length: int = 1, *, device=None, dtype=None):
-        """Draw a mask; it does not depend on ``length``."""
+        """Draw a mask. It does not depend on ``length``."""
         return self._draw((bsz, 1, d) if self.length_first else (bsz, d, 1), device, dtype)
 
 
@@ -185,8 +191,11 @@ class VariationalAttnDropout(_HeldMask):
 
 
 class VariationalHidDropout2d(_HeldMask):
-    """For feature maps (B, d, H, W): one mask value per channel, (B, d, 1, 1), if ``spatial``,
-    else one per pixel."""
+    """Dropout for feature maps (B, d, H, W).
+
+    With ``spatial`` there is one mask value per channel, (B, d, 1, 1); else one per element,
+    (B, d, H, W).
+    """
 
     def __init__(self, dropout: float = 0.0, spatial: bool = True):
         super().__init__(dropout)

@@ -1,33 +1,33 @@
-"""Write the weights of a run, or of any file of weights, as safetensors or as a plain .pt file.
+"""Write the weights of a run, or of a file of weights, as a .safetensors or plain .pt file.
 
     python scripts/export_weights.py SOURCE TARGET
 
-SOURCE is model.pt or checkpoint.pt of either trainer, a published file, or a .safetensors file;
-TARGET ends in .safetensors or .pt. Every command that loads weights reads both.
+SOURCE is model.pt or checkpoint.pt of either trainer, a published file, or a .safetensors file.
+TARGET ends in .safetensors or .pt. Every command that loads weights reads both formats.
 """
 
 import argparse
 import sys
 
 from lib.errors import InputError
-from lib.export import export_file
-from lib.training import exit_code
+from lib.runs.export import export_file
+from lib.runs.training import exit_code
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line."""
+    """Raises an InputError, so that an error is one line."""
 
     def error(self, message: str):
         raise InputError(message)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; its exit code."""
+    """Run the command; return its exit code."""
     return exit_code("export_weights.py", lambda: run(argv), "calling it again")
 
 
 def run(argv: list[str] | None = None) -> None:
-    """Export what the command line asks for."""
+    """Export the weights that the command line names."""
     parser = Parser(prog="export_weights.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("source", help="model.pt, checkpoint.pt or .safetensors")
     parser.add_argument("target", help="file to write: .safetensors, or .pt")

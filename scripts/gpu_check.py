@@ -1,13 +1,13 @@
-"""The sections of scripts/gpu_check.sh, one after another, each in a process of its own.
+"""Run the sections of scripts/gpu_check.sh one after another, each in its own process.
 
-A section that takes too long or too much memory, or lacks a package, costs the others nothing.
+If a section takes too long or too much memory, or lacks a package, the others still run.
 
-    machine   what is there
-    digits    solvers and gradients against the CPU's digits, and how often the host waits
+    machine   a description of the machine
+    digits    digits of solvers and gradients, compared with the CPU; number of waits of the host
     nccl      one process with NCCL (gloo on the CPU): averaged gradients, batch norm
-    tests     those marked for a GPU
-    profile   where the time of a step goes: the kernels that take most
-    steps     a step of each published setting, fast against plain; bfloat16 and torch.compile
+    tests     the tests marked for a GPU
+    profile   the kernels that take most of the time of a step
+    steps     a step of each published setting, fast and plain; bfloat16 and torch.compile
 """
 
 import argparse
@@ -21,13 +21,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Seconds that each may take at most, out of all that is left.
+# The most seconds that a section may take; the remaining time may be shorter.
 LIMITS = {"machine": 60, "digits": 90, "nccl": 60, "tests": 120, "profile": 90, "steps": 540}
-RESERVE = 5  # seconds to end in
+RESERVE = 5  # seconds kept free for the end
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the sections; 1 if one of them found something wrong, else 0."""
+    """Run the sections; return 1 if one of them failed, else 0."""
     args = _parser().parse_args(argv)
     names = args.sections.split(",")
     if unknown := [name for name in names if name not in LIMITS]:
@@ -60,13 +60,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _section(name: str, args: argparse.Namespace, seconds: float, tell) -> bool:
-    """Run one; whether it found something wrong."""
+    """Run one section; return whether it failed. A timeout or a missing package is no failure."""
     if name == "tests":
         command = ["-m", "pytest", "-m", "gpu", "-q", "-rs", "--tb=short", "-p", "no:cacheprovider"]
         marked = [str(path) for path in ROOT.glob("tests/**/*.py") if _is_marked(path)]
         command += ["--continue-on-collection-errors", *sorted(marked)]
     else:
-        command = ["-m", "benchmarks.gpu", name, "--seconds", f"{seconds:.0f}"]
+        command = ["-m", "helpers.gpu", name, "--seconds", f"{seconds:.0f}"]
         command += ["--settings", args.settings] if args.settings else []
         command += ["--device", args.device] if args.device else []
     process = subprocess.Popen(
@@ -97,7 +97,7 @@ def _is_marked(path: Path) -> bool:
 
 
 class _Timer:
-    """Ends a process that takes too long, and what it has started."""
+    """Kills a process that takes too long, with all processes in its session."""
 
     def __init__(self, process: subprocess.Popen, seconds: float):
         self.fired, self._process = False, process
@@ -111,7 +111,7 @@ class _Timer:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def stop(self) -> bool:
-        """Whether the process was ended."""
+        """Stop the timer; return whether the timer killed the process."""
         self._timer.cancel()
         return self.fired
 
@@ -119,11 +119,11 @@ class _Timer:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="gpu_check.sh", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--sections", default=",".join(LIMITS), help="which, in this order")
-    add("--minutes", type=float, default=9.0, help="for all together")
-    add("--settings", help="of profile and steps: names, or language, images, all")
+    add("--sections", default=",".join(LIMITS), help="sections to run, in this order")
+    add("--minutes", type=float, default=9.0, help="time limit for all sections together")
+    add("--settings", help="for profile and steps: names, or language, images, all")
     add("--device", choices=("cpu", "cuda"), help="default: the GPU, if there is one")
-    add("--out", type=Path, default=Path("gpu_check.md"), help="the tables are written here")
+    add("--out", type=Path, default=Path("gpu_check.md"), help="file for the output")
     return parser
 
 

@@ -5,7 +5,7 @@
 #     bash scripts/quickstart.sh --words  [...]  a language model; flags of train_transformer.py
 #     bash scripts/quickstart.sh --images [...]  two image models; KEY VALUE overrides for both
 #
-# --restart, last, continues what was cut off.
+# --restart, as the last flag, continues runs that were cut off.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

@@ -3,9 +3,9 @@
 #
 #     bash scripts/setup_env.sh requirements.txt
 #
-# It installs when the requirements or setup.py have changed since the last install that finished.
-# It is always that .venv: an active environment is neither used nor changed. To work in one of
-# your own, `pip install -r requirements.txt` there and call the Python commands themselves.
+# The script installs if the requirements or setup.py have changed since the last complete install.
+# It always uses this .venv, never an active environment. To work in your own environment, run
+# `pip install -r requirements.txt` there, and call the Python commands directly.
 # PYTHON names the interpreter of a new .venv (default: python3); delete .venv to change it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -18,7 +18,7 @@ fail() {
 requirements=${1:-}
 [ -f "$requirements" ] || fail "no requirements file '$requirements': try requirements.txt"
 
-# The folder counts too: .venv and the editable install hold its absolute path.
+# The checksum includes the folder: .venv and the editable install contain its absolute path.
 wanted=$({ pwd -P; cat requirements*.txt setup.py; } | cksum)
 if [ "$(cat ".venv/.installed-$requirements" 2>/dev/null)" = "$wanted" ]; then
     echo "setup_env: .venv is up to date with $requirements"
@@ -36,7 +36,7 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
 fi
 
 echo "setup_env: installing $requirements into .venv (the first time takes minutes)"
-# Stamps go first and come back last, so that the next run repairs an install that was cut off.
+# Delete the stamps before and write them after the install: the next run repairs one cut off.
 rm -f .venv/.installed-*
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
 for file in "$requirements" $(sed -n 's/^-r //p' "$requirements"); do

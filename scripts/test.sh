@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Run the tests in .venv: bash scripts/test.sh [pytest arguments], with -m "" for the slow ones too,
-# -n 8 for eight processes, -n 0 for none beside this one.
+# Run the tests in .venv: bash scripts/test.sh [pytest arguments]. -m "" runs the slow tests too;
+# -n 8 uses eight processes; -n 0 uses this process only.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/setup_env.sh requirements-test.txt
-# A fixed number: a sum is split between the threads, so the last digits of a loss depend on it.
-# One, as two processes of one thread do more on two cores than one of two.
+# A fixed number of threads: sums are split between threads, so it changes the last digits of a
+# loss. One thread: on two cores, two processes with one thread are faster than one with two.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

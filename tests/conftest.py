@@ -8,8 +8,8 @@ import torch
 from hypothesis import settings
 
 from attempts import ForkServer
-from deq_sequence.demo_corpus import build_demo_corpus
-from lib.experiment import Run
+from deq_sequence.text.demo_corpus import build_demo_corpus
+from lib.runs.run_folder import Run
 
 settings.register_profile("untimed", deadline=None)  # machines are shared
 settings.load_profile("untimed")

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from attempts import Attempt, ForkServer
-from lib.distributed import Processes, end_at_once
+from lib.runs.processes import Processes, end_at_once
 
 
 def run_group(

@@ -17,9 +17,9 @@ import small_model
 import small_vision
 from lib.deq import DEQ
 from lib.jacobian import contraction_bound, jac_loss_estimate, leading_eigenvalues, power_method
-from lib.krylov import bicgstab, gmres
-from lib.maps import Affine
 from lib.solvers import SOLVERS
+from lib.solvers.krylov import bicgstab, gmres
+from lib.solvers.maps import Affine
 from pretended_gpu import PretendedGpu
 from toy_layers import Toy
 

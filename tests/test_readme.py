@@ -68,12 +68,12 @@ ELSEWHERE = {
     "python tools/seg_test.py --cfg experiments/cityscapes/seg_mdeq_SMALL.yaml "
     "TEST.FLIP_TEST True": "vision/test_seg_test.py",
     "NPROC=4 bash wt103_deq_transformer_reg.sh train": "sequence/test_launch_scripts.py",
-    "MASTER=host0 NODES=2 GPUS=4 RESTARTS=3 bash scripts/multinode.sh "
+    "MASTER=host0 NODES=2 GPUS=4 RESTARTS=3 bash scripts/cluster/multinode.sh "
     "bash wt103_deq_transformer_reg.sh train": "scripts/test_cluster_scripts.py",
-    "sbatch --nodes=2 scripts/slurm.sh bash wt103_deq_transformer_reg.sh train": (
+    "sbatch --nodes=2 scripts/cluster/slurm.sh bash wt103_deq_transformer_reg.sh train": (
         "scripts/test_cluster_scripts.py"
     ),
-    "sbatch --time=8:00:00 scripts/slurm.sh python tools/seg_train.py "
+    "sbatch --time=8:00:00 scripts/cluster/slurm.sh python tools/seg_train.py "
     "--cfg experiments/cityscapes/seg_mdeq_SMALL.yaml": "scripts/test_cluster_scripts.py",
     "python scripts/export_weights.py DEQ-Sequence/LM-TFM-demo/try/model.pt words.safetensors": (
         "scripts/test_export_weights.py"
@@ -82,10 +82,10 @@ ELSEWHERE = {
     "pip install -r requirements.txt": "test_house.py",
     "bash scripts/test.sh": "test_house.py",
     "pip install --no-deps torchdeq==0.1.0": "scripts/test_bench_solvers.py",
-    "python scripts/bench_solvers.py": "scripts/test_bench_solvers.py",
-    "python scripts/bench_train.py": "scripts/test_bench_train.py",
-    "python scripts/bench_gradients.py": "scripts/test_bench_gradients.py",
-    "python scripts/compare_gradients.py": "scripts/test_compare_gradients.py",
+    "python scripts/benchmarks/bench_solvers.py": "scripts/test_bench_solvers.py",
+    "python scripts/benchmarks/bench_train.py": "scripts/test_bench_train.py",
+    "python scripts/benchmarks/bench_gradients.py": "scripts/test_bench_gradients.py",
+    "python scripts/benchmarks/compare_gradients.py": "scripts/test_compare_gradients.py",
 }
 
 

@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 from lib.deq import DEQ
-from lib.distributed import Processes
-from lib.steps import Care, Choices
-from lib.stopping import Stopping
-from lib.trainer import Trainer
-from lib.training import EvaluationStopped
+from lib.runs.interrupts import Stopping
+from lib.runs.processes import Processes
+from lib.runs.steps import Care, Choices
+from lib.runs.trainer import Trainer
+from lib.runs.training import EvaluationStopped
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""What train_transformer.py does: set up, then train or evaluate."""
+"""The command train_transformer.py: set up, then train or evaluate."""
 
 import argparse
 import dataclasses
@@ -8,18 +8,22 @@ from pathlib import Path
 
 import torch
 
-from deq_sequence.corpus import Corpus, get_lm_corpus
 from deq_sequence.evaluation import evaluate, settings_from
 from deq_sequence.initialization import initialize
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.options import cutoffs_for, own_b_solver, parse
+from deq_sequence.text.corpus import Corpus, get_lm_corpus
 from deq_sequence.ties import TIE_PROJ_MODES
 from deq_sequence.training import LMTrainer
-from lib.checkpoint import load_weights
-from lib.determinism import deterministic
-from lib.distributed import Processes
 from lib.errors import InputError
-from lib.experiment import (
+from lib.gradients import unused_settings
+from lib.runs.checkpoint import load_weights
+from lib.runs.determinism import deterministic
+from lib.runs.interrupts import Stopping
+from lib.runs.processes import Processes
+from lib.runs.resume import read_checkpoint
+from lib.runs.retention import set_aside, versions
+from lib.runs.run_folder import (
     CHECKPOINT,
     SETTINGS,
     WEIGHTS,
@@ -28,14 +32,10 @@ from lib.experiment import (
     peak_memory_mib,
     run_folder,
 )
-from lib.gradients import unused_settings
-from lib.precision import allow_tf32
-from lib.resume import read_checkpoint
-from lib.retention import set_aside, versions
-from lib.stopping import Stopping
-from lib.training import exit_code
+from lib.runs.training import exit_code
+from lib.solvers.precision import allow_tf32
 
-# Settings that may differ between a run and its continuation without a word.
+# A resumed run may change these settings without a note in the log.
 _FREE = {
     "restart", "auto_restart", "restart_dir", "max_step", "max_time", "max_skipped",
     "log_interval", "eval_interval", "save_interval", "keep_checkpoints", "work_dir", "name",
@@ -44,13 +44,13 @@ _FREE = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run train_transformer.py; its exit code."""
+    """Run train_transformer.py and return its exit code."""
     return exit_code("train_transformer.py", lambda: run_command(parse(argv)), "--restart")
 
 
 def run_command(args: argparse.Namespace) -> Path | None:
-    """Train or evaluate as the arguments say; the run's folder, if it has one."""
-    stopping = Stopping(args.max_time)  # the time counts from here
+    """Train or evaluate as the arguments say; return the run's folder, or None."""
+    stopping = Stopping(args.max_time)  # the time limit counts from here
     with Processes.joined() as processes:
         device = _set_up(args, processes)
         if args.eval:
@@ -59,10 +59,10 @@ def run_command(args: argparse.Namespace) -> Path | None:
 
 
 def build_model(args: argparse.Namespace, corpus: Corpus, device: torch.device):
-    """The model that the arguments describe, initialised as they say."""
+    """Build and initialise the model that the arguments describe."""
     n_token = len(corpus.vocab)
     cutoffs = cutoffs_for(args, n_token)
-    # With --adaptive all projections but the first are tied, as published.
+    # With --adaptive all projections except the first are tied, as published.
     tie_projs = [args.adaptive and i > 0 for i in range(len(cutoffs) + 1)]
     model = DEQTransformerLM(
         n_token,
@@ -109,7 +109,11 @@ def build_model(args: argparse.Namespace, corpus: Corpus, device: torch.device):
 def train_command(
     args: argparse.Namespace, device: torch.device, processes: Processes, stopping: Stopping
 ) -> Path | None:
-    """Train, then evaluate the best weights on validation and test text."""
+    """Train, then evaluate the best weights on the validation and test text.
+
+    Returns:
+        The run's folder, or None in a debug run and in all processes except the first.
+    """
     folder = _folder(args)
     file = folder / CHECKPOINT
     restart = args.restart or (args.auto_restart and processes.lead(lambda: bool(versions(file))))
@@ -167,7 +171,7 @@ def train_command(
 
 
 def _final_evaluation(trainer: LMTrainer, run: Run, folder: Path) -> None:
-    """The best weights of the last phase on both texts (the current ones in a debug run)."""
+    """Evaluate the last phase's best weights (in a debug run the current ones) on both texts."""
     if trainer.processes.lead(lambda: run.folder is not None and (folder / WEIGHTS).exists()):
         load_weights(trainer.model, folder / WEIGHTS)
     for split in ("valid", "test"):
@@ -191,7 +195,7 @@ def evaluate_command(args: argparse.Namespace, device: torch.device, processes: 
 
 
 def _set_up(args: argparse.Namespace, processes: Processes) -> torch.device:
-    """Threads, number format, seeds and device."""
+    """Set threads, TF32, determinism and the seed; return the device."""
     if processes.world_size > 1 and args.multi_gpu:
         raise InputError(
             "--multi_gpu splits a batch in one process, but torchrun started "
@@ -218,7 +222,7 @@ def _folder(args: argparse.Namespace) -> Path:
 
 
 def _changes(folder: Path, settings: dict) -> list[str]:
-    """Settings of a continuation that differ from those the run was started with."""
+    """One line per setting of a resumed run that differs from the saved settings."""
     path = folder / SETTINGS
     if not path.is_file():
         return [f"{path} is missing, so the settings could not be compared"]

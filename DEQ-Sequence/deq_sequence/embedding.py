@@ -1,4 +1,4 @@
-"""Word embeddings of adaptive width, and sinusoidal positions."""
+"""Adaptive word embeddings and sinusoidal position embeddings."""
 
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ def cluster_bounds(n_token: int, cutoffs: list[int]) -> list[tuple[int, int]]:
     """Half-open id ranges of the vocabulary's clusters: [0, c_1), [c_1, c_2), ..., [c_n, n_token).
 
     Raises:
-        InputError: cutoffs not rising, or not inside the vocabulary.
+        InputError: the cutoffs are not increasing, or not inside the vocabulary.
     """
     edges = [0, *cutoffs, n_token]
     if any(low >= high for low, high in pairwise(edges)):
@@ -24,7 +24,11 @@ def cluster_bounds(n_token: int, cutoffs: list[int]) -> list[tuple[int, int]]:
 
 
 def cluster_widths(d_embed: int, div_val: int, n_clusters: int) -> list[int]:
-    """Embedding width of each cluster: d_embed // div_val^i."""
+    """Embedding width of each cluster i: d_embed // div_val^i.
+
+    Raises:
+        InputError: ``div_val`` is below 1, or so large that the last width is 0.
+    """
     widths = [d_embed // max(div_val, 1) ** i for i in range(n_clusters)]
     if div_val < 1 or widths[-1] < 1:
         raise InputError(
@@ -35,14 +39,15 @@ def cluster_widths(d_embed: int, div_val: int, n_clusters: int) -> list[int]:
 
 
 def cluster_of(ids: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
-    """The index of each id's cluster, of the shape of ``ids``."""
+    """The cluster index of each id, with the shape of ``ids``."""
     return sum(((ids >= low).long() for low, _ in bounds[1:]), torch.zeros_like(ids))
 
 
 def rows_by_cluster(cluster: Tensor, n_clusters: int) -> list[Tensor]:
-    """Where ``cluster`` (N,) is 0, 1, ..., n_clusters - 1: rising LongTensors.
+    """The indices at which ``cluster`` (N,) is i, for i = 0, ..., n_clusters - 1.
 
-    Their lengths are read from the device at once: a GPU is waited for once, not per cluster.
+    The result is a list of increasing LongTensors. All their lengths are read from the device
+    together, so a GPU synchronises once, not once per cluster.
     """
     counts = torch.stack([(cluster == i).sum() for i in range(n_clusters)]).tolist()
     return list(cluster.argsort(stable=True).split(counts))
@@ -51,16 +56,16 @@ def rows_by_cluster(cluster: Tensor, n_clusters: int) -> list[Tensor]:
 class AdaptiveEmbedding(nn.Module):
     """Adaptive input embedding (Baevski and Auli 2018, arXiv 1809.10853), times sqrt(d_proj).
 
-    With ``div_val`` 1 there is one table of width ``d_embed``, projected only if that differs
-    from ``d_proj``; otherwise cluster i has a table of width d_embed // div_val^i and always a
-    projection.
+    With ``div_val`` 1 there is one table of width ``d_embed``, with a projection only if
+    ``d_embed`` differs from ``d_proj``. With a larger ``div_val`` cluster i has its own table of
+    width d_embed // div_val^i and its own projection.
 
     Args:
         n_token: vocabulary size.
         d_embed: width of the first cluster.
         d_proj: width of the output.
-        cutoffs: first id of every cluster but the first.
-        div_val: how much each cluster is narrower than the one before.
+        cutoffs: first id of every cluster except the first.
+        div_val: factor by which the width falls from one cluster to the next.
     """
 
     def __init__(
@@ -102,18 +107,18 @@ class AdaptiveEmbedding(nn.Module):
 class PositionalEmbedding(nn.Module):
     """Sinusoids of the distances K-1, ..., 0: features [sin(p w); cos(p w)], w_k = 10000^(-2k/d).
 
-    All sines stand before all cosines, as in Transformer-XL (arXiv 1901.02860).
+    All sines come before all cosines, as in Transformer-XL (arXiv 1901.02860).
     """
 
     def __init__(self, d_model: int):
         super().__init__()
         if d_model % 2:
             raise InputError(f"d_model is {d_model}, but sinusoidal positions need an even number")
-        # A persistent buffer: it is part of the published state dicts.
+        # A persistent buffer, because the published state dicts contain it.
         self.register_buffer("inv_freq", 10000 ** (-torch.arange(0.0, d_model, 2.0) / d_model))
 
     def forward(self, length: int) -> Tensor:
-        """Features (1, length, d_model); row t belongs to the distance length - 1 - t."""
+        """Features (1, length, d_model); row t is for distance length - 1 - t."""
         positions = torch.arange(
             length - 1, -1, -1, device=self.inv_freq.device, dtype=self.inv_freq.dtype
         )
@@ -122,7 +127,10 @@ class PositionalEmbedding(nn.Module):
 
 
 def check_ids(ids: Tensor, n_token: int) -> None:
-    """Refuse ids outside the vocabulary (on a GPU, where that synchronises, CUDA asserts it)."""
+    """Raise an InputError for ids outside the vocabulary.
+
+    CPU tensors only: on a GPU this check would synchronise, and CUDA's own assertion finds bad ids.
+    """
     if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < n_token:
         raise InputError(
             f"token ids run from {ids.min()} to {ids.max()}, but the vocabulary has {n_token} words"

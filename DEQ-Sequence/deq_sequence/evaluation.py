@@ -7,30 +7,30 @@ from dataclasses import dataclass
 
 import torch
 
-from deq_sequence.iterators import LMOrderedIterator
 from deq_sequence.model import DEQTransformerLM
-from lib.distributed import Processes
-from lib.precision import autocast
-from lib.training import EvaluationStopped, evaluating, summed_stats
+from deq_sequence.text.iterators import LMOrderedIterator
+from lib.runs.processes import Processes
+from lib.runs.training import EvaluationStopped, evaluating, summed_stats
+from lib.solvers.precision import autocast
 
 _ALONE = Processes()
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); inf where that overflows, NaN where the loss is."""
+    """exp(loss); inf if this overflows, NaN if the loss is NaN."""
     return math.inf if loss > 700 else math.exp(loss)
 
 
 @dataclass
 class Evaluation:
-    """Loss per token in nats, and what the solver did on the way."""
+    """Loss per token in nats, and means of the forward solver's statistics."""
 
     loss: float
     tokens: int
     nfe: float
     abs_residual: float
     rel_residual: float
-    sradius: float | None  # mean over samples and segments, if asked for
+    sradius: float | None  # mean spectral radius over samples and segments; None if not computed
 
     @property
     def perplexity(self) -> float:
@@ -38,11 +38,11 @@ class Evaluation:
 
     @property
     def bits(self) -> float:
-        """Bits per symbol."""
+        """Loss in bits per symbol."""
         return self.loss / math.log(2)
 
     def text(self, characters: bool) -> str:
-        """The figure that is usual: bits per character, or perplexity."""
+        """One line for the log, with bits per character (``characters``) or the perplexity."""
         figure = f"bpc {self.bits:.5f}" if characters else f"ppl {self.perplexity:.3f}"
         solver = f" | f res {self.rel_residual:.2e} nfe {self.nfe:.1f}" if self.nfe else ""
         radius = "" if self.sradius is None else f" | spectral radius {self.sradius:.3f}"
@@ -50,7 +50,7 @@ class Evaluation:
 
 
 def settings_from(args: argparse.Namespace) -> dict:
-    """The keyword arguments of :func:`evaluate` that the command line decides."""
+    """The keyword arguments of :func:`evaluate` that the command line sets."""
     return {
         "batch_size": args.eval_batch_size,
         "tgt_len": args.eval_tgt_len,
@@ -77,20 +77,20 @@ def evaluate(
     processes: Processes = _ALONE,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Mean loss of ``model`` on a text, segment after segment with memory between them.
+    """Compute the mean loss of ``model`` on a text, segment by segment, with memory in between.
 
     Args:
         data: (tokens,) word ids.
-        batch_size: the text is cut into this many streams, which the processes share.
-        tgt_len, mem_len: segment and memory lengths; the model's own are put back afterwards.
-        train_step: decides the phase, as in the model's forward; -1 is equilibrium.
-        max_steps: segments at most; -1 is all.
-        spectral_radius: compute it too (150 products with the Jacobian per segment).
-        processes: every one of them has to call this, with the same arguments.
-        stop: asked before each segment; whether to break off.
+        batch_size: number of streams into which the text is cut; the processes share them.
+        tgt_len, mem_len: segment and memory lengths; the model's own are restored afterwards.
+        train_step: selects the phase, as in the model's forward; -1 is equilibrium.
+        max_steps: maximal number of segments; -1 means all.
+        spectral_radius: also compute the spectral radius (150 Jacobian products per segment).
+        processes: the processes of the run; all must call this function with the same arguments.
+        stop: called before each segment; True interrupts the evaluation.
 
     Raises:
-        EvaluationStopped: in all processes, if ``stop`` told one of them so.
+        EvaluationStopped: raised in all processes if ``stop`` returned True in one of them.
     """
     device = next(model.parameters()).device
     streams = processes.part(batch_size)
@@ -101,7 +101,7 @@ def evaluate(
     try:
         model.reset_length(tgt_len, mem_len)
         with evaluating(model) as stats:
-            # A process without a stream waits for the others.
+            # A process without a stream goes straight to the sums below and waits there.
             for index, (words, target, seq_len) in enumerate(iterator if own else ()):
                 stopped = stop()
                 if index == max_steps or stopped:
@@ -134,6 +134,6 @@ def evaluate(
         nfe=means["nfe"],
         abs_residual=means["abs_residual"],
         rel_residual=means["rel_residual"],
-        # A stacked network has no equilibrium to take it at.
+        # In the stacked phase (no solves) there is no equilibrium and no spectral radius.
         sradius=radius / n_radii if n_radii and means["nfe"] else None,
     )

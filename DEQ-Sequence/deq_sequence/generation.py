@@ -1,9 +1,9 @@
-"""Words from a trained model."""
+"""Text generation with a trained model."""
 
 import torch
 
 from deq_sequence.model import DEQTransformerLM
-from deq_sequence.vocabulary import Vocab
+from deq_sequence.text.vocabulary import Vocab
 
 
 @torch.no_grad()
@@ -22,10 +22,10 @@ def generate(
     """Sample ``n_words`` words after ``prompt``, one at a time, with the model's memory.
 
     Args:
-        prompt: at least one symbol of the vocabulary.
-        temperature: divides the log-probabilities; lower is more likely text.
-        top_k: words to choose from at each place.
-        skip: symbols that are never chosen.
+        prompt: at least one symbol; all must be in the vocabulary.
+        temperature: divisor of the log-probabilities; lower values give more likely text.
+        top_k: number of most likely words to sample from at each position.
+        skip: symbols that are never sampled.
     """
     was_training = model.training
     model.eval()

@@ -21,21 +21,27 @@ def initialize(
     emb_init_range: float = 0.01,
     proj_init_std: float = 0.01,
 ) -> None:
-    """Draw all weights: N(0, init_std), or U(-init_range, init_range) with ``init='uniform'``.
+    """Draw all weights of a model.
 
-    Embedding tables (and the output tables tied to them) follow ``emb_init``: N(0, init_std) or
-    U(-emb_init_range, emb_init_range); projections are N(0, proj_init_std), and tied ones start
-    equal whatever their mode; biases are zero.
+    - Weights: N(0, init_std), or U(-init_range, init_range) with ``init='uniform'``.
+    - Embedding tables, and output tables tied to them: N(0, init_std), or
+      U(-emb_init_range, emb_init_range) with ``emb_init='uniform'``.
+    - Projections: N(0, proj_init_std). Tied projections start equal in every tie mode.
+    - Biases: zero.
 
-    Weight-normalised matrices keep PyTorch's default initialisation. The first public code meant
-    to initialise them too but wrote to a temporary, and the published results were obtained so:
-    a weight of norm 0.01 sqrt(d) would be another model.
+    The second parameter of N is the standard deviation. Weight-normalised matrices keep PyTorch's
+    default initialisation: the first public code tried to initialise them but wrote to a temporary
+    tensor, and the published results were obtained this way. A weight of norm 0.01 sqrt(d) would
+    give another model.
+
+    Raises:
+        InputError: ``init`` or ``emb_init`` is unknown.
     """
     fill = _filler("init", init, init_std, init_range)
     fill_embedding = _filler("emb_init", emb_init, init_std, emb_init_range)
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv1d)):
-            if "weight" in module._parameters:  # else weight-normalised
+            if "weight" in module._parameters:  # absent if the module is weight-normalised
                 fill(module.weight)
             if module.bias is not None:
                 module.bias.zero_()
@@ -45,7 +51,7 @@ def initialize(
         elif isinstance(module, ProjectedAdaptiveLogSoftmax) and module.n_clusters:
             fill(module.cluster_weight)
             module.cluster_bias.zero_()
-    # Last, since ties share parameters with the Linear layers above.
+    # After the loop above, because tied tables belong to Linear layers that it has filled.
     for module in model.modules():
         if isinstance(module, AdaptiveEmbedding):
             for table in module.emb_layers:

@@ -1,12 +1,12 @@
 """The DEQ-Transformer's layer f: relative attention with memory, then feed-forward.
 
 Shapes: B batch, L segment, M memory, K = M + L, h heads, d = d_model = h * d_head. States are
-(B, L, d); what is added to the queries, keys and values from outside, "us", is (B, K, 3d).
+(B, L, d). The injected input "us" (B, K, 3d) is added to the queries, keys and values.
 
-``TransformerLayer.prepare`` does everything that does not depend on z, once per forward, and
-returns f. What f then needs lies in two tuples of tensors, :class:`AttentionTensors` and
-:class:`FeedForwardTensors`, one pair per number format; :func:`evaluate` computes f(z) from them
-alone, so that a compiled form of it serves every forward.
+``TransformerLayer.prepare`` computes everything that does not depend on z, once per forward pass,
+and returns f. The result is two tuples of tensors, :class:`AttentionTensors` and
+:class:`FeedForwardTensors`, one pair per dtype. :func:`evaluate` computes f(z) from z and these
+tensors alone, so one compiled form of it serves every forward pass.
 """
 
 from collections.abc import Callable
@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lib.compiling import compiled
 from lib.errors import InputError
 from lib.linear import linear
 from lib.optimization import VariationalAttnDropout, VariationalHidDropout, weight_norm
+from lib.runs.compiling import compiled
 
 
 def layer_norm(x: Tensor) -> Tensor:
@@ -31,18 +31,18 @@ def layer_norm(x: Tensor) -> Tensor:
 def visible_keys(qlen: int, mlen: int, local_size: int = 0, device=None) -> Tensor:
     """(L, K) bool: query i sees keys j <= i + M and, with s = local_size > 0, j > i + M - s."""
     distance = torch.arange(qlen, device=device)[:, None] + mlen
-    distance = distance - torch.arange(mlen + qlen, device=device)  # of key j from query i
+    distance = distance - torch.arange(mlen + qlen, device=device)  # from query i back to key j
     visible = distance >= 0
     return visible & (distance < local_size) if local_size > 0 else visible
 
 
 def relative_shift(x: Tensor) -> Tensor:
-    """Align scores by distance to scores by key: out[i, j] = x[i, j + L - 1 - i].
+    """Convert scores by distance into scores by key: out[i, j] = x[i, j + L - 1 - i].
 
-    Column t < K of x (..., L, K + 1) belongs to the distance K - 1 - t, and key j of query i is
-    at the distance i + M - j. Column K is a spare one, thanks to which the result (..., L, K) is
-    a view: row by row, it is x from element L - 1 on. Entries of keys in the future are
-    arbitrary. (Dai et al. 2019, appendix B)
+    Column t < K of x (..., L, K + 1) holds distance K - 1 - t. Key j has distance i + M - j from
+    query i. Column K is spare: with it the result (..., L, K) is a view, namely the elements of x
+    from element L - 1 on, in row-major order. Entries of future keys are arbitrary.
+    (Dai et al. 2019, appendix B)
     """
     *lead, qlen, width = x.shape
     flat = x.reshape(*lead, qlen * width).narrow(-1, qlen - 1, qlen * (width - 1))
@@ -50,29 +50,29 @@ def relative_shift(x: Tensor) -> Tensor:
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """The number format of matrix products with x: autocast's where that is on, else x's own."""
+    """The dtype of matrix products with x: autocast's dtype if autocast is on, else x's own."""
     kind = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return x.dtype  # autocast leaves float64 alone
+        return x.dtype  # autocast does not change float64
     return torch.get_autocast_dtype(kind)
 
 
 class AttentionTensors(NamedTuple):
-    """What the attention block needs beside z. The head stands first: its products want it so."""
+    """The attention block's tensors apart from z; heads come first, as in its batched products."""
 
     qkv_weight: Tensor  # (3d, d)
-    injected: Tensor  # (B * L, 3d); r_w_bias is added to the queries
+    injected: Tensor  # (B * L, 3d); r_w_bias is included in the queries' part
     memory_k: Tensor  # (h, B, M, d_head)
     memory_v: Tensor  # (h, B, M, d_head)
-    positions: Tensor  # (h, d_head, K + 1), over sqrt(d_head); the last column is spare
-    bias: Tensor  # (h, 1, L, K), of the scores: -inf where a key is hidden
+    positions: Tensor  # (h, d_head, K + 1), divided by sqrt(d_head); the last column is spare
+    bias: Tensor  # (h, 1, L, K), added to the scores: -inf for a hidden key
     out_weight: Tensor  # (d, d)
     out_bias: Tensor  # (d,)
     drop: Tensor | None  # (B, 1, d)
     dropatt: Tensor | None  # (h, B, L, K)
 
     def select(self, rows: Tensor) -> "AttentionTensors":
-        """Those of the samples ``rows`` alone; what samples share is not copied."""
+        """The tensors for the samples ``rows`` only; tensors shared by samples are not copied."""
         injected = self.injected.unflatten(0, (-1, self.bias.shape[2]))  # (B, L, 3d)
         return self._replace(
             injected=_select(injected, 0, rows).flatten(0, 1),
@@ -84,7 +84,7 @@ class AttentionTensors(NamedTuple):
 
 
 class FeedForwardTensors(NamedTuple):
-    """What the feed-forward block needs beside its input."""
+    """The feed-forward block's tensors apart from its input."""
 
     weight1: Tensor  # (d_inner, d)
     bias1: Tensor
@@ -94,7 +94,7 @@ class FeedForwardTensors(NamedTuple):
     drop2: Tensor | None  # (B, 1, d)
 
     def select(self, rows: Tensor) -> "FeedForwardTensors":
-        """Those of the samples ``rows`` alone; what samples share is not copied."""
+        """The tensors for the samples ``rows`` only; tensors shared by samples are not copied."""
         drop1, drop2 = _select(self.drop1, 0, rows), _select(self.drop2, 0, rows)
         return self._replace(drop1=drop1, drop2=drop2)
 
@@ -110,13 +110,13 @@ def evaluate(
     pre_lnorm: bool,
     fused: bool,
 ) -> Tensor:
-    """f(z) for z (B, L, d): matrix products in the tensors' number format, the rest in z's.
+    """f(z) for z (B, L, d): matrix products in the tensors' dtype, other operations in z's dtype.
 
     Args:
-        fused: let PyTorch choose the attention kernel, which may have no second derivatives.
+        fused: let PyTorch choose the attention kernel, which may not support second derivatives.
     """
     y = attend(layer_norm(z) if pre_lnorm else z, attention, fused) + z
-    y = layer_norm(y)  # before the feed-forward, or after the attention: the same place
+    y = layer_norm(y)  # pre_lnorm: before the feed-forward; else: after the attention
     out = transform(y, feed_forward) + y
     return out if pre_lnorm else layer_norm(out)
 
@@ -150,7 +150,8 @@ def attend(y: Tensor, t: AttentionTensors, fused: bool) -> Tensor:
 def transform(y: Tensor, t: FeedForwardTensors) -> Tensor:
     """The feed-forward block without its residual, (B, L, d) -> (B, L, d)."""
     rows = y.to(t.weight1.dtype).flatten(0, 1)  # (B * L, d)
-    # The largest tensor: no second one. As rows it is no view, whose gradient would be copied.
+    # In place, to hold the layer's largest tensor once. Before view(): autograd would copy the
+    # gradient of an in-place operation on a view.
     inner = F.relu(linear(rows, t.weight1, t.bias1), inplace=True)
     inner = inner.view(*y.shape[:2], -1)  # (B, L, d_inner)
     inner = inner if t.drop1 is None else inner * t.drop1
@@ -198,12 +199,12 @@ class RelativeAttention(nn.Module):
     def prepare(
         self, us: Tensor, memory: Tensor, positions: Tensor
     ) -> Callable[[torch.dtype], AttentionTensors]:
-        """What the block needs beside z, as a function of the number format.
+        """Return a function: dtype -> the block's tensors apart from z.
 
         Args:
             us: injected input of memory and segment, (B, K, 3d).
             memory: z0, (B, M, d); M may be 0.
-            positions: (1, K, d).
+            positions: position embeddings, (1, K, d).
         """
         (bsz, mlen, d), klen = memory.shape, us.shape[1]
         qlen, h, d_head = klen - mlen, self.n_head, self.d_head
@@ -218,12 +219,13 @@ class RelativeAttention(nn.Module):
         with torch.autocast(us.device.type, enabled=False):
             r = linear(positions[0], self.r_net.weight.squeeze(2)) / d_head**0.5
             r = F.pad(r.view(klen, h, d_head).permute(1, 2, 0), (0, 1))  # (h, d_head, K + 1)
-            # The score's (q + r_r_bias) . r is (q + r_w_bias) . r and what does not depend on q.
+            # (q + r_r_bias) . r = (q + r_w_bias) . r + (r_r_bias - r_w_bias) . r, where the last
+            # term does not depend on q.
             rest = (self.r_r_bias - self.r_w_bias)[:, None] @ r  # (h, 1, K + 1)
             bias = relative_shift(rest.expand(h, qlen, klen + 1))  # (h, L, K)
             hidden = ~visible_keys(qlen, mlen, self.local_size, us.device)
             bias = bias.masked_fill(hidden, -torch.inf)[:, None]
-            # r_w_bias belongs to the queries alone: nothing is added to keys and values.
+            # r_w_bias is added to the queries only, zeros to the keys and values.
             added = F.pad(self.r_w_bias.flatten(), (0, 2 * d))
             injected = (us[:, mlen:] + added).reshape(bsz * qlen, 3 * d)
 
@@ -256,7 +258,7 @@ class PositionwiseFF(nn.Module):
     def prepare(
         self, bsz: int, device=None, dtype=None
     ) -> Callable[[torch.dtype], FeedForwardTensors]:
-        """What the block needs beside its input, as a function of the number format."""
+        """Return a function: dtype -> the block's tensors apart from its input."""
         drop1 = self.drop1.reset_mask(bsz, self.d_inner, device=device, dtype=dtype)
         drop2 = self.drop2.reset_mask(bsz, self.d_model, device=device, dtype=dtype)
         first = self.ff1_net.weight, self.ff1_net.bias
@@ -292,11 +294,11 @@ class TransformerLayer(nn.Module):
         self._compiled: Callable | None = None
 
     def compile_evaluations(self) -> None:
-        """From now on, let torch.compile compute f wherever autograd is off.
+        """Use torch.compile for all further evaluations of f without autograd.
 
-        That is every evaluation of a solver. Where autograd is on, f stays as it is: the adjoint
-        is made of many products with the Jacobian df/dz alone, while the backward pass of a
-        compiled function always computes the gradients of all weights as well.
+        These are all evaluations in a solver. With autograd, f is not compiled: the adjoint needs
+        many vector-Jacobian products with df/dz alone, but the backward pass of a compiled
+        function always computes the gradients of all weights as well.
 
         Raises:
             InputError: torch.compile does not work here.
@@ -304,23 +306,23 @@ class TransformerLayer(nn.Module):
         self._compiled = compiled(evaluate, self.dec_attn.r_w_bias.device)
 
     def prepare(self, us: Tensor, memory: Tensor, positions: Tensor) -> Callable[[Tensor], Tensor]:
-        """f as a function of z (B, L, d) alone; draws the dropout masks it will use throughout.
+        """Return f as a function of z (B, L, d) alone, with dropout masks drawn here and fixed.
 
-        Under autocast f multiplies matrices in its number format, with weights that are cast once
-        per forward; within ``torch.autocast(..., enabled=False)`` the same f computes in the full
-        one. Its result has the format of z in either case.
+        Under autocast, f multiplies matrices in autocast's dtype, with weights that are cast once
+        per forward pass. Within ``torch.autocast(..., enabled=False)`` the same f computes in the
+        dtype of z. The result always has the dtype of z.
 
-        ``f.plain`` is the same map in operations that all have second derivatives.
+        ``f.plain`` is the same map, made of operations that all have second derivatives.
 
-        ``f.select(rows)`` is the same map for some samples alone, with ``plain`` and ``select`` of
-        its own: f.select(rows)(z[rows]) = f(z)[rows] to rounding, for rows (n,) int64 on f's
-        device. Its first evaluation in a number format gathers what belongs to single samples; all
-        else it shares with f.
+        ``f.select(rows)`` is the same map for the samples ``rows`` only, with its own ``plain``
+        and ``select``: f.select(rows)(z[rows]) = f(z)[rows] to rounding, for rows (n,) int64 on
+        f's device. Its first evaluation in a dtype copies the tensors that differ between
+        samples. It shares all other tensors with f.
 
         Args:
-            us: injected input, (B, K, 3d), the memory's on the left.
-            memory: (B, M, d).
-            positions: (1, K, d).
+            us: injected input, (B, K, 3d), the memory's part on the left.
+            memory: states of the memory, (B, M, d).
+            positions: position embeddings, (1, K, d).
         """
         attention = self.dec_attn.prepare(us, memory, positions)
         feed_forward = self.pos_ff.prepare(len(us), us.device, us.dtype)
@@ -328,14 +330,14 @@ class TransformerLayer(nn.Module):
 
         @cache
         def tensors(dtype: torch.dtype) -> tuple[AttentionTensors, FeedForwardTensors]:
-            with torch.set_grad_enabled(trained):  # a solver may be the first to ask
+            with torch.set_grad_enabled(trained):  # the first call may come from a solver (no_grad)
                 return attention(dtype), feed_forward(dtype)
 
-        tensors(working_dtype(us))  # now: every evaluation of f is to do the same
+        tensors(working_dtype(us))  # fill the cache now: every evaluation of f does the same work
 
-        # Fused kernels know no mask of attention weights. On a CPU they are no faster in float32
-        # and slower in bfloat16 (medians of attention at B 4, L = M 150, d 700, one thread: 62 ms
-        # against 63 and 27 against 19).
+        # Fused kernels do not support a dropout mask of attention weights. On a CPU they are no
+        # faster in float32 (62 ms against 63) and slower in bfloat16 (27 ms against 19): medians
+        # of attention at B 4, L = M 150, d 700, one thread.
         fused = self.dec_attn.dropatt.mask is None and us.device.type != "cpu"
         return self._map(tensors, fused)
 
@@ -345,12 +347,12 @@ class TransformerLayer(nn.Module):
         fused: bool,
         rows: Tensor | None = None,
     ) -> Callable[[Tensor], Tensor]:
-        """f for the samples ``rows`` (all if None), from the tensors of the whole batch."""
+        """Build f for the samples ``rows`` (None: all) from the tensors of the whole batch."""
 
         @cache
         def selected(dtype: torch.dtype) -> tuple[AttentionTensors, FeedForwardTensors]:
             attention, feed_forward = whole(dtype)
-            with torch.enable_grad():  # what has a graph keeps it, also in a solver
+            with torch.enable_grad():  # the selected tensors stay in the graph, also in a solver
                 return attention.select(rows), feed_forward.select(rows)
 
         tensors = whole if rows is None else selected
@@ -359,20 +361,21 @@ class TransformerLayer(nn.Module):
             return run(evaluate, z, False)
 
         def f(z: Tensor) -> Tensor:
-            # With autograd, fused kernels would not take a bias that is trained (CPU), or add up
-            # its gradients in no fixed order (GPU): the same seed would not be the same run.
+            # With autograd, fused kernels reject a trainable bias (CPU), or sum its gradients in
+            # no fixed order (GPU), so that two runs with the same seed would differ.
             if torch.is_grad_enabled():
                 return plain(z)
             return run(self._compiled or evaluate, z, fused)
 
         def run(form: Callable, z: Tensor, fused: bool) -> Tensor:
             dtype = working_dtype(z)
-            # All number formats are chosen here: autocast has no say in the operations.
+            # working_dtype has chosen the dtype; autocast must not change single operations.
             with torch.autocast(z.device.type, enabled=False):
                 return form(z, *tensors(dtype), self.pre_lnorm, fused)
 
         def select(some: Tensor) -> Callable[[Tensor], Tensor]:
-            # From the whole batch again: a selection of a selection keeps no tensors of the latter.
+            # Selects from the whole batch, so that a selection of a selection does not keep the
+            # tensors of the first selection alive.
             return self._map(whole, fused, some if rows is None else rows[some])
 
         f.plain, f.select = plain, select

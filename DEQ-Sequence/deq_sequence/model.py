@@ -11,20 +11,20 @@ from deq_sequence.initialization import initialize
 from deq_sequence.layer import TransformerLayer
 from deq_sequence.softmax import ProjectedAdaptiveLogSoftmax
 from deq_sequence.ties import TiedWeights, ties_between
-from lib.checkpoint import load_weights
 from lib.deq import DEQ, SAME, SRADIUS_ITERS, SolverAttributes, stacked
 from lib.errors import InputError
 from lib.gradients import Gradient
-from lib.iterations import Iteration
+from lib.gradients.iterations import Iteration
 from lib.linear import linear
 from lib.optimization import VariationalDropout
-from lib.solver_stats import scalars_to
+from lib.runs.checkpoint import load_weights
 from lib.solvers import anderson
+from lib.solvers.stats import scalars_to
 
 
 @dataclass
 class _Segment:
-    """One segment carried through the layer: z (B, L, d) and what the next segment needs."""
+    """Results for one segment: states z (B, L, d), Jacobian figures, and memory for the next."""
 
     z: Tensor
     jac_loss: Tensor  # (1, 1)
@@ -37,36 +37,37 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
 
     u = inject_conv(word_emb(data)); z* = f(z*; u, memory); loss = crit(dropout(z*), target).
 
-    For the first ``pretrain_steps`` training steps f is applied ``n_layer`` times with ordinary
-    autograd instead. The memory is the last ``mem_len`` states and injections of the segments
-    before, detached.
+    In the first ``pretrain_steps`` training steps (the stacked phase) there is no solver: f is
+    applied ``n_layer`` times with ordinary autograd. The memory holds the last ``mem_len`` states
+    and injections of the previous segments, detached.
 
     Args:
         n_token: vocabulary size.
-        n_layer, eval_n_layer: applications of f in the stacked phase, training and evaluation.
+        n_layer, eval_n_layer: applications of f in the stacked phase, in training and evaluation.
         n_head, d_model, d_head, d_inner: sizes of the layer; d_model = n_head * d_head.
         dropout, dropatt: probabilities for hidden states and attention weights.
         tie_weights: share embedding and output tables.
         d_embed: embedding width, d_model by default.
-        div_val: factor by which each cluster of the vocabulary is narrower.
-        tie_projs: tie embedding and output projection, per cluster; missing entries are False.
+        div_val: factor by which the embedding width falls from one vocabulary cluster to the next.
+        tie_projs: for each cluster, whether to tie the embedding projection and the output
+            projection; missing entries are False.
         pre_lnorm: layer norm before attention and feed-forward instead of after.
         wnorm: weight normalisation of the layer's matrices.
         tgt_len, mem_len: segment and memory lengths (mem_len 0 or None: no memory).
-        local_size: how many positions back a query sees, itself included; 0 is all.
+        local_size: number of positions that a query sees, including its own; 0 means all.
         pretrain_steps: length of the stacked phase.
-        cutoffs: first word id of every vocabulary cluster but the first.
-        load: path of a state dict to start from.
+        cutoffs: first word id of every vocabulary cluster except the first.
+        load: path of a state dict to start from; '' means none.
         f_solver, b_solver: names or callables (see :class:`lib.deq.DEQ`).
-        stop_mode: 'rel' or 'abs', for the forward solve; the adjoint stops by 'rel'.
-        logging: function that is given one line after ``load``; None is silent.
+        stop_mode: residual that stops the forward solver, 'rel' or 'abs'; the adjoint uses 'rel'.
+        logging: function that receives one line after ``load``; None for no output.
         grad: how to differentiate the equilibrium (see :mod:`lib.gradients`).
         tie_proj_mode: how ``tie_projs`` ties (see :class:`deq_sequence.ties.TiedWeights`):
             'apart', two parameters that start equal, as published; 'shared', one parameter; or
             'storage', one array of numbers with two optimiser states.
 
     Raises:
-        InputError: sizes that do not fit together, a bad solver or stop_mode, a bad ``load``.
+        InputError: sizes do not match, or a solver, ``stop_mode`` or the file ``load`` is bad.
     """
 
     def __init__(
@@ -132,11 +133,11 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
 
     @property
     def ties_projections(self) -> bool:
-        """Whether ``tie_proj_mode`` makes a difference."""
+        """Whether any projections are tied, so that ``tie_proj_mode`` has an effect."""
         return any(tie.ours.startswith("crit.out_projs.") for tie in self.ties)
 
     def reset_length(self, tgt_len: int | None, mem_len: int | None) -> None:
-        """Change segment and memory lengths, for evaluation say."""
+        """Set the segment and memory lengths, for example for evaluation."""
         for name, value in (("tgt_len", tgt_len), ("mem_len", mem_len)):
             if value is not None and value < 0:
                 raise InputError(f"{name} is {value}, but must be 0 or more")
@@ -154,17 +155,18 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         spectral_radius_mode: bool = False,
         writer=None,
     ) -> list[Tensor]:
-        """Loss of a segment.
+        """Compute the loss of a segment.
 
         Args:
-            data: (seq_len, B) word ids; longer than ``target`` if extra context stands before.
-            target: (tgt_len, B) the next words, aligned with the last positions of ``data``.
-            mems: ``[]`` at first, then the last two results of the call before; not changed.
-            train_step: below ``pretrain_steps`` (from 0 on) stacks, otherwise (or -1) solves.
-            f_thres, b_thres: thresholds of the two solvers.
-            compute_jac_loss: estimate the Jacobian loss (in training at equilibrium only).
-            spectral_radius_mode: compute the spectral radius (in evaluation at equilibrium only).
-            writer: a SummaryWriter that is given the residuals and nfe of both passes.
+            data: (seq_len, B) word ids; longer than ``target`` if it begins with extra context.
+            target: (tgt_len, B) next words, aligned with the last positions of ``data``.
+            mems: ``[]`` at first, then the last two results of the previous call; not modified.
+            train_step: from 0 to ``pretrain_steps`` - 1 the model is stacked; any other value,
+                such as -1, solves for the equilibrium.
+            f_thres, b_thres: thresholds of the forward and backward solver.
+            compute_jac_loss: estimate the Jacobian loss (only in training at equilibrium).
+            spectral_radius_mode: compute the spectral radius (only in evaluation at equilibrium).
+            writer: a SummaryWriter that receives the residuals and nfe of both passes.
 
         Returns:
             [loss (tgt_len, B) in nats and token order, jac_loss (1, 1), sradius (B, 1),
@@ -186,8 +188,8 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
             on_solve=None if writer is None else scalars_to(writer, train_step),
         )
         tgt_len, bsz = target.shape
-        # One mask per sample and channel: the first public code applied it over positions, by a
-        # slip of layout.
+        # One dropout mask per sample and channel. The first public code applied the mask over
+        # positions, by a mistake in the tensor layout.
         hidden = self.variational_drop(segment.z, self.dropout)
         hidden = hidden[:, len(data) - tgt_len :]  # (B, tgt_len, d)
         loss = self.crit(hidden.reshape(-1, self.d_model), target.t().reshape(-1))
@@ -198,7 +200,7 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
     def log_prob(
         self, data: Tensor, mems: list[Tensor], f_thres: int = 30
     ) -> tuple[Tensor, list[Tensor]]:
-        """Log-probabilities of the word after ``data`` (seq_len, B): (B, n_token), and memory."""
+        """Log-probabilities (B, n_token) of the word after ``data`` (seq_len, B), and memory."""
         segment = self._carry(data, mems, -1, f_thres=f_thres, b_thres=1)
         return self.crit.log_prob(segment.z[:, -1]), segment.mems
 
@@ -214,7 +216,7 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         sradius_iters: int = 0,
         on_solve=None,
     ) -> _Segment:
-        """Embed a segment, find its states, and make the memory for the next one."""
+        """Embed a segment, compute its states, and build the memory for the next segment."""
         qlen, bsz = data.shape
         start = self.pos_emb.inv_freq.new_zeros(bsz, qlen, self.d_model)  # (B, L, d)
         words = self.word_emb(data.t())  # (B, L, d)
@@ -243,7 +245,7 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         return _Segment(z, jac_loss.view(1, 1), sradius, mems)
 
     def _memory(self, mems: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-        """The caller's memory as (B, M, d) and (B, M, 3d), empty at first."""
+        """The caller's memory as z (B, M, d) and u (B, M, 3d); M is 0 without memory."""
         bsz, d = len(like), self.d_model
         if not mems:
             return like.new_zeros(bsz, 0, d), like.new_zeros(bsz, 0, 3 * d)

@@ -5,17 +5,17 @@ import math
 import sys
 from pathlib import Path
 
-from deq_sequence.corpus import DATASETS
+from deq_sequence.text.corpus import DATASETS
 from deq_sequence.ties import TIE_PROJ_MODES
 from lib.deq import DEQ
 from lib.errors import InputError, did_you_mean, naming
 from lib.gradients import GRADIENTS
-from lib.precision import AMP
 from lib.solvers import ADJOINT_SOLVERS, SOLVERS
-from lib.specs import Names
+from lib.solvers.precision import AMP
+from lib.solvers.specs import Names
 
 DEFAULT_DATA = "../data/wikitext-103"
-# Where get_data.sh (and the embedded corpus) puts each set, relative to DEQ-Sequence.
+# Folder of each data set, relative to DEQ-Sequence. get_data.sh fills them (demo: get_lm_corpus()).
 FOLDERS = {
     "wt103": "data/wikitext-103",
     "wt2": "data/wikitext-2",
@@ -27,7 +27,7 @@ FOLDERS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line, name the nearest known flag, and leave with exit code 2."""
+    """A parser whose errors are InputErrors: one line, with the nearest known flag."""
 
     def error(self, message: str):
         raise InputError(message)
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
-    """All flags with the published defaults."""
+    """The parser of all flags, with the published defaults."""
     parser = Parser(
         prog="train_transformer.py",
         description="Train or evaluate a DEQ-Transformer language model.",
@@ -65,7 +65,7 @@ def _data_flags(group) -> None:
         default=DEFAULT_DATA,
         help="data folder (if absent, and for other sets: data/<set>)",
     )
-    add("--dataset", default="wt103", choices=list(DATASETS), help="demo needs no download")
+    add("--dataset", default="wt103", choices=list(DATASETS), help="demo: without a download")
     add("--batch_size", type=int, default=60, help="sequences per step")
     add("--batch_chunk", type=int, default=1, help="parts of a batch, for less memory")
     add("--eval_batch_size", type=int, default=10, help="sequences in evaluation")
@@ -78,7 +78,7 @@ def _data_flags(group) -> None:
 def _model_flags(group) -> None:
     add = group.add_argument
     add("--n_layer", type=int, default=12, help="stacked applications of f in pre-training")
-    add("--eval_n_layer", type=int, default=12, help="the same in evaluation")
+    add("--eval_n_layer", type=int, default=12, help="stacked applications of f in evaluation")
     add("--n_head", type=int, default=10, help="attention heads")
     add("--d_head", type=int, default=50, help="channels per head")
     add("--d_embed", type=int, default=-1, help="embedding width; -1 is d_model")
@@ -86,16 +86,16 @@ def _model_flags(group) -> None:
     add("--d_inner", type=int, default=8000, help="feed-forward width")
     add("--dropout", type=float, default=0.0, help="variational dropout")
     add("--dropatt", type=float, default=0.0, help="dropout of attention weights")
-    add("--init", default="normal", choices=("normal", "uniform"), help="of the weights")
-    add("--emb_init", default="normal", choices=("normal", "uniform"), help="of embeddings")
+    add("--init", default="normal", choices=("normal", "uniform"), help="initial weights")
+    add("--emb_init", default="normal", choices=("normal", "uniform"), help="initial embeddings")
     add("--init_range", type=float, default=0.05, help="U(-init_range, init_range)")
-    add("--emb_init_range", type=float, default=0.01, help="the same for embeddings")
+    add("--emb_init_range", type=float, default=0.01, help="U(-., .) of embeddings")
     add("--init_std", type=float, default=0.01, help="N(0, init_std)")
     add("--proj_init_std", type=float, default=0.01, help="N(0, .) for projections")
-    add("--local_size", type=int, default=0, help="how far a query sees back; 0 is all")
+    add("--local_size", type=int, default=0, help="positions that a query sees; 0: all")
     add("--same_length", action="store_true", help="every query sees mem_len keys")
     add("--attn_type", type=int, default=0, choices=(0,), help="relative, as published")
-    add("--not_tied", action="store_true", help="output tables of their own")
+    add("--not_tied", action="store_true", help="separate tables for embedding and output")
     add(
         "--tie_proj_mode",
         default="apart",
@@ -113,19 +113,17 @@ def _solver_flags(group) -> None:
     add = group.add_argument
     forward, backward, grads = (Names(sorted(d)) for d in (SOLVERS, ADJOINT_SOLVERS, GRADIENTS))
     add("--f_solver", default="anderson", choices=forward, help="name, or name:option=value,...")
-    add(
-        "--b_solver", default="broyden", choices=Names([*backward, "None"]), help="None: as forward"
-    )
-    add("--grad", default="ift", choices=grads, help="gradient of the equilibrium, likewise")
-    add("--stop_mode", default="rel", choices=("abs", "rel"), help="of the forward solver")
+    add("--b_solver", default="broyden", choices=Names([*backward, "None"]), help="None: f_solver")
+    add("--grad", default="ift", choices=grads, help="gradient: name, or name:option=value,...")
+    add("--stop_mode", default="rel", choices=("abs", "rel"), help="residual that stops f_solver")
     add("--f_thres", type=int, default=40, help="forward threshold")
     add("--b_thres", type=int, default=40, help="backward threshold")
     add("--rand_f_thres_delta", type=int, default=0, help="f_thres varies by [-delta, 0]")
     add("--pretrain_steps", type=int, default=0, help="stacked steps before equilibrium")
-    add("--jac_loss_weight", type=float, default=0.0, help="of the Jacobian loss")
-    add("--jac_loss_freq", type=float, default=0.0, help="share of steps that use it")
-    add("--jac_incremental", type=int, default=0, help="steps per 0.1 more weight; 0 never")
-    add("--spectral_radius_mode", action="store_true", help="report it in evaluation")
+    add("--jac_loss_weight", type=float, default=0.0, help="weight of the Jacobian loss")
+    add("--jac_loss_freq", type=float, default=0.0, help="share of steps with Jacobian loss")
+    add("--jac_incremental", type=int, default=0, help="steps per weight increase of 0.1; 0: never")
+    add("--spectral_radius_mode", action="store_true", help="evaluation: spectral radius")
 
 
 def _training_flags(group) -> None:
@@ -140,12 +138,12 @@ def _training_flags(group) -> None:
     add("--lr_min", type=float, default=0.0, help="dev_perf: lower bound")
     add("--patience", type=int, default=0, help="dev_perf: evaluations without gain")
     add("--eta_min", type=float, default=0.0, help="cosine: last learning rate")
-    add("--weight_decay", type=float, default=0.0, help="of the optimiser")
+    add("--weight_decay", type=float, default=0.0, help="weight decay")
     add("--clip", type=float, default=0.25, help="gradient norm; 0 does not clip")
     add("--clip_nonemb", action="store_true", help="clip all but the embeddings")
     add("--max_step", type=int, default=200000, help="updates in all")
-    add("--max_skipped", type=int, default=10, help="stop after so many non-finite steps in a row")
-    add("--start_train_steps", type=int, default=0, help="count steps from here, with --load")
+    add("--max_skipped", type=int, default=10, help="end after this many non-finite steps in a row")
+    add("--start_train_steps", type=int, default=0, help="first step's number, with --load")
     add("--amp", default="none", choices=AMP, help="mixed precision: matrix products in bf16")
     add("--tf32", action="store_true", help="GPU: round the factors of float32 products to TF32")
     add("--deterministic", action="store_true", help="GPU: a run repeats bit for bit, but slower")
@@ -154,7 +152,7 @@ def _training_flags(group) -> None:
 
 def _run_flags(group) -> None:
     add = group.add_argument
-    add("--seed", type=int, default=1111, help="of all random choices")
+    add("--seed", type=int, default=1111, help="seed of all random choices")
     add("--cuda", action="store_true", help="use the GPU (without one: the CPU, and a warning)")
     add("--multi_gpu", action="store_true", help="DataParallel over all GPUs")
     add("--gpu0_bsz", type=int, default=-1, help="sequences on GPU 0; -1 is an even share")
@@ -166,24 +164,25 @@ def _run_flags(group) -> None:
     add("--save-interval", type=int, default=0, help="steps between checkpoints; 0: evaluations")
     add("--max_eval_steps", type=int, default=-1, help="batches per evaluation; -1 is all")
     add("--work_dir", default="LM-TFM", help="runs lie in <work_dir>-<dataset>/<name>")
-    add("--name", default="N/A", help="of the run; N/A is a time stamp")
-    add("--keep_checkpoints", type=int, default=2, help="the newest, and those before it")
+    add("--name", default="N/A", help="name of the run; N/A: a time stamp")
+    add("--keep_checkpoints", type=int, default=2, help="number of checkpoints to keep")
     add("--restart", action="store_true", help="continue from the run's checkpoint")
-    add("--auto_restart", action="store_true", help="the same, or begin if there is none")
+    add("--auto_restart", action="store_true", help="--restart if there is a checkpoint")
     add("--restart_dir", default="", help="the run to continue (default: that of --name)")
-    add("--max_time", type=float, default=0, help="minutes to save and stop within; 0 is no limit")
+    add("--max_time", type=float, default=0, help="limit in minutes, with the save; 0: none")
     add("--debug", action="store_true", help="write no files")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse and resolve: derived values in place, combinations that cannot work refused.
+    """Parse the flags, fill in derived values, and refuse combinations that cannot work.
 
     Raises:
-        InputError: naming the flag, its value, and what is accepted.
+        InputError: a flag is bad; the message names the flag, its value, and the accepted values.
     """
     args = build_parser().parse_args(argv)
     if args.data == DEFAULT_DATA:
-        # The published default is WikiText-103 beside DEQ-Sequence; get_data.sh puts it inside.
+        # By default WikiText-103 is beside the folder DEQ-Sequence, as published; get_data.sh puts
+        # it inside.
         own = FOLDERS[args.dataset]
         if args.dataset != "wt103" or (Path(own).is_dir() and not Path(DEFAULT_DATA).is_dir()):
             args.data = own
@@ -192,7 +191,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.same_length:
         if args.mem_len < 1 or args.local_size not in (0, args.mem_len):
             raise InputError("--same_length needs --mem_len above 0 and no other --local_size")
-        args.local_size = args.mem_len  # the same thing: every query sees its last mem_len keys
+        args.local_size = args.mem_len  # equivalent: every query sees its last mem_len keys
     if args.cutoffs is not None and not args.adaptive:
         raise InputError("--cutoffs has no effect without --adaptive: add it")
     projected = args.div_val > 1 or args.d_embed != args.d_model
@@ -218,7 +217,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def own_b_solver(args: argparse.Namespace) -> str | None:
-    """The backward solver; None takes the forward one."""
+    """The backward solver; None means the forward solver."""
     return None if args.b_solver == "None" else args.b_solver
 
 
@@ -265,15 +264,15 @@ def _flag(name: str) -> str:
 
 
 def cutoffs_for(args: argparse.Namespace, n_token: int) -> list[int]:
-    """First word ids of the vocabulary's clusters: given, published, or in the same shares.
+    """First word ids of the vocabulary's clusters: the given cutoffs, else the published ones.
 
-    The published cutoffs are for WikiText-103; a smaller vocabulary is cut at the same shares of
-    its size.
+    The published cutoffs are for WikiText-103. A smaller vocabulary is cut at the same fractions
+    of its size.
     """
     if not args.adaptive:
         return []
     if args.cutoffs is not None:
-        return args.cutoffs  # the model refuses those beyond the vocabulary
+        return args.cutoffs  # the model refuses cutoffs beyond the vocabulary
     published, size = [20000, 40000, 200000], 267735
     if args.dataset == "wt103" and n_token > published[-1]:
         return published

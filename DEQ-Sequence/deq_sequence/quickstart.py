@@ -1,4 +1,4 @@
-"""The quickstart: a small DEQ-Transformer on the embedded corpus, and a report of the run."""
+"""The quickstart: trains a small DEQ-Transformer on the demo corpus and reports the run."""
 
 import argparse
 from pathlib import Path
@@ -6,15 +6,15 @@ from pathlib import Path
 import torch
 
 from deq_sequence.command import build_model, run_command
-from deq_sequence.corpus import get_lm_corpus
 from deq_sequence.options import parse
 from deq_sequence.report import report
-from lib.checkpoint import load_weights
-from lib.experiment import WEIGHTS
-from lib.training import exit_code
+from deq_sequence.text.corpus import get_lm_corpus
+from lib.runs.checkpoint import load_weights
+from lib.runs.run_folder import WEIGHTS
+from lib.runs.training import exit_code
 
-# A few minutes on two cores. Both phases, with Jacobian regularisation in the second. Of all
-# gradients jfb made the most of the time here (the README compares them).
+# A few minutes on two cores. Both phases, the second with Jacobian regularisation. The gradient jfb
+# gave the best result in this time (the README compares gradients).
 SETTINGS = """
     --dataset demo --name quickstart
     --d_model 128 --n_head 4 --d_head 32 --d_inner 512 --pre_lnorm --wnorm --init_std 0.05
@@ -27,7 +27,7 @@ SETTINGS = """
 
 
 def main(argv: list[str], room: Path) -> int:
-    """Train with ``SETTINGS``, overridden by ``argv``, below the folder ``room``; then report."""
+    """Train with ``SETTINGS``, overridden by ``argv``, in the folder ``room``; then report."""
     return exit_code("quickstart.py", lambda: _train_and_report(argv, room), "--restart")
 
 
@@ -41,7 +41,7 @@ def _train_and_report(argv: list[str], room: Path) -> None:
 
 def _report(args: argparse.Namespace, folder: Path) -> None:
     corpus = get_lm_corpus(args.data, args.dataset)
-    # Lengths grow word by word in what the model writes: nothing to compile for.
+    # Generation adds word by word, so every call has another length and would be compiled again.
     args = argparse.Namespace(**vars(args) | {"compile": False})
     model = build_model(args, corpus, torch.device("cpu"))
     load_weights(model, folder / WEIGHTS)

@@ -1,30 +1,30 @@
-"""What a finished run amounts to: a table, its curves, and a few words from the model."""
+"""The report of a finished run: a table, curves, and a text sample from the model."""
 
 import argparse
 from pathlib import Path
 
 import torch
 
-from deq_sequence.corpus import Corpus
 from deq_sequence.evaluation import evaluate, settings_from
 from deq_sequence.generation import generate
 from deq_sequence.model import DEQTransformerLM
-from deq_sequence.ngram import kneser_ney_bigram_perplexity, unigram_perplexity
-from lib.experiment import peak_memory_mib, read_metrics
-from lib.report import CURVES, draw_curves, last_record, solver_rows, table
+from deq_sequence.text.corpus import Corpus
+from deq_sequence.text.ngram import kneser_ney_bigram_perplexity, unigram_perplexity
+from lib.runs.report import CURVES, draw_curves, last_record, solver_rows, table
+from lib.runs.run_folder import peak_memory_mib, read_metrics
 
 _PROMPTS = ("this function returns", "the object is")
-_SRADIUS_SEGMENTS = 2  # of the validation text; 150 products with the Jacobian each
+_SRADIUS_SEGMENTS = 2  # segments of the validation text, 150 Jacobian products each
 
 
 def report(args: argparse.Namespace, folder: Path, model: DEQTransformerLM, corpus: Corpus) -> str:
-    """Table of a run's figures, measured on its own text; also draws ``curves.png``.
+    """Return the report of a run as text; also draw ``curves.png``.
 
     Args:
         args: the run's settings.
-        folder: the run's folder, trained to its end.
+        folder: the folder of the finished run.
         model: the model with its final weights.
-        corpus: the text that it was trained on.
+        corpus: the text on which the model was trained.
     """
     records = read_metrics(folder)
     device = next(model.parameters()).device
@@ -70,7 +70,7 @@ def report(args: argparse.Namespace, folder: Path, model: DEQTransformerLM, corp
 
 
 def _draw_perplexity(axes, records: list[dict], ngrams: dict[str, float]) -> None:
-    """Training and validation perplexity over the steps, and what n-grams reach."""
+    """Draw training and validation perplexity over the steps, and the n-gram perplexities."""
     train = [r for r in records if r["kind"] == "train"]
     valid = [r for r in records if r["kind"] == "valid"]
     axes.plot([r["step"] for r in train], _exp([r["loss"] for r in train]), label="training")

@@ -1,4 +1,4 @@
-"""Learning rates and optimisers."""
+"""Learning-rate schedules and optimisers."""
 
 import argparse
 import math
@@ -6,17 +6,17 @@ import math
 import torch
 from torch import nn
 
-from lib.training import fused_if_possible
+from lib.runs.training import fused_if_possible
 
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimiser of ``--optim`` with PyTorch's defaults for all but rate and decay."""
+    """The optimiser ``--optim``, with PyTorch's defaults except for learning rate and decay."""
     kind = getattr(torch.optim, args.optim)
     return fused_if_possible(kind, model, lr=args.lr, weight_decay=args.weight_decay)
 
 
 class LearningRate:
-    """Linear warm-up from the first update, then the schedule.
+    """Learning rate: linear warm-up from the first update, then the schedule ``--scheduler``.
 
     With n the index of the update (from 0), w ``warmup_step`` and T ``max_step``:
 
@@ -24,7 +24,7 @@ class LearningRate:
         cosine      eta_min + (lr - eta_min) (1 + cos(pi n / T)) / 2
         inv_sqrt    lr sqrt(max(w, 1) / (n + 1))
         constant    lr
-        dev_perf    lr times decay_rate after ``patience`` evaluations without gain
+        dev_perf    lr times decay_rate after more than ``patience`` evaluations without gain
     """
 
     def __init__(self, args: argparse.Namespace, optimizer: torch.optim.Optimizer):
@@ -36,7 +36,7 @@ class LearningRate:
             )
 
     def set(self, n: int) -> float:
-        """Set the rate of update ``n`` and return it."""
+        """Set and return the learning rate of update ``n``."""
         args = self.args
         if n < args.warmup_step:
             lr = args.lr * (n + 1) / args.warmup_step
@@ -46,7 +46,7 @@ class LearningRate:
         elif args.scheduler == "inv_sqrt":
             lr = args.lr * math.sqrt(max(args.warmup_step, 1) / (n + 1))
         elif args.scheduler == "dev_perf":
-            # The plateau scheduler owns the rate, once the warm-up has handed it over.
+            # After the warm-up, self.plateau controls the rate.
             lr = args.lr if n == args.warmup_step else self.optimizer.param_groups[0]["lr"]
         else:
             lr = args.lr
@@ -55,7 +55,7 @@ class LearningRate:
         return lr
 
     def after_evaluation(self, loss: float, n: int) -> None:
-        """Tell the schedule a validation loss, after update ``n - 1``."""
+        """Pass the validation loss after update ``n - 1`` to the schedule."""
         if self.plateau is not None and n > self.args.warmup_step:
             self.plateau.step(loss)
 

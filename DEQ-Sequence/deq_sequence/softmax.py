@@ -16,16 +16,16 @@ from lib.linear import linear
 
 
 class ProjectedAdaptiveLogSoftmax(nn.Module):
-    """Negative log-likelihoods under a softmax in clusters of falling frequency.
+    """Negative log-likelihoods of a softmax over clusters of words, from frequent to rare.
 
-    The head covers the words of cluster 0 and one entry per further cluster; the entry of
-    cluster i is number -i, counted from the end. A word of cluster i > 0 has
+    The head has one entry for every word of cluster 0 and one entry for every further cluster.
+    The entry of cluster i has index -i. A word of cluster i > 0 has
 
         log p(word) = head[-i] + log_softmax(cluster i)[word]
 
-    where the hidden state is projected by the transpose of projection 0 for the head and of
-    projection i for cluster i. With ``div_val`` 1 one table serves all clusters and there are
-    projections only if ``d_embed`` differs from ``d_proj``.
+    The hidden state is projected by the transpose of projection 0 for the head and by the
+    transpose of projection i for cluster i. With ``div_val`` 1 all clusters share one table, and
+    there are projections only if ``d_embed`` differs from ``d_proj``.
 
     Args:
         n_token, d_embed, d_proj, cutoffs, div_val: as for
@@ -38,7 +38,7 @@ class ProjectedAdaptiveLogSoftmax(nn.Module):
         super().__init__()
         self.n_token, self.d_embed, self.d_proj, self.div_val = n_token, d_embed, d_proj, div_val
         self.bounds = cluster_bounds(n_token, cutoffs)
-        self.n_clusters = len(self.bounds) - 1  # beside the head
+        self.n_clusters = len(self.bounds) - 1  # without cluster 0, which is in the head
         widths = cluster_widths(d_embed, div_val, len(self.bounds))
         if self.n_clusters:
             self.cluster_weight = nn.Parameter(torch.zeros(self.n_clusters, d_embed))
@@ -55,7 +55,7 @@ class ProjectedAdaptiveLogSoftmax(nn.Module):
             self.out_projs.extend(nn.Linear(width, d_proj, bias=False) for width in widths)
 
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """-log p(target), in the order of the tokens.
+        """Compute -log p(target), in the order of the tokens.
 
         Args:
             hidden: (N, d_proj).
@@ -70,12 +70,12 @@ class ProjectedAdaptiveLogSoftmax(nn.Module):
         if not self.n_clusters:
             return F.cross_entropy(self._head_logits(hidden), target, reduction="none")
         cluster = cluster_of(target, self.bounds)
-        entry = self._entry(cluster)  # of a word in cluster 0 it is not looked at
+        entry = self._entry(cluster)  # not used for words of cluster 0
         head_target = torch.where(cluster > 0, entry, target)
         nll = F.cross_entropy(self._head_logits(hidden), head_target, reduction="none")
         for i, rows in enumerate(rows_by_cluster(cluster, len(self.bounds))):
             if i == 0:
-                continue  # the head has it all
+                continue  # complete: words of cluster 0 are in the head
             logits = self._logits(i, hidden[rows])
             tail = F.cross_entropy(logits, target[rows] - self.bounds[i][0], reduction="none")
             nll = nll.index_add(0, rows, tail.to(nll.dtype))
@@ -91,7 +91,7 @@ class ProjectedAdaptiveLogSoftmax(nn.Module):
         return torch.cat(parts, dim=1)
 
     def _entry(self, cluster: int | Tensor) -> int | Tensor:
-        """Column of the head that stands for a cluster: cluster 1 is the last."""
+        """The head's column for a cluster; cluster 1 has the last column."""
         return self.bounds[0][1] + self.n_clusters - cluster
 
     def _table(self, i: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Tied weights: what the embedding and the softmax have in common, and how they keep it."""
+"""Tied weights of the embedding and the softmax, and how they stay tied."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lib.errors import InputError
 
-# The ways to tie a projection.
+# Modes of tying a projection, and their descriptions.
 TIE_PROJ_MODES = {
     "apart": "two parameters, equal at the start: as the published runs trained and saved them",
     "shared": "one parameter",
@@ -17,26 +17,26 @@ TIE_PROJ_MODES = {
 
 
 class Tie(NamedTuple):
-    """Two names of parameters, ``ours`` tied to ``source``, in one of ``TIE_PROJ_MODES``."""
+    """The parameter named ``ours`` is tied to the one named ``source`` (see ``TIE_PROJ_MODES``)."""
 
     ours: str
     source: str
     mode: str
-    way_out: str  # what loads a file in which the two differ
+    way_out: str  # for messages: how to load a file in which the two differ
 
 
 class TiedWeights(nn.Module):
-    """A module whose ``ties`` outlast copies, moves to another device or dtype, and loading.
+    """A module whose ``ties`` survive copies, moves to another device or dtype, and loading.
 
-    - ``apart``: two parameters that only start equal. The first public code tied their ``.data``,
-      which the move to a GPU parted before the first step. So the published runs trained two
-      projections, and saved both.
-    - ``shared``: one parameter under two names.
-    - ``storage``: two parameters over one storage. This is what the first public code did on a
-      CPU: each has its own gradient and optimiser state, and both updates go into the same numbers.
+    - ``apart``: two parameters that are equal only at the start. The first public code tied their
+      ``.data``, and the move to a GPU separated them before the first step. So the published runs
+      trained two projections and saved both.
+    - ``shared``: one parameter with two names.
+    - ``storage``: two parameters with one storage, as in the first public code on a CPU. Each has
+      its own gradient and optimiser state, and both updates change the same numbers.
 
-    State dicts hold both names. Where the two have to be equal, a state dict in which they differ
-    is refused: nothing could tell which one to keep.
+    State dicts hold both names. In the modes ``shared`` and ``storage`` a state dict with two
+    different values is refused with an InputError: the right one is unknown.
     """
 
     ties: tuple[Tie, ...] = ()
@@ -46,15 +46,16 @@ class TiedWeights(nn.Module):
         self.register_load_state_dict_post_hook(_join_after_loading)
 
     def tie(self, ties: Sequence[Tie]) -> None:
-        """Tie parameters from now on."""
+        """Set the ties and make the tied parameters equal."""
         self.ties = tuple(ties)
         self.start_equal()
 
     @torch.no_grad()
     def start_equal(self) -> None:
-        """Make the two of every tie equal, after an initialisation that drew both.
+        """Make the two parameters of every tie equal, after an initialisation that drew both.
 
-        All modes then start from the same weights: those that were drawn last, as one array keeps.
+        All modes then start from the same weights, those that were drawn last: a shared array
+        keeps the last values, too.
         """
         self._join()
         for tie in self.ties:
@@ -63,7 +64,7 @@ class TiedWeights(nn.Module):
             self.get_parameter(tie.ours).copy_(self.get_parameter(tie.source))
 
     def _join(self) -> None:
-        """Put ties in place where a copy or a move has made two arrays of one."""
+        """Restore the ties that a copy or a move has separated into two arrays."""
         for tie in self.ties:
             ours, source = self.get_parameter(tie.ours), self.get_parameter(tie.source)
             if tie.mode == "shared" and ours is not source:
@@ -72,12 +73,12 @@ class TiedWeights(nn.Module):
             elif tie.mode == "storage":
                 ours.data = source.data
 
-    def _apply(self, fn, recurse=True):  # .to() and its like
+    def _apply(self, fn, recurse=True):  # called by .to(), .cuda(), .half(), ...
         super()._apply(fn, recurse)
         self._join()
         return self
 
-    def __setstate__(self, state):  # deepcopy and unpickling
+    def __setstate__(self, state):  # called by deepcopy and unpickling
         super().__setstate__(state)
         self._join()
 
@@ -86,12 +87,12 @@ class TiedWeights(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
     def _refuse_parted(self, state: dict[str, Tensor], prefix: str, assign: bool | None) -> None:
-        """Before anything is loaded; so what is refused changes nothing."""
+        """Refuse tied values that differ. Called before loading, so a refusal changes nothing."""
         for tie in self.ties:
             both = [state[prefix + n] for n in (tie.ours, tie.source) if prefix + n in state]
             if tie.mode == "apart" or not both:
                 continue
-            if len(both) == 1 and assign:  # the next _join could take the other
+            if len(both) == 1 and assign:  # the next _join() could keep the other, old value
                 raise InputError(
                     f"{tie.ours} and {tie.source} are tied: assign both or neither of them"
                 )
@@ -104,18 +105,18 @@ class TiedWeights(nn.Module):
 def ties_between(
     embedding: nn.Module, softmax: nn.Module, weights: bool, projections: Sequence[bool], mode: str
 ) -> list[Tie]:
-    """The ties of a model whose ``word_emb`` and ``crit`` are made with the same sizes.
+    """List the ties of a model whose ``word_emb`` and ``crit`` have the same sizes.
 
     Args:
         embedding: an :class:`deq_sequence.embedding.AdaptiveEmbedding`.
         softmax: a :class:`deq_sequence.softmax.ProjectedAdaptiveLogSoftmax`.
-        weights: tie every output table to its embedding table; that is always one parameter.
-        projections: tie projection i; missing entries are False. With ``div_val`` 1 all are tied
-            to the embedding's single projection, if there is one.
-        mode: of the projections, a key of ``TIE_PROJ_MODES``.
+        weights: tie every output table to its embedding table, always in the mode 'shared'.
+        projections: entry i ties projection i; missing entries are False. With ``div_val`` 1 all
+            are tied to the embedding's single projection, if it has one.
+        mode: tie mode of the projections, a key of ``TIE_PROJ_MODES``.
 
     Raises:
-        InputError: an unknown mode, or more entries than clusters.
+        InputError: the mode is unknown, or ``projections`` has more entries than clusters.
     """
     if mode not in TIE_PROJ_MODES:
         raise InputError(
@@ -141,12 +142,12 @@ def ties_between(
 
 
 def _differ(a: Tensor, b: Tensor) -> bool:
-    if a.is_meta or b.is_meta or a.shape != b.shape:  # other shapes are refused as such
+    if a.is_meta or b.is_meta or a.shape != b.shape:  # wrong shapes are refused elsewhere
         return False
     a, b = a.detach(), b.detach().to(a)
     return not bool(((a == b) | ((a != a) & (b != b))).all())  # NaN is refused elsewhere
 
 
 def _join_after_loading(model: TiedWeights, incompatible) -> None:
-    """load_state_dict(assign=True) replaces every parameter by one of its own."""
+    """Restore the ties: load_state_dict(assign=True) replaces every parameter by a separate one."""
     model._join()

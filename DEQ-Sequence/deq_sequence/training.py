@@ -1,4 +1,4 @@
-"""Training of language models: what a step of words is."""
+"""Training of language models: the steps, validation and checkpoints of :class:`LMTrainer`."""
 
 import argparse
 import math
@@ -8,28 +8,28 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from deq_sequence.corpus import Corpus
 from deq_sequence.evaluation import Evaluation, evaluate, perplexity, settings_from
-from deq_sequence.iterators import LMOrderedIterator
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.schedules import LearningRate, make_optimizer
+from deq_sequence.text.corpus import Corpus
+from deq_sequence.text.iterators import LMOrderedIterator
 from lib.data_parallel import BalancedDataParallel
-from lib.distributed import Processes
 from lib.errors import InputError
 from lib.jacobian import jac_loss_weight_at
-from lib.precision import autocast
-from lib.steps import Care, Choices
-from lib.stopping import Stopping
-from lib.trainer import Trainer
+from lib.runs.interrupts import Stopping
+from lib.runs.processes import Processes
+from lib.runs.steps import Care, Choices
+from lib.runs.trainer import Trainer
+from lib.solvers.precision import autocast
 
 _ALONE = Processes()
-_MODE, _VOCABULARY = "--tie_proj_mode", "the vocabulary"  # in ``fixed``
+_MODE, _VOCABULARY = "--tie_proj_mode", "the vocabulary"  # keys in ``fixed``
 
 
 class LMTrainer(Trainer):
     """Trains a DEQ-Transformer on streams of text, with memory from segment to segment.
 
-    Every process reads its own streams of the batch, so that any number of processes sees the
+    Every process reads its own streams of the batch. Any number of processes together reads the
     same tokens in the same order.
     """
 
@@ -56,7 +56,7 @@ class LMTrainer(Trainer):
         self.iterator = LMOrderedIterator(
             corpus.train, args.batch_size, args.tgt_len, device=device, streams=self.streams
         )
-        for text in (corpus.valid, corpus.test):  # too short a text should not wait to be found
+        for text in (corpus.valid, corpus.test):  # refuse too short a text now, not in evaluation
             LMOrderedIterator(text, args.eval_batch_size, args.eval_tgt_len)
         super().__init__(
             model,
@@ -75,7 +75,7 @@ class LMTrainer(Trainer):
             stopping=stopping or Stopping(args.max_time),
         )
         self.learning_rate = LearningRate(args, self.optimizer)
-        if args.clip_nonemb:  # and what has the same numbers
+        if args.clip_nonemb:  # leaves out parameters tied to the embeddings, too
             left_out = {id(p) for p in model.word_emb.parameters()}
             left_out |= {id(model.get_parameter(t.ours)) for t in model.ties if t.mode != "apart"}
             self.clipped = [p for p in model.parameters() if id(p) not in left_out]
@@ -91,7 +91,7 @@ class LMTrainer(Trainer):
     # ---- a step --------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Segments (data, target) of this process's streams, (tgt_len, streams) each."""
+        """Yield segments (data, target) of this process's streams, (tgt_len, streams) each."""
         args = self.args
         self.model.reset_length(args.tgt_len, args.mem_len)
         while self.step < args.max_step:
@@ -104,12 +104,12 @@ class LMTrainer(Trainer):
                 yield data, target
                 if self.step >= args.max_step:
                     return
-            # A new pass over the text begins without memory, as the first did.
+            # A new pass over the text begins without memory, as the first pass did.
             self.epoch, self.row = self.epoch + 1, 0
             self.forget()
 
     def draw(self) -> Choices:
-        # Both are drawn in every step, so that the random stream does not depend on the phase.
+        # Two draws in every step, so that the random stream does not depend on the phase.
         f_thres = max(1, self.args.f_thres - self.rng.randint(0, self.args.rand_f_thres_delta))
         regularise = self.rng.random() < self.args.jac_loss_freq
         weight = self.jac_weight_of(self.step)
@@ -131,7 +131,7 @@ class LMTrainer(Trainer):
                 b_thres=self.args.b_thres,
                 compute_jac_loss=choices.jac_weight > 0,
             )
-        share = target.shape[1] / self.args.batch_size  # every sequence counts the same
+        share = target.shape[1] / self.args.batch_size  # every sequence has the same weight
         losses = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (loss, jac_loss))
         nll, jac_loss = (x.mean() * share for x in losses)
         tokens = torch.full((), target.numel(), device=self.device)
@@ -144,7 +144,7 @@ class LMTrainer(Trainer):
         self.row += len(batch[1])
 
     def forget(self) -> None:
-        """Begin without memory: it may not be finite."""
+        """Start again without memory: after a skipped step the memory may not be finite."""
         self.mems: list[list[Tensor]] = [[] for _ in range(self.args.batch_chunk)]
 
     def jac_weight_of(self, step: int) -> float:
@@ -202,9 +202,10 @@ class LMTrainer(Trainer):
     # ---- checkpoints ---------------------------------------------------------------------------
 
     def extra_state(self) -> dict:
-        """The position, and the memory of all streams of the batch, on the CPU."""
+        """The position in the text, the memory of all streams of the batch (on the CPU), and the
+        state of the learning-rate schedule."""
         own = [torch.cat(parts, dim=1).cpu() for parts in zip(*self.mems, strict=True)]
-        parts = self.processes.gather(own)  # of each process: [] or states and injections
+        parts = self.processes.gather(own)  # per process: [] or [states, injections]
         return {
             "epoch": self.epoch,
             "row": self.row,
@@ -222,16 +223,18 @@ class LMTrainer(Trainer):
 
     def fixed(self) -> dict:
         fixed = {f"--{name}": getattr(self.args, name) for name in ("batch_size", "optim")}
-        # Of how many parameters the optimiser keeps a state.
+        # The mode decides for how many parameters the optimiser keeps a state.
         fixed[_MODE] = self.args.tie_proj_mode if self.model.ties_projections else None
         return fixed | {_VOCABULARY: self.corpus.vocab.fingerprint()}
 
     def fixed_in(self, state: dict) -> dict:
         own, fixed = self.fixed(), dict(state["fixed"])
-        fixed.setdefault(_MODE, "shared")  # the one way once
-        if own[_MODE] is None or fixed[_MODE] is None:  # two models: their weights tell more
+        fixed.setdefault(_MODE, "shared")  # older checkpoints: the only mode then
+        # None: a model without tied projections. If only one has them, load_state() names the
+        # differing weights, a better message than one about the mode.
+        if own[_MODE] is None or fixed[_MODE] is None:
             fixed[_MODE] = own[_MODE]
-        # Characters were once counted in the training text alone.
+        # Older checkpoints: character vocabularies were counted in the training text alone.
         counts = torch.bincount(self.corpus.train, minlength=len(self.corpus.vocab))
         changed = self.corpus.characters and bool((counts[:-1] <= counts[1:]).any())
         once = "of the training text alone" if changed else own[_VOCABULARY]

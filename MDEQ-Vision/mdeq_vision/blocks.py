@@ -1,12 +1,12 @@
 """The pieces of the multiscale layer f: residual block, fusion, post-fusion.
 
-GroupNorm has ``groups`` groups; none of these convolutions has a bias. Names and order follow the
+GroupNorm has ``groups`` groups. No convolution here has a bias. Names and order follow the
 published state dicts.
 
-``prepare`` of a piece gives the tensors that its ``forward`` uses beside its input: the weights,
-a mask, an injection. They are fetched once per forward of the model, not once per application of
-f, and may come back in another number format, or for some of the samples alone. What nothing else
-needs is overwritten on the way.
+Each piece has two methods. ``prepare`` runs once per forward of the model, not once per
+application of f. It returns the tensors that ``forward`` needs beside its input: weights, a mask,
+an injection. The caller may cast these tensors, or select samples from them, before it passes
+them to ``forward`` as ``held``. ``forward`` overwrites tensors that nothing else needs.
 """
 
 from collections import OrderedDict
@@ -20,11 +20,12 @@ from lib.layer_utils import conv3x3, conv5x5
 from lib.linear import conv2d
 from lib.optimization import VariationalHidDropout2d, WeightNorm, weight_norm
 
-Held = list[Any]  # tensors (or None), BlockTensors, or lists of them
+Held = list[Any]  # what ``prepare`` returns: tensors (or None), BlockTensors, or lists of these
 
 
 class BlockTensors(NamedTuple):
-    """What a residual block needs beside z. Nothing else that is held belongs to single samples."""
+    """The prepared tensors of a residual block. Only ``mask`` and ``injection`` have an entry per
+    sample, here and among all prepared tensors."""
 
     weight1: Tensor  # (inner, C, k, k)
     weight2: Tensor  # (C, inner, k, k)
@@ -35,17 +36,17 @@ class BlockTensors(NamedTuple):
     injection: Tensor | None  # (B, C, H, W)
 
     def select(self, rows: Tensor) -> "BlockTensors":
-        """Those of the samples ``rows`` alone; what samples share is not copied."""
+        """Select the samples ``rows`` of mask and injection; share all other tensors."""
         own = self.mask, self.injection
         mask, injection = (None if t is None else t.index_select(0, rows) for t in own)
         return self._replace(mask=mask, injection=injection)
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm that also takes a single value per group: then it returns its bias.
+    """nn.GroupNorm that also accepts a single value per group; it then returns its bias.
 
-    PyTorch refuses that for a batch of one image and not for more, but a model must take images
-    of any size in any number.
+    nn.GroupNorm refuses a single value per group if the batch is one image. But a model must take
+    images of any size in any number.
     """
 
     def prepare(self) -> Held:
@@ -56,7 +57,11 @@ class GroupNorm(nn.GroupNorm):
 
 
 def group_norm(groups: int, channels: int, affine: bool) -> GroupNorm:
-    """GroupNorm that says what fits together."""
+    """Build a GroupNorm.
+
+    Raises:
+        InputError: ``groups`` does not divide ``channels``.
+    """
     if channels % groups:
         raise InputError(
             f"{channels} channels do not split into {groups} groups: choose MODEL.NUM_GROUPS so "
@@ -79,8 +84,11 @@ class ResidualBlock(nn.Module):
     Args:
         channels: C of the branch.
         inner: channels between the convolutions.
-        big_kernels: how many of the two convolutions, from the first, are 5x5 instead of 3x3.
-        groups, affine, dropout, wnorm: as in the configuration.
+        big_kernels: 0, 1 or 2; the first ``big_kernels`` convolutions are 5x5 instead of 3x3.
+        groups: groups of each GroupNorm.
+        affine: whether each GroupNorm has a weight and a bias.
+        dropout: dropout probability; one mask value per sample and channel.
+        wnorm: whether the convolutions are weight-normalised.
     """
 
     def __init__(
@@ -107,9 +115,11 @@ class ResidualBlock(nn.Module):
             self._norms = {name: _normed(getattr(self, name)) for name in ("conv1", "conv2")}
 
     def prepare(self, z: Tensor, x: Tensor | None = None) -> BlockTensors:
-        """Compute the weights and draw the mask of one forward, for states like z.
+        """Compute the weights and draw the mask for one forward of the model.
 
-        x is the injection, of the shape of z; None injects nothing.
+        Args:
+            z: a state (B, C, H, W); only its shape, dtype and device count.
+            x: the injection, of the shape of z; None injects nothing.
         """
         for name, norm in self._norms.items():
             norm.reset(getattr(self, name))
@@ -118,7 +128,7 @@ class ResidualBlock(nn.Module):
         return BlockTensors(self.conv1.weight, self.conv2.weight, *norms, mask, x)
 
     def forward(self, z: Tensor, held: BlockTensors) -> Tensor:
-        """z (B, C, H, W)."""
+        """z (B, C, H, W) -> (B, C, H, W)."""
         weight1, weight2, gn1, gn2, gn3, mask, x = held
         t = self.gn1(_convolve(self.conv1, z, weight1), gn1).relu_()  # (B, inner, H, W)
         t = _convolve(self.conv2, t, weight2)
@@ -130,7 +140,7 @@ class ResidualBlock(nn.Module):
 
 
 class Branch(nn.Module):
-    """The residual blocks of one resolution; the first takes the injection."""
+    """The residual blocks of one resolution; the first block takes the injection."""
 
     def __init__(self, n_blocks: int, *args, **options):
         super().__init__()
@@ -146,7 +156,7 @@ class Branch(nn.Module):
 
 
 class FuseFromLower(nn.Module):
-    """From a lower resolution: conv1x1, GroupNorm. What comes after is ``doubled``."""
+    """Fusion from a lower resolution: conv1x1, GroupNorm. The caller upsamples by ``doubled``."""
 
     def __init__(self, channels: int, out_channels: int, groups: int, affine: bool):
         super().__init__()
@@ -167,9 +177,9 @@ class FuseFromLower(nn.Module):
 
 
 class FuseFromHigher(nn.Module):
-    """From a higher resolution: ``steps`` times conv3x3 with stride 2, GroupNorm, relu.
+    """Fusion from a higher resolution: ``steps`` times conv3x3 with stride 2, GroupNorm, relu.
 
-    The channels change in the last step, which has no relu.
+    Only the last step changes the number of channels; the last step has no relu.
     """
 
     def __init__(self, channels: int, out_channels: int, steps: int, groups: int, affine: bool):
@@ -203,23 +213,23 @@ class PostFusion(nn.Module):
         self._norm = _normed(self.conv) if wnorm else None
 
     def prepare(self) -> Held:
-        """Compute the weight of one forward."""
+        """Compute the weight for one forward of the model."""
         if self._norm is not None:
             self._norm.reset(self.conv)
         return [self.conv.weight, self.gnorm.prepare()]
 
     def forward(self, y: Tensor, held: Held) -> Tensor:
-        """y (B, C, H, W), which is overwritten."""
+        """y (B, C, H, W) -> (B, C, H, W); y is overwritten."""
         weight, gnorm = held
         return self.gnorm(_convolve(self.conv, y.relu_(), weight), gnorm)
 
 
 def doubled(y: Tensor, size: tuple[int, int]) -> Tensor:
-    """Nearest upsampling (B, C, h, w) -> (B, C, H, W) to ``size``, h = ceil(H / 2) and w alike.
+    """Upsample y (B, C, h, w) to ``size`` = (H, W) by nearest neighbour.
 
-    An odd height or width cuts the last row or column, so that pixel (i, j) of y still covers the
-    pixels from (2 i, 2 j) on. On the CPU in float32 this takes about half the time of
-    F.interpolate, forward and backward.
+    h = ceil(H / 2) and w = ceil(W / 2). If H or W is odd, the last row or column is cut, so that
+    pixel (i, j) of y always covers the pixels from (2 i, 2 j) on. On the CPU in float32 this takes
+    about half the time of F.interpolate, forward and backward.
     """
     height, width = size
     y = torch.stack((y, y), dim=4).flatten(3)[..., :width]  # (B, C, h, W)

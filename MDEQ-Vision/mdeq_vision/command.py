@@ -1,4 +1,4 @@
-"""What the tools do: read the configuration, set up, then train or evaluate."""
+"""The commands of tools/: read the configuration, set up, then train or evaluate."""
 
 import argparse
 from collections.abc import Callable
@@ -8,17 +8,17 @@ import torch
 from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
-from lib.checkpoint import load_weights
-from lib.determinism import deterministic
-from lib.distributed import Processes
 from lib.errors import InputError, naming
-from lib.experiment import CHECKPOINT, WEIGHTS, Run, check_unused, peak_memory_mib
 from lib.gradients import unused_settings
-from lib.precision import allow_tf32
-from lib.resume import read_checkpoint
-from lib.retention import set_aside, versions
-from lib.stopping import Stopping
-from lib.training import exit_code
+from lib.runs.checkpoint import load_weights
+from lib.runs.determinism import deterministic
+from lib.runs.interrupts import Stopping
+from lib.runs.processes import Processes
+from lib.runs.resume import read_checkpoint
+from lib.runs.retention import set_aside, versions
+from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, check_unused, peak_memory_mib
+from lib.runs.training import exit_code
+from lib.solvers.precision import allow_tf32
 from mdeq_vision.config import config, flat, merge_file, update_config
 from mdeq_vision.datasets import get_cls_dataset, get_seg_dataset
 from mdeq_vision.datasets.cityscapes_lists import write_lists
@@ -32,37 +32,37 @@ from mdeq_vision.tasks import ClassificationTrainer, SegmentationTrainer
 from mdeq_vision.training import RESUME, ImageTrainer
 from mdeq_vision.transfer import extract_pretrained, get_seg_net, load_pretrained
 
-CONFIG = "config.yaml"  # the resolved settings, beside a run's log
-PREDICTIONS = "predictions"  # folder of seg_test's pictures, beside them
+CONFIG = "config.yaml"  # the resolved settings, in the run's folder
+PREDICTIONS = "predictions"  # seg_test's pictures, in the run's folder
 _Log = Callable[[str], None]
 
 
 def cls_train(argv: list[str] | None = None) -> int:
-    """Run tools/cls_train.py; its exit code."""
+    """Run tools/cls_train.py; return its exit code."""
     return _run("cls_train.py", "Train an image classification model.", train_classifier, argv)
 
 
 def cls_valid(argv: list[str] | None = None) -> int:
-    """Run tools/cls_valid.py; its exit code."""
+    """Run tools/cls_valid.py; return its exit code."""
     return _run(
         "cls_valid.py", "Evaluate an image classification model.", validate_classifier, argv
     )
 
 
 def seg_train(argv: list[str] | None = None) -> int:
-    """Run tools/seg_train.py; its exit code."""
+    """Run tools/seg_train.py; return its exit code."""
     return _run("seg_train.py", "Train a segmentation model.", train_segmenter, argv)
 
 
 def seg_test(argv: list[str] | None = None) -> int:
-    """Run tools/seg_test.py; its exit code."""
+    """Run tools/seg_test.py; return its exit code."""
     return _run(
         "seg_test.py", "Predict, and evaluate where there are labels.", predict_segmentation, argv
     )
 
 
 def extract(argv: list[str] | None = None) -> int:
-    """Run tools/extract_pretrained.py; its exit code."""
+    """Run tools/extract_pretrained.py; return its exit code."""
 
     def action():
         parser = Parser(
@@ -81,7 +81,7 @@ def extract(argv: list[str] | None = None) -> int:
 
 
 def make_cityscapes_lists(argv: list[str] | None = None) -> int:
-    """Run tools/make_cityscapes_lists.py; its exit code."""
+    """Run tools/make_cityscapes_lists.py; return its exit code."""
 
     def action():
         parser = Parser(
@@ -97,12 +97,12 @@ def make_cityscapes_lists(argv: list[str] | None = None) -> int:
 
 
 def run_folder(cfg: CfgNode, cfg_file: str | Path) -> Path:
-    """OUTPUT_DIR/DATASET/<name of the yaml file>."""
+    """The folder of a run: OUTPUT_DIR/DATASET.DATASET/<name of the yaml file>."""
     return Path(cfg.OUTPUT_DIR or "output") / cfg.DATASET.DATASET / Path(cfg_file).stem
 
 
 def load_config(args: argparse.Namespace) -> CfgNode:
-    """The configuration that a command line describes."""
+    """Return the configuration that a command line describes."""
     cfg = config.clone()
     update_config(cfg, args)
     return cfg
@@ -119,7 +119,10 @@ def _run(program: str, description: str, action: Callable, argv: list[str] | Non
 
 
 def _devices(cfg: CfgNode, processes: Processes) -> tuple[torch.device, list[int]]:
-    """The first device of this process, and its GPUs: those of GPUS that are there."""
+    """Apply SEED, CUDNN and TF32; return the first device of this process, and its GPUs.
+
+    A single process has all available GPUs of the setting GPUS; one of several processes has one.
+    """
     torch.manual_seed(cfg.SEED)  # the same initial weights in all processes
     cudnn = torch.backends.cudnn
     cudnn.benchmark, cudnn.enabled = cfg.CUDNN.BENCHMARK, cfg.CUDNN.ENABLED
@@ -142,9 +145,13 @@ def _devices(cfg: CfgNode, processes: Processes) -> tuple[torch.device, list[int
 def train_classifier(
     cfg: CfgNode, cfg_file: Path, processes: Processes, resume: str = RESUME
 ) -> Path | None:
-    """Train a classification model as the configuration says; the run's folder, if it has one.
+    """Train a classification model as the configuration says.
 
-    ``resume`` is what a user adds to continue a run, for messages.
+    Args:
+        resume: what a user adds to continue a run, for messages.
+
+    Returns:
+        The run's folder; None if this process writes none.
     """
 
     _refuse_other_task(cfg, "classification")
@@ -166,9 +173,13 @@ def train_classifier(
 def train_segmenter(
     cfg: CfgNode, cfg_file: Path, processes: Processes, resume: str = RESUME
 ) -> Path | None:
-    """Train a segmentation model as the configuration says; the run's folder, if it has one.
+    """Train a segmentation model as the configuration says.
 
-    ``resume`` is what a user adds to continue a run, for messages.
+    Args:
+        resume: what a user adds to continue a run, for messages.
+
+    Returns:
+        The run's folder; None if this process writes none.
     """
 
     _refuse_other_task(cfg, "segmentation")
@@ -195,10 +206,13 @@ def _train(
     image_size: list[int],
     resume: str,
 ) -> Path | None:
-    """Build a trainer, start or resume it, train.
+    """Build a trainer, start or resume the run, and train.
 
-    ``build`` gives model, training and validation set, and the extra one of a second stage; it is
-    told whether the run is a new one.
+    Args:
+        task: the trainer's class.
+        build: ``build(anew, log)`` returns the model, the training set, the validation set, and
+            with a second stage its data set. ``anew`` is False when a checkpoint is resumed.
+        image_size: (width, height) for the summary of the model.
     """
     stopping = Stopping(cfg.MAX_TIME)
     folder = run_folder(cfg, cfg_file)
@@ -227,7 +241,7 @@ def _train(
         with naming("TRAIN.MODEL_FILE"):
             load_weights(model, cfg.TRAIN.MODEL_FILE)
     if not processes.lead((folder / WEIGHTS).exists):
-        trainer.best = {}  # of a run elsewhere
+        trainer.best = {}  # its weights are in another run's folder
 
     def begin() -> Run:
         place = None if cfg.DEBUG.DEBUG else folder
@@ -280,7 +294,7 @@ def _train(
 
 
 def _class_lines(cfg: CfgNode, dataset) -> list[str]:
-    """That some outputs of the network stand for no class of the data set."""
+    """Note it if the network has more outputs than the data set has classes."""
     n_classes = len(dataset.classes)
     if n_classes == cfg.MODEL.NUM_CLASSES:
         return []
@@ -291,7 +305,7 @@ def _class_lines(cfg: CfgNode, dataset) -> list[str]:
     ]
 
 
-# Settings of one task that ask it to do something: of the other they would be ignored.
+# Settings that only one task reads; the other task would silently ignore them.
 _OF_ONE_TASK = {
     "segmentation": (
         *("DATASET.EXTRA_TRAIN_SET", "LOSS.USE_OHEM", "TRAIN.FLIP", "TRAIN.MULTI_SCALE"),
@@ -302,7 +316,7 @@ _OF_ONE_TASK = {
 
 
 def _refuse_other_task(cfg: CfgNode, task: str) -> None:
-    """Refuse what another task would do differently from its default, and ``task`` cannot do."""
+    """Refuse settings of the other task that differ from their defaults."""
     own, default = flat(cfg), flat(config)
     for other, keys in _OF_ONE_TASK.items():
         for key in keys if other != task else ():
@@ -311,7 +325,7 @@ def _refuse_other_task(cfg: CfgNode, task: str) -> None:
 
 
 def _checkpoint_to_resume(cfg: CfgNode, folder: Path, resume: str) -> Path | None:
-    """The checkpoint to continue from; None starts anew."""
+    """Return the checkpoint to continue from; None starts a new run."""
     own = folder / CHECKPOINT
     if (cfg.TRAIN.RESUME or cfg.AUTO_RESUME) and versions(own):
         return own
@@ -320,7 +334,7 @@ def _checkpoint_to_resume(cfg: CfgNode, folder: Path, resume: str) -> Path | Non
     return Path(cfg.TRAIN.CHECKPOINT) if cfg.TRAIN.CHECKPOINT else None
 
 
-# Settings that may differ between a run and its continuation without a word.
+# Settings (or their prefixes) that a continued run may change without a note in the log.
 _FREE = ("OUTPUT_DIR", "LOG_DIR", "DATA_DIR", "GPUS", "WORKERS", "PRINT_FREQ", "SAVE_FREQ",
          "KEEP_CHECKPOINTS", "MAX_TIME", "AUTO_RESUME", "PIN_MEMORY", "DEBUG", "TEST",
          "TRAIN.RESUME", "TRAIN.CHECKPOINT", "TRAIN.MODEL_FILE", "TRAIN.MAX_SKIPPED",
@@ -328,7 +342,7 @@ _FREE = ("OUTPUT_DIR", "LOG_DIR", "DATA_DIR", "GPUS", "WORKERS", "PRINT_FREQ", "
 
 
 def _changes(cfg: CfgNode, path: Path) -> list[str]:
-    """Settings of a continuation that differ from those the run was started with."""
+    """List the settings that differ between the saved configuration at ``path`` and ``cfg``."""
     if not path.is_file():
         return [f"{path} is missing, so the settings could not be compared"]
     before = config.clone()
@@ -350,7 +364,7 @@ def _extra_line(cfg: CfgNode, dataset: Dataset) -> str:
 
 
 def _batch_size_lines(cfg_file: Path, batch_size: int) -> list[str]:
-    """The effective batch size, and whether it is that of the file."""
+    """State the effective batch size, and warn if the yaml file is meant for another one."""
     own = config.clone()
     merge_file(own, cfg_file)
     published = own.TRAIN.BATCH_SIZE or own.TRAIN.BATCH_SIZE_PER_GPU * len(own.GPUS)
@@ -369,7 +383,7 @@ def _batch_size_lines(cfg_file: Path, batch_size: int) -> list[str]:
 
 
 def validate_classifier(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Evaluation:
-    """Evaluate a classification model at equilibrium and print the figures."""
+    """Evaluate a classification model at the fixed point and print the figures."""
     _refuse_other_task(cfg, "classification")
     device, _ = _devices(cfg, processes)
     dataset = get_cls_dataset(cfg, "test")
@@ -381,7 +395,7 @@ def validate_classifier(cfg: CfgNode, cfg_file: Path, processes: Processes) -> E
 
 
 def predict_segmentation(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Evaluation:
-    """Write a segmentation model's predictions; print the figures where there are labels."""
+    """Write a segmentation model's predictions; if there are labels, print the figures."""
     _refuse_other_task(cfg, "segmentation")
     device, _ = _devices(cfg, processes)
     dataset = get_seg_dataset(cfg, "test")
@@ -420,7 +434,7 @@ def predict_segmentation(cfg: CfgNode, cfg_file: Path, processes: Processes) -> 
 def _trained(
     cfg: CfgNode, cfg_file: Path, build: Callable[[CfgNode], MDEQNet], device: torch.device
 ) -> tuple[MDEQNet, Path]:
-    """The model with the weights of TEST.MODEL_FILE, or the best of the run."""
+    """Return the model with the weights of TEST.MODEL_FILE or the run's best, and their path."""
     path = Path(cfg.TEST.MODEL_FILE or run_folder(cfg, cfg_file) / WEIGHTS)
     model = build(cfg)
     with naming("TEST.MODEL_FILE" if cfg.TEST.MODEL_FILE else "the best weights of the run"):

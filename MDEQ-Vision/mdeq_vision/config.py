@@ -1,9 +1,10 @@
-"""Configuration: the defaults of all settings, and how a yaml file and the command line merge.
+"""Configuration: the defaults of all settings; merging a yaml file and the command line.
 
     cfg = config.clone()
     update_config(cfg, args)     # args.cfg, args.opts and the folder flags
 
-Every key that is not here is refused, with the nearest one that is. Only MODEL.EXTRA is open.
+A key that has no default here raises an InputError that names the nearest known key. Only
+MODEL.EXTRA takes new keys.
 """
 
 import ast
@@ -15,38 +16,38 @@ import yaml
 from yacs.config import CfgNode
 
 from lib.errors import InputError, did_you_mean
-from lib.precision import AMP
+from lib.solvers.precision import AMP
 
 _NEVER = 100_000_000
 
 
 def _defaults() -> CfgNode:
     cfg = CfgNode()
-    cfg.OUTPUT_DIR = ""  # runs lie in OUTPUT_DIR/DATASET.DATASET/<name of the yaml file>
-    cfg.LOG_DIR = ""  # TensorBoard events, in the same subfolders; "" puts them beside the run
+    cfg.OUTPUT_DIR = ""  # a run's folder is OUTPUT_DIR/DATASET.DATASET/<name of the yaml file>
+    cfg.LOG_DIR = ""  # TensorBoard events, in the same subfolders; "": in the run's folder
     cfg.DATA_DIR = ""  # put before DATASET.ROOT
-    cfg.GPUS = [0]  # devices of one process, where there are any
+    cfg.GPUS = [0]  # GPUs of one process; absent ones are ignored
     cfg.WORKERS = 4  # processes that load data
-    cfg.PERCENT = 1.0  # share of the training batches used per epoch
+    cfg.PERCENT = 1.0  # fraction of the training batches used per epoch
     cfg.PRINT_FREQ = 20  # steps between two lines of the log
-    cfg.SAVE_FREQ = 0  # steps between two checkpoints; 0 saves at the end of an epoch only
-    cfg.KEEP_CHECKPOINTS = 2  # the newest, and those before it
-    cfg.MAX_TIME = 0.0  # minutes to save and stop within; 0 is no limit
+    cfg.SAVE_FREQ = 0  # steps between two checkpoints; 0: save at the end of an epoch only
+    cfg.KEEP_CHECKPOINTS = 2  # number of newest checkpoints to keep
+    cfg.MAX_TIME = 0.0  # minutes within which the run saves and stops; 0: no limit
     cfg.SEED = 1111
     cfg.AUTO_RESUME = False  # the same as TRAIN.RESUME
     cfg.PIN_MEMORY = True  # takes effect with a GPU
 
-    # DETERMINISTIC: on a GPU, a run repeats bit for bit, but slower; then BENCHMARK has no effect.
+    # DETERMINISTIC: a run on a GPU repeats bit for bit, but slower; BENCHMARK then has no effect.
     cfg.CUDNN = CfgNode({"BENCHMARK": True, "DETERMINISTIC": False, "ENABLED": True})
     cfg.AMP = "none"  # bf16: f in bfloat16, solver states and losses in float32
     cfg.TF32 = False  # round the factors of float32 products on the GPU to TF32
-    cfg.COMPILE = False  # f through torch.compile, in the solvers' evaluations
+    cfg.COMPILE = False  # compile f with torch.compile for the solvers' evaluations
 
     cfg.MODEL = CfgNode()
     cfg.MODEL.NAME = "mdeq"
     cfg.MODEL.INIT_WEIGHTS = True  # False leaves PyTorch's default initialisation
     cfg.MODEL.WNORM = False
-    cfg.MODEL.PRETRAINED = ""  # weights that segmentation starts from (extract_pretrained.py)
+    cfg.MODEL.PRETRAINED = ""  # file of backbone weights to start from (extract_pretrained.py)
     cfg.MODEL.NUM_LAYERS = 5  # applications of f in the stacked phase
     cfg.MODEL.NUM_GROUPS = 4
     cfg.MODEL.DROPOUT = 0.0
@@ -61,39 +62,39 @@ def _defaults() -> CfgNode:
 
     cfg.DEQ = CfgNode()
     cfg.DEQ.F_SOLVER = "broyden"
-    cfg.DEQ.B_SOLVER = "broyden"  # None: as forward
-    cfg.DEQ.GRAD = "ift"  # how to differentiate; name, or name:option=value,... as for solvers
+    cfg.DEQ.B_SOLVER = "broyden"  # "None": the forward solver
+    cfg.DEQ.GRAD = "ift"  # gradient: name, or name:option=value,... as for solvers
     cfg.DEQ.STOP_MODE = "abs"
     cfg.DEQ.RAND_F_THRES_DELTA = 2
     cfg.DEQ.F_THRES = 30
     cfg.DEQ.B_THRES = 40
-    cfg.DEQ.SPECTRAL_RADIUS_MODE = False  # print it in validation
+    cfg.DEQ.SPECTRAL_RADIUS_MODE = False  # compute and print the spectral radius in evaluation
 
     cfg.LOSS = CfgNode()
     cfg.LOSS.JAC_LOSS_FREQ = 0.0
     cfg.LOSS.JAC_LOSS_WEIGHT = 0.0
-    cfg.LOSS.JAC_INCREMENTAL = _NEVER  # steps after which the weight grows by 0.1; 0: never
+    cfg.LOSS.JAC_INCREMENTAL = _NEVER  # steps per increase of the weight by 0.1; 0: no increase
     cfg.LOSS.JAC_STOP_EPOCH = _NEVER
     cfg.LOSS.PRETRAIN_JAC_LOSS_WEIGHT = 0.0
     cfg.LOSS.USE_OHEM = False
     cfg.LOSS.OHEMTHRES = 0.9
-    cfg.LOSS.OHEMKEEP = 100_000  # pixels of a process and a part of its share of a batch
+    cfg.LOSS.OHEMKEEP = 100_000  # least pixels kept, per process and part of its share of a batch
 
     cfg.DATASET = CfgNode()
     cfg.DATASET.ROOT = ""
     cfg.DATASET.DATASET = "imagenet"
     cfg.DATASET.TRAIN_SET = "train"
     cfg.DATASET.TEST_SET = "valid"
-    cfg.DATASET.EXTRA_TRAIN_SET = ""  # list of a second stage of segmentation's training
-    cfg.DATASET.NUM_CLASSES = 1000  # of segmentation
-    cfg.DATASET.DATA_FORMAT = "jpg"  # for published files only: an image tells its own format
-    cfg.DATASET.AUGMENT = True  # change training images at random, in classification
+    cfg.DATASET.EXTRA_TRAIN_SET = ""  # list file for a second stage of segmentation training
+    cfg.DATASET.NUM_CLASSES = 1000  # segmentation; classification uses MODEL.NUM_CLASSES
+    cfg.DATASET.DATA_FORMAT = "jpg"  # unused; the published files set it
+    cfg.DATASET.AUGMENT = True  # classification: random changes of training images
 
     cfg.TRAIN = CfgNode()
     cfg.TRAIN.IMAGE_SIZE = [1024, 512]  # (width, height) of a training crop
-    cfg.TRAIN.BASE_SIZE = 2048  # long side of an image at scale 1
-    cfg.TRAIN.DOWNSAMPLERATE = 1  # labels are so many times smaller than the crop
-    cfg.TRAIN.FLIP = True  # of segmentation, as all from IMAGE_SIZE on
+    cfg.TRAIN.BASE_SIZE = 2048  # long side of an image at scale 1, in pixels
+    cfg.TRAIN.DOWNSAMPLERATE = 1  # crop size / label size
+    cfg.TRAIN.FLIP = True  # segmentation only, like IMAGE_SIZE to SCALE_FACTOR
     cfg.TRAIN.MULTI_SCALE = True
     cfg.TRAIN.SCALE_FACTOR = 16
     cfg.TRAIN.CLIP = -1.0  # largest gradient norm; 0 or less does not clip
@@ -110,26 +111,26 @@ def _defaults() -> CfgNode:
     cfg.TRAIN.BEGIN_EPOCH = 0
     cfg.TRAIN.END_EPOCH = 140
     cfg.TRAIN.EXTRA_EPOCH = 0  # epochs over EXTRA_TRAIN_SET, after END_EPOCH
-    cfg.TRAIN.EXTRA_LR = 0.001  # where their schedule begins
-    cfg.TRAIN.RESUME = False  # continue the run in the folder, if it holds one
+    cfg.TRAIN.EXTRA_LR = 0.001  # initial learning rate of these epochs
+    cfg.TRAIN.RESUME = False  # continue the run in the run's folder, if there is one
     cfg.TRAIN.CHECKPOINT = ""  # a checkpoint of another folder to continue from
     cfg.TRAIN.MODEL_FILE = ""  # weights to start from
-    cfg.TRAIN.BATCH_SIZE = 0  # of all devices together; 0: BATCH_SIZE_PER_GPU on each
+    cfg.TRAIN.BATCH_SIZE = 0  # over all devices; 0: BATCH_SIZE_PER_GPU on each device
     cfg.TRAIN.BATCH_SIZE_PER_GPU = 32
-    cfg.TRAIN.BATCH_CHUNK = 1  # parts of a process's share of a batch, for less memory
-    cfg.TRAIN.MAX_SKIPPED = 10  # so many steps in a row that are not finite end the run
+    cfg.TRAIN.BATCH_CHUNK = 1  # parts of a process's share of a batch, to save memory
+    cfg.TRAIN.MAX_SKIPPED = 10  # this many non-finite steps in a row end the run
     cfg.TRAIN.SHUFFLE = True
 
     cfg.TEST = CfgNode()
     cfg.TEST.BATCH_SIZE_PER_GPU = 32
     cfg.TEST.IMAGE_SIZE = [2048, 1024]  # (width, height) of a window in sliding-window inference
     cfg.TEST.BASE_SIZE = 2048
-    cfg.TEST.CENTER_CROP_TEST = False  # only the centre of images, IMAGE_SIZE of it
-    cfg.TEST.NUM_SAMPLES = 0  # images at most; 0 is all
+    cfg.TEST.CENTER_CROP_TEST = False  # test only the central IMAGE_SIZE pixels of an image
+    cfg.TEST.NUM_SAMPLES = 0  # at most this many images; 0: all
     cfg.TEST.FLIP_TEST = False
     cfg.TEST.MULTI_SCALE = False
-    cfg.TEST.SCALE_LIST = [1]  # with MULTI_SCALE
-    cfg.TEST.MODEL_FILE = ""  # weights to evaluate; "" takes the best of the run
+    cfg.TEST.SCALE_LIST = [1]  # used with MULTI_SCALE
+    cfg.TEST.MODEL_FILE = ""  # weights to evaluate; "": the best weights of the run
 
     cfg.DEBUG = CfgNode({"DEBUG": False})  # write nothing
     return cfg
@@ -149,9 +150,10 @@ def update_config(cfg: CfgNode, args) -> None:
             (MAX_TIME).
 
     Raises:
-        InputError: no such file, not YAML, an unknown key, or a value of another type.
+        InputError: a missing file, a file that is not YAML, an override without a value, an
+            unknown key, or a value of the wrong type or out of range.
     """
-    merged = cfg.clone()  # so that a refusal changes nothing
+    merged = cfg.clone()  # an error leaves cfg as it was
     merged.defrost()
     if getattr(args, "cfg", None):
         merge_file(merged, args.cfg)
@@ -172,7 +174,7 @@ def update_config(cfg: CfgNode, args) -> None:
         if getattr(args, flag, None) is not None:
             merged[key] = float(getattr(args, flag))
     root, data_dir = Path(merged.DATASET.ROOT), merged.DATA_DIR
-    # The settings that a run saves have both, joined already.
+    # In the settings that a run saves, ROOT has DATA_DIR in front already: do not join twice.
     if data_dir and not root.is_relative_to(data_dir):
         merged.DATASET.ROOT = str(data_dir / root)
     _check_values(merged)
@@ -182,7 +184,7 @@ def update_config(cfg: CfgNode, args) -> None:
 
 
 def merge_file(cfg: CfgNode, path: str | Path) -> None:
-    """Merge a yaml file into ``cfg``; its errors name the file."""
+    """Merge a yaml file into ``cfg``; error messages name the file."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no configuration file {path}: the published ones lie in experiments/")
@@ -196,7 +198,7 @@ def merge_file(cfg: CfgNode, path: str | Path) -> None:
 
 
 def flat(cfg: CfgNode, prefix: str = "") -> dict:
-    """All settings by their full names, such as TRAIN.LR."""
+    """Return all settings by their full names, such as TRAIN.LR."""
     found = {}
     for key, value in cfg.items():
         if isinstance(value, CfgNode):
@@ -231,14 +233,17 @@ def _merge(cfg: CfgNode, new: Mapping, source: str, section: str = "", root=None
 
 
 def _unknown(name: str, value, source: str, root: CfgNode) -> str:
-    while isinstance(value, Mapping) and len(value) == 1:  # an override of an unknown section
+    while isinstance(value, Mapping) and len(value) == 1:  # override in an unknown section
         ((key, value),) = value.items()
         name += f".{key}"
     return f"unknown key {name} in {source}{did_you_mean(name.upper(), flat(root))}"
 
 
 def _literal(value):
-    """Text as a Python literal, where it is one; true and false also in lower case."""
+    """Parse text as a Python literal if possible, also true and false in any case.
+
+    A tuple becomes a list.
+    """
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
@@ -248,10 +253,10 @@ def _literal(value):
 
 
 def _coerce(name: str, value, old, source: str):
-    """``value`` in the type of the setting ``old``; text is read as a Python literal first."""
+    """Convert ``value`` to the type of the default ``old``; text is parsed by ``_literal``."""
     literal = _literal(value)
     if isinstance(old, str) and isinstance(value, str):
-        # A folder may be named 2024, and '""' is the empty text.
+        # Keep "2024" as text (it may name a folder), but unquote '""' to the empty text.
         return literal if isinstance(literal, str) else value
     value = literal
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -275,7 +280,7 @@ def _integers(values: list, least: int) -> bool:
     return all(type(v) is int and v >= least for v in values)
 
 
-# (key, test, what is accepted); what a model or data set needs beyond that, it checks itself.
+# (key, test, words for the accepted values). Models and data sets check their further needs.
 _RANGES = [
     ("PERCENT", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ("PRINT_FREQ", lambda v: v >= 1, "at least 1"),

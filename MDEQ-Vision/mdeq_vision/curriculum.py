@@ -1,4 +1,4 @@
-"""Which images a run trains on, and when: the training set, then perhaps an extra one."""
+"""The data sets of a run over its epochs: the training set, then perhaps an extra set."""
 
 from dataclasses import dataclass
 
@@ -11,24 +11,25 @@ from mdeq_vision.datasets import n_batches
 
 @dataclass(frozen=True)
 class Stage:
-    """Epochs of a run over one data set, each of ``n_batches`` steps, up to epoch ``end``."""
+    """The epochs of a run over one data set, ``n_batches`` steps each."""
 
     dataset: Dataset
     n_batches: int
-    end: int  # the first epoch after it
+    end: int  # the first epoch after the stage
 
 
 class Curriculum:
-    """END_EPOCH epochs over ``train_set``, then EXTRA_EPOCH over ``extra_set``, if there is one.
+    """END_EPOCH epochs over ``train_set``, then EXTRA_EPOCH epochs over ``extra_set`` if given.
 
     Args:
         cfg: the configuration.
-        train_set, extra_set: data sets; None is no second stage.
-        batch_size: over all devices.
+        train_set: data set of the first stage.
+        extra_set: data set of the second stage; None for no second stage.
+        batch_size: samples per step over all devices.
         drop_last: leave out a last batch that is not full.
 
     Raises:
-        InputError: a data set without a single batch.
+        InputError: a data set does not fill a single batch.
     """
 
     def __init__(
@@ -50,24 +51,28 @@ class Curriculum:
                 self.last = stage(extra_set, cfg.TRAIN.END_EPOCH + cfg.TRAIN.EXTRA_EPOCH)
 
     def at(self, epoch: int) -> Stage:
-        """The stage of an epoch, counted from 0 over both."""
+        """The stage of ``epoch``; epochs count from 0 through both stages."""
         return self.first if epoch < self.first.end else self.last
 
     def steps_before(self, epoch: int) -> int:
-        """Steps of all epochs before ``epoch``."""
+        """The number of steps in all epochs before ``epoch``."""
         in_first = min(epoch, self.first.end) if self.last is not self.first else epoch
         return in_first * self.first.n_batches + (epoch - in_first) * self.last.n_batches
 
     def check_place(self, step: int, epoch: int, position: int, n_batches: int) -> None:
-        """Refuse a checkpoint's place in the data if other stages give it another meaning.
+        """Refuse a checkpoint whose place in the data does not fit these stages.
 
         Args:
             step: updates done.
-            epoch, position: where that was, ``position`` batches into the epoch.
-            n_batches: of that epoch.
+            epoch: the checkpoint's epoch.
+            position: batches done in this epoch.
+            n_batches: batches of this epoch in the run that saved the checkpoint.
+
+        Raises:
+            InputError: with these stages, the checkpoint's step lies elsewhere.
         """
         moved = step != self.steps_before(epoch) + position
-        # Between two epochs, the next one may be over any images.
+        # At position 0 no image of the epoch is used yet, so its data set may change.
         if moved or (position and n_batches != self.at(epoch).n_batches):
             raise InputError(
                 f"the checkpoint was saved at step {step}, after {position} of {n_batches} batches "

@@ -1,4 +1,4 @@
-"""Evaluation of both kinds of model on a data set, over all processes of a run."""
+"""Evaluation of a classification or segmentation model, over all processes of a run."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.data import Subset
 from yacs.config import CfgNode
 
-from lib.distributed import Processes
-from lib.precision import autocast
-from lib.solver_stats import SolverStats
-from lib.training import EvaluationStopped, evaluating, summed_stats
+from lib.runs.processes import Processes
+from lib.runs.training import EvaluationStopped, evaluating, summed_stats
+from lib.solvers.precision import autocast
+from lib.solvers.stats import SolverStats
 from mdeq_vision.datasets import SegmentationDataset, make_loader, on_device
 from mdeq_vision.inference import predict
 from mdeq_vision.losses import SegmentationLoss
@@ -22,15 +22,15 @@ from mdeq_vision.model import MDEQClsNet, MDEQNet, MDEQSegNet
 
 @dataclass
 class Evaluation:
-    """What an evaluation found: figures by name, and the confusion matrix of a segmentation."""
+    """The result of an evaluation: figures by name; for segmentation also a confusion matrix."""
 
-    score: str  # the name of the figure that says how good the model is
+    score: str  # name of the figure that ranks models
     images: int
     figures: dict[str, float]
     confusion: ConfusionMatrix | None = field(default=None, repr=False)
 
     def text(self) -> str:
-        """The figures in one line; shares as percentages."""
+        """The figures in one line; accuracies and mIoU as percentages."""
         figures = dict(self.figures)
         line = f"{self.images} images | loss {figures.pop('loss'):.4f}"
         nfe, residual = figures.pop("nfe"), figures.pop("rel_residual")
@@ -51,14 +51,14 @@ def evaluate_classification(
     processes: Processes,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Loss, top-1 and top-5 accuracy over ``dataset`` (TEST.NUM_SAMPLES of it, if that is set).
+    """Loss, top-1 and top-5 accuracy over ``dataset``, or its first TEST.NUM_SAMPLES images.
 
     Args:
-        train_step: decides the phase, as in the model's forward; -1 is equilibrium.
-        stop: asked before each batch; whether to break off.
+        train_step: selects the phase as in the model's forward; -1 is the equilibrium phase.
+        stop: called before each batch; True ends the evaluation.
 
     Raises:
-        EvaluationStopped: in all processes, if ``stop`` told one of them so.
+        EvaluationStopped: ``stop`` returned True in some process; raised in all processes.
     """
     with evaluating(model) as stats:
         totals = _Totals(model, cfg, device, 3)  # loss, top-1, top-5
@@ -85,17 +85,20 @@ def evaluate_segmentation(
     on_prediction: Callable[[int, Tensor], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Loss, mean IoU and accuracies over ``dataset`` at the resolution of its items.
+    """Loss, mean IoU and accuracies over ``dataset``, at the resolution of its items.
 
-    Images larger than TEST.IMAGE_SIZE are covered by windows of that size; TEST.MULTI_SCALE
-    averages over TEST.SCALE_LIST, TEST.FLIP_TEST over mirror images. At scale 1 the long side of
-    an image is TEST.BASE_SIZE; with TEST.CENTER_CROP_TEST it was so before the centre was cut out,
-    and the centre keeps its size. Without labels the figures are NaN.
+    Windows of TEST.IMAGE_SIZE cover larger images. TEST.MULTI_SCALE averages over TEST.SCALE_LIST,
+    TEST.FLIP_TEST over mirror images. At scale 1, images are resized to the long side
+    TEST.BASE_SIZE; but with TEST.CENTER_CROP_TEST the data set has resized and cropped them
+    already, and the crop keeps its size. Without labels the figures are NaN.
 
     Args:
         on_prediction: called with (index, train ids (H, W) on the CPU) for each image of this
             process.
-        train_step, stop: as for classification, and what is raised too.
+        train_step, stop: as in :func:`evaluate_classification`.
+
+    Raises:
+        EvaluationStopped: as in :func:`evaluate_classification`.
     """
     criterion = SegmentationLoss(
         class_weights=dataset.facts.class_weights, ignore_label=cfg.TRAIN.IGNORE_LABEL
@@ -116,7 +119,7 @@ def evaluate_segmentation(
                 flip=cfg.TEST.FLIP_TEST,
             )
             prediction = probabilities.argmax(dim=1)
-            # The logarithm of a probability is a logit too.
+            # Log-probabilities serve as logits: softmax gives the same probabilities.
             totals.add(len(images), *criterion(probabilities.clamp_min(1e-30).log(), label))
             confusion.update(prediction, label)
             if on_prediction is not None:
@@ -135,17 +138,17 @@ def evaluate_segmentation(
 
 
 class _Totals:
-    """The number of images and ``n`` further sums over the batches of one process."""
+    """Sums over the batches of one process: the number of images, and ``n`` more."""
 
     def __init__(self, model: MDEQNet, cfg: CfgNode, device: torch.device, n: int):
         self.model, self.autocast = model, partial(autocast, cfg.AMP, device)
         self.radius_too = cfg.DEQ.SPECTRAL_RADIUS_MODE
         self.sums = torch.zeros(1 + n, dtype=torch.float64, device=device)
-        self.radii: list[float] = []  # of each image
+        self.radii: list[float] = []  # one spectral radius per image
         self.stopped = False
 
     def until(self, stop: Callable[[], bool], batches: Iterator) -> Iterator:
-        """The batches, until it is time to stop."""
+        """Yield the batches until ``stop()`` returns True; note this in ``stopped``."""
         for batch in batches:
             if stop():
                 self.stopped = True
@@ -169,7 +172,11 @@ class _Totals:
         self.sums[1:] += torch.stack([value.double() for value in values])
 
     def reduce(self, processes: Processes) -> list[float]:
-        """The sums over all processes."""
+        """Return the sums over all processes.
+
+        Raises:
+            EvaluationStopped: the evaluation stopped early in some process.
+        """
         stopped = self.sums.new_full((1,), self.stopped)
         *sums, stopped = processes.sum(torch.cat([self.sums, stopped])).tolist()
         if stopped:
@@ -177,7 +184,7 @@ class _Totals:
         return sums
 
     def solver_figures(self, stats: SolverStats, processes: Processes) -> dict[str, float]:
-        """nfe, residuals and spectral radius, over all processes."""
+        """Means of nfe, residuals and spectral radius over all processes."""
         means = summed_stats(stats, processes).forward.means()
         figures = {name: means[name] for name in ("nfe", "abs_residual", "rel_residual")}
         radii = torch.tensor([sum(self.radii), len(self.radii)], dtype=torch.float64)
@@ -188,7 +195,7 @@ class _Totals:
 
 
 class _Numbered(torch.utils.data.Dataset):
-    """(index, image, label): so that a prediction finds its image's name."""
+    """Items (index, image, label); the index leads from a prediction to the image's name."""
 
     def __init__(self, dataset: SegmentationDataset):
         self.dataset = dataset

@@ -1,4 +1,4 @@
-"""What turns the equilibrium's branches into class scores, for an image or for each pixel."""
+"""The heads: from the branches of the fixed point to class scores per image or per pixel."""
 
 from itertools import pairwise
 
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from lib.layer_utils import conv3x3
 
-EXPANSION = 4  # of the bottleneck
+EXPANSION = 4  # output channels / width of a bottleneck
 
 
 class Bottleneck(nn.Module):
     """conv1x1, conv3x3, conv1x1 to ``EXPANSION * width`` channels, with a residual.
 
-    The batch norms have no affine parameters, but for the one on the residual's own convolution,
-    which is there only if the channels change.
+    If the number of channels changes, the residual has a convolution and a batch norm. Only this
+    batch norm has affine parameters.
     """
 
     def __init__(self, channels: int, width: int, momentum: float):
@@ -49,7 +49,7 @@ def _conv_bn_relu(conv: nn.Conv2d, momentum: float) -> list[nn.Module]:
 def classification_modules(
     channels: list[int], head_channels: list[int], final: int, momentum: float
 ) -> tuple[nn.ModuleList, nn.ModuleList, nn.Sequential]:
-    """A bottleneck per branch, the steps from each branch to the next, and the final layer."""
+    """Build a bottleneck per branch, the steps from branch to next branch, and the final layer."""
     widths = [EXPANSION * width for width in head_channels]
     bottlenecks = nn.ModuleList(
         nn.Sequential(Bottleneck(c, width, momentum))
@@ -66,7 +66,7 @@ def classification_modules(
 def segmentation_layer(
     channels: list[int], n_classes: int, kernel: int, momentum: float
 ) -> nn.Sequential:
-    """conv1x1 over all branches together, BN, relu, and the convolution to class scores."""
+    """Build conv1x1 over the concatenated branches, BN, relu, and the convolution to scores."""
     total = sum(channels)
     return nn.Sequential(
         *_conv_bn_relu(nn.Conv2d(total, total, 1), momentum),
@@ -75,7 +75,7 @@ def segmentation_layer(
 
 
 def to_highest_resolution(branches: list[Tensor]) -> Tensor:
-    """All branches resized bilinearly (align_corners) to the first one's size, concatenated."""
+    """Resize all branches bilinearly (align_corners) to the first one's size; concatenate them."""
     size = branches[0].shape[-2:]
     resized = [
         F.interpolate(y, size=size, mode="bilinear", align_corners=True) for y in branches[1:]

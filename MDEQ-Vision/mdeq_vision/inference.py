@@ -19,31 +19,35 @@ def predict(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> Tensor:
-    """Class probabilities per pixel, the mean over scales and flips; without gradients.
+    """Class probabilities per pixel, averaged over scales and flips; without gradients.
 
-    For every scale s, the images are resized bilinearly (pixel centres aligned, as OpenCV does)
-    until their long side is base_size * s, rounded. Where they fit in the window, one forward
-    pass takes them whole. Otherwise windows slide over them with a stride of two thirds of their
-    size, the last one flush with the border, and probabilities are averaged where they overlap.
-    With ``flip`` the same is done for the mirrored images, and mirrored back. The probabilities
-    are resized to (H, W) and averaged.
+    For every scale s:
+
+    1. The images are resized bilinearly (pixel centres aligned, as OpenCV does), so that their
+       long side is base_size * s, rounded.
+    2. If they fit in the window, one forward pass takes them whole. Otherwise windows slide over
+       them with a stride of two thirds of the window, the last window flush with the border.
+       Probabilities are averaged where windows overlap.
+    3. ``flip`` repeats step 2 for the mirrored images and averages with the result, mirrored back.
+    4. The probabilities are resized bilinearly to (H, W).
+
+    The result is the mean over all scales.
 
     Args:
-        forward: (B, 3, h, w) -> logits (B, n, h', w') of any resolution; they are resized
-            bilinearly (align_corners) to (h, w) before the softmax, in float32 at least.
-        images: (B, 3, H, W), floating dtype; all of one size.
-        window: (width, height) of the largest input of ``forward``, as in the settings.
+        forward: (B, 3, h, w) -> logits (B, n, h', w') of any resolution. The logits are resized
+            bilinearly (align_corners) to (h, w) before the softmax, in float32 or wider.
+        images: (B, 3, H, W), floating dtype.
+        window: (width, height) of the largest input of ``forward``, in the settings' order.
         base_size: long side of the images at scale 1.
         scales: positive numbers.
         flip: average with the prediction of the mirrored images.
 
     Returns:
-        (B, n, H, W), float32 or the logits' wider dtype. A few tensors of that size, at the
-        largest scale, are in memory at a time, however many windows there are.
+        (B, n, H, W), float32 or the logits' wider dtype. Memory holds a few tensors of this
+        shape (at the largest scale) at a time, whatever the number of windows.
 
     Raises:
-        InputError: an argument outside these ranges, or an output of ``forward`` that is not of
-            these shapes.
+        InputError: an argument is out of range, or ``forward`` returns another shape.
     """
     _check(images, window, base_size, scales)
     size = images.shape[2:]
@@ -60,7 +64,7 @@ def predict(
 
 
 def _slide(forward: Callable, images: Tensor, window: tuple[int, int]) -> Tensor:
-    """Probabilities (B, n, h, w) of images (B, 3, h, w), window by window where they need it."""
+    """Probabilities (B, n, h, w) of images (B, 3, h, w); by windows if the images are larger."""
     height, width = images.shape[2:]
     w, h = min(window[0], width), min(window[1], height)
     if (w, h) == (width, height):
@@ -78,7 +82,7 @@ def _slide(forward: Callable, images: Tensor, window: tuple[int, int]) -> Tensor
 
 
 def _starts(size: int, window: int) -> list[int]:
-    """Where windows begin along a side: every two thirds of a window, and flush with the end."""
+    """Window starts along a side: every two thirds of a window, and one flush with the end."""
     return [*range(0, size - window, max(window * 2 // 3, 1)), size - window]
 
 
@@ -92,7 +96,7 @@ def _probabilities(forward: Callable, images: Tensor) -> Tensor:
 
 
 def _resize_images(images: Tensor, long_side: int) -> Tensor:
-    """Images (B, 3, H, W) bilinearly resized, so that their longer side is ``long_side``."""
+    """Resize images (B, 3, H, W) bilinearly, so that their longer side is ``long_side``."""
     long = max(images.shape[2:])
     size = [max(_round(side * long_side / long), 1) for side in images.shape[2:]]
     if size == list(images.shape[2:]):
@@ -107,7 +111,7 @@ def _resize(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def _round(value: float) -> int:
-    return int(value + 0.5)  # halves upwards, as the published code rounds sizes
+    return int(value + 0.5)  # rounds halves up, as the published code does
 
 
 def _check(images: Tensor, window, base_size: int, scales: Sequence[float]) -> None:

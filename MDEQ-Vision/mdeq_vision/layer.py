@@ -1,7 +1,8 @@
 """The multiscale layer f: a residual block per resolution, then every-to-every fusion.
 
-The state is a list z of n branches, z_i (B, C_i, H_i, W_i) with H_i = ceil(H / 2^i), W_i alike.
-``prepare`` does what does not depend on z, once per forward, and returns f.
+The state is a list z of n branches: z_i is (B, C_i, H_i, W_i), with H_i = ceil(H / 2^i) and
+W_i = ceil(W / 2^i). ``prepare`` runs once per forward: it computes all that does not depend on z,
+and returns f.
 """
 
 from collections.abc import Callable
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from lib.compiling import compiled
 from lib.errors import InputError, naming
+from lib.runs.compiling import compiled
 from mdeq_vision.blocks import (
     BlockTensors,
     Branch,
@@ -26,7 +27,7 @@ from mdeq_vision.stage import check_integer, full_stage
 
 
 def branch_sizes(height: int, width: int, n: int) -> list[tuple[int, int]]:
-    """Sizes of n branches; an odd side is rounded up, as convolutions of stride 2 do.
+    """The sizes of n branches. An odd side is rounded up, as a convolution of stride 2 does.
 
     >>> branch_sizes(32, 25, 3)
     [(32, 25), (16, 13), (8, 7)]
@@ -35,7 +36,7 @@ def branch_sizes(height: int, width: int, n: int) -> list[tuple[int, int]]:
 
 
 class MultiscaleLayer(nn.Module):
-    """f of arXiv 2006.08656, sections 3.2 and 4, from MODEL of the configuration."""
+    """The layer f of arXiv 2006.08656, sections 3.2 and 4, built from the section MODEL."""
 
     def __init__(self, cfg: CfgNode):
         super().__init__()
@@ -69,7 +70,7 @@ class MultiscaleLayer(nn.Module):
                 channels, stage.NUM_BLOCKS, stage.BIG_KERNELS, strict=True
             )
         )
-        if n == 1:  # nothing to fuse: the block alone
+        if n == 1:  # nothing to fuse
             return
         affine = model.FUSE_GN_AFFINE
         self.fuse_layers = nn.ModuleList()
@@ -81,7 +82,7 @@ class MultiscaleLayer(nn.Module):
                 elif j < i:
                     row.append(FuseFromHigher(channels[j], channels[i], i - j, groups, affine))
                 else:
-                    row.append(None)  # the identity; it keeps the published names
+                    row.append(None)  # identity; keeps the indices in the published names
             self.fuse_layers.append(row)
         self.post_fuse_layers = nn.ModuleList(
             PostFusion(width, groups // 2, model.POST_GN_AFFINE, wnorm) for width in channels
@@ -90,23 +91,24 @@ class MultiscaleLayer(nn.Module):
     def prepare(
         self, injection: Tensor, z0: list[Tensor]
     ) -> Callable[[list[Tensor]], list[Tensor]]:
-        """f as a function of z alone; draws the dropout masks it will use throughout.
+        """Draw the dropout masks and return f as a function of z alone.
 
-        Under autocast f computes in its number format, with weights that are cast here, once; and
-        in full precision wherever it is called with autocast off. Its result has the dtype of z.
+        All calls of f use the same masks. Under autocast, f computes in autocast's dtype, with
+        weights that are cast here once. Called with autocast off, f computes in full precision.
+        The result has the dtype of z in both cases.
 
-        With COMPILE, f is compiled where autograd is off: in all evaluations of a solver. Where it
-        is on, the backward pass of compiled code would compute the gradients of the weights in
-        every product with the Jacobian, and it has no second derivatives.
+        With COMPILE, f is compiled for calls without autograd, as in all evaluations of a solver.
+        Calls with autograd stay eager: the backward of compiled code would compute the weights'
+        gradients in every vector-Jacobian product, and has no second derivatives.
 
-        ``f.select(rows)`` is the same map for some samples alone, with a ``select`` of its own:
-        f.select(rows) of the z_i[rows] gives the rows of f(z) to rounding, for rows (n,) int64 on
-        f's device. Its first evaluation in a number format gathers what belongs to single samples;
-        all else it shares with f.
+        ``f.select(rows)`` is f for the samples ``rows`` alone, (n,) int64 on f's device. Called on
+        the z_i[rows], it gives the rows of f(z), up to rounding. It has a ``select`` itself. Its
+        first call in a dtype copies the tensors with an entry per sample (masks and injection);
+        it shares all others with f.
 
         Args:
-            injection: x of branch 0, (B, C_0, H, W); the other branches have none.
-            z0: a state of the sizes to come.
+            injection: x of branch 0, (B, C_0, H, W); the other branches have no injection.
+            z0: a state with the sizes of all states to come.
         """
         n, kind = len(z0), injection.device.type
         injections = [injection, *[None] * (n - 1)]
@@ -127,15 +129,18 @@ class MultiscaleLayer(nn.Module):
         low: torch.dtype | None,
         rows: Tensor | None = None,
     ) -> Callable[[list[Tensor]], list[Tensor]]:
-        """f for the samples ``rows`` (all if None), from what is held for the whole batch.
+        """Return f for the samples ``rows``; None takes all.
 
         Args:
-            whole: in full precision, at None, and in the number format ``low`` of autocast.
+            whole: the prepared tensors of the whole batch: in full precision under the key None,
+                and under autocast also in its dtype under the key ``low``.
+            low: autocast's dtype; None if autocast was off in ``prepare``.
+            rows: sample indices (n,) int64, or None.
         """
 
         @cache
         def held(dtype: torch.dtype | None) -> Held:
-            with torch.enable_grad():  # what has a graph keeps it, also in a solver
+            with torch.enable_grad():  # a solver may call first: the graph must survive
                 return whole[dtype] if rows is None else _select(whole[dtype], rows)
 
         def f(z: list[Tensor]) -> list[Tensor]:
@@ -144,20 +149,20 @@ class MultiscaleLayer(nn.Module):
             apply = partial(_compiled(kind), self) if compiles else self
             if low is None or not torch.is_autocast_enabled(kind):
                 return apply(held(None), z)
-            # All is in that format already; autocast would only look for what to cast.
+            # All tensors have this dtype already; autocast would only cost time.
             with torch.autocast(kind, enabled=False):
                 outs = apply(held(low), [z_i.to(low) for z_i in z])
                 return [out.to(z_i.dtype) for out, z_i in zip(outs, z, strict=True)]
 
         def select(some: Tensor) -> Callable[[list[Tensor]], list[Tensor]]:
-            # From the whole batch again: a selection of a selection keeps no tensors of the latter.
+            # Select from the whole batch, so that the result keeps no tensors of this f alive.
             return self._map(whole, low, some if rows is None else rows[some])
 
         f.select = select
         return f
 
     def forward(self, held: Held, z: list[Tensor]) -> list[Tensor]:
-        """One application, with what ``prepare`` collected."""
+        """Apply f once, with the tensors that ``prepare`` collected."""
         branches, *rest = held
         outs = [branch(*own) for branch, *own in zip(self.branches, z, branches, strict=True)]
         if len(outs) == 1:
@@ -169,10 +174,10 @@ class MultiscaleLayer(nn.Module):
         ]
 
     def _fuse(self, i: int, outs: list[Tensor], held: Held) -> Tensor:
-        """y_i = sum_j T_ij(out_j).
+        """Compute y_i = sum_j T_ij(out_j).
 
-        To upsample by 2^k is to double k times, so the sum is taken on the way up: each
-        resolution is doubled once, together with all that lies below it.
+        Upsampling by 2^k is k doublings. So the loop adds the lower resolutions on the way up:
+        each sum is doubled once, instead of each term k times.
         """
         row, y = self.fuse_layers[i], None
         for j in range(len(outs) - 1, i, -1):
@@ -185,7 +190,7 @@ class MultiscaleLayer(nn.Module):
 
 
 def _cast(held, dtype: torch.dtype):
-    """The same in another number format, with its graph."""
+    """Cast prepared tensors to ``dtype``; autograd records the cast."""
     if isinstance(held, list):
         return [_cast(part, dtype) for part in held]
     if isinstance(held, BlockTensors):
@@ -194,21 +199,23 @@ def _cast(held, dtype: torch.dtype):
 
 
 def _select(held, rows: Tensor):
-    """The same for some of the samples; what samples share is not copied."""
+    """Select samples of prepared tensors; tensors that all samples share are not copied."""
     if isinstance(held, list):
         return [_select(part, rows) for part in held]
     return held.select(rows) if isinstance(held, BlockTensors) else held
 
 
 def _autocast_dtype(kind: str) -> torch.dtype | None:
-    """The number format of autocast on a kind of device; None where it is off."""
+    """The dtype of autocast on a device type; None if autocast is off."""
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None
 
 
 @cache
 def _compiled(kind: str) -> Callable:
-    """One application of any layer, compiled; it is a free function, so that models stay copyable.
+    """``MultiscaleLayer.forward``, compiled, for any layer.
+
+    A module function, not an attribute of the layer, so that models stay copyable.
 
     Raises:
         InputError: torch.compile does not work here.

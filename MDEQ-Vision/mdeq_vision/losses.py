@@ -1,4 +1,4 @@
-"""Pixel-wise cross-entropy for segmentation, plain or on hard pixels alone."""
+"""Pixel-wise cross-entropy for segmentation: over all pixels, or over hard pixels only."""
 
 import math
 from collections.abc import Sequence
@@ -11,34 +11,35 @@ from lib.errors import InputError
 
 
 class SegmentationLoss:
-    """Cross-entropy over the labelled pixels of a batch, as a sum and the weight to divide it by.
+    """Cross-entropy over the labelled pixels of a batch, as a sum and the weight that divides it.
 
-    With nll_i = -log softmax(logits_i)[y_i] and class weights w (1 if not given), over the pixels
-    whose label is not ``ignore_label``:
+    nll_i = -log softmax(logits_i)[y_i], and w are the class weights (1 if not given). All sums run
+    over the pixels whose label is not ``ignore_label``.
 
-    - plain: total = sum_i w[y_i] nll_i, weight = sum_i w[y_i];
-    - online hard example mining (Shrivastava et al. 2016, arXiv 1604.03540, here per pixel):
-      with p_i the probability of the true class, in ascending order p_(0) <= ... <= p_(n-1), the
-      threshold is max(ohem_thres, p_(min(ohem_keep, n-1))); kept are the pixels strictly below
-      it, over which total = sum w[y_i] nll_i and weight = their number. Hence none is kept where
-      all p_i are equal and at least ohem_thres. The n pixels are those of one call, as published:
-      each process, and each part of its share of a batch, has a threshold of its own.
+    - Plain: total = sum_i w[y_i] nll_i, weight = sum_i w[y_i].
+    - Online hard example mining (Shrivastava et al. 2016, arXiv 1604.03540, here per pixel):
+      p_(0) <= ... <= p_(n-1) are the sorted probabilities of the true classes. The threshold is
+      max(ohem_thres, p_(min(ohem_keep, n-1))). Pixels with p_i strictly below the threshold are
+      kept: total = sum of w[y_i] nll_i over the kept pixels, weight = number of kept pixels.
+      No pixel is kept if all p_i are equal and at least ohem_thres. As published, the n pixels
+      are those of one call: each process and each part of its share of a batch has its own
+      threshold.
 
-    The mean loss is ``mean_loss(total, weight)``. The two come apart so that several processes
-    can divide by the sum of their weights.
+    The mean loss is ``mean_loss(total, weight)``. Total and weight are returned separately, so
+    that several processes can divide by the sum of their weights.
 
     Args:
         class_weights: one non-negative number per class, or None; moved to the logits' device.
         ignore_label: the label of pixels that do not count.
         ohem: keep hard pixels only.
-        ohem_thres: probability of the true class below which a pixel is hard, in (0, 1].
-        ohem_keep: at least this many pixels are kept where there are as many, ties aside.
+        ohem_thres: a pixel is hard if the probability of its true class is below; in (0, 1].
+        ohem_keep: keep at least this many pixels, if there are as many. Ties may reduce the number.
 
     Raises:
-        InputError: an argument outside these ranges; in a call, shapes that do not fit, labels
-            that are not int64, or a label outside [0, n) that is not ``ignore_label``. Labels on
-            a GPU are not looked at, as that would wait for the GPU in every step; the data sets
-            check theirs, and CUDA asserts.
+        InputError: an argument is out of range. In a call: shapes do not fit, labels are not
+            int64, or a label is neither in [0, n) nor ``ignore_label``. Label values on a GPU are
+            not checked, because every step would wait for the GPU; the data sets check their
+            labels, and CUDA asserts.
     """
 
     def __init__(
@@ -66,11 +67,11 @@ class SegmentationLoss:
         self.ohem, self.ohem_thres, self.ohem_keep = ohem, ohem_thres, ohem_keep
 
     def __call__(self, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """(total, weight) of a batch, both 0-dim; total carries the graph, weight does not.
+        """Return (total, weight) of a batch, both 0-dim. Only total carries the graph.
 
         Args:
-            logits: (B, n, h, w), any floating dtype; bilinearly resized to the label's size with
-                align_corners where the sizes differ. Computed in float32 at least.
+            logits: (B, n, h, w), any floating dtype, cast to float32 or wider. If the sizes
+                differ, resized bilinearly (align_corners) to the label's size.
             label: (B, H, W), int64, in [0, n) or ``ignore_label``.
         """
         labelled = label != self.ignore_label
@@ -78,12 +79,12 @@ class SegmentationLoss:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if logits.shape[2:] != label.shape[1:]:
             logits = F.interpolate(logits, label.shape[1:], mode="bilinear", align_corners=True)
-        # Summed outside cross_entropy, whose own sum is not repeatable on a GPU.
+        # reduction="none": the sum inside cross_entropy is not deterministic on a GPU.
         nll = F.cross_entropy(logits, label, ignore_index=self.ignore_label, reduction="none")
-        some_class = label.masked_fill(~labelled, 0)  # an index also where there is no class
+        some_class = label.masked_fill(~labelled, 0)  # a valid index for ignored pixels too
         loss, weight = nll, torch.ones_like(nll)  # (B, H, W) all
         if self.class_weights is not None:
-            self.class_weights = self.class_weights.to(nll.device)  # to a GPU once: it waits
+            self.class_weights = self.class_weights.to(nll.device)  # once: a copy waits for the GPU
             weight = self.class_weights.to(nll.dtype)[some_class]
             loss = weight * nll
         if not self.ohem:
@@ -95,8 +96,10 @@ class SegmentationLoss:
         return torch.where(kept, loss, 0.0).sum(), kept.sum().to(nll.dtype)
 
     def weight(self, label: Tensor) -> Tensor | None:
-        """The weight of a batch from its labels alone, 0-dim; None with hard example mining, where
-        it depends on the logits."""
+        """The weight of a batch from its labels alone, 0-dim.
+
+        None with hard example mining, because the weight then depends on the logits.
+        """
         if self.ohem:
             return None
         labelled = label != self.ignore_label
@@ -106,15 +109,15 @@ class SegmentationLoss:
         return torch.where(labelled, self.class_weights[label.masked_fill(~labelled, 0)], 0.0).sum()
 
     def _threshold(self, p: Tensor, labelled: Tensor) -> Tensor:
-        """max(ohem_thres, p_(min(ohem_keep, n-1))) of the n labelled pixels; p as ``labelled``.
+        """max(ohem_thres, p_(min(ohem_keep, n-1))) of the n labelled pixels.
 
-        n is never asked for, so that a GPU need not be waited for.
+        p has the shape of ``labelled``. The code never reads n: that would wait for the GPU.
         """
         candidates = p.masked_fill(~labelled, math.inf).flatten()
-        # A fifth of a full sort's time.
+        # topk takes a fifth of the time of a full sort.
         k = min(self.ohem_keep + 1, candidates.numel())
         smallest = candidates.topk(k, largest=False, sorted=False).values
-        # With fewer than k labelled pixels all of them are here, beside others.
+        # With fewer than k labelled pixels, the inf of ignored pixels is in ``smallest`` too.
         last = smallest.masked_fill(smallest == math.inf, -math.inf).max()
         return last.clamp(min=self.ohem_thres)
 
@@ -143,10 +146,10 @@ class SegmentationLoss:
 
 
 def mean_loss(total: Tensor, weight: Tensor) -> Tensor:
-    """total / weight, 0-dim; zero with zero gradients, not NaN, where the weight is zero.
+    """total / weight, 0-dim. For zero weight: zero with zero gradients, not NaN.
 
     Args:
         total: summed loss, 0-dim, as ``SegmentationLoss`` returns it.
-        weight: what to divide it by, 0-dim; several processes pass the sum of theirs.
+        weight: the divisor, 0-dim; several processes pass the sum of their weights.
     """
     return total / torch.where(weight > 0, weight, 1.0)

@@ -1,4 +1,4 @@
-"""How good predictions are: top-k counts for classes, a confusion matrix for pixels."""
+"""Metrics: top-k counts for classification, a confusion matrix for segmentation."""
 
 import math
 from collections.abc import Sequence
@@ -11,15 +11,18 @@ from lib.errors import InputError
 
 
 def topk_correct(output: Tensor, target: Tensor, topk: Sequence[int] = (1, 5)) -> dict[int, Tensor]:
-    """How many samples have their true class among the k highest scores, for each k.
+    """For each k, count the samples whose true class is among the k highest scores.
 
     Args:
         output: scores, (B, n); the batch may be empty.
         target: true classes, (B,), any integer dtype.
-        topk: the k's, at least 1; one above n counts as n.
+        topk: the values of k, each at least 1; a k above n counts as n.
 
     Returns:
-        For each k as given, a 0-dim int64 tensor on the device of ``output``.
+        For each k in ``topk``, a 0-dim int64 tensor on the device of ``output``.
+
+    Raises:
+        InputError: the shapes do not fit, or ``topk`` is empty or has a value below 1.
     """
     if output.ndim != 2 or target.shape != output.shape[:1]:
         raise InputError(
@@ -34,10 +37,10 @@ def topk_correct(output: Tensor, target: Tensor, topk: Sequence[int] = (1, 5)) -
 
 
 class ConfusionMatrix:
-    """Counts of (label, prediction) pairs over pixels, and what follows from them.
+    """Counts of (label, prediction) pairs over pixels, and the metrics computed from them.
 
-    ``matrix[i, j]`` is the number of pixels of class i that were predicted as j, (n, n), int64;
-    pixels whose label is ``ignore_label`` do not count, whatever their prediction.
+    ``matrix`` is (n, n), int64: ``matrix[i, j]`` is the number of pixels of class i that were
+    predicted as j. Pixels whose label is ``ignore_label`` do not count.
 
     Args:
         n_classes: number of classes n.
@@ -51,42 +54,42 @@ class ConfusionMatrix:
         self.matrix = torch.zeros(n_classes, n_classes, dtype=torch.int64)
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
-        """Count the pixels of a batch. The matrix moves to their device.
+        """Count the pixels of a batch. The matrix moves to the batch's device.
 
         Args:
             prediction: predicted classes, any shape and integer dtype, in [0, n) where labelled.
             label: true classes, of the same shape, in [0, n) or ``ignore_label``.
 
         Raises:
-            InputError: shapes differ, or a value on the CPU is outside these ranges. Values on a
-                GPU are not looked at, as that would wait for the GPU after every batch.
+            InputError: shapes differ, or a value on the CPU is out of range. Values on a GPU are
+                not checked, because every batch would wait for the GPU.
         """
         if prediction.shape != label.shape:
             raise InputError(
                 f"prediction has shape {tuple(prediction.shape)}, "
                 f"but label has {tuple(label.shape)}"
             )
-        # int64 before all else: n * label overflows a uint8, and -1 becomes 255.
+        # Cast to int64 first: n * label overflows in uint8, and -1 would be 255.
         label, prediction = label.long().flatten(), prediction.long().flatten()
         labelled = label != self.ignore_label
         if label.device.type == "cpu":
             for name, values in (("label", label), ("prediction", prediction)):
                 self._check(name, values[labelled])
         cells = self.n_classes**2
-        # What is not labelled is counted in a cell of its own, and never looked for: both would
-        # wait for a GPU.
+        # Ignored pixels go to one extra cell. Selecting the labelled pixels instead would wait for
+        # the GPU.
         pairs = torch.where(labelled, label * self.n_classes + prediction, cells)
         counts = torch.zeros(cells + 1, dtype=torch.int64, device=pairs.device)
         counts.scatter_add_(0, pairs, torch.ones_like(pairs))
         self.matrix = self.matrix.to(counts.device) + counts[:cells].view(self.n_classes, -1)
 
     def reduce(self) -> "ConfusionMatrix":
-        """Replace the counts by their sum over all processes, if there are several; self.
+        """Replace the counts by their sum over all processes; return self.
 
-        Every process has to call it, once at the end: a second call would sum the sums.
+        Every process must call this method once, at the end: a second call would sum the sums.
         """
         if dist.is_available() and dist.is_initialized():
-            # NCCL takes tensors on its own GPU only, also from a process that counted nothing.
+            # NCCL needs GPU tensors; the matrix of a process that counted nothing is on the CPU.
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
             matrix = self.matrix.to(device, copy=True)
             dist.all_reduce(matrix)
@@ -97,8 +100,8 @@ class ConfusionMatrix:
     def iou(self) -> Tensor:
         """Intersection over union per class, (n,), float64, on the CPU.
 
-        Number of pixels where label and prediction are both the class, over those where either
-        is; NaN for a class that occurs in neither.
+        Number of pixels where both label and prediction are the class, divided by the number of
+        pixels where at least one is. NaN for a class that occurs in neither.
         """
         matrix = self._counts()
         hits = matrix.diagonal()
@@ -111,18 +114,18 @@ class ConfusionMatrix:
 
     @property
     def pixel_accuracy(self) -> float:
-        """Share of labelled pixels predicted rightly; NaN if there are none."""
+        """Fraction of labelled pixels with the right prediction; NaN if no pixel is labelled."""
         matrix = self._counts()
         return (matrix.diagonal().sum() / matrix.sum()).item()
 
     @property
     def mean_accuracy(self) -> float:
-        """Mean over the classes that occur in labels of their share predicted rightly, or NaN."""
+        """Mean recall over the classes that occur in labels; NaN if none does."""
         matrix = self._counts()
         return (matrix.diagonal() / matrix.sum(1)).nanmean().item()
 
     def table(self, class_names: Sequence[str]) -> str:
-        """A line per class with its name and IoU in percent, "-" where the class never occurs."""
+        """One line per class: its name and IoU in percent; "-" if the class never occurs."""
         if len(class_names) != self.n_classes:
             raise InputError(
                 f"class_names has {len(class_names)} names, but there are {self.n_classes} classes"

@@ -9,7 +9,7 @@ from lib.deq import DEQ, SAME, SRADIUS_ITERS, SolverAttributes, stacked
 from lib.errors import InputError, naming
 from lib.jacobian import jac_loss_estimate
 from lib.layer_utils import conv3x3, list2vec, vec2list
-from lib.solver_stats import scalars_to
+from lib.solvers.stats import scalars_to
 from mdeq_vision.heads import classification_modules, segmentation_layer, to_highest_resolution
 from mdeq_vision.layer import MultiscaleLayer, branch_sizes
 from mdeq_vision.stage import check_integer, full_stage
@@ -18,12 +18,12 @@ _INIT_STD = 0.01
 
 
 def _stem(width: int, downsample_times: int, momentum: float) -> nn.Sequential:
-    """conv3x3, BN, relu, at least twice; the first ``downsample_times`` have stride 2."""
+    """At least two times conv3x3, BN, relu; the first ``downsample_times`` have stride 2."""
     stem = nn.Sequential()
     for n in range(max(2, downsample_times)):
         conv = conv3x3(width if n else 3, width, stride=2 if downsample_times > n else 1)
         norm, relu = nn.BatchNorm2d(width, momentum=momentum), nn.ReLU(inplace=True)
-        # From the third on, the published state dicts have names of their own.
+        # The published state dicts name the modules from the third step on like this.
         names = ("DS{}", "DS{}-BN", "DS{}-RELU") if n >= 2 else [None] * 3
         for name, module in zip(names, (conv, norm, relu), strict=True):
             stem.add_module(name.format(n + 1) if name else str(len(stem)), module)
@@ -31,22 +31,22 @@ def _stem(width: int, downsample_times: int, momentum: float) -> nn.Sequential:
 
 
 class MDEQNet(SolverAttributes, nn.Module):
-    """Stem, equilibrium of the multiscale layer, and (in subclasses) a head.
+    """Stem, fixed point of the multiscale layer f, and (in subclasses) a head.
 
-    x = stage0(downsample(image)) is injected into branch 0; z* = f(z*; x) from z = 0. In the
-    first TRAIN.PRETRAIN_STEPS training steps f is applied MODEL.NUM_LAYERS times instead, with
-    ordinary autograd.
+    The stem gives the injection x = stage0(downsample(image)), which enters branch 0. A solver
+    finds z* = f(z*; x) from z = 0. In the first TRAIN.PRETRAIN_STEPS training steps (the stacked
+    phase), f is applied MODEL.NUM_LAYERS times instead, with ordinary autograd.
 
     Args:
-        cfg: the configuration; MODEL, DEQ, TRAIN.PRETRAIN_STEPS and COMPILE are read, and nothing
-            global.
-        bn_momentum: of every batch norm.
+        cfg: the configuration. Only MODEL, DEQ, TRAIN.PRETRAIN_STEPS and COMPILE are read; the
+            global ``config`` is not.
+        bn_momentum: momentum of every batch norm.
 
     Raises:
-        InputError: settings that are missing or do not fit together.
+        InputError: settings are missing or do not fit together.
     """
 
-    ignored_state = ("fullstage_copy.",)  # of the published files: a second copy of fullstage
+    ignored_state = ("fullstage_copy.",)  # the published files hold fullstage twice
 
     def __init__(self, cfg: CfgNode, bn_momentum: float):
         super().__init__()
@@ -62,7 +62,7 @@ class MDEQNet(SolverAttributes, nn.Module):
             self.deq = DEQ(
                 cfg.DEQ.F_SOLVER, b_solver, stop_mode=cfg.DEQ.STOP_MODE, grad=cfg.DEQ.GRAD
             )
-        # In training it varies upwards by one at most.
+        # Training draws thresholds of at most F_THRES + 1.
         self.deq.grad.refuse_threshold(self.f_thres, "DEQ.F_THRES", more=1)
         self.channels = list(stage.NUM_CHANNELS)
         self.downsample = _stem(self.channels[0], model.DOWNSAMPLE_TIMES, bn_momentum)
@@ -76,7 +76,7 @@ class MDEQNet(SolverAttributes, nn.Module):
         self.fullstage = MultiscaleLayer(cfg)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
-        """As in nn.Module, without the entries that only the published files have."""
+        """Load as nn.Module does, but skip the entries that only the published files have."""
         if any(key.startswith(self.ignored_state) for key in state_dict):
             state_dict = {
                 k: v for k, v in state_dict.items() if not k.startswith(self.ignored_state)
@@ -84,7 +84,10 @@ class MDEQNet(SolverAttributes, nn.Module):
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def _initialize(self) -> None:
-        """Convolutions N(0, 0.01^2), their biases too; weight-normalised ones keep the default."""
+        """Draw weights and biases of convolutions from N(0, 0.01^2).
+
+        Weight-normalised weights keep PyTorch's default.
+        """
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 own = module._parameters
@@ -102,28 +105,34 @@ class MDEQNet(SolverAttributes, nn.Module):
         b_thres: int | None = None,
         writer=None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores of a batch of images.
+        """Compute the scores of a batch of images.
 
         Args:
-            x: (B, 3, H, W), any size from one pixel on; but in training, batch norm needs more
-                than one value per channel, also at the lowest resolution.
-            train_step: below PRETRAIN_STEPS (from 0 on) stacks, otherwise (or -1) solves.
-            compute_jac_loss: estimate the Jacobian loss (in training only; in the stacked phase
-                at a detached copy of the last state).
-            spectral_radius_mode: compute the spectral radius (in evaluation at equilibrium only).
-            f_thres, b_thres: thresholds of the two solvers; those of the configuration if None.
-            writer: a SummaryWriter that is given the residuals and nfe of both passes.
+            x: (B, 3, H, W) of any size. In training, batch norm needs more than one value per
+                channel, also at the lowest resolution.
+            train_step: 0 <= train_step < PRETRAIN_STEPS selects the stacked phase; any other
+                value (-1 too) runs the solver.
+            compute_jac_loss: estimate the Jacobian loss. This happens in training only; the
+                stacked phase takes it at a detached copy of the last state.
+            spectral_radius_mode: compute the spectral radius. This happens in evaluation at
+                the fixed point only.
+            f_thres, b_thres: thresholds of the forward and backward solver; None takes the
+                configuration's.
+            writer: a SummaryWriter; gets the residuals and nfe of both passes.
 
         Returns:
-            The head's output, jac_loss (1, 1) and sradius (B, 1); the last two are zeros when
-            not computed.
+            The head's output, jac_loss (1, 1) and sradius (B, 1). jac_loss and sradius are zero
+            when not computed.
+
+        Raises:
+            InputError: x has another shape, or no element.
         """
         if x.dim() != 4 or x.shape[1] != 3 or x.numel() == 0:
             raise InputError(f"images have shape {tuple(x.shape)}, but must be (B, 3, H, W)")
         injection = self.downsample(x)
         if self.stage0 is not None:
             injection = self.stage0(injection)
-        injection = injection.to(x.dtype)  # also under autocast: the state keeps its precision
+        injection = injection.to(x.dtype)  # the state takes this dtype, also under autocast
         sizes = branch_sizes(*injection.shape[-2:], len(self.channels))
         z0 = [
             injection.new_zeros(len(x), width, *size)
@@ -154,7 +163,7 @@ class MDEQNet(SolverAttributes, nn.Module):
         return self.head(z), jac_loss.view(1, 1), sradius
 
     def head(self, z: list[Tensor]) -> Tensor:
-        """Scores from the branches."""
+        """Compute the scores from the branches z_i."""
         raise NotImplementedError
 
 
@@ -174,7 +183,7 @@ class MDEQClsNet(MDEQNet):
         self.classifier = nn.Linear(stage.FINAL_CHANSIZE, cfg.MODEL.NUM_CLASSES)
 
     def head(self, z: list[Tensor]) -> Tensor:
-        """From high to low resolution, then the global average and a linear layer."""
+        """Add the branches from high to low resolution; then global average and a linear layer."""
         y = self.incre_modules[0](z[0])
         for z_i, bottleneck, step in zip(
             z[1:], self.incre_modules[1:], self.downsamp_modules, strict=True
@@ -201,10 +210,10 @@ class MDEQSegNet(MDEQNet):
             self._initialize()
 
     def head(self, z: list[Tensor]) -> Tensor:
-        """All branches at the highest resolution, then two convolutions."""
+        """Resize all branches to the highest resolution; then two convolutions."""
         return self.last_layer(to_highest_resolution(z))
 
 
 def get_cls_net(cfg: CfgNode) -> MDEQClsNet:
-    """The classification model of a configuration."""
+    """Build the classification model of a configuration."""
     return MDEQClsNet(cfg)

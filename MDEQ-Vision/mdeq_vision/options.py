@@ -1,4 +1,4 @@
-"""The command lines of the tools."""
+"""Command-line parsing for the tools."""
 
 import argparse
 import math
@@ -8,14 +8,14 @@ from lib.errors import InputError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line, name the nearest known flag, and leave with exit code 2."""
+    """Raises an InputError instead of printing the usage: one line, and exit code 2."""
 
     def error(self, message: str):
         raise InputError(message)
 
 
 def experiment_parser(program: str, description: str) -> Parser:
-    """The flags of the four tools, and ``KEY VALUE`` overrides among or after them."""
+    """Build the parser of the four tools: flags, and ``KEY VALUE`` overrides anywhere."""
     parser = Parser(prog=program, description=description, allow_abbrev=False)
     add = parser.add_argument
     add("--cfg", required=True, metavar="FILE", help="yaml file, such as experiments/digits.yaml")
@@ -33,9 +33,9 @@ def parse(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
     """Parse flags and overrides in any order.
 
     Raises:
-        InputError: an unknown flag, or a value that a flag does not take.
+        InputError: a flag is unknown or missing, or does not accept its value.
     """
-    # Overrides may be negative numbers, which argparse would take for flags.
+    # parse_known_...: an override may be a negative number, which argparse would call a flag.
     args, unknown = parser.parse_known_intermixed_args(sys.argv[1:] if argv is None else argv)
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]

@@ -1,4 +1,4 @@
-"""Label maps as pictures: colours, overlays, files for submission, and a panel to look at."""
+"""Label maps as pictures: colours, overlays, files for submission, and a panel of scenes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,9 +8,10 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from lib.errors import InputError
-from lib.files import atomic_write
+from lib.runs.atomic_files import atomic_write
 
-# The longer side of scenes in a panel, in pixels: small ones grow to it, larger ones may shrink.
+# The longer side of a scene in a panel, in pixels: small scenes grow up to the first number,
+# scenes above the second shrink to it.
 _PANEL_GROWN, _PANEL_LARGEST = 256, 512
 
 
@@ -37,14 +38,14 @@ def overlay(
     ignore_label: int | None,
     alpha: float = 0.5,
 ) -> np.ndarray:
-    """A picture under the colours of its classes, (1 - alpha) picture + alpha colour.
+    """Blend a picture with the colours of its classes: (1 - alpha) picture + alpha colour.
 
     Args:
         picture: RGB, uint8 (H, W, 3).
-        train_ids: classes, (H, W); the picture stays as it is where they are ``ignore_label``.
+        train_ids: classes, (H, W); pixels with ``ignore_label`` keep the picture's colour.
         palette: RGB of every class, (n, 3), 0 to 255.
         ignore_label: label of pixels without a class; None if there are none.
-        alpha: share of the colours, from 0 to 1.
+        alpha: weight of the colours, from 0 to 1.
 
     Returns:
         uint8 (H, W, 3).
@@ -64,7 +65,7 @@ def overlay(
 
 
 def to_label_ids(train_ids: ArrayLike, label_ids: Sequence[int]) -> np.ndarray:
-    """Official label ids of predicted classes, uint8 (H, W), as submission files have them.
+    """Official label ids of predicted classes, uint8 (H, W), for submission files.
 
     Args:
         train_ids: classes, (H, W), integers in [0, n).
@@ -77,7 +78,7 @@ def to_label_ids(train_ids: ArrayLike, label_ids: Sequence[int]) -> np.ndarray:
 
 
 def save_png(array: ArrayLike, path: Path) -> None:
-    """Write uint8 (H, W) or (H, W, 3) as a PNG, whole or not at all; folders are made."""
+    """Write uint8 (H, W) or (H, W, 3) as a PNG, whole or not at all; create its folder."""
     array = np.asarray(array)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
         raise InputError(
@@ -92,17 +93,20 @@ def save_png(array: ArrayLike, path: Path) -> None:
 def save_prediction(
     folder: Path, name: str, picture: ArrayLike, prediction: ArrayLike, facts
 ) -> None:
-    """Write what was predicted for an image, as three PNGs.
+    """Write the prediction for an image as three PNGs.
 
     ``labels/<name>.png`` has the official label ids, ``colours/<name>.png`` the class colours,
-    and ``overlays/<name>.png`` the input beside its overlay.
+    and ``overlays/<name>.png`` the input and its overlay side by side.
 
     Args:
-        folder: where the three folders are, or are made.
-        name: of the image, without extension; it may have folders of its own.
+        folder: parent of these three folders, which are created if absent.
+        name: the image's name without extension; it may contain folders.
         picture: the input, uint8 (H, W, 3).
         prediction: classes, (H, W), integers in [0, n).
-        facts: of the data set; its ``palette`` and ``label_ids`` are used.
+        facts: SegmentationFacts of the data set, for ``palette`` and ``label_ids``.
+
+    Raises:
+        InputError: ``name`` leads out of ``folder``, or the arrays do not fit together.
     """
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise InputError(f"image name {name!r} leads out of the folder {folder}")
@@ -127,20 +131,21 @@ def panel(
     *,
     ignore_label: int = 255,
 ) -> None:
-    """Draw scenes as input | truth | prediction, a row each, with a legend, into one PNG.
+    """Draw one row per scene, input | truth | prediction, and a legend, into one PNG.
 
     Args:
-        rows: of each scene the picture, uint8 (H, W, 3), the true classes (H, W) or None, and
-            the predicted ones.
-        titles: of the three columns.
+        rows: per scene the picture, uint8 (H, W, 3); the true classes, (H, W), or None; and the
+            predicted classes, (H, W).
+        titles: titles of the three columns.
         class_names: one per class, for the legend.
         palette: RGB of every class, (n, 3), 0 to 255.
         path: the PNG, written whole or not at all.
-        zoom: pixels drawn per pixel of a scene; by default the largest whole number with
-            which the longest side of the scenes stays within 256; at most 512 of larger ones.
+        zoom: drawn pixels per pixel of a scene. By default the largest integer, at least 1, that
+            keeps the longest side of the scenes within 256 drawn pixels; scenes longer than 512
+            shrink to 512.
         ignore_label: label of true pixels without a class, drawn black.
     """
-    # Here, not above: drawing is optional for most commands, and its import is slow.
+    # Imported here: the import is slow, and most commands do not draw.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -168,7 +173,7 @@ def panel(
     if zoom <= 0:
         raise InputError(f"zoom is {zoom!r}, but must be above 0")
 
-    # Axes are placed by hand, so that a pixel of a scene is `zoom` pixels of the file.
+    # Place the axes by hand, so that a pixel of a scene is `zoom` pixels of the file.
     dpi, gap = 100, 8
     cell = np.array([width * zoom, height * zoom])
     total = cell * [3, len(cells)] + gap * np.array([2, len(cells) - 1])
@@ -194,7 +199,7 @@ def panel(
     place = {"loc": "upper left", "bbox_to_anchor": (1, 1), "borderaxespad": 0.3}
     figure.legend(handles=entries, frameon=False, handlelength=1.2, handleheight=1.2, **place)
     with atomic_write(path) as file:
-        # "tight" makes room for what lies outside of the figure: titles and legend.
+        # "tight" makes room for titles and legend, which lie outside of the figure.
         figure.savefig(file, format="png", dpi=dpi, bbox_inches="tight", pad_inches=0.1)
 
 
@@ -208,13 +213,13 @@ def _picture(picture: ArrayLike) -> np.ndarray:
 
 
 def _index(train_ids: ArrayLike, n_classes: int, ignore_label: int | None) -> np.ndarray:
-    """Classes (H, W) as row numbers of a table, whose row n is for ignored pixels."""
+    """Classes (H, W) as row numbers of a table with n + 1 rows; row n is for ignored pixels."""
     train_ids = np.asarray(train_ids)
     if train_ids.ndim != 2 or not np.issubdtype(train_ids.dtype, np.integer):
         raise InputError(
             f"a label map is integers (H, W), but this is {train_ids.dtype} {train_ids.shape}"
         )
-    ids = train_ids.astype(np.int64)  # a uint8 has no room for n where n is 256
+    ids = train_ids.astype(np.int64)  # n = 256 does not fit in uint8
     unknown = (ids < 0) | (ids >= n_classes)
     if ignore_label is not None:
         ignored = ids == ignore_label

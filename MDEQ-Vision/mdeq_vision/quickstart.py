@@ -1,10 +1,10 @@
-"""The quickstart: two small models on handwritten digits, and a report of each run."""
+"""The quickstart: train a small model on handwritten digits, and report the run."""
 
 from argparse import Namespace
 from pathlib import Path
 
-from lib.distributed import Processes
-from lib.training import exit_code
+from lib.runs.processes import Processes
+from lib.runs.training import exit_code
 from mdeq_vision.command import load_config, train_classifier, train_segmenter
 from mdeq_vision.options import Parser, parse
 from mdeq_vision.report import report_classification, report_segmentation
@@ -17,7 +17,7 @@ TASKS = {
 
 
 def main(argv: list[str] | None, room: Path) -> int:
-    """Train and report one task, or both; runs lie below ``room``/output."""
+    """Train and report one task; its run lies below ``room``/output. Return the exit code."""
     parser = Parser(prog="quickstart.py", description="Small models on handwritten digits.")
     parser.add_argument("task", choices=TASKS, help="digits: classify; scenes: segment")
     parser.add_argument("--restart", action="store_true", help="continue a run that was cut off")

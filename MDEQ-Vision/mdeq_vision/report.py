@@ -1,14 +1,14 @@
-"""What a finished run amounts to: a table, its curves, and for scenes a picture to look at."""
+"""The report of a finished run: a table, curves, and for segmentation a picture of scenes."""
 
 from pathlib import Path
 
 import torch
 from yacs.config import CfgNode
 
-from lib.checkpoint import load_weights
-from lib.distributed import Processes
-from lib.experiment import WEIGHTS, peak_memory_mib, read_metrics
-from lib.report import CURVES, draw_curves, solver_rows, table
+from lib.runs.checkpoint import load_weights
+from lib.runs.processes import Processes
+from lib.runs.report import CURVES, draw_curves, solver_rows, table
+from lib.runs.run_folder import WEIGHTS, peak_memory_mib, read_metrics
 from mdeq_vision.datasets import SegmentationDataset, get_cls_dataset, get_seg_dataset
 from mdeq_vision.evaluation import Evaluation, evaluate_classification, evaluate_segmentation
 from mdeq_vision.model import MDEQClsNet, MDEQSegNet
@@ -16,11 +16,11 @@ from mdeq_vision.pictures import panel
 
 SCENES = "scenes.png"
 _SCENES_SHOWN = 4
-_SRADIUS_IMAGES = 32  # of the test set
+_SRADIUS_IMAGES = 32  # test images for the mean spectral radius
 
 
 def report_classification(cfg: CfgNode, folder: Path) -> str:
-    """Table of a classification run's figures, measured with its best weights."""
+    """Evaluate a classification run's best weights; return a table, and draw the curves."""
     dataset = get_cls_dataset(cfg, "test")
     model = _best(MDEQClsNet(cfg), folder)
 
@@ -33,7 +33,7 @@ def report_classification(cfg: CfgNode, folder: Path) -> str:
 
 
 def report_segmentation(cfg: CfgNode, folder: Path) -> str:
-    """Table of a segmentation run's figures, measured with its best weights; draws scenes.png."""
+    """Evaluate a segmentation run's best weights; return a table, draw curves and scenes.png."""
     dataset = get_seg_dataset(cfg, "test")
     model = _best(MDEQSegNet(cfg), folder)
     predictions: dict[int, torch.Tensor] = {}
@@ -61,7 +61,7 @@ def _best(model, folder: Path):
 def _report(cfg: CfgNode, folder: Path, evaluate, title: str) -> str:
     records = read_metrics(folder)
     border = cfg.TRAIN.PRETRAIN_STEPS
-    # The spectral radius first: the scenes are drawn from the evaluation of all images.
+    # Evaluate few images first: the scenes show the predictions of the last, full evaluation.
     few = cfg.clone()
     few.defrost()
     few.merge_from_list(["DEQ.SPECTRAL_RADIUS_MODE", True, "TEST.NUM_SAMPLES", _SRADIUS_IMAGES])
@@ -70,7 +70,7 @@ def _report(cfg: CfgNode, folder: Path, evaluate, title: str) -> str:
     name, figures = best.score, best.figures
 
     def ended(phase: str) -> tuple[str, str]:
-        """The score at the end of a phase, and the step."""
+        """The last score of a phase, and its step."""
         found = [r for r in records if r["kind"] == "valid" and r["phase"] == phase]
         return (f"{100 * found[-1][name]:.2f}%", str(found[-1]["step"])) if found else ("none", "")
 
@@ -90,7 +90,7 @@ def _report(cfg: CfgNode, folder: Path, evaluate, title: str) -> str:
 
 
 def _draw_scores(axes, records: list[dict], name: str) -> None:
-    """Training accuracy and the score of the validations over the steps, in percent."""
+    """Plot training accuracy and validation score, in percent, over the steps."""
     for kind, key, style in (("train", "accuracy", "-"), ("valid", name, "o-")):
         found = [r for r in records if r["kind"] == kind]
         label = "training accuracy" if kind == "train" else f"test {key}"

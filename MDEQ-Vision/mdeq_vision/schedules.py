@@ -1,4 +1,4 @@
-"""Optimisers and learning rates of the configuration's section TRAIN."""
+"""Optimiser, learning rate and weight of the Jacobian loss, from the configuration."""
 
 import math
 
@@ -7,14 +7,14 @@ from torch import nn
 from yacs.config import CfgNode
 
 from lib.jacobian import jac_loss_weight_at
-from lib.training import fused_if_possible
+from lib.runs.training import fused_if_possible
 
-ETA_MIN = 1e-6  # where the cosine ends
+ETA_MIN = 1e-6  # final learning rate of the cosine schedule
 POLY_POWER = 0.9
 
 
 def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """TRAIN.OPTIMIZER: adam, sgd or rmsprop."""
+    """Build the optimiser that TRAIN.OPTIMIZER names: adam, sgd or rmsprop."""
     train = cfg.TRAIN
     options = {"lr": train.LR, "weight_decay": train.WD}
     if train.OPTIMIZER == "adam":
@@ -28,18 +28,18 @@ def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 def learning_rate(
     cfg: CfgNode, step: int, steps_per_epoch: int, extra_steps_per_epoch: int = 0
 ) -> float:
-    """The rate of update ``step`` (from 0).
+    """The learning rate of update ``step`` (from 0).
 
-    With n the update, T = END_EPOCH * steps_per_epoch and e the epoch of the update:
+    With update n, T = END_EPOCH * steps_per_epoch updates, and e the epoch of update n:
 
         cosine   eta_min + (LR - eta_min) (1 + cos(pi n / T)) / 2, eta_min = 1e-6
         poly     LR (1 - n / T)^0.9
-        step     LR * LR_FACTOR^k, k the number of entries of LR_STEP up to e
+        step     LR * LR_FACTOR^k, k the number of entries of LR_STEP that are <= e
 
-    With EXTRA_EPOCH > 0 the same schedule begins again after T updates: from EXTRA_LR, with n and
-    e counted from there, over EXTRA_EPOCH epochs of ``extra_steps_per_epoch``.
+    If EXTRA_EPOCH > 0, the schedule begins again after T updates: from EXTRA_LR, with n and e
+    counted from there, over EXTRA_EPOCH epochs of ``extra_steps_per_epoch`` updates.
 
-    A function of the step alone, so a resumed run needs no state.
+    The rate depends on the step alone, so a resumed run needs no state.
     """
     train = cfg.TRAIN
     rate, epochs = train.LR, train.END_EPOCH
@@ -56,10 +56,11 @@ def learning_rate(
 
 
 def jac_factor(cfg: CfgNode, step: int, epoch: int) -> float:
-    """Weight of the Jacobian loss in update ``step`` of ``epoch``, both from 0.
+    """The weight of the Jacobian loss in update ``step``, which lies in ``epoch``; both from 0.
 
-    PRETRAIN_JAC_LOSS_WEIGHT while stacked; 0 from JAC_STOP_EPOCH on; else JAC_LOSS_WEIGHT plus 0.1
-    per JAC_INCREMENTAL steps since the equilibrium phase began.
+    - Stacked phase: PRETRAIN_JAC_LOSS_WEIGHT.
+    - Equilibrium phase: JAC_LOSS_WEIGHT, plus 0.1 for every JAC_INCREMENTAL steps in this phase;
+      0 from epoch JAC_STOP_EPOCH on.
     """
     loss = cfg.LOSS
     if step < cfg.TRAIN.PRETRAIN_STEPS:

@@ -1,4 +1,4 @@
-"""MODEL.EXTRA.FULL_STAGE: the shape of a multiscale model, checked."""
+"""Checks of MODEL.EXTRA.FULL_STAGE, the shape of a multiscale model."""
 
 from collections.abc import Mapping
 
@@ -8,21 +8,21 @@ from lib.errors import InputError, did_you_mean
 
 NAME = "MODEL.EXTRA.FULL_STAGE"
 _ONLY = {"BLOCK": "BASIC", "FUSE_METHOD": "SUM", "NUM_MODULES": 1}
-# Lists of one integer per branch: least and largest value.
+# Lists of one integer per branch: (least value, largest value or None).
 _LISTS = {"NUM_CHANNELS": (1, None), "NUM_BLOCKS": (1, None), "BIG_KERNELS": (0, 2)}
-_NUMBERS = ("NUM_BRANCHES", "FINAL_CHANSIZE")  # the latter of the classification head
+_NUMBERS = ("NUM_BRANCHES", "FINAL_CHANSIZE")  # FINAL_CHANSIZE belongs to the classification head
 _HEAD_LISTS = {"HEAD_CHANNELS": (1, None)}
 
 
 def full_stage(cfg: CfgNode, *, head: bool = False) -> CfgNode:
-    """FULL_STAGE, complete and in range.
+    """Return FULL_STAGE after checking that it is complete and in range.
 
     Args:
         cfg: the configuration.
-        head: HEAD_CHANNELS and FINAL_CHANSIZE, of the classification head, must be there too.
+        head: also require the classification head's HEAD_CHANNELS and FINAL_CHANSIZE.
 
     Raises:
-        InputError: a key that is missing, or a value that is not available.
+        InputError: a key is missing, or a value is out of range or not available.
     """
     stage = cfg.MODEL.EXTRA.get("FULL_STAGE")
     if not isinstance(stage, Mapping):
@@ -48,7 +48,10 @@ def full_stage(cfg: CfgNode, *, head: bool = False) -> CfgNode:
 
 
 def unused_keys(cfg: CfgNode) -> list[str]:
-    """Lines about keys of MODEL.EXTRA, open as it is to new ones, that no model has a use for."""
+    """Return a log line for each key of MODEL.EXTRA that no model uses.
+
+    MODEL.EXTRA accepts any key, so a misspelled key raises no error.
+    """
     known = {"MODEL.EXTRA.FINAL_CONV_KERNEL"}
     known |= {f"{NAME}.{key}" for key in (*_NUMBERS, *_ONLY, *_LISTS, *_HEAD_LISTS)}
     given = {f"MODEL.EXTRA.{key}" for key in cfg.MODEL.EXTRA if key != "FULL_STAGE"}
@@ -60,7 +63,7 @@ def unused_keys(cfg: CfgNode) -> list[str]:
 
 
 def check_integer(name: str, value, least: int, largest: int | None = None) -> None:
-    """Refuse what is not an integer from ``least`` on, up to ``largest``."""
+    """Raise an InputError unless ``value`` is an integer, least <= value <= largest."""
     if type(value) is int and value >= least and (largest is None or value <= largest):
         return
     bound = f"from {least} on" if largest is None else f"from {least} to {largest}"

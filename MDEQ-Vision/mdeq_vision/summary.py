@@ -1,4 +1,4 @@
-"""A model's parameters, through torchinfo, and its operations, through PyTorch's counter."""
+"""A model's parameters (counted by torchinfo) and operations (counted by PyTorch)."""
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,10 +9,10 @@ from mdeq_vision.model import MDEQNet
 
 
 def model_summary(cfg: CfgNode, model: MDEQNet, size: tuple[int, int]) -> str:
-    """Parts of the model with their parameters, and the multiply-adds of f and of the rest.
+    """List the parts of the model with their parameters; count multiply-adds of f and of the rest.
 
-    Multiply-adds are those of convolutions and matrix products, for one image and one application
-    of f. All is taken of a copy on the meta device: no memory, no arithmetic, no random numbers.
+    Multiply-adds count convolutions and matrix products, for one image and one application of f.
+    The counts come from a copy on the meta device: no memory, no arithmetic, no random numbers.
 
     Args:
         cfg: the configuration of ``model``.
@@ -39,7 +39,7 @@ def model_summary(cfg: CfgNode, model: MDEQNet, size: tuple[int, int]) -> str:
         copy(image, **options)
     counts = {name: sum(c.values()) // 2 for name, c in counter.get_flop_counts().items()}
     layer = counts.get(f"{type(copy).__name__}.fullstage", 0)
-    # Its own totals further down miss what is not a module's call.
+    # Cut off torchinfo's totals below: they miss operations outside of module calls.
     lines = str(table).splitlines()
     end = next(i for i, line in enumerate(lines) if line.startswith("Non-trainable params"))
     return "\n".join(lines[: end + 1]) + (

@@ -1,4 +1,4 @@
-"""The two tasks: what classification and segmentation add to the trainer."""
+"""The trainers of the two tasks: classification and segmentation."""
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from mdeq_vision.training import ImageTrainer
 
 
 class ClassificationTrainer(ImageTrainer):
-    """Cross-entropy, top-1 accuracy."""
+    """Trains with cross-entropy; reports top-1 accuracy."""
 
     evaluator = staticmethod(evaluate_classification)
 
@@ -28,7 +28,7 @@ class ClassificationTrainer(ImageTrainer):
 
 
 class SegmentationTrainer(ImageTrainer):
-    """Class-weighted cross-entropy or OHEM."""
+    """Trains with class-weighted cross-entropy or OHEM; reports pixel accuracy."""
 
     drop_last = one_gpu = True
     evaluator = staticmethod(evaluate_segmentation)
@@ -50,7 +50,7 @@ class SegmentationTrainer(ImageTrainer):
         return self.criterion(output, target)
 
     def hits(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """At the resolution of the logits: enough for the log, and cheap."""
+        """Count at the resolution of the logits: cheap, and good enough for the log."""
         small = F.interpolate(target[:, None].float(), output.shape[-2:], mode="nearest")
         small = small.squeeze(1).long()
         hits = (output.argmax(dim=1) == small).sum()

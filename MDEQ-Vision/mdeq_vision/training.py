@@ -1,4 +1,4 @@
-"""Training of image models: what a step of images is."""
+"""The trainer of image models; a step is one batch of images."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -10,13 +10,13 @@ from torch.utils.data import Dataset
 from yacs.config import CfgNode
 
 from lib.data_parallel import BalancedDataParallel
-from lib.distributed import Processes
 from lib.errors import InputError
-from lib.precision import autocast
-from lib.steps import Care, Choices
-from lib.stopping import Stopping
-from lib.sync_batchnorm import convert_sync_batchnorm, each_by_itself
-from lib.trainer import Trainer
+from lib.runs.interrupts import Stopping
+from lib.runs.processes import Processes
+from lib.runs.steps import Care, Choices
+from lib.runs.sync_batchnorm import convert_sync_batchnorm, each_by_itself
+from lib.runs.trainer import Trainer
+from lib.solvers.precision import autocast
 from mdeq_vision.curriculum import Curriculum
 from mdeq_vision.datasets import make_loader, on_device
 from mdeq_vision.evaluation import Evaluation
@@ -29,43 +29,48 @@ RESUME = "TRAIN.RESUME True"
 
 @dataclass(frozen=True)
 class Part:
-    """Images and labels of one forward, and what they are a part of: ``n`` images and a
-    ``weight`` of labels in all processes (None: it depends on predictions), in ``chunks``.
+    """Images and labels of one forward, and the size of the whole batch.
 
-    Copies count as often as there are.
+    ``n`` and ``weight`` are sums over all processes; an image that several processes have counts
+    once for each of them.
     """
 
     images: Tensor
     target: Tensor
-    n: Tensor
-    weight: Tensor | None
-    chunks: int
+    n: Tensor  # images of the whole batch
+    weight: Tensor | None  # loss weight of the whole batch; None if it depends on predictions
+    chunks: int  # parts of this process's share
     copies: int  # processes that have the same images
 
 
 class ImageTrainer(Trainer):
-    """Trains an MDEQ; what differs between classification and segmentation is in subclasses.
+    """Trains an MDEQ; subclasses add what classification and segmentation do differently.
 
-    With several processes, batch norm is over all of them, and losses are divided by the weight
-    of the whole batch: they compute what one process with the same batch would.
+    Several processes compute what one process would with the same batch: batch norm takes its
+    statistics over all processes, and losses are divided by the weight of the whole batch.
 
     Args:
         cfg: the configuration.
-        model: on ``device``.
-        train_set, valid_set: data sets.
-        device: where the model is; with several ``gpus``, the first of them.
-        gpus: the GPUs of this process; more than one makes it a DataParallel model.
-        processes: of the run.
-        extra_set: data set of a second stage, TRAIN.EXTRA_EPOCH epochs after the first.
-        resume: what continues a run, for messages.
-        stopping: collects the wish to stop; None for one with the configuration's time limit.
+        model: the model, on ``device``.
+        train_set, valid_set: data sets for training and validation.
+        device: the model's device; with several ``gpus``, the first of them.
+        gpus: the GPUs of this process. More than one makes the model data parallel, unless the
+            run has several processes.
+        processes: the processes of the run.
+        extra_set: data set of a second stage: TRAIN.EXTRA_EPOCH epochs after the first stage.
+        resume: what a user adds to continue a run, for messages.
+        stopping: collects requests to stop; None makes one with the limit MAX_TIME.
+
+    Raises:
+        InputError: the batch is too small for the processes and TRAIN.BATCH_CHUNK, or a data set
+            has no batch.
     """
 
     weights_key = "state_dict"
     extra_parts = ("epoch", "position")
     extra_sums = ("images", "hits", "count")
-    drop_last = False  # leave out a last batch that is not full
-    one_gpu = False  # per process: no DataParallel
+    drop_last = False  # True leaves out a last batch that is not full
+    one_gpu = False  # True allows one GPU per process only: no DataParallel
 
     def __init__(
         self,
@@ -111,7 +116,7 @@ class ImageTrainer(Trainer):
             stopping=stopping or Stopping(cfg.MAX_TIME),
         )
         if processes.world_size == 1 and len(gpus) > 1:
-            # output, jac_loss, sradius
+            # Gather output and sradius along dimension 0; average jac_loss (None).
             self.parallel = BalancedDataParallel(model, -1, 0, (0, None, 0), device_ids=gpus)
         self.epoch, self.position = cfg.TRAIN.BEGIN_EPOCH, 0  # batches done in this epoch
         self.step = self.curriculum.steps_before(self.epoch)
@@ -121,16 +126,18 @@ class ImageTrainer(Trainer):
     # ---- what subclasses define ----------------------------------------------------------------
 
     def weight(self, target: Tensor) -> Tensor | None:
-        """What to divide the summed loss of these labels by, 0-dim; None if it depends on the
-        predictions."""
+        """The number that divides the summed loss of these labels, 0-dim.
+
+        None if it depends on the predictions.
+        """
         raise NotImplementedError
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Summed loss of a batch and the weight to divide it by, both scalars."""
+        """The summed loss of a batch and the weight that divides it, both 0-dim."""
         raise NotImplementedError
 
     def hits(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """How many predictions are right, out of how many (samples or pixels)."""
+        """The number of right predictions, and of all predictions (samples or pixels)."""
         raise NotImplementedError
 
     evaluator: Callable[..., Evaluation]  # a function of mdeq_vision.evaluation
@@ -139,11 +146,11 @@ class ImageTrainer(Trainer):
 
     @property
     def n_batches(self) -> int:
-        """Of the present epoch."""
+        """The number of batches of the present epoch."""
         return self.curriculum.at(self.epoch).n_batches
 
     def batches(self) -> Iterator[list[Tensor]]:
-        """This process's shares (images, labels), to the end of the last epoch."""
+        """Yield this process's share (images, labels) of each batch, until the last epoch ends."""
         while self.epoch < self.curriculum.last.end:
             loader = make_loader(
                 self.curriculum.at(self.epoch).dataset,
@@ -164,7 +171,7 @@ class ImageTrainer(Trainer):
 
     def draw(self) -> Choices:
         deq, factor = self.cfg.DEQ, self.jac_weight_of(self.step)
-        # Both are drawn in every step, so that the random stream does not depend on the phase.
+        # Draw both in every step, so that the random stream does not depend on the phase.
         delta = self.rng.randint(-deq.RAND_F_THRES_DELTA, 1)
         regularise = self.rng.random() < self.cfg.LOSS.JAC_LOSS_FREQ and factor > 0
         if not regularise or deq.RAND_F_THRES_DELTA == 0:
@@ -172,11 +179,11 @@ class ImageTrainer(Trainer):
         return Choices(max(1, deq.F_THRES + delta), factor if regularise else 0.0)
 
     def split(self, batch: tuple[Tensor, Tensor]) -> list[Part]:
-        # Of the last batch a process may have one image more than another, but all take as many
-        # forwards, as batch norm needs them together.
+        # A process may have one image more than another in the last batch. All must still do the
+        # same number of forwards, because batch norm communicates in each.
         left = len(self.curriculum.at(self.epoch).dataset) - self.position * self.batch_size
         least = min(left, self.batch_size) // self.processes.world_size
-        # Of fewer images than there are processes, each has all.
+        # A batch with fewer images than processes goes to every process whole.
         copies = self.processes.world_size if least == 0 else 1
         chunks = min(self.cfg.TRAIN.BATCH_CHUNK, least or left)
         images, target = batch
@@ -202,7 +209,7 @@ class ImageTrainer(Trainer):
         output = output.to(images.dtype)
         total, weight = self.loss(output, target)
         if part.weight is None:
-            # Known only now: the parts of a batch are means of their own, over all processes.
+            # Hard example mining: each part has its own mean over all processes.
             weight = self.processes.sum(weight.detach().double()) * part.chunks
         else:
             weight = part.weight
@@ -214,8 +221,10 @@ class ImageTrainer(Trainer):
 
     @contextlib.contextmanager
     def _alike(self) -> Iterator[None]:
-        """Within a ``with`` block all processes compute the same on the same images: batch norm
-        does not look beyond its own, and what is drawn is drawn alike."""
+        """Within a ``with`` block, all processes compute the same on the same images.
+
+        Batch norm uses the process's own images, and all processes draw the same random numbers.
+        """
         gpus = [self.device] if self.device.type == "cuda" else []
         with each_by_itself(self.model), torch.random.fork_rng(gpus):
             torch.manual_seed(self.cfg.SEED + self.step)
@@ -253,7 +262,7 @@ class ImageTrainer(Trainer):
         )
 
     def evaluate(self, train_step: int) -> Evaluation:
-        """Evaluate on the validation set, in the phase of ``train_step``."""
+        """Evaluate on the validation set; ``train_step`` selects the phase."""
         return self.evaluator(
             self.cfg,
             self.model,

@@ -1,4 +1,4 @@
-"""From a classification model to a segmentation model: extracting and taking over weights."""
+"""Transfer of backbone weights from a classification to a segmentation model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from lib.checkpoint import not_finite, read_state, save_atomic, strip_wrappers
 from lib.errors import InputError, naming
+from lib.runs.checkpoint import not_finite, read_state, save_atomic, strip_wrappers
 from mdeq_vision.model import MDEQSegNet
 
-# The parts that both kinds of model have; the heads are their own.
+# Name prefixes of the parts that both kinds of model share; the heads differ.
 BACKBONE = ("downsample.", "stage0.", "fullstage.")
 
 
@@ -18,14 +18,14 @@ def extract_pretrained(checkpoint: str | Path, output: str | Path) -> list[str]:
     """Write the backbone's weights of a classification checkpoint, for MODEL.PRETRAINED.
 
     Args:
-        checkpoint: a state dict file or checkpoint, ours or a published one.
+        checkpoint: a state dict or checkpoint file, ours or a published one.
         output: the file to write: a plain state dict.
 
     Returns:
-        The names that were written.
+        The names of the written tensors.
 
     Raises:
-        InputError: an unreadable file, one without a backbone, or weights that are not finite.
+        InputError: the file is unreadable or has no backbone, or weights are not finite.
     """
     state = strip_wrappers(read_state(checkpoint))
     backbone = {key: value for key, value in state.items() if key.startswith(BACKBONE)}
@@ -41,13 +41,13 @@ def extract_pretrained(checkpoint: str | Path, output: str | Path) -> list[str]:
 def load_pretrained(
     model: nn.Module, path: str | Path, log: Callable[[str], None] | None = None
 ) -> None:
-    """Start ``model`` from the backbone weights in a file, where names and shapes agree.
+    """Copy the backbone weights in a file to ``model``, if name and shape agree.
 
-    The head is the model's own and keeps its initial weights. ``log`` is given the lists of what
-    was and what was not taken over.
+    The head keeps its initial weights. ``log`` gets lists of the names that were and were not
+    taken over.
 
     Raises:
-        InputError: an unreadable file, nothing in it that fits, or weights that are not finite.
+        InputError: the file is unreadable, no weight of f fits, or weights are not finite.
     """
     state = strip_wrappers(read_state(path), model)
     own = model.state_dict()
@@ -90,10 +90,10 @@ def _report(log, path, taken: dict, state: dict, own: dict) -> None:
 
 
 def get_seg_net(cfg: CfgNode, log: Callable[[str], None] | None = None) -> MDEQSegNet:
-    """The segmentation model of a configuration, started from MODEL.PRETRAINED if that is set.
+    """Build the segmentation model of a configuration; load MODEL.PRETRAINED if it is set.
 
     Raises:
-        InputError: a missing or unfit MODEL.PRETRAINED file.
+        InputError: the MODEL.PRETRAINED file is missing or does not fit.
     """
     model = MDEQSegNet(cfg)
     if cfg.MODEL.PRETRAINED:

@@ -1,4 +1,4 @@
-"""Train an image classification model, as a yaml file of experiments/ describes it.
+"""Train the image classification model that a yaml file in experiments/ describes.
 
 python tools/cls_train.py --cfg experiments/digits/cls_mdeq_TINY.yaml
 """

@@ -1,4 +1,4 @@
-"""Evaluate an image classification model at equilibrium.
+"""Evaluate an image classification model at the fixed point.
 
 python tools/cls_valid.py --cfg experiments/digits/cls_mdeq_TINY.yaml
 """

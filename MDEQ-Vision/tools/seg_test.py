@@ -1,4 +1,4 @@
-"""Predict with a segmentation model: pictures, and figures where there are labels.
+"""Write a segmentation model's predictions; if there are labels, print the figures.
 
 python tools/seg_test.py --cfg experiments/digit_scenes/seg_mdeq_TINY.yaml
 """

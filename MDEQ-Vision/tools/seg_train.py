@@ -1,4 +1,4 @@
-"""Train a segmentation model, as a yaml file of experiments/ describes it.
+"""Train the segmentation model that a yaml file in experiments/ describes.
 
 python tools/seg_train.py --cfg experiments/digit_scenes/seg_mdeq_TINY.yaml
 """

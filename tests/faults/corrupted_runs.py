@@ -19,7 +19,7 @@ from pathlib import Path
 from attempts import Attempt, ForkServer, run
 from corruptions import Corruption, corruptions, table
 from harness import SAVED_EVERY, STEPS, TRAINERS, differing_tensors, records
-from lib.experiment import CHECKPOINT
+from lib.runs.run_folder import CHECKPOINT
 
 TO = "run"
 

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from lib.errors import InputError
-from lib.export import export_weights
-from lib.retention import load_newest, save_newest
+from lib.runs.export import export_weights
+from lib.runs.retention import load_newest, save_newest
 
 COUNT = 200
 OUTCOMES = ("refused", "fell back", "loaded unharmed", "traceback", "code run", "silent wrong")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from lib.checkpoint import load
 from lib.errors import InputError
-from lib.experiment import CHECKPOINT, WEIGHTS, read_metrics
+from lib.runs.checkpoint import load
+from lib.runs.run_folder import CHECKPOINT, WEIGHTS, read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS, BORDER, SAVED_EVERY = 60, 27, 3

@@ -35,7 +35,7 @@ from harness import (
     temporary_files,
     unreadable,
 )
-from lib.experiment import CHECKPOINT, METRICS
+from lib.runs.run_folder import CHECKPOINT, METRICS
 
 # Every so many kills the run is started by the command proper, and not forked.
 PROPER_EVERY = 6

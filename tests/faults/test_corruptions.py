@@ -31,7 +31,9 @@ def test_judge_notices_what_gets_by(tmp_path, monkeypatch):
         found = (Corruption(kind, seed, both=False) for seed in range(5))
         return {judge.outcome(corruption)[0] for corruption in found}
 
-    monkeypatch.setattr("lib.retention.load", lambda path: torch.load(path, weights_only=False))
+    monkeypatch.setattr(
+        "lib.runs.retention.load", lambda path: torch.load(path, weights_only=False)
+    )
     assert outcomes("bits of a tensor") == {"silent wrong"}
     assert outcomes("torch file with code") == {"code run"}
     assert outcomes("text") == {"traceback"}

@@ -22,7 +22,7 @@ from harness import (
     temporary_files,
     unreadable,
 )
-from lib.experiment import CHECKPOINT, LOG, METRICS, WEIGHTS
+from lib.runs.run_folder import CHECKPOINT, LOG, METRICS, WEIGHTS
 from parameters import slow_but
 
 KILLED_AT = 13  # so the checkpoint is of step 12, and the weights are of step 10 or none

@@ -3,12 +3,12 @@
 import warnings
 from functools import partial
 
+import bench_adjoints
 import pytest
 import torch
 
-import bench_adjoints
-from lib.adjoint import POOR, LinearSolve
 from lib.deq import DEQ
+from lib.gradients.adjoint import POOR, LinearSolve
 from lib.solvers import ADJOINT_SOLVERS, SOLVERS
 
 by_solver = pytest.mark.parametrize("solver", ADJOINT_SOLVERS)
@@ -151,7 +151,7 @@ def test_a_good_adjoint_costs_no_product_more():
 
 
 def test_count_over_random_systems():
-    """A part of scripts/bench_adjoints.py: off by more than 100 % is said."""
+    """A part of scripts/benchmarks/bench_adjoints.py: off by more than 100 % is said."""
     for radius in (0.9, 1.6, 3.0):
         for solver in ADJOINT_SOLVERS:
             for mode in ("rel", "abs"):

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lib.checkpoint import load, load_state, load_weights, save_atomic
 from lib.errors import InputError
+from lib.runs.checkpoint import load, load_state, load_weights, save_atomic
 
 
 @pytest.fixture

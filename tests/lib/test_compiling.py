@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 import torch
 
-from lib import compiling
-from lib.compiling import MAX_FORMS, compiled
 from lib.errors import InputError
+from lib.runs import compiling
+from lib.runs.compiling import MAX_FORMS, compiled
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def test_more_forms_than_pytorch_allows_by_itself(without_code):
 
 @pytest.mark.slow
 def test_a_missing_compiler(tmp_path):
-    code = "from lib.compiling import compiled; compiled(abs)"
+    code = "from lib.runs.compiling import compiled; compiled(abs)"
     environment = os.environ | {
         "CXX": "/nowhere/g++",
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lib.deq import DEQ
-from lib.precision import COARSE_EPS
 from lib.solvers import SOLVERS, anderson, broyden, fixed_point_iteration
+from lib.solvers.precision import COARSE_EPS
 from problems import contraction
 
 BF16 = partial(torch.autocast, "cpu", torch.bfloat16)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lib.deq import DEQ
-from lib.determinism import CUBLAS, deterministic
+from lib.runs.determinism import CUBLAS, deterministic
 
 
 @pytest.fixture(autouse=True)

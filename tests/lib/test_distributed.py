@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lib.distributed import (
+from lib.errors import InputError
+from lib.runs.processes import (
     TIMEOUT,
     Processes,
     _timeout,
     end_at_once,
     lost_contact,
 )
-from lib.errors import InputError
 from pretended_machine import pretended_machine
 
 _GLOO = "[/a/b/third_party/gloo/gloo/transport/tcp/"

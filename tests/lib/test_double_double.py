@@ -5,7 +5,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from lib.double_double import combine, take_apart, two_product, two_sum
+from lib.gradients.double_double import combine, take_apart, two_product, two_sum
 
 
 def draw(seed: int) -> torch.Tensor:

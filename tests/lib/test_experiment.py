@@ -13,7 +13,7 @@ import torch
 from tensorboardX.proto.event_pb2 import Event
 
 from lib.errors import InputError
-from lib.experiment import (
+from lib.runs.run_folder import (
     CHECKPOINT,
     LOG,
     METRICS,

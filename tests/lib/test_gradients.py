@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lib.deq import DEQ
 from lib.errors import InputError
 from lib.gradients import GRADIENTS, Phantom, Shine, get_gradient
-from lib.iterations import Unroll
+from lib.gradients.iterations import Unroll
 from lib.solvers import ADJOINT_SOLVERS, anderson, broyden
 from measures import saved_bytes
 from problems import largest_relative_error

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.krylov import _orthogonalise
-from lib.maps import Affine
 from lib.solvers import bicgstab, gmres
+from lib.solvers.krylov import _orthogonalise
+from lib.solvers.maps import Affine
 from problems import SHAPES
 
 SOLVERS = {"gmres": gmres, "gmres anew": partial(gmres, restart=5), "bicgstab": bicgstab}

@@ -2,16 +2,19 @@
 
 import threading
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
 
-import lib.anderson
-import lib.broyden
-import lib.krylov
-from lib.maps import Affine
-from lib.matmul_precision import callers_products
+import lib.solvers.krylov
 from lib.solvers import ADJOINT_SOLVERS, SOLVERS, anderson, broyden
+from lib.solvers.maps import Affine
+from lib.solvers.matmul_precision import callers_products
+
+# The functions of the same names hide the modules as attributes of lib.solvers.
+anderson_py = import_module("lib.solvers.anderson")
+broyden_py = import_module("lib.solvers.broyden")
 
 EVERY = SOLVERS | ADJOINT_SOLVERS | {"broyden of few": partial(broyden, memory=3)}
 by_name = pytest.mark.parametrize("name", EVERY)
@@ -46,10 +49,10 @@ def test_the_callers_setting_holds_in_f_alone(name, setting, monkeypatch):
 
         monkeypatch.setattr(module, function, spied)
 
-    spy(lib.anderson, "products")
-    spy(lib.broyden, "products")
-    spy(lib.krylov, "_unit")
-    spy(lib.krylov, "_dot")
+    spy(anderson_py, "products")
+    spy(broyden_py, "products")
+    spy(lib.solvers.krylov, "_unit")
+    spy(lib.solvers.krylov, "_dot")
 
     def f(z):
         in_f.append(get())
@@ -162,7 +165,7 @@ def test_solves_in_two_threads():
 
 
 def test_torchs_newer_name_for_the_setting(monkeypatch):
-    matmul, seen, original = torch.backends.cuda.matmul, [], lib.anderson.products
+    matmul, seen, original = torch.backends.cuda.matmul, [], anderson_py.products
     before = matmul.fp32_precision
 
     def products(*args):
@@ -173,7 +176,7 @@ def test_torchs_newer_name_for_the_setting(monkeypatch):
         seen.append(("f", matmul.fp32_precision))
         return torch.cos(z)
 
-    monkeypatch.setattr(lib.anderson, "products", products)
+    monkeypatch.setattr(anderson_py, "products", products)
     try:
         matmul.fp32_precision = "tf32"
         anderson(f, torch.zeros(2, 3))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lib.errors import InputError
-from lib.precision import allow_tf32, autocast
+from lib.solvers.precision import allow_tf32, autocast
 
 CPU = torch.device("cpu")
 

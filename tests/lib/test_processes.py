@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from groups import run_group, work
-from lib.distributed import Processes
 from lib.errors import InputError
+from lib.runs.processes import Processes
 
 N = 3
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib.checkpoint import load
 from lib.errors import InputError
-from lib.retention import clean_temporaries, load_newest, save_newest, set_aside, versions
+from lib.runs.checkpoint import load
+from lib.runs.retention import clean_temporaries, load_newest, save_newest, set_aside, versions
 
 
 @pytest.fixture
@@ -299,7 +299,7 @@ def test_permission_is_no_damage(path, monkeypatch):
     def refuse(source):
         raise PermissionError(errno.EACCES, "Permission denied", str(source))
 
-    monkeypatch.setattr("lib.retention.load", refuse)
+    monkeypatch.setattr("lib.runs.retention.load", refuse)
     with pytest.raises(PermissionError, match=r"checkpoint\.pt"):
         read(path)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lib.deq import DEQ, DEQWarning
 from lib.errors import InputError
-from lib.iterations import Reversible
+from lib.gradients.iterations import Reversible
 from problems import largest_relative_error
 from toy_layers import ConvTanh, Toy, gradients, loss_of
 

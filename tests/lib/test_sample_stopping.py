@@ -2,17 +2,20 @@
 
 import math
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lib.anderson
-import lib.broyden
-from lib.maps import Affine
 from lib.solvers import anderson, bicgstab, broyden, fixed_point_iteration, gmres, newton_krylov
+from lib.solvers.maps import Affine
 from problems import SHAPES
 from sample_maps import Batch, Diverging, Failing, Sample
+
+# The functions of the same names hide the modules as attributes of lib.solvers.
+anderson_py = import_module("lib.solvers.anderson")
+broyden_py = import_module("lib.solvers.broyden")
 
 SHRINKING = {  # they go on with the samples that are left
     "plain": fixed_point_iteration,
@@ -200,7 +203,7 @@ def test_inner_products_are_of_live_samples(solver, monkeypatch):
 
         return products
 
-    for module in (lib.anderson, lib.broyden):
+    for module in (anderson_py, broyden_py):
         monkeypatch.setattr(module, "products", spy(module.products))
     x0 = torch.zeros(4, 12, dtype=torch.float64)
     SHRINKING[solver](f, x0, threshold=400, eps=1e-8, stop="sample")

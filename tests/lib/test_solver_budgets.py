@@ -7,12 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-import lib.broyden
-import lib.krylov
-import lib.solver_run
-from lib.anderson import _AndersonWindow
-from lib.broyden import BroydenInverse
-from lib.maps import Affine
+import lib.solvers.broyden
+import lib.solvers.krylov
+import lib.solvers.solve
 from lib.solvers import (
     ADJOINT_SOLVERS,
     SOLVERS,
@@ -22,6 +19,9 @@ from lib.solvers import (
     fixed_point_iteration,
     gmres,
 )
+from lib.solvers.anderson import _AndersonWindow
+from lib.solvers.broyden import BroydenInverse
+from lib.solvers.maps import Affine
 from problems import (
     Recorder,
     contraction,
@@ -90,7 +90,7 @@ class Clock:
 
     def __init__(self, f, monkeypatch):
         self.f, self.now = f, 100.0
-        monkeypatch.setattr(lib.solver_run.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(lib.solvers.solve.time, "perf_counter", lambda: self.now)
 
     def __call__(self, z):
         self.now += 1.0
@@ -121,7 +121,7 @@ def test_time_does_not_run_after_the_end(monkeypatch):
     """A solve that was ended by something else says so, however late it is by then."""
     problem = tanh_layer()
     times = iter([0.0, 1.0, 2.0, 2.4, *[1e9] * 10])  # at the start, and after each evaluation
-    monkeypatch.setattr(lib.solver_run.time, "perf_counter", lambda: next(times))
+    monkeypatch.setattr(lib.solvers.solve.time, "perf_counter", lambda: next(times))
     options = {"threshold": 3, "eps": 0.0, "max_seconds": 2.5}
     solution = fixed_point_iteration(problem.f, problem.x0, **options)
     assert (solution["nfe"], solution["reason"]) == (3, "threshold")
@@ -235,7 +235,7 @@ def test_a_point_that_runs_away_for_little_is_not_taken():
         (2000.0, 0.49, True),
         (1e8, 0.49, True),
     ]:
-        best = lib.krylov._Best(one, one, torch.zeros(1, 1, dtype=torch.float64))
+        best = lib.solvers.krylov._Best(one, one, torch.zeros(1, 1, dtype=torch.float64))
         offer = [np.array([v]) for v in (True, residual, length, 1.0)]
         assert best.offer(*offer).tolist() == [taken]
 

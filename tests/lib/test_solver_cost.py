@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lib import inner_products
-from lib.solver_stats import all_finite, solve_figures
-from lib.solvers import SOLVERS, anderson, broyden
+from lib.solvers import SOLVERS, anderson, broyden, inner_products
+from lib.solvers.stats import all_finite, solve_figures
 from problems import NanFrom, contraction, rotation, symmetric, tanh_layer, visited
 
 # Newton's method waits for its inner solves.

@@ -1,15 +1,12 @@
 """Options of the solvers against dense references; budgets; what a good start saves."""
 
+from importlib import import_module
 from itertools import pairwise
 
 import pytest
 import torch
 
-import lib.broyden
-import lib.krylov
-import lib.solver_run
 from dense_broyden import DenseBroyden, compare_with_dense
-from lib.broyden import BroydenInverse, LimitedInverse
 from lib.solvers import (
     ADJOINT_SOLVERS,
     SOLVERS,
@@ -17,7 +14,11 @@ from lib.solvers import (
     broyden,
     fixed_point_iteration,
 )
+from lib.solvers.broyden import BroydenInverse, LimitedInverse
 from problems import Recorder, affine, rotation, symmetric, tanh_layer, visited, wall
+
+# The functions of the same names hide the modules as attributes of lib.solvers.
+broyden_py = import_module("lib.solvers.broyden")
 
 EVERY = SOLVERS | ADJOINT_SOLVERS
 by_name = pytest.mark.parametrize("name", EVERY)
@@ -263,13 +264,13 @@ def test_a_line_search_that_runs_out_of_its_budget(max_nfe):
 def test_a_search_begins_from_the_value_of_its_point(monkeypatch):
     """Not from that of the last trial of the search before, which led nowhere."""
     sizes = iter([1.0, 2.5, 1.9, 2.6, 2.5, 2.4, 2.5, 2.6, 2.3, 0.1])  # of the residuals, in turn
-    starts, search = [], lib.broyden._line_search
+    starts, search = [], broyden_py._line_search
 
     def spied(run, x, direction, start, step):
         starts.append((start, step, x.item()))
         return search(run, x, direction, start, step)
 
-    monkeypatch.setattr(lib.broyden, "_line_search", spied)
+    monkeypatch.setattr(broyden_py, "_line_search", spied)
     x0 = torch.zeros(1, 1, dtype=torch.float64)
     options = {"threshold": 3, "eps": 0.0, "ls": True, "keep_inverse": True}
     solution = broyden(lambda z: z + next(sizes), x0, stop_mode="abs", **options)
@@ -331,13 +332,13 @@ def test_a_search_shortens_a_step_however_far_it_would_lead(stop_mode):
 
 def test_a_search_takes_no_step_that_rises_without_bound(monkeypatch):
     """Broyden's directions lead up as well as down. Of the points taken, none is far up."""
-    taken, search = [], lib.broyden._line_search
+    taken, search = [], broyden_py._line_search
 
     def spied(run, x, direction, value, step):
         taken.append(value)
         return search(run, x, direction, value, step)
 
-    monkeypatch.setattr(lib.broyden, "_line_search", spied)
+    monkeypatch.setattr(broyden_py, "_line_search", spied)
     generator = torch.Generator().manual_seed(3)
     for gain in (2.0, 5.0, 20.0):
         matrix = gain * torch.randn(20, 20, generator=generator, dtype=torch.float64)

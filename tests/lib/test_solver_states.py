@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from lib import norms
 from lib.errors import InputError
-from lib.maps import Affine
-from lib.solvers import ADJOINT_SOLVERS, SOLVERS, broyden, fixed_point_iteration
+from lib.solvers import ADJOINT_SOLVERS, SOLVERS, broyden, fixed_point_iteration, norms
+from lib.solvers.maps import Affine
 from problems import NanFrom, contraction, tanh_layer
 
 EVERY = SOLVERS | ADJOINT_SOLVERS | {

@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from lib.errors import InputError
-from lib.maps import Affine, plain, transformed
-from lib.solver_run import Control
 from lib.solvers import (
     ADJOINT_SOLVERS,
     SOLVERS,
@@ -22,7 +20,9 @@ from lib.solvers import (
     gmres,
     newton_krylov,
 )
-from lib.specs import Names, accepts, named, parse
+from lib.solvers.maps import Affine, plain, transformed
+from lib.solvers.solve import Control
+from lib.solvers.specs import Names, accepts, named, parse
 
 EVERY = SOLVERS | ADJOINT_SOLVERS
 by_name = pytest.mark.parametrize("name", EVERY)

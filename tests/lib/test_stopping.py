@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from lib import stopping
-from lib.stopping import Stopping
+from lib.runs import interrupts as stopping
+from lib.runs.interrupts import Stopping
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from groups import run_group, work
-from lib.distributed import Processes
 from lib.errors import InputError
-from lib.sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm
+from lib.runs.processes import Processes
+from lib.runs.sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm
 
 # Options of the layer, samples per process, and the dtype. The tolerance of the last is bfloat16's.
 CASES = {

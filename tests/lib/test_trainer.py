@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from harness import differences
-from lib.checkpoint import load
 from lib.errors import InputError
-from lib.experiment import CHECKPOINT, LOG, WEIGHTS, Run, read_metrics
-from lib.retention import versions
-from lib.stopping import Stopped
-from lib.trainer import FORMAT, Trainer
-from lib.training import TrainingError
+from lib.runs.checkpoint import load
+from lib.runs.interrupts import Stopped
+from lib.runs.retention import versions
+from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, Run, read_metrics
+from lib.runs.trainer import FORMAT, Trainer
+from lib.runs.training import TrainingError
 from toy_trainer import ToyTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")

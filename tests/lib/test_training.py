@@ -9,8 +9,8 @@ from torch import nn
 
 from lib.deq import DEQ
 from lib.errors import DEQWarning, InputError
-from lib.stopping import Stopped
-from lib.training import (
+from lib.runs.interrupts import Stopped
+from lib.runs.training import (
     TrainingError,
     evaluating,
     exit_code,

@@ -17,13 +17,13 @@ from torch.utils.data import Dataset
 import lib.deq
 import mdeq_vision.model
 from deq_sequence.command import build_model
-from deq_sequence.corpus import get_lm_corpus
 from deq_sequence.options import parse
+from deq_sequence.text.corpus import get_lm_corpus
 from deq_sequence.training import LMTrainer
-from lib.distributed import Processes
-from lib.experiment import Run
+from lib.runs.processes import Processes
+from lib.runs.run_folder import Run
+from lib.runs.trainer import Trainer
 from lib.solvers import broyden
-from lib.trainer import Trainer
 from mdeq_vision.config import config, merge_file
 from mdeq_vision.datasets import digit_scenes, get_cls_dataset, get_seg_dataset
 from mdeq_vision.model import MDEQClsNet, MDEQSegNet

@@ -77,9 +77,9 @@ class Machine:
         self._launches: list[Launch] = []
 
     def launch(self, words: list[str], files: Path, **variables: str) -> Launch:
-        """Start ``scripts/multinode.sh`` with ``words`` and environment variables."""
+        """Start ``scripts/cluster/multinode.sh`` with ``words`` and environment variables."""
         environment = os.environ | self.environment | variables | {_MARK: self._mark}
-        command = [*self.prefix, "bash", str(ROOT / "scripts/multinode.sh"), *words]
+        command = [*self.prefix, "bash", str(ROOT / "scripts/cluster/multinode.sh"), *words]
         self._launches.append(Launch(command, environment, files))
         return self._launches[-1]
 

@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[1] / "vision"))  # under pytest it is
 from cases import BATCH, Case, Found, difference, largest, make_trainer, train
 from groups import run_group, work
 from lib.deq import DEQWarning
-from lib.distributed import Processes
+from lib.runs.processes import Processes
 
 ROOT = Path(__file__).parents[2]
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-6

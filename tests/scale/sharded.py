@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from groups import work
 from lib.deq import DEQ
-from lib.distributed import Processes
+from lib.runs.processes import Processes
 
 
 class Layer(nn.Module):

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from deq_sequence.quickstart import SETTINGS
-from lib.experiment import read_metrics
+from lib.runs.run_folder import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS, BORDER = 50, 25

@@ -10,9 +10,9 @@ import torch
 
 from cases import Case, Recorder, make_trainer
 from groups import run_group, work
-from lib.checkpoint import load, save_atomic
-from lib.distributed import Processes
-from lib.stopping import Stopped
+from lib.runs.checkpoint import load, save_atomic
+from lib.runs.interrupts import Stopped
+from lib.runs.processes import Processes
 
 BEFORE, AFTER = 10, 8  # steps of the first part, which ends just beyond the border, and the second
 # Losses, the position in the data, the memory and the optimiser's moments all matter.

@@ -7,7 +7,7 @@ import pytest
 
 import same_losses
 from cases import Case
-from lib.distributed import Processes
+from lib.runs.processes import Processes
 from same_losses import ADAPTIVE, comparison, equal, in_processes, reference, run_cases
 
 STEPS = 6

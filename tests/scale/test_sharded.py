@@ -7,8 +7,8 @@ import torch
 
 from groups import run_group
 from lib.deq import DEQ
-from lib.distributed import Processes
 from lib.errors import InputError
+from lib.runs.processes import Processes
 from sharded import sharded
 
 SCRIPT = Path(__file__).with_name("sharded.py")

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-import lib.distributed
+import lib.runs.processes
 from cases import CPU, Case, Recorder, image_config, make_trainer
 from deq_sequence.evaluation import evaluate
 from groups import run_group, work
 from lib.deq import DEQWarning
-from lib.distributed import Processes
-from lib.trainer import Trainer
+from lib.runs.processes import Processes
+from lib.runs.trainer import Trainer
 from mdeq_vision.evaluation import evaluate_classification, evaluate_segmentation
 
 N = 3
@@ -145,7 +145,7 @@ def resumed(processes: Processes, data: str) -> dict:
 
 
 def with_unsettled_buckets(processes: Processes, data: str) -> dict:
-    with mock.patch.object(lib.distributed, "_settle_buckets"):
+    with mock.patch.object(lib.runs.processes, "_settle_buckets"):
         return resumed(processes, data)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.distributed import TIMEOUT
+from lib.runs.processes import TIMEOUT
 from machines import Pair, one_machine, two_machines
 from two_machines import BORDER, PATIENCE, Trial, fall_silent, little_space, lose, stop, terminate
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from lib.checkpoint import load
-from lib.experiment import CHECKPOINT, LOG, WEIGHTS, read_metrics
+from lib.runs.checkpoint import load
+from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, read_metrics
 from machines import Launch, Pair, two_machines, wait_until
 
 PATIENCE = 180.0  # seconds for what takes a few on an idle machine

@@ -1,14 +1,13 @@
-"""scripts/bench_gradients.py: its problems are what it says, and its figures hold up."""
+"""scripts/benchmarks/bench_gradients.py: its problems are what it says, and its figures hold up."""
 
 import json
 import math
 
+import bench_gradients
 import pytest
 import torch
-
-import bench_gradients
-from benchmarks.equilibria import LAYERS, dense_jacobian, equilibrium
-from benchmarks.measure import held_bytes
+from helpers.equilibria import LAYERS, dense_jacobian, equilibrium
+from helpers.measure import held_bytes
 
 
 @pytest.fixture(autouse=True)

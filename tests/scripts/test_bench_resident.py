@@ -1,4 +1,4 @@
-"""scripts/bench_resident.py: its figures, and the command."""
+"""scripts/benchmarks/bench_resident.py: its figures, and the command."""
 
 import json
 import shutil
@@ -8,14 +8,14 @@ from array import array
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-
 import bench_resident
-from benchmarks.resident import Watch, growth, heap_bytes, resident_bytes, slope, watched
-from lib.memory import release_free_memory
-from lib.trainer import Trainer
+import pytest
+from helpers.resident import Watch, growth, heap_bytes, resident_bytes, slope, watched
 
-SCRIPT = Path(__file__).parents[2] / "scripts/bench_resident.py"
+from lib.runs.memory import release_free_memory
+from lib.runs.trainer import Trainer
+
+SCRIPT = Path(__file__).parents[2] / "scripts/benchmarks/bench_resident.py"
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc"
 )

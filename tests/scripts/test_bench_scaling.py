@@ -1,4 +1,4 @@
-"""scripts/bench_scaling.py: what it counts is what travels, and the command works."""
+"""scripts/benchmarks/bench_scaling.py: what it counts is what travels, and the command works."""
 
 import json
 import os
@@ -8,24 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from bench_scaling import main, report, summarise
-from benchmarks.scaling import Measured, Plan
-from benchmarks.settings import SIZES, Options
-from benchmarks.traffic import Traffic
-from benchmarks.trainers import (
+from helpers.scaling import Measured, Plan
+from helpers.settings import SIZES, Options
+from helpers.traffic import Traffic
+from helpers.trainers import (
     batch_size,
     chosen_trainers,
     make_trainer,
     most_evaluations_of,
     next_step,
 )
-from lib.distributed import Processes
+
 from lib.errors import InputError
+from lib.runs.processes import Processes
 
 pytestmark = pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
 
-SCRIPT = Path(__file__).parents[2] / "scripts/bench_scaling.py"
+SCRIPT = Path(__file__).parents[2] / "scripts/benchmarks/bench_scaling.py"
 OPTIONS = Options(size=SIZES["tiny"], device=torch.device("cpu"))
 
 

@@ -1,14 +1,14 @@
-"""scripts/bench_solvers.py, with stand-ins for torchdeq's solvers (it is an optional package)."""
+"""bench_solvers.py, with stand-ins for torchdeq's solvers (it is an optional package)."""
 
 import json
 import sys
 from types import ModuleType
 
+import bench_solvers
 import pytest
 import torch
+from helpers import measure
 
-import bench_solvers
-from benchmarks import measure
 from lib.solvers import SOLVERS
 
 

@@ -1,4 +1,4 @@
-"""scripts/bench_train.py: its plain forms compute what ours do, and the command works."""
+"""bench_train.py: its plain forms compute what ours do, and the command works."""
 
 import json
 import subprocess
@@ -8,19 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from bench_train import main
-from benchmarks.plain_solvers import PLAIN, torchdeq_solver
-from benchmarks.settings import FORMS, SIZES, Options, chosen_settings, image_settings
-from benchmarks.steps import flops, interleaved, least_bytes, peak_bytes, shares, spectral_radius
-from benchmarks.tasks import make_task
+from helpers.plain_solvers import PLAIN, torchdeq_solver
+from helpers.settings import FORMS, SIZES, Options, chosen_settings, image_settings
+from helpers.steps import flops, interleaved, least_bytes, peak_bytes, shares, spectral_radius
+from helpers.tasks import make_task
+
 from lib.errors import InputError
 from lib.solvers import SOLVERS
 from problems import contraction, symmetric
 
 pytestmark = pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
 
-SCRIPT = Path(__file__).parents[2] / "scripts/bench_train.py"
+SCRIPT = Path(__file__).parents[2] / "scripts/benchmarks/bench_train.py"
 CPU = torch.device("cpu")
 # Gains with which f is a contraction at these sizes, so that both forms reach the same point.
 CONTRACTIVE = {"wt103": 4.0, "cifar": 0.1, "image": 0.1, "citys": 0.1}

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
 import run_progress
-from lib.experiment import METRICS, read_metrics
+
+from lib.runs.run_folder import METRICS, read_metrics
 from small_runs import SCENES, TINY_SCENES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +74,7 @@ class Cluster:
 
     def python(self):
         """Folder, variables and arguments of the only Python that trains."""
-        progress = str(ROOT / "scripts/run_progress.py")
+        progress = str(ROOT / "scripts/cluster/run_progress.py")
         (call,) = (c for c in self.calls["python"] if c[2][0] != progress)
         return call
 
@@ -97,7 +97,7 @@ def machine(cluster, tmp_path):
     """multinode.sh from an unrelated folder: what Python is called with."""
 
     def run(*words, **variables):
-        done = cluster.run(ROOT / "scripts/multinode.sh", *words, cwd=tmp_path, **variables)
+        done = cluster.run(ROOT / "scripts/cluster/multinode.sh", *words, cwd=tmp_path, **variables)
         assert (done.returncode, done.stderr) == (0, "")
         return cluster.python()
 
@@ -186,7 +186,7 @@ def test_environment_is_left_alone(machine, cluster):
     assert machine(*words, GPUS="32")[1] == "OMP_NUM_THREADS=1"
     (cluster.stubs / "bin/python").rename(cluster.stubs / "bin/another")
     machine_python = {"PYTHON": str(cluster.stubs / "bin/another"), "GPUS": "1"}
-    done = cluster.run(ROOT / "scripts/multinode.sh", *words, **machine_python)
+    done = cluster.run(ROOT / "scripts/cluster/multinode.sh", *words, **machine_python)
     assert done.returncode == 0
     assert cluster.calls["another"][0][2][:2] == TORCHRUN
 
@@ -208,7 +208,7 @@ def test_environment_is_left_alone(machine, cluster):
     ],
 )
 def test_bad_use_of_multinode(cluster, words, variables, said):
-    cluster.run(ROOT / "scripts/multinode.sh", *words, **{"GPUS": "4", **variables})
+    cluster.run(ROOT / "scripts/cluster/multinode.sh", *words, **{"GPUS": "4", **variables})
     cluster.refuses("multinode: ", said)
     assert "python" not in cluster.calls
 
@@ -231,7 +231,7 @@ def job(cluster, tmp_path):
     ``before`` and ``after`` are what run_progress.py finds, ``code`` is the training's.
     """
     copy = tmp_path / "slurm_script"
-    copy.write_text((ROOT / "scripts/slurm.sh").read_text())
+    copy.write_text((ROOT / "scripts/cluster/slurm.sh").read_text())
     cluster.does("scontrol", '[ "$1" != show ] || printf "gpu07\\ngpu08\\n"')
     cluster.does("squeue", "echo 1-02:03:04")
     # The one node that this stands for; srun's own flags end where the command begins.
@@ -258,7 +258,7 @@ def test_job_of_two_nodes(job, cluster, words, expected):
     ((folder, _, arguments),) = cluster.calls["srun"]
     assert Path(folder) == ROOT
     flags = "--nodes=2 --ntasks=2 --cpus-per-task=32 --export=ALL --kill-on-bad-exit=0 --wait=180"
-    assert arguments == [*flags.split(), "bash", "scripts/multinode.sh", *words, *ODD]
+    assert arguments == [*flags.split(), "bash", "scripts/cluster/multinode.sh", *words, *ODD]
 
     folder, variables, arguments = cluster.python()
     assert Path(folder) == ROOT / room
@@ -373,7 +373,7 @@ def test_a_command_that_cannot_be_understood_is_not_begun(job, cluster):
 
 def test_the_header_of_the_job():
     """Slurm reads flags up to the first command."""
-    lines = (ROOT / "scripts/slurm.sh").read_text().splitlines()
+    lines = (ROOT / "scripts/cluster/slurm.sh").read_text().splitlines()
     head = lines[: lines.index("set -euo pipefail")]
     assert all(line.startswith("#") for line in head)
     flags = [line.removeprefix("#SBATCH ") for line in head if line.startswith("#SBATCH")]
@@ -448,7 +448,7 @@ def test_two_machines_for_real(tmp_path):
         sizes = [*TINY_SCENES, "TRAIN.BATCH_SIZE_PER_GPU", "2", "TRAIN.END_EPOCH", epochs]
         machines = [
             subprocess.Popen(
-                ["bash", ROOT / "scripts/multinode.sh", *words, *sizes],
+                ["bash", ROOT / "scripts/cluster/multinode.sh", *words, *sizes],
                 env={**os.environ, **where, **more},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

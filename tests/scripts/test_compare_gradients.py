@@ -1,13 +1,13 @@
-"""scripts/compare_gradients.py on tiny models: its table, its figure, what it says of gradients."""
+"""compare_gradients.py on tiny models: its table, its figure, what it says of gradients."""
 
 import json
 
+import compare_gradients
 import pytest
 import torch
+from helpers import comparison
+from helpers.comparison import Plan, Variant, make_start, run_variant
 
-import compare_gradients
-from benchmarks import comparison
-from benchmarks.comparison import Plan, Variant, make_start, run_variant
 from parameters import slow_but
 
 

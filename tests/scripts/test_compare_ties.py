@@ -1,14 +1,14 @@
-"""scripts/compare_ties.py on a tiny text: its tables, what it keeps, and what it refuses."""
+"""compare_ties.py on a tiny text: its tables, what it keeps, and what it refuses."""
 
 import json
 import random
 
+import compare_ties
 import pytest
 import torch
 
-import compare_ties
-from deq_sequence import demo_corpus
 from deq_sequence.command import main as train_main
+from deq_sequence.text import demo_corpus
 
 TINY = """
     --dataset wt103 --d_model 8 --n_head 2 --d_head 4 --d_inner 8 --init_std 0.2

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from export_weights import main
-from lib.checkpoint import load_weights, read_state, save_atomic
+from lib.runs.checkpoint import load_weights, read_state, save_atomic
 from small_model import build
 from small_vision import MDEQClsNet, tiny_config
 

@@ -32,7 +32,8 @@ def test_digits(tmp_path):
 
 
 def test_a_section_without_time_is_broken_off(tmp_path):
-    code, text = check(tmp_path, "--sections", "steps,nccl", "--minutes", "0.15")
+    # 1.6 s beside the reserve: less than the imports of the first section take.
+    code, text = check(tmp_path, "--sections", "steps,nccl", "--minutes", "0.11")
     assert code == 0
     assert "broken off: out of time" in text
     assert "left out: no time left" in text

@@ -1,4 +1,4 @@
-"""scripts/scaling_estimate.py: its counts against ones made by hand, its model, the command."""
+"""scaling_estimate.py: its counts against ones made by hand, its model, the command."""
 
 import json
 import math
@@ -6,11 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from torch import nn
-
 import scaling_estimate
-from benchmarks.cluster import (
+import torch
+from helpers.cluster import (
     Hardware,
     Measured,
     efficiency,
@@ -21,10 +19,12 @@ from benchmarks.cluster import (
     step_on,
     useful,
 )
-from benchmarks.settings import chosen_settings
-from benchmarks.work import Cost, buckets, count, counted, most_evaluations
-from lib.solvers import SOLVERS
+from helpers.settings import chosen_settings
+from helpers.work import Cost, buckets, count, counted, most_evaluations
 from scaling_estimate import BEGIN, END
+from torch import nn
+
+from lib.solvers import SOLVERS
 
 ROOT = Path(__file__).parents[2]
 GPU = Hardware(launch=0, wait=0, latency=0, memory=math.inf)

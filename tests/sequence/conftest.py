@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from deq_sequence.command import build_model, main
-from deq_sequence.corpus import get_lm_corpus
 from deq_sequence.options import parse
+from deq_sequence.text.corpus import get_lm_corpus
 from deq_sequence.training import LMTrainer
-from lib.experiment import read_metrics
+from lib.runs.run_folder import read_metrics
 
 TINY = """
     --d_model 16 --n_head 2 --d_head 8 --d_inner 32 --n_layer 2 --eval_n_layer 2 --init_std 0.2

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from deq_sequence.command import main
-from lib.experiment import CHECKPOINT, WEIGHTS
-from lib.retention import versions
+from lib.runs.retention import versions
+from lib.runs.run_folder import CHECKPOINT, WEIGHTS
 
 TRAIN = Path(__file__).parents[2] / "DEQ-Sequence" / "train_transformer.py"
 TRAP = "executed"  # what the code in a malicious file would create

@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from lib import compiling
-from lib.experiment import read_metrics
+from lib.runs import compiling
+from lib.runs.run_folder import read_metrics
 from small_model import build, words
 
 # Untrained layers, and few iterations.

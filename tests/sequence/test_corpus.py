@@ -6,12 +6,12 @@ import random
 import pytest
 import torch
 
-from deq_sequence import corpus_cache
-from deq_sequence.corpus import DATASETS, get_lm_corpus
-from deq_sequence.text_files import read_bytes
-from deq_sequence.vocabulary import Vocab
+from deq_sequence.text import corpus_cache
+from deq_sequence.text.corpus import DATASETS, get_lm_corpus
+from deq_sequence.text.text_files import read_bytes
+from deq_sequence.text.vocabulary import Vocab
 from lib.errors import InputError
-from lib.files import atomic_write
+from lib.runs.atomic_files import atomic_write
 
 TEXTS = {"train": "b a <unk>\na B\n", "valid": "c c c\n\n", "test": "d a\n"}
 SPLITS = ("train", "valid", "test")

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from deq_sequence import demo_corpus
-from deq_sequence.corpus import get_lm_corpus
-from deq_sequence.demo_corpus import build_demo_corpus
-from deq_sequence.docstring_prose import prose
-from deq_sequence.ngram import kneser_ney_bigram_perplexity, unigram_perplexity
+from deq_sequence.text import demo_corpus
+from deq_sequence.text.corpus import get_lm_corpus
+from deq_sequence.text.demo_corpus import build_demo_corpus
+from deq_sequence.text.docstring_prose import prose
+from deq_sequence.text.ngram import kneser_ney_bigram_perplexity, unigram_perplexity
 from lib.errors import InputError
 
 SPLITS = ("train", "valid", "test")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from itertools import product
 
 import pytest
+import run_progress
 import torch
 
-import run_progress
 from deq_sequence import quickstart
 from deq_sequence.command import main
 from deq_sequence.options import parse
@@ -28,10 +28,10 @@ from gradient_names import (
     check_ten_steps,
     refusal,
 )
-from lib.checkpoint import load
-from lib.experiment import CHECKPOINT, LOG, WEIGHTS, read_metrics
 from lib.gradients import GRADIENTS
-from lib.report import draw_curves, solver_rows
+from lib.runs.checkpoint import load
+from lib.runs.report import draw_curves, solver_rows
+from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, read_metrics
 from lib.solvers import ADJOINT_SOLVERS, SOLVERS
 from parameters import slow_but
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deq_sequence.iterators import LMOrderedIterator
+from deq_sequence.text.iterators import LMOrderedIterator
 from lib.errors import InputError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deq_sequence.options import build_parser, parse
-from lib.experiment import read_metrics
+from lib.runs.run_folder import read_metrics
 
 ROOM = Path(__file__).parents[2] / "DEQ-Sequence"
 RUNS = json.loads((Path(__file__).parents[1] / "data" / "lm_runs.json").read_text())

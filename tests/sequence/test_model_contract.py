@@ -16,8 +16,8 @@ from torch import nn
 
 from deq_sequence import DEQTransformerLM
 from deq_sequence.schedules import make_optimizer
-from lib.checkpoint import load_state, load_weights, save_atomic
 from lib.errors import InputError
+from lib.runs.checkpoint import load_state, load_weights, save_atomic
 
 CONTRACT = json.loads((Path(__file__).parents[1] / "data/lm_contract.json").read_text("utf-8"))
 by_setting = pytest.mark.parametrize("setting", CONTRACT.values(), ids=CONTRACT)

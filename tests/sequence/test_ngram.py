@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from deq_sequence.ngram import KneserNeyBigram, kneser_ney_bigram_perplexity, unigram_perplexity
+from deq_sequence.text.ngram import (
+    KneserNeyBigram,
+    kneser_ney_bigram_perplexity,
+    unigram_perplexity,
+)
 from lib.errors import InputError
 
 V = 7

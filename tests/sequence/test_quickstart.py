@@ -11,12 +11,12 @@ import torch
 from deq_sequence.command import build_model
 from deq_sequence.evaluation import evaluate
 from deq_sequence.generation import generate
-from deq_sequence.ngram import kneser_ney_bigram_perplexity, unigram_perplexity
 from deq_sequence.options import parse
 from deq_sequence.quickstart import SETTINGS, main
-from lib.checkpoint import load_weights
+from deq_sequence.text.ngram import kneser_ney_bigram_perplexity, unigram_perplexity
 from lib.errors import InputError
-from lib.experiment import WEIGHTS, read_metrics
+from lib.runs.checkpoint import load_weights
+from lib.runs.run_folder import WEIGHTS, read_metrics
 
 # With solves in both passes; forward ones alone are reported in test_gradients_training.py.
 TINY = """

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from deq_sequence.command import main
-from lib.checkpoint import load
-from lib.experiment import CHECKPOINT, LOG, METRICS, SETTINGS, WEIGHTS, read_metrics
+from lib.runs.checkpoint import load
+from lib.runs.run_folder import CHECKPOINT, LOG, METRICS, SETTINGS, WEIGHTS, read_metrics
 from parameters import slow_but
 
 TRAIN = Path(__file__).parents[2] / "DEQ-Sequence" / "train_transformer.py"

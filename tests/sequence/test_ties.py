@@ -12,10 +12,10 @@ from deq_sequence.command import main
 from deq_sequence.initialization import initialize
 from deq_sequence.schedules import make_optimizer
 from deq_sequence.ties import TIE_PROJ_MODES
-from lib.checkpoint import load, load_weights, save_atomic
 from lib.errors import InputError
-from lib.experiment import CHECKPOINT, LOG, WEIGHTS
-from lib.export import export_file
+from lib.runs.checkpoint import load, load_weights, save_atomic
+from lib.runs.export import export_file
+from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS
 from small_model import STACKED, build, words
 
 OURS, SOURCE = "crit.out_projs.1.weight", "word_emb.emb_projs.1.weight"

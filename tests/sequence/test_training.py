@@ -20,8 +20,8 @@ import torch
 from deq_sequence import training
 from deq_sequence.command import main
 from deq_sequence.ties import TIE_PROJ_MODES
-from lib.checkpoint import load
-from lib.experiment import CHECKPOINT, LOG, METRICS, SETTINGS, WEIGHTS, Run, read_metrics
+from lib.runs.checkpoint import load
+from lib.runs.run_folder import CHECKPOINT, LOG, METRICS, SETTINGS, WEIGHTS, Run, read_metrics
 from lib.solvers import broyden
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden_losses.json"

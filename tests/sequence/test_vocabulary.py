@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deq_sequence.vocabulary import ByteVocab, Vocab
+from deq_sequence.text.vocabulary import ByteVocab, Vocab
 from lib.errors import InputError
 
 

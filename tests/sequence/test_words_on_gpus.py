@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from deq_sequence.command import main
-from lib.determinism import deterministic
-from lib.experiment import LOG, read_metrics
+from lib.runs.determinism import deterministic
+from lib.runs.run_folder import LOG, read_metrics
 from pretended_machine import pretended_machine
 
 SHORT = "--max_step 2 --pretrain_steps 1 --max_eval_steps 1 --batch_chunk 2".split()

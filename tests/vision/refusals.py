@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from image_files import write_cifar10, write_cityscapes, write_imagenet
-from lib.checkpoint import load
 from lib.deq import DEQWarning
-from lib.experiment import LOG, METRICS, WEIGHTS
+from lib.runs.checkpoint import load
+from lib.runs.run_folder import LOG, METRICS, WEIGHTS
 from mdeq_vision import command
 from mdeq_vision.command import CONFIG
 from mdeq_vision.datasets import digit_scenes

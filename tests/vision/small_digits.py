@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lib.experiment import read_metrics
+from lib.runs.run_folder import read_metrics
 from mdeq_vision import command
 from mdeq_vision.datasets import digit_scenes
 from small_runs import DIGITS, TINY_DIGITS, run_tool

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.krylov import gmres
 from lib.layer_utils import list2vec
+from lib.solvers.krylov import gmres
 from mdeq_vision.config import config, merge_file
 from mdeq_vision.datasets import CITYSCAPES
 from mdeq_vision.losses import SegmentationLoss

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import refusals
-from lib.checkpoint import load
-from lib.experiment import CHECKPOINT, WEIGHTS
+from lib.runs.checkpoint import load
+from lib.runs.run_folder import CHECKPOINT, WEIGHTS
 from mdeq_vision.command import CONFIG
 from refusals import STAGE, TRAP, Opens, cases, check
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from image_files import settings, write_cityscapes
 from lib.errors import InputError
-from lib.experiment import LOG
+from lib.runs.run_folder import LOG
 from mdeq_vision import command
 from mdeq_vision.datasets import CITYSCAPES, get_seg_dataset
 from mdeq_vision.datasets.cityscapes_labels import check_names, read_train_ids

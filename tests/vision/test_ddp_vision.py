@@ -16,7 +16,7 @@ import torch
 import lib.deq
 import mdeq_vision.model
 from groups import run_group, work
-from lib.distributed import Processes
+from lib.runs.processes import Processes
 from mdeq_vision.evaluation import evaluate_segmentation
 from mdeq_vision.tasks import SegmentationTrainer
 from small_vision import EQUILIBRIUM, STACKED, build, freeze_batch_norm, images, tiny_config

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lib.determinism import CUBLAS, deterministic
-from lib.distributed import Processes
+from lib.runs.determinism import CUBLAS, deterministic
+from lib.runs.processes import Processes
 from mdeq_vision.command import _devices
 from mdeq_vision.config import config
 

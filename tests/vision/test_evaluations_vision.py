@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lib import compiling
 from lib.errors import InputError
 from lib.layer_utils import list2vec
-from lib.precision import autocast
+from lib.runs import compiling
+from lib.solvers.precision import autocast
 from mdeq_vision import layer
 from mdeq_vision.blocks import doubled
 from mdeq_vision.summary import model_summary

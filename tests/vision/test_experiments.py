@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from image_files import write_cifar10, write_cityscapes, write_imagenet
-from lib.checkpoint import load
-from lib.experiment import CHECKPOINT, WEIGHTS, read_metrics
+from lib.runs.checkpoint import load
+from lib.runs.run_folder import CHECKPOINT, WEIGHTS, read_metrics
 from mdeq_vision.command import CONFIG
 from mdeq_vision.config import config, merge_file
 from small_runs import EXPERIMENTS, ROOM, run_tool

@@ -5,9 +5,9 @@ import torch
 
 from harness import differences
 from image_files import write_cityscapes
-from lib.checkpoint import load
-from lib.experiment import CHECKPOINT, LOG, WEIGHTS, read_metrics
-from lib.stopping import Stopping
+from lib.runs.checkpoint import load
+from lib.runs.interrupts import Stopping
+from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, read_metrics
 from mdeq_vision import command, training
 from mdeq_vision.config import config
 from mdeq_vision.curriculum import Curriculum

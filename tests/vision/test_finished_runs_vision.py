@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import small_digits
-from lib.checkpoint import load
-from lib.distributed import Processes
-from lib.experiment import CHECKPOINT, LOG, WEIGHTS, Run, read_metrics
+from lib.runs.checkpoint import load
+from lib.runs.processes import Processes
+from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, Run, read_metrics
 from mdeq_vision import command
 from mdeq_vision.command import CONFIG
 from mdeq_vision.datasets import get_cls_dataset

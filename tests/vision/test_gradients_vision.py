@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from itertools import product
 
 import pytest
+import run_progress
 import yaml
 
-import run_progress
 import small_digits
 from gradient_names import (
     BACKWARD,
@@ -23,9 +23,9 @@ from gradient_names import (
     check_ten_steps,
     refusal,
 )
-from lib.checkpoint import load
-from lib.experiment import CHECKPOINT, LOG, WEIGHTS, read_metrics
 from lib.gradients import GRADIENTS
+from lib.runs.checkpoint import load
+from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, read_metrics
 from mdeq_vision.command import CONFIG, load_config
 from mdeq_vision.model import get_cls_net
 from mdeq_vision.quickstart import main as quickstart

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib.experiment import read_metrics
+from lib.runs.run_folder import read_metrics
 from pretended_machine import pretended_machine
 from small_runs import DIGITS, SCENES, TINY_DIGITS, TINY_SCENES, run_tool
 

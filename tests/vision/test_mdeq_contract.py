@@ -15,8 +15,8 @@ import yaml
 from torch import nn
 
 import mdeq_vision
-from lib.checkpoint import load_state, load_weights, save_atomic
 from lib.errors import InputError
+from lib.runs.checkpoint import load_state, load_weights, save_atomic
 from mdeq_vision.config import config, flat, merge_file
 from small_vision import NETS, build, fill, images, tiny_config
 

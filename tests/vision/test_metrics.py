@@ -15,8 +15,8 @@ from sklearn.metrics import (
 )
 
 from groups import run_group, work
-from lib.distributed import Processes
 from lib.errors import InputError
+from lib.runs.processes import Processes
 from mdeq_vision.metrics import ConfusionMatrix, topk_correct
 
 # ---- top-k -----------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from PIL import Image
 
 import refusals
 from image_files import noise
-from lib.checkpoint import load
-from lib.experiment import LOG, WEIGHTS, read_metrics
+from lib.runs.checkpoint import load
+from lib.runs.run_folder import LOG, WEIGHTS, read_metrics
 from mdeq_vision.datasets.cityscapes_lists import write_lists
 from refusals import contents
 from small_runs import run_tool

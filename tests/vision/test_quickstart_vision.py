@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.checkpoint import load
-from lib.experiment import CHECKPOINT, WEIGHTS, Run, read_metrics
+from lib.runs.checkpoint import load
+from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, read_metrics
 from mdeq_vision.command import load_config
 from mdeq_vision.datasets import digit_scenes
 from mdeq_vision.quickstart import TASKS, main

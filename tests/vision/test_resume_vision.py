@@ -13,8 +13,8 @@ import torch
 
 from harness import differences
 from image_files import write_cityscapes, write_imagenet
-from lib.checkpoint import load
-from lib.experiment import CHECKPOINT, LOG, METRICS, WEIGHTS, read_metrics
+from lib.runs.checkpoint import load
+from lib.runs.run_folder import CHECKPOINT, LOG, METRICS, WEIGHTS, read_metrics
 from mdeq_vision import command
 from mdeq_vision.command import CONFIG
 from mdeq_vision.config import config, merge_file

@@ -9,7 +9,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 from image_files import write_cityscapes
-from lib.distributed import Processes
+from lib.runs.processes import Processes
 from mdeq_vision import command
 from mdeq_vision.datasets import digit_scenes, get_seg_dataset
 from mdeq_vision.model import MDEQNet, MDEQSegNet

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
-from lib.distributed import Processes
+from lib.runs.processes import Processes
 from mdeq_vision.losses import SegmentationLoss, mean_loss
 from mdeq_vision.tasks import ClassificationTrainer, SegmentationTrainer
 from small_vision import build, images, tiny_config

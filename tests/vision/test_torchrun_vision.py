@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from image_files import write_cityscapes
-from lib.checkpoint import load
-from lib.experiment import CHECKPOINT, LOG, WEIGHTS, read_metrics
+from lib.runs.checkpoint import load
+from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, read_metrics
 from small_runs import DIGITS, ROOM, SCENES, TINY, TINY_DIGITS, run_tool
 
 # So few iterations do not converge; and every case starts three processes.
@@ -125,7 +125,7 @@ def test_an_extra_stage_under_torchrun(tmp_path):
 # seg_train, stopped after the fifth step.
 STOPPER = """
 import sys
-from lib.experiment import Run
+from lib.runs.run_folder import Run
 from mdeq_vision.command import seg_train
 
 real = Run.record

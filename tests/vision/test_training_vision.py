@@ -8,8 +8,8 @@ import torch
 import yaml
 
 import small_digits
-from lib.checkpoint import load
-from lib.experiment import CHECKPOINT, LOG, METRICS, WEIGHTS, read_metrics
+from lib.runs.checkpoint import load
+from lib.runs.run_folder import CHECKPOINT, LOG, METRICS, WEIGHTS, read_metrics
 from mdeq_vision import command
 from mdeq_vision.command import CONFIG
 from mdeq_vision.evaluation import Evaluation

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lib.checkpoint import load, save_atomic
 from lib.errors import InputError
+from lib.runs.checkpoint import load, save_atomic
 from mdeq_vision import MDEQClsNet, MDEQSegNet, get_seg_net
 from mdeq_vision.transfer import BACKBONE, extract_pretrained, load_pretrained
 from small_vision import build, fill, tiny_config

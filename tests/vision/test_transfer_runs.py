@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from lib.checkpoint import load
-from lib.experiment import CHECKPOINT, LOG, WEIGHTS, read_metrics
+from lib.runs.checkpoint import load
+from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, read_metrics
 from mdeq_vision.datasets import digit_scenes
 from mdeq_vision.tasks import ClassificationTrainer, SegmentationTrainer
 from small_runs import DIGITS, SCENES, TINY, TINY_DIGITS, run_tool

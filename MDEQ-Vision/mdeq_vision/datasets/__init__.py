@@ -1,6 +1,6 @@
 """The image data sets: ``get_cls_dataset`` and ``get_seg_dataset``.
 
-A new data set is one module and one entry in a dictionary below.
+A new data set needs one module, and one entry in a dictionary below.
 """
 
 from typing import Any
@@ -46,12 +46,12 @@ SEGMENTATION = {
 def get_cls_dataset(cfg: Any, split: str) -> Dataset:
     """The 'train' or 'test' split of DATASET.DATASET, for classification.
 
-    Items are ``(image, label)``: image float32 (3, H, W), normalised; label an int. ``classes`` is
-    the list of the class names.
+    Items are ``(image, label)``: a normalised image, float32 (3, H, W), and an int. The attribute
+    ``classes`` lists the class names.
 
     Raises:
-        InputError: an unknown name or split, missing or damaged files, or more classes than
-            MODEL.NUM_CLASSES.
+        InputError: the name or split is unknown, files are missing or damaged, or there are more
+            classes than MODEL.NUM_CLASSES.
     """
     dataset = _build(CLASSIFICATION, cfg, split, "classification")
     n_classes = len(dataset.classes)
@@ -66,11 +66,11 @@ def get_cls_dataset(cfg: Any, split: str) -> Dataset:
 def get_seg_dataset(cfg: Any, split: str) -> SegmentationDataset:
     """The 'train', 'extra' or 'test' split of DATASET.DATASET, for segmentation.
 
-    'extra' is DATASET.EXTRA_TRAIN_SET, for a second stage of training.
+    'extra' is DATASET.EXTRA_TRAIN_SET, the data of a second stage of training.
 
     Raises:
-        InputError: an unknown name or split, missing or damaged files, or settings that do not
-            fit the data set.
+        InputError: the name or split is unknown, files are missing or damaged, or settings do
+            not fit the data set.
     """
     return _build(SEGMENTATION, cfg, split, "segmentation", ("train", "extra", "test"))
 

@@ -1,4 +1,4 @@
-"""CIFAR-10 from its python batches in ``DATASET.ROOT/cifar-10-batches-py``."""
+"""CIFAR-10 from the Python batch files in ``DATASET.ROOT/cifar-10-batches-py``."""
 
 import pickle
 from pathlib import Path
@@ -21,12 +21,12 @@ SIDE = 32
 
 
 class Cifar10(Dataset):
-    """Items ``(image, label)``: image float32 (3, H, W), normalised; label 0..9.
+    """Items ``(image, label)``: a normalised image, float32 (3, H, W), and a label 0..9.
 
     Args:
         files: the batch files.
-        image_size: (width, height); images are 32x32 and are resized if it is another size.
-        augment: crop 32x32 at random out of the image padded by 4, and mirror it half the time.
+        image_size: (width, height) to which the 32x32 images are resized.
+        augment: pad the image by 4, crop 32x32 at random, and mirror with probability 1/2.
 
     Attributes:
         classes: the ten class names.
@@ -50,7 +50,7 @@ class Cifar10(Dataset):
 
 
 def cifar10_dataset(cfg: Any, split: str) -> Cifar10:
-    """The images below DATASET.ROOT; TRAIN_SET and TEST_SET are not used."""
+    """The CIFAR-10 files below DATASET.ROOT; TRAIN_SET and TEST_SET are not used."""
     folder, is_train = Path(cfg.DATASET.ROOT) / FOLDER, split == "train"
     return Cifar10(
         [folder / name for name in (TRAIN_FILES if is_train else TEST_FILES)],
@@ -70,7 +70,7 @@ def _build_transform(image_size: tuple[int, int], augment: bool):
 
 
 def read_batch(path: Path) -> tuple[np.ndarray, list[int]]:
-    """A batch file: images (n, 32, 32, 3) uint8 and n labels.
+    """Read a batch file: images (n, 32, 32, 3) uint8, and n labels.
 
     Raises:
         InputError: the file is missing or is not a CIFAR-10 batch.
@@ -81,7 +81,7 @@ def read_batch(path: Path) -> tuple[np.ndarray, list[int]]:
             batch = _ArrayUnpickler(file, encoding="latin1").load()
     except FileNotFoundError:
         raise InputError(f"CIFAR-10 file {path} does not exist: {way_out}") from None
-    # What a damaged pickle raises depends on where it is damaged.
+    # A damaged pickle may raise any exception.
     except Exception as error:
         raise InputError(f"CIFAR-10 file {path} cannot be read ({error}): {way_out}") from error
     try:
@@ -101,17 +101,17 @@ def read_batch(path: Path) -> tuple[np.ndarray, list[int]]:
 
 
 def _entry(batch: dict, key: str) -> Any:
-    """Files rewritten by Python 3 may have byte strings as keys."""
+    """Get an entry by its key, which is a byte string in files rewritten by Python 3."""
     return batch[key] if key in batch else batch[key.encode()]
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles numbers, strings, lists, dicts and NumPy arrays; refuses all that could run code.
+    """Unpickles numbers, strings, lists, dicts and NumPy arrays; refuses everything else.
 
-    The published batches are pickles, which in general may call any function.
+    The published batches are pickles, and a pickle may call any function.
     """
 
-    # By what arrays themselves say about how they are rebuilt: NumPy has moved these functions.
+    # Taken from __reduce__, because NumPy has moved these functions between modules.
     FUNCTIONS = {  # noqa: RUF012 - never changed
         "_reconstruct": np.empty(0).__reduce__()[0],
         "_frombuffer": np.empty(0).__reduce_ex__(5)[0],

@@ -16,22 +16,22 @@ from mdeq_vision.datasets.facts import CITYSCAPES
 from mdeq_vision.datasets.image_reading import read_rgb
 from mdeq_vision.datasets.segmentation import SegmentationDataset, require_unique_names
 
-FOLDER = "cityscapes"  # below DATASET.ROOT; the paths in the lists start there
+FOLDER = "cityscapes"  # below DATASET.ROOT; list files give paths relative to it
 LISTS = {"train": "TRAIN_SET", "extra": "EXTRA_TRAIN_SET", "test": "TEST_SET"}
 WAY_OUT = "write the lists with 'python tools/make_cityscapes_lists.py'"
 
 
 class Cityscapes(SegmentationDataset):
-    """The images of a list file, in its order. See SegmentationDataset for the items.
+    """The images of a list file, in the file's order. See SegmentationDataset for the items.
 
-    The list is DATASET.TRAIN_SET, EXTRA_TRAIN_SET or TEST_SET, relative to DATASET.ROOT. A line is
-    an image path and a label path, relative to ROOT/cityscapes; or an image path alone, in all
-    lines or in none. Label files named *TrainIds or *train_id hold train ids, others label ids.
+    The list file is DATASET.TRAIN_SET, EXTRA_TRAIN_SET or TEST_SET, relative to DATASET.ROOT. Each
+    line has an image path and a label path, relative to ROOT/cityscapes. Or all lines have an image
+    path only. Label files named *TrainIds or *train_id hold train ids, other files label ids.
 
     Raises:
-        InputError: the list is missing, empty or malformed, or names files that do not exist, that
-            are no labels by their names, or labels of another scene; on access, a file cannot be
-            read, image and labels differ in size, or a label is unknown.
+        InputError: the list is missing, empty or malformed; or it names a file that does not
+            exist, that has no labels by its name, or that has labels of another scene. On access:
+            a file cannot be read, image and labels differ in size, or a label is unknown.
     """
 
     def __init__(self, cfg: Any, split: str):
@@ -68,7 +68,7 @@ class Cityscapes(SegmentationDataset):
 
 
 def read_list(path: Path, folder: Path) -> list[tuple[Path, Path | None]]:
-    """The (image, labels or None) that a list file names, as existing paths below ``folder``.
+    """Read a list file: pairs (image, labels or None) of existing paths below ``folder``.
 
     Raises:
         InputError: see Cityscapes.
@@ -105,7 +105,7 @@ def read_list(path: Path, folder: Path) -> list[tuple[Path, Path | None]]:
 
 
 def _notes(path: Path, labels: list[Path]) -> list[str]:
-    """That values are taken for label ids although names do not say so."""
+    """Note it if some label files are read as label ids although their names do not say so."""
     unsaid = [file for file in labels if not is_named_officially(file)]
     if not unsaid:
         return []

@@ -1,7 +1,8 @@
-"""What a label file of Cityscapes holds, by its name, and its values as train ids.
+"""Reading Cityscapes label files as train ids.
 
-The data set comes with label ids (0 to 33), from which its own scripts make train ids (0 to 18)
-in files of the same kind: only the name tells them apart. A label 7 is a road or a traffic sign.
+The data set comes with label ids (0 to 33). Its own scripts convert them to train ids (0 to 18),
+in files of the same kind. Only the file's name tells which: a 7 is a road as a label id, and a
+traffic sign as a train id.
 """
 
 import re
@@ -18,7 +19,8 @@ N_LABEL_IDS = 34
 N_TRAIN_IDS = len(CITYSCAPES.class_names)
 OFFICIAL = "use the files *_labelIds.png, or *_labelTrainIds.png"
 
-# In the lower-case stem of a name. Other data sets with these classes write train_id.
+# Patterns for the lower-case stem of a file name. Other data sets with these classes write
+# train_id.
 _LABEL_IDS = re.compile(r"_labelids$")
 _TRAIN_IDS = re.compile(r"(?<!instance)train_?ids?$")
 _OTHER = re.compile(
@@ -28,10 +30,11 @@ _SCENE = re.compile(r"(?P<scene>.+)_(leftImg8bit|gt(Fine|Coarse)_\w+)$")
 
 
 def check_names(image: Path, labels: Path | None) -> None:
-    """Refuse what names alone show to be no image, no labels, or not of the same scene.
+    """Check the names of an image and its label file (or None).
 
     Raises:
-        InputError: see above.
+        InputError: the image is named like labels, the label file is named like another kind of
+            file, or the names are of different scenes.
     """
     if _LABEL_IDS.search(image.stem.lower()) or _TRAIN_IDS.search(image.stem.lower()):
         raise InputError(f"{image} is named like labels, where an image is expected")
@@ -45,16 +48,16 @@ def check_names(image: Path, labels: Path | None) -> None:
 
 
 def is_named_officially(labels: Path) -> bool:
-    """Whether the name says what the values are; others are read as label ids."""
+    """Whether the name tells label ids from train ids; other files are read as label ids."""
     return bool(_LABEL_IDS.search(labels.stem.lower()) or _TRAIN_IDS.search(labels.stem.lower()))
 
 
 def read_train_ids(path: Path) -> np.ndarray:
-    """A label file as train ids or IGNORE: (H, W) uint8.
+    """Read a label file as train ids or IGNORE: (H, W) uint8.
 
     Raises:
-        InputError: what read_labels refuses; a value that such a file does not have; or a palette
-            that gives the labels the colours of other classes, so that they only count colours.
+        InputError: ``read_labels`` refuses the file; a value is no id; or the file's palette has
+            the colours of other classes, so its values only number colours.
     """
     labels, colours = read_labels(path)
     if not _TRAIN_IDS.search(path.stem.lower()):
@@ -68,17 +71,17 @@ def read_train_ids(path: Path) -> np.ndarray:
 
 
 def to_train_ids(label_ids: np.ndarray, path: Path) -> np.ndarray:
-    """Official label ids, any integer type -> train ids or IGNORE, uint8.
+    """Convert official label ids, any integer type, to train ids or IGNORE, uint8.
 
     Raises:
-        InputError: an id that Cityscapes does not have; the error names ``path``.
+        InputError: Cityscapes does not have an id; the message names ``path``.
     """
     _refuse_above(label_ids, N_LABEL_IDS, path, "label id")
-    return TRAIN_IDS[label_ids]  # -1 is the last entry, which is that of 255
+    return TRAIN_IDS[label_ids]  # -1 indexes the last entry, 255: the same class
 
 
 def _check_colours(labels, train_ids, colours: np.ndarray, path: Path) -> None:
-    """A coloured picture saved with a palette has the numbers of its colours for labels."""
+    """Refuse a coloured picture saved with a palette: its values number colours, not classes."""
     classes = {rgb: train_id for train_id, rgb in enumerate(CITYSCAPES.palette)}
     right = wrong = 0
     for label in np.unique(labels[labels < len(colours)]):
@@ -95,7 +98,7 @@ def _check_colours(labels, train_ids, colours: np.ndarray, path: Path) -> None:
 
 
 def _refuse_above(labels: np.ndarray, n: int, path: Path, what: str) -> None:
-    """Labels are 0 to n - 1; id -1 (licence plates) is stored as 255 in 8 bits."""
+    """Refuse labels outside -1 to n - 1. 255 is accepted: -1 (licence plates) in 8 bits."""
     unknown = (labels >= n) & (labels != 255) | (labels < -1)
     if unknown.any():
         raise InputError(
@@ -105,7 +108,7 @@ def _refuse_above(labels: np.ndarray, n: int, path: Path, what: str) -> None:
 
 
 def _train_id_table() -> np.ndarray:
-    """Train id or IGNORE per label id 0..33; id -1 (licence plates) is stored as 255."""
+    """Train id or IGNORE per label id 0..33; entry 255 is label id -1 (licence plates)."""
     table = np.full(256, IGNORE, np.uint8)
     table[list(CITYSCAPES.label_ids)] = np.arange(N_TRAIN_IDS)
     return table

@@ -1,9 +1,9 @@
-"""The list files of a Cityscapes download."""
+"""Writing the list files of a Cityscapes download."""
 
 from pathlib import Path
 
 from lib.errors import InputError
-from lib.files import atomic_write
+from lib.runs.atomic_files import atomic_write
 from mdeq_vision.datasets.cityscapes import FOLDER
 
 IMAGE_ENDING, LABEL_ENDING = "_leftImg8bit.png", "_gtFine_labelIds.png"
@@ -12,15 +12,15 @@ IMAGE_ENDING, LABEL_ENDING = "_leftImg8bit.png", "_gtFine_labelIds.png"
 def write_lists(root: str | Path) -> dict[Path, int]:
     """Write ROOT/list/cityscapes/{train,val,trainval,test}.lst for the images in ROOT/cityscapes.
 
-    A line is ``leftImg8bit/... gtFine/...``, sorted by city and name; test.lst has images only,
-    since their labels are not public. If there are no test images, no test.lst is written.
+    Each line is ``leftImg8bit/... gtFine/...``; lines are sorted by city and name. test.lst has
+    images only, because the test labels are not public; without test images it is not written.
 
     Returns:
         The path of each list and the number of its lines, in the order of writing.
 
     Raises:
-        InputError: no training or validation images, or an image without labels; then no list is
-            written.
+        InputError: there are no training or validation images, or an image has no labels. No list
+            is written then.
     """
     folder = Path(root) / FOLDER
     lines = {split: _labelled_lines(folder, split) for split in ("train", "val")}

@@ -1,8 +1,8 @@
 """Scenes of several handwritten digits with a class per pixel, no download.
 
-Digits of scikit-learn at varying size, place and colour on a varying background; digit d is class
-d + 1, background is class 0. Scene i of a split is a pure function of the split, i and the size;
-test scenes are made of test digits only.
+Digits of scikit-learn have varying size, place and colour on a varying background. Digit d is
+class d + 1; background is class 0. Scene i of a split is a pure function of the split, i and the
+size. Test scenes contain test digits only.
 """
 
 import colorsys
@@ -18,16 +18,16 @@ from mdeq_vision.datasets.segmentation import SegmentationDataset
 
 N_SCENES = {"train": 1000, "test": 200}
 SEED = 2024
-N_DIGITS = (3, 6)  # fewest and most in a scene; fewer where there is no room
-# Side of the square of a digit, smallest and largest, as a share of the scene's shorter side. The
-# square has a margin, so the digit is 4/5 of it: 14 to 30 pixels of 64.
+N_DIGITS = (3, 6)  # fewest and most digits in a scene; fewer if there is no room
+# Smallest and largest side of a digit's square, relative to the scene's shorter side. The square
+# has a margin, so the digit takes 4/5 of the side: 14 to 30 pixels of 64.
 DIGIT_SIDE = (0.28, 0.58)
-MARGIN = 1  # around the 8x8 pixels of a digit, of which most reach the edge
-MIN_SIDE = 32  # of a scene; below, the smallest digits cannot be read
-INK = 0.45  # pixels of a digit above this darkness belong to it
-SOFTNESS = 0.15  # half the width of the range over which ink fades into background
-OVERLAP = 0.15  # largest share of a digit's square that may lie in another's
-ATTEMPTS = 30  # to find a place for a digit before it is made small, then left out
+MARGIN = 1  # pixels around the 8x8 of a digit, because most digits reach the edge
+MIN_SIDE = 32  # of a scene; in smaller scenes the smallest digits are unreadable
+INK = 0.45  # pixels darker than this belong to the digit's class
+SOFTNESS = 0.15  # ink fades into background at a darkness of INK +- SOFTNESS
+OVERLAP = 0.15  # largest overlap of two squares, relative to the smaller square
+ATTEMPTS = 30  # tries to place a digit, then again at the smallest size; then it is left out
 
 
 class DigitScenes(SegmentationDataset):
@@ -36,7 +36,7 @@ class DigitScenes(SegmentationDataset):
     All scenes are rendered at construction. DATASET.ROOT is not used.
 
     Raises:
-        InputError: scenes smaller than 32 pixels, or a setting that does not fit.
+        InputError: scenes are smaller than 32 pixels, or a setting does not fit.
     """
 
     def __init__(self, cfg: Any, split: str):
@@ -69,7 +69,7 @@ class DigitScenes(SegmentationDataset):
 
 
 def render_scene(split: str, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Scene ``index`` of a split at ``size`` (width, height).
+    """Render scene ``index`` of a split at ``size`` (width, height).
 
     Returns:
         Image (H, W, 3) uint8 and labels (H, W) uint8, 0 for background and d + 1 for digit d.
@@ -80,7 +80,7 @@ def render_scene(split: str, index: int, size: tuple[int, int]) -> tuple[np.ndar
     image = _background(rng, width, height)  # (H, W, 3) in [0, 1]
     labels = np.zeros((height, width), np.uint8)
     smallest, largest = (round(share * min(size)) for share in DIGIT_SIDE)
-    # Large ones first, while there is room.
+    # Place large digits first, while there is room.
     sides = np.sort(rng.integers(smallest, largest + 1, rng.integers(N_DIGITS[0], N_DIGITS[1] + 1)))
     boxes: list[tuple[int, int, int]] = []
     for side in sides[::-1].tolist():
@@ -99,7 +99,7 @@ def render_scene(split: str, index: int, size: tuple[int, int]) -> tuple[np.ndar
 
 
 def _enlarge(digit: np.ndarray, side: int) -> np.ndarray:
-    """(8, 8) -> (side, side) with a margin; bicubic, since bilinear would show the pixels."""
+    """Resize (8, 8) to (side, side) with a margin. Bicubic: bilinear would show the pixels."""
     image = Image.fromarray(np.pad(digit, MARGIN))
     return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
 
@@ -110,7 +110,7 @@ def _find_place(
     side: int,
     boxes: list[tuple[int, int, int]],
 ) -> tuple[int, int, int] | None:
-    """A square (left, top, side) that hardly overlaps the others, or None if none was found."""
+    """Find a square (left, top, side) that overlaps others by at most OVERLAP, or None."""
     for _ in range(ATTEMPTS):
         left, top = (int(rng.integers(0, length - side + 1)) for length in size)
         if all(
@@ -127,12 +127,12 @@ def _shared(a: int, a_length: int, b: int, b_length: int) -> int:
 
 
 def _ink_colour(rng: np.random.Generator) -> tuple[float, float, float]:
-    """Bright, of any hue: ink is always brighter than the background."""
+    """A bright colour of any hue: ink is always brighter than the background."""
     return colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0, 0.45), rng.uniform(0.75, 1.0))
 
 
 def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """(H, W, 3) in [0, 1], dark: a gradient or stripes between two colours, and noise."""
+    """A dark background (H, W, 3) in [0, 1]: a gradient or stripes of two colours, plus noise."""
     first, second = (
         np.array(colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0, 0.8), rng.uniform(0.05, 0.4)))
         for _ in range(2)

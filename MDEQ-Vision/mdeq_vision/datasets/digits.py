@@ -10,17 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-MEAN, STD = 0.3, 0.31  # of the resized pixels, in [0, 1]
+MEAN, STD = 0.3, 0.31  # of resized images with pixels in [0, 1]
 TEST_SHARE = 0.2
 SPLIT_SEED = 0
-# Random changes of a training image: shift by up to so many pixels of the 8x8 image, turn by up
-# to so many degrees, larger or smaller by up to this factor.
+# Largest random changes of a training image: shift in pixels of the 8x8 image, turn in degrees,
+# and the factor by which it grows or shrinks.
 MAX_SHIFT, MAX_TURN, MAX_ZOOM = 0.75, 8.0, 1.1
 SIDE = 8
 
 
 class Digits(NamedTuple):
-    """images: (n, 8, 8) float32 in [0, 1], ink is 1; labels: (n,) int64. Both read-only."""
+    """Read-only arrays: images (n, 8, 8) float32 in [0, 1], ink is 1; labels (n,) int64."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -28,8 +28,8 @@ class Digits(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def split_digits() -> dict[str, Digits]:
-    """The digits under 'train' (about 80 %) and 'test': always the same, every class in both."""
-    from sklearn.datasets import load_digits  # imported where used: it takes a second
+    """The digits in two fixed splits, 'train' (about 80 %) and 'test'; each has every class."""
+    from sklearn.datasets import load_digits  # imported here: it takes a second
 
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, SIDE, SIDE) / 16).astype(np.float32)
@@ -47,12 +47,12 @@ def split_digits() -> dict[str, Digits]:
 
 
 class DigitImages(Dataset):
-    """Items ``(image, label)``: image float32 (3, H, W), normalised, channels equal; label 0..9.
+    """Items ``(image, label)``: a normalised grey image, float32 (3, H, W), and a label 0..9.
 
     Args:
         split: 'train' or 'test'.
         image_size: (width, height) to which the 8x8 image is resized bilinearly.
-        augment: shift, turn and zoom the image a little, at random.
+        augment: shift, turn and zoom the image at random.
 
     Attributes:
         classes: "0" to "9".
@@ -69,7 +69,7 @@ class DigitImages(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        # The image lies on black paper, from which moved images are filled up.
+        # grid_sample fills pixels from outside of the image with 0, the background.
         affine = _random_affine() if self._augment else torch.eye(2, 3)
         width, height = self._size
         grid = F.affine_grid(affine[None], (1, 1, height, width), align_corners=False)
@@ -78,7 +78,7 @@ class DigitImages(Dataset):
 
 
 def _random_affine() -> Tensor:
-    """(2, 3), from output to input coordinates, which run from -1 to 1."""
+    """A random map (2, 3) from output to input coordinates; both run from -1 to 1."""
     turn, zoom, *shift = (2 * torch.rand(4) - 1).tolist()
     turn *= math.radians(MAX_TURN)
     zoom = MAX_ZOOM**zoom
@@ -88,6 +88,6 @@ def _random_affine() -> Tensor:
 
 
 def digits_dataset(cfg: Any, split: str) -> DigitImages:
-    """The digits at MODEL.IMAGE_SIZE; DATASET.ROOT is not used."""
+    """A split of the digits at MODEL.IMAGE_SIZE; DATASET.ROOT is not used."""
     augment = split == "train" and cfg.DATASET.AUGMENT
     return DigitImages(split, image_size=cfg.MODEL.IMAGE_SIZE, augment=augment)

@@ -1,4 +1,4 @@
-"""What is known about each segmentation data set: classes, colours, statistics."""
+"""Facts about each segmentation data set: classes, colours, statistics."""
 
 from dataclasses import dataclass
 
@@ -9,9 +9,9 @@ class SegmentationFacts:
 
     Attributes:
         class_names: a name per train id.
-        palette: an (R, G, B) colour per train id, 0..255.
+        palette: an (R, G, B) colour per train id, 0..255;
             ``np.asarray(palette, np.uint8)`` is the (n, 3) table.
-        mean, std: of the three channels of images in [0, 1]; they normalise the input.
+        mean, std: one number per channel, for images in [0, 1]; they normalise the input.
         class_weights: weight of each class in the loss, or None for equal weights.
         label_ids: the official label id per train id, for submission files.
     """
@@ -76,7 +76,7 @@ CITYSCAPES = SegmentationFacts(
     label_ids=(7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33),
 )
 
-# Background is train id 0, as in most data sets with one; digit d is train id d + 1.
+# Background is train id 0, as in most data sets with a background; digit d is train id d + 1.
 DIGIT_SCENES = SegmentationFacts(
     class_names=("background", "0", "1", "2", "3", "4", "5", "6", "7", "8", "9"),
     palette=(

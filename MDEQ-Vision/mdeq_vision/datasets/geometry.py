@@ -1,4 +1,4 @@
-"""Scale, crop and flip of an image together with its labels.
+"""Scale, crop and flip an image together with its labels.
 
 All randomness comes from torch's global generator.
 """
@@ -10,20 +10,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-IGNORE = 255  # in the uint8 label arrays of this package; items carry TRAIN.IGNORE_LABEL instead
+IGNORE = 255  # marks ignored pixels in uint8 label arrays; items have TRAIN.IGNORE_LABEL instead
 
 
 @dataclass(frozen=True)
 class TrainingGeometry:
-    """What is done to a training image and its labels, with the same random numbers.
+    """Transforms a training image and its labels with the same random numbers.
 
-    1. ``multi_scale``: the long side becomes ``base_size * (0.5 + k/10)``, k uniform in
-       0..scale_factor; the image is resized bilinearly, the labels to the nearest. Otherwise the
-       image keeps its size.
-    2. Whatever is smaller than ``crop`` (width, height) is padded at the right and at the bottom,
-       the image with 0, the labels with IGNORE; a window of that size is cut out at random.
-    3. ``flip``: mirrored left to right with probability 1/2.
-    4. The labels are resized by the factor ``label_scale``, to the nearest.
+    1. With ``multi_scale``, resize to the long side ``base_size * (0.5 + k/10)``, k uniform in
+       0..scale_factor: the image bilinearly, the labels by nearest neighbour.
+    2. Cut out a random window of size ``crop`` (width, height). A smaller image is padded at the
+       right and at the bottom: the image with 0, the labels with IGNORE.
+    3. With ``flip``, mirror left to right with probability 1/2.
+    4. Resize the labels by the factor ``label_scale``, by nearest neighbour.
     """
 
     crop: tuple[int, int]
@@ -36,8 +35,8 @@ class TrainingGeometry:
     def __call__(self, image: Image.Image, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Image and labels (h, w) uint8 -> (H, W, 3) and (label_scale * (H, W)), both uint8."""
         size = self._scaled_size(image.size)
-        # What can be seen of the scaled image through the window. Only that part is computed:
-        # resize() takes the part of the source that it comes from.
+        # ``seen``: the size of the part of the scaled image inside the window. resize() computes
+        # only this part, from ``box`` in the source image.
         seen = tuple(min(full, window) for full, window in zip(size, self.crop, strict=True))
         left, top = (_random_below(full - part + 1) for full, part in zip(size, seen, strict=True))
         x, y = image.width / size[0], image.height / size[1]
@@ -64,11 +63,11 @@ class TrainingGeometry:
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """The centre of a test image and of its labels, as they are at scale 1.
+    """Cuts out the centre of a test image and of its labels at scale 1.
 
-    The long side becomes ``base_size``, the image bilinearly as in :mod:`mdeq_vision.inference`,
-    the labels to the nearest; then ``crop`` (width, height) is cut out of the middle. What is
-    smaller than that stays whole.
+    First both are resized to the long side ``base_size``: the image bilinearly as in
+    :mod:`mdeq_vision.inference`, the labels by nearest neighbour. Then ``crop`` (width, height) is
+    cut out of the middle. A side smaller than the crop stays whole.
     """
 
     crop: tuple[int, int]
@@ -94,7 +93,7 @@ class CentreCrop:
 
 
 def resize_labels(labels: np.ndarray, factor: float) -> np.ndarray:
-    """Labels (H, W) uint8 -> (H * factor, W * factor), to the nearest."""
+    """Resize labels (H, W) uint8 to (H * factor, W * factor) by nearest neighbour."""
     if factor == 1:
         return labels
     height, width = (max(1, int(side * factor + 0.5)) for side in labels.shape)

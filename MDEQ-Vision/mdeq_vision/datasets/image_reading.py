@@ -9,16 +9,17 @@ from lib.errors import InputError
 
 
 def read_rgb(path: str | Path) -> Image.Image:
-    """An image file as 8-bit RGB.
+    """Read an image file as 8-bit RGB.
 
     Grey-scale, palette, CMYK and other 8-bit images are converted; transparency is dropped.
 
     Raises:
-        InputError: no such file, not an image, truncated, or more than 8 bits a channel.
+        InputError: the file does not exist, is no image or is truncated, or has more than 8 bits
+            per channel.
     """
     image = _read(path)
     if image.mode.startswith(("I", "F")):
-        # A plain conversion would clip these to white.
+        # convert("RGB") would clip these values to white.
         raise InputError(f"image {path} has mode {image.mode}: save it with 8 bits a channel")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
@@ -26,12 +27,15 @@ def read_rgb(path: str | Path) -> Image.Image:
 
 
 def read_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """A file of one integer label per pixel: (H, W), in the file's own integer type.
+    """Read a file with one integer label per pixel.
 
-    And the colours (n, 3) uint8 that a palette gives to the labels 0 to n - 1; None without one.
+    Returns:
+        The labels (H, W) in the file's own integer type; and the palette's colours (n, 3) uint8
+        of the labels 0 to n - 1, or None if the file has no palette.
 
     Raises:
-        InputError: no such file, not an image, truncated, several channels, or a lossy format.
+        InputError: the file does not exist, is no image, is truncated, has several channels, or
+            has a lossy format.
     """
     image = _read(path)
     if image.format in ("JPEG", "JPEG2000"):
@@ -53,8 +57,8 @@ def _read(path: str | Path) -> Image.Image:
             return image
     except FileNotFoundError:
         raise InputError(f"image {path} does not exist") from None
-    # Decoders meet damaged files with whatever goes wrong first: OSError, SyntaxError,
-    # struct.error, EOFError, ...
+    # For a damaged file, decoders raise many kinds of error: OSError, SyntaxError, struct.error,
+    # EOFError, ...
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"image {path} cannot be read ({reason}): replace the file") from error

@@ -1,4 +1,4 @@
-"""ImageNet, or any folder with a folder of images per class."""
+"""ImageNet, or any folder with one folder of images per class."""
 
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,21 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ImageNet(Dataset):
-    """Items ``(image, label)``: image float32 (3, size, size), normalised; label an int.
+    """Items ``(image, label)``: a normalised image, float32 (3, size, size), and an int.
 
     Args:
-        folder: holds a folder per class; classes are numbered in the order of their names.
+        folder: has one folder per class; classes are numbered in the order of their names.
         size: side of the square image.
-        augment: crop and resize at random, and mirror half the time; otherwise the shorter side
-            becomes size/0.875 and the centre is cut out.
+        augment: crop and resize at random, and mirror with probability 1/2. False: resize the
+            shorter side to size/0.875, and cut out the centre.
 
     Attributes:
         classes: names of the class folders.
         samples: (path, label) of each image.
 
     Raises:
-        InputError: the folder is missing, or it or one of its class folders has no images; on
-            access, an image cannot be read.
+        InputError: the folder is missing, has no class folder, or has a class folder without
+            images. On access: an image cannot be read.
     """
 
     def __init__(self, folder: Path, *, size: int, augment: bool):
@@ -59,8 +59,8 @@ def imagenet_dataset(cfg: Any, split: str) -> ImageNet:
     SET is TRAIN_SET or TEST_SET. Training images are augmented, unless AUGMENT is False.
 
     Raises:
-        InputError: see ImageNet; images that are not square; or the folder of the other set is
-            there too and has other classes, so that labels would not mean the same.
+        InputError: see ImageNet; MODEL.IMAGE_SIZE is not square; or the other set's folder exists
+            and has other classes, so that labels would differ in meaning.
     """
     width, height = cfg.MODEL.IMAGE_SIZE
     if width != height:

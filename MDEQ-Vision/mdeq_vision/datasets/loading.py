@@ -1,8 +1,8 @@
 """Batches in a reproducible order, with reproducible augmentation.
 
-What a batch holds depends on the seed, the epoch and its number alone: not on the number of
-worker processes, nor on the batches loaded before it. So a run that resumes in the middle of an
-epoch sees what the uninterrupted run saw.
+The content of a batch depends only on the seed, the epoch and the batch's number. It does not
+depend on the number of worker processes or on the batches loaded before. So a run that resumes in
+the middle of an epoch sees the same batches as an uninterrupted run.
 """
 
 import hashlib
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from lib.distributed import Processes
 from lib.errors import InputError
+from lib.runs.processes import Processes
 
 
 def n_batches(n: int, batch_size: int, *, drop_last: bool, percent: float = 1.0) -> int:
-    """Batches in an epoch over n samples; with ``percent`` < 1 only that share of them, or one.
+    """Number of batches in an epoch over n samples: the fraction ``percent``, but at least one.
 
     Raises:
-        InputError: no batch at all, or an argument out of range.
+        InputError: there is no batch at all, or an argument is out of range.
     """
     if batch_size < 1:
         raise InputError(f"batch size {batch_size}: it must be at least 1")
@@ -43,9 +43,9 @@ def n_batches(n: int, batch_size: int, *, drop_last: bool, percent: float = 1.0)
 
 
 class Loader:
-    """The batches of one epoch from batch ``start`` on. Iterating again gives them again.
+    """The batches of one epoch from batch ``start`` on. A second iteration gives the same batches.
 
-    ``len()`` is the number of batches that it yields.
+    ``len()`` is the number of batches that an iteration yields.
     """
 
     def __init__(self, loader: DataLoader):
@@ -77,26 +77,27 @@ def make_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Loader:
-    """The batches of an epoch.
+    """Return the loader of an epoch for one rank.
 
-    With ``shuffle``, the order of the epoch is a permutation drawn from (seed, epoch). Batch k is
-    the samples k * batch_size to (k + 1) * batch_size of it. Sample i is loaded with torch's
-    global generator seeded by (seed, epoch, i); outside, that generator is left as it was.
+    With ``shuffle``, the order of the epoch is a permutation drawn from (seed, epoch). Batch k has
+    the samples k * batch_size to (k + 1) * batch_size - 1 of this order. While sample i is
+    loaded, torch's global generator is seeded by (seed, epoch, i); afterwards its state is
+    restored.
 
     Args:
-        batch_size: over all ranks together. Each rank gets a contiguous share; what cannot be
-            shared evenly goes to the first ranks.
-        start: number of the first batch, to go on in the middle of an epoch.
+        batch_size: samples over all ranks together. Each rank gets a contiguous share; the first
+            ranks get one sample more if the shares are uneven.
+        start: number of the first batch, to continue in the middle of an epoch.
         drop_last: leave out a last batch that is not full.
-        nobody_idle: what becomes of a last batch with fewer samples than there are ranks: each
-            rank gets all of it, which leaves means over the ranks as they are (True); or the ranks
-            without a sample do not get that batch (False).
-        percent: load only this share of the epoch's batches, at least one.
-        workers: processes that load; 0 loads in this one.
+        percent: load only this fraction of the epoch's batches, at least one.
+        nobody_idle: decides about a last batch with fewer samples than ranks. True: every rank
+            gets the whole batch, so means over ranks stay right. False: ranks without a sample do
+            not get this batch.
+        workers: loading processes; 0 loads in this process.
 
     Raises:
-        InputError: an argument out of range, no batch at all, or (while iterating) what the data
-            set itself raises, also in a worker.
+        InputError: an argument is out of range, or there is no batch at all. While iterating:
+            the data set raised an InputError, in this process or in a worker.
     """
     count = n_batches(len(dataset), batch_size, drop_last=drop_last, percent=percent)
     if not 0 <= start <= count:
@@ -127,17 +128,17 @@ def make_loader(
             pin_memory=pin_memory,
             collate_fn=_collate,
             worker_init_fn=_outlive_signals,
-            # Otherwise each iterator draws a number from the global generator.
+            # Without a generator, each iterator would draw from the global one.
             generator=torch.Generator().manual_seed(0),
         )
     )
 
 
 def on_device(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iterator[list[Tensor]]:
-    """The same batches on ``device``.
+    """Yield the same batches on ``device``.
 
-    A GPU is given the next batch while it computes on the present one: from pinned memory the
-    copy runs beside the computation, on a stream of its own.
+    The next batch is copied to a GPU on a separate stream while the present batch is in use. From
+    pinned memory, copy and computation overlap.
     """
     if device.type != "cuda":
         for batch in batches:
@@ -156,7 +157,7 @@ def on_device(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iter
 
 
 def _arrived(batch: list[Tensor], copied: torch.cuda.Event) -> list[Tensor]:
-    """Let the computation wait for the copy, and the memory for the computation."""
+    """Make the current stream wait for the copy; keep the memory until that stream is done."""
     stream = torch.cuda.current_stream(batch[0].device)
     stream.wait_event(copied)
     for part in batch:
@@ -165,8 +166,11 @@ def _arrived(batch: list[Tensor], copied: torch.cuda.Event) -> list[Tensor]:
 
 
 def _outlive_signals(worker: int) -> None:
-    """Terminals and clusters signal a whole group of processes. The trainer finishes its step then,
-    and needs its workers to; they end with it, however it ends."""
+    """Let a worker ignore signals to the process group, and end with the trainer.
+
+    Terminals and clusters signal a whole group of processes. The trainer then finishes its step,
+    and still needs its workers.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -174,27 +178,27 @@ def _outlive_signals(worker: int) -> None:
 
 
 def _end_with_the_trainer() -> None:
-    """End this process when the trainer's asks for it, as it does when an error ends it."""
+    """End this process at a SIGTERM from the trainer, which sends one when an error ends it."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 def _mix(*numbers: int) -> int:
-    """A 64-bit seed out of several numbers."""
+    """Hash several numbers to a 64-bit seed."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")
 
 
 @dataclass(frozen=True)
 class _Refused:
-    """Carries an InputError out of a worker, where DataLoader would wrap it in a traceback."""
+    """An InputError as data: DataLoader would wrap an error of a worker in a traceback."""
 
     message: str
 
 
 class _SeededDataset(Dataset):
-    """Sample (epoch, index) of a data set, with random numbers of its own."""
+    """A data set indexed by (epoch, index); each sample has its own random numbers."""
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
@@ -202,7 +206,7 @@ class _SeededDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
         with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would reseed the GPUs too.
+            # torch.manual_seed would reseed the GPUs too.
             torch.default_generator.manual_seed(_mix(self.seed, epoch, index))
             try:
                 return self.dataset[index]

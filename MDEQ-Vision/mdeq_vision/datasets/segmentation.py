@@ -1,4 +1,4 @@
-"""What the segmentation data sets share: geometry, normalisation, the form of an item."""
+"""The base class of the segmentation data sets: geometry, normalisation, form of an item."""
 
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from mdeq_vision.datasets.geometry import IGNORE, CentreCrop, TrainingGeometry
 class SegmentationDataset(Dataset):
     """Images with a train id per pixel.
 
-    Item i is ``(image, labels)``: image float32 (3, H, W), normalised; labels int64 (H, W), train
-    ids 0..n-1 or ``TRAIN.IGNORE_LABEL``. In the training splits it went through TrainingGeometry;
-    in the test split it is the whole image, or with TEST.CENTER_CROP_TEST its centre, cut out by
-    CentreCrop. Without labels (``has_labels`` is False) every pixel
-    is ignored.
+    Item i is ``(image, labels)``: a normalised image, float32 (3, H, W), and labels int64 (H, W),
+    train ids 0..n-1 or ``TRAIN.IGNORE_LABEL``. Items of the training splits are transformed by
+    TrainingGeometry. Items of the test split are whole images, or with TEST.CENTER_CROP_TEST
+    their centres, cut out by CentreCrop. Without labels (``has_labels`` is False) every pixel is
+    ignored.
 
     Args:
         cfg: the configuration. DATASET.NUM_CLASSES and TRAIN.IGNORE_LABEL are read; for training
@@ -34,7 +34,7 @@ class SegmentationDataset(Dataset):
         notes: lines for the log of a run.
 
     Raises:
-        InputError: a setting that does not fit the data set.
+        InputError: a setting does not fit the data set.
     """
 
     def __init__(self, cfg: Any, split: str, facts: SegmentationFacts):
@@ -60,18 +60,18 @@ class SegmentationDataset(Dataset):
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """The name of item ``index`` for the files made from it, without suffix."""
+        """The name of item ``index``, without suffix, for the files of its prediction."""
         raise NotImplementedError
 
     def _read_image(self, index: int) -> Image.Image:
         raise NotImplementedError
 
     def _read_train_ids(self, index: int, image: Image.Image) -> np.ndarray:
-        """Labels of ``image``: (H, W) uint8, train ids or IGNORE."""
+        """The labels of ``image``: (H, W) uint8, train ids or IGNORE."""
         raise NotImplementedError
 
     def picture(self, index: int) -> np.ndarray:
-        """The image of a test item, not normalised: (H, W, 3) uint8, RGB."""
+        """The image of a test item before normalisation: (H, W, 3) uint8, RGB."""
         image = self._read_image(index)
         if self.split == "test" and self._geometry is not None:
             return self._geometry(image, np.zeros(image.size[::-1], np.uint8))[0]
@@ -99,7 +99,11 @@ class SegmentationDataset(Dataset):
 
 
 def training_geometry(cfg: Any) -> TrainingGeometry:
-    """The geometry that the section TRAIN asks for."""
+    """The geometry that the section TRAIN describes.
+
+    Raises:
+        InputError: a setting is out of range.
+    """
     train = cfg.TRAIN
     width, height = train.IMAGE_SIZE
     if min(width, height, train.BASE_SIZE) < 1:
@@ -122,7 +126,7 @@ def training_geometry(cfg: Any) -> TrainingGeometry:
 
 
 def test_geometry(cfg: Any) -> CentreCrop | None:
-    """The geometry that the section TEST asks for; None leaves images whole."""
+    """The geometry that the section TEST describes; None leaves images whole."""
     test = cfg.TEST
     if not test.CENTER_CROP_TEST:
         return None
@@ -130,7 +134,7 @@ def test_geometry(cfg: Any) -> CentreCrop | None:
 
 
 def require_unique_names(names: list[str], where: Path) -> None:
-    """Test outputs are named after their images, so two of a name would overwrite each other."""
+    """Refuse equal names: predictions are named after their images, and would overwrite another."""
     seen: set[str] = set()
     for name in names:
         if name in seen:

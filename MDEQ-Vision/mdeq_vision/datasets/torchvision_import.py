@@ -1,4 +1,4 @@
-"""Importing torchvision beside any build of PyTorch."""
+"""Importing torchvision next to any build of PyTorch."""
 
 from collections.abc import Callable
 from types import ModuleType
@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-# torchvision describes these two operators of its compiled part to PyTorch while it is imported.
-# If that part was built for another PyTorch (a CUDA wheel beside a CPU one), they do not exist
-# and the import fails, although reading and transforming images needs none of them.
+# While it is imported, torchvision describes these two compiled operators to PyTorch. If
+# torchvision was built for another PyTorch (a CUDA wheel next to a CPU wheel), the operators do
+# not exist and the import fails. Reading and transforming images needs neither of them.
 MISSING_OPERATORS = {
     "torchvision::nms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "torchvision::qnms": "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -18,9 +18,9 @@ MISSING_OPERATORS = {
 def import_torchvision() -> ModuleType:
     """The module ``torchvision``, for its ``transforms`` and ``datasets``.
 
-    Call it where images are read, not at the top of a module. If torchvision's compiled operators
-    cannot be loaded, their names are declared without an implementation: calling one of them
-    fails, everything else works.
+    Call this function where images are read, not at the top of a module. If torchvision's compiled
+    operators cannot be loaded, their names are declared without an implementation. Calling one of
+    them fails then; everything else works.
 
     Raises:
         ImportError: torchvision is not installed.
@@ -44,13 +44,14 @@ def _is_declared(name: str) -> bool:
 
 
 class LazyTransform:
-    """A chain of torchvision transforms that is built where it is first called.
+    """A chain of torchvision transforms that is built at its first call.
 
-    A data set that holds one can be pickled and sent to a process that cannot import torchvision
-    by itself: only the function and its arguments travel.
+    Only ``build`` and its arguments are pickled. So a data set with a LazyTransform can be sent to
+    a process that cannot import torchvision by itself.
 
     Args:
-        build: a function of a module, ``build(*arguments)`` -> transform.
+        build: a module-level function, ``build(*arguments)`` -> transform.
+        arguments: the arguments of ``build``.
     """
 
     def __init__(self, build: Callable[..., Callable], *arguments: Any):

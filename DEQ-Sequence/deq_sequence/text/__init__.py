@@ -1,0 +1,1 @@
+"""Text data: from files to batches of token ids."""

@@ -1,0 +1,18 @@
+"""Settings of the documentation site: Sphinx with furo, pages in Markdown (MyST)."""
+
+from importlib.metadata import version
+
+project = "Deep Equilibrium Models"
+release = version("deep-equilibrium-models")
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+html_theme = "furo"
+html_title = project
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # notebooks are committed with their outputs; tests execute them
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+nitpicky = False

@@ -1,0 +1,1 @@
+"""Training runs: steps, records, checkpoints, processes, signals."""

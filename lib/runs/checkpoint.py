@@ -1,0 +1,233 @@
+"""Files of tensors: atomic saving, safe loading, and checks that weights match their model."""
+
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from lib.errors import InputError, naming
+from lib.runs.atomic_files import atomic_write
+from lib.runs.safe_tensors import is_safetensors, read_safetensors
+
+# Key prefixes in published files, left by wrappers such as DataParallel.
+_WRAPPERS = ("module.", "model.")
+_ARCHIVE = b"PK\x03\x04"  # the first bytes of a torch.save file since version 1.6 (a zip archive)
+_FOLDER = 0x10  # the attribute that marks an archive entry as a folder
+
+
+def save_atomic(obj, path: str | Path, before_rename: Callable[[], None] | None = None) -> None:
+    """Write ``obj`` (tensors and plain containers) so that ``path`` is never a partial file.
+
+    A kill or a full disk leaves the old file in place. ``before_rename`` is passed on to
+    :func:`lib.runs.atomic_files.atomic_write`.
+
+    Raises:
+        OSError: the file cannot be written, for lack of space or permission.
+    """
+    with atomic_write(Path(path), before_rename) as file:
+        try:
+            torch.save(obj, file)
+        except RuntimeError as error:
+            # After a failed write torch also fails to close its archive and reports only the
+            # latter.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def load(path: str | Path, map_location: str | torch.device = "cpu"):
+    """Read a file of tensors and plain containers. A file that holds code is refused, never run.
+
+    The file is in the format of torch.save or of safetensors, recognised by its content. Checksums
+    reveal any damage to torch archives and to the safetensors files that
+    :func:`lib.runs.export.export_weights` writes. Files in torch's format before version 1.6, and
+    safetensors files from other programs, have no checksum: damage to their numbers goes
+    unnoticed.
+
+    Raises:
+        InputError: the file is missing, truncated, damaged, of another format, or holds code.
+        PermissionError: the file may not be read; its content may be good.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no file {path}: give the path of a saved checkpoint or weights file")
+    # Opened once: the bytes that are verified are the bytes loaded, even if the file is replaced.
+    with open(path, "rb") as file:
+        try:
+            return _read(file, map_location)
+        except pickle.UnpicklingError as error:
+            if _holds_code(str(error), file):
+                raise InputError(
+                    f"{path} holds Python objects besides tensors, which could run code: it was "
+                    "not loaded; save its state_dict() instead"
+                ) from error
+            raise InputError(_damaged(path)) from error
+        except Exception as error:  # on a damaged file a parser can raise anything
+            raise InputError(_damaged(path)) from error
+
+
+def _read(file: BinaryIO, map_location: str | torch.device):
+    head, size = file.read(9), os.fstat(file.fileno()).st_size
+    file.seek(0)
+    if is_safetensors(head, size):
+        return {key: value.to(map_location) for key, value in read_safetensors(file).items()}
+    archive = head.startswith(_ARCHIVE)
+    if archive:
+        _verify_archive(file, size)
+        file.seek(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on the pickle protocol: the error says enough
+        content = torch.load(file, map_location=map_location, weights_only=True)
+    if not archive and file.tell() != size:
+        raise ValueError("more bytes than the tensors need")
+    return content
+
+
+def _verify_archive(file: BinaryIO, size: int) -> None:
+    """Raise an error if an archive is damaged, or if torch and Python would read it differently.
+
+    - torch does not compare checksums, so it accepts a flipped bit in the data.
+    - If the archive's directory marks an entry as a folder, or gives it too large a size, torch
+      leaves the tensor's memory uninitialised.
+    - Of two concatenated archives Python reads the second, torch the first.
+    """
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        for entry in entries:
+            if (
+                entry.compress_type != zipfile.ZIP_STORED
+                or entry.compress_size != entry.file_size
+                or entry.external_attr & _FOLDER
+            ):
+                raise zipfile.BadZipFile(f"{entry.filename} is not as torch writes it")
+        if not entries or min(entry.header_offset for entry in entries) != 0:
+            raise zipfile.BadZipFile("something stands before the archive")
+        if len({entry.filename for entry in entries}) < len(entries):
+            raise zipfile.BadZipFile("two entries of one name")
+        if sum(entry.file_size for entry in entries) > size:
+            raise zipfile.BadZipFile("entries that overlap")
+        for entry in entries:
+            with archive.open(entry) as content:
+                while content.read(2**20):  # zipfile compares the checksum at the end
+                    pass
+
+
+def _holds_code(message: str, file: BinaryIO) -> bool:
+    """Whether torch's unpickler refused the file for its Python objects, not for damage."""
+    file.seek(0)
+    head = file.read(2)
+    # A plain pickle of protocol 4 or later begins with an opcode that tensor files never have.
+    return "GLOBAL" in message or (head[:1] == pickle.PROTO and head[1:] >= b"\x04")
+
+
+def _damaged(path: Path) -> str:
+    return f"{path} is not a readable checkpoint (truncated or damaged): use another copy of it"
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a file with a state dict into ``model``: published weights, or our own checkpoint.
+
+    A leading "module." or "model.", left by wrappers, is removed from the keys.
+
+    Raises:
+        InputError: the file is unreadable, keys or shapes differ (the message lists all), or a
+            tensor holds NaN or Inf.
+    """
+    load_state(model, read_state(path), str(path))
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Read the state dict in a file, either the whole content or the entry 'model' or 'state_dict'.
+
+    Raises:
+        InputError: the file is unreadable, or holds no state dict of ordinary tensors.
+    """
+    content = load(path)
+    for name in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
+        raise InputError(f"{path} holds no state dict: expected a mapping of names to tensors")
+    if odd := odd_tensors(content):
+        raise InputError(
+            f"{path} holds tensors that are sparse, quantised, complex or without data, which no "
+            f"model here has: {', '.join(odd)}"
+        )
+    return content
+
+
+def odd_tensors(state: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that are not plain arrays of real numbers.
+
+    These are sparse, quantised, complex or meta tensors.
+    """
+    return [
+        key
+        for key, value in state.items()
+        if value.layout is not torch.strided
+        or value.is_quantized
+        or value.is_complex()
+        or value.is_meta
+    ]
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load a state dict whose keys and shapes all match those of ``model``.
+
+    A model may have ``ignored_state``, a tuple of key prefixes; matching entries are ignored.
+
+    Raises:
+        InputError: keys or shapes differ (the message lists all), or a tensor holds NaN or Inf.
+            The model is then unchanged.
+    """
+    state = strip_wrappers(state, model)
+    ignored = getattr(model, "ignored_state", ())
+    state = {key: value for key, value in state.items() if not key.startswith(ignored)}
+    expected = model.state_dict()
+    problems = [f"missing {key}" for key in expected if key not in state]
+    problems += [f"unexpected {key}" for key in state if key not in expected]
+    problems += [
+        f"{key} has shape {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
+        for key in expected
+        if key in state and state[key].shape != expected[key].shape
+    ]
+    if problems:
+        raise InputError(f"the weights in {source} do not fit this model: {'; '.join(problems)}")
+    if bad := not_finite(state):
+        raise InputError(f"the weights in {source} are not finite: {', '.join(bad)}")
+    with naming(source):  # a model's own load_state_dict may raise an InputError
+        model.load_state_dict(state)
+
+
+def strip_wrappers(state: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
+    """Remove wrapper prefixes that all keys share, unless ``model`` has a child of that name."""
+    own = {} if model is None else dict(model.named_children())
+    wrappers = [prefix for prefix in _WRAPPERS if prefix[:-1] not in own]
+    while state:
+        shared = [p for p in wrappers if all(key.startswith(p) for key in state)]
+        if not shared:
+            break
+        state = {key.removeprefix(shared[0]): value for key, value in state.items()}
+    return state
+
+
+def not_finite(state: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or Inf."""
+    return [
+        key
+        for key, value in state.items()
+        if value.is_floating_point() and not value.is_meta and not _is_finite(value)
+    ]
+
+
+def _is_finite(value: Tensor) -> bool:
+    # torch.isfinite does not support all 8-bit floating-point dtypes.
+    return bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all())

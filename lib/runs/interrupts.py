@@ -1,0 +1,92 @@
+"""Early stop of a run, by a signal or a time limit."""
+
+import math
+import signal
+import threading
+import time
+
+_ECHO = 5.0  # seconds in which further signals are ignored
+
+
+class Stopped(Exception):
+    """The run saved its state and stopped before its end.
+
+    Attributes:
+        code: exit code of the command: 128 + the signal's number, or 0 for the time limit.
+    """
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+class Stopping:
+    """Collects requests to stop from SIGTERM, SIGINT and a time limit.
+
+    Signals are caught only in the main thread and within a ``with`` block. The terminal, torchrun
+    and a cluster may all send a signal for one request, so further signals within 5 seconds of the
+    first are ignored. A later signal has the effect that it has outside the block.
+
+    Time is counted from the creation of the object. A run stops when the time left is less than
+    twice the longest stretch of work so far: enough for one more stretch and the save.
+
+    Args:
+        max_minutes: the time limit; 0 means none.
+    """
+
+    def __init__(self, max_minutes: float = 0.0):
+        now = time.monotonic()
+        self._deadline = now + 60 * max_minutes if max_minutes > 0 else math.inf
+        self._checked, self._longest = now, 0.0
+        self._before: dict = {}
+        self._signalled = -math.inf
+        self.signal: signal.Signals | None = None
+        self.time_is_up = False
+
+    def __enter__(self) -> "Stopping":
+        self._checked = time.monotonic()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._put_back()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a stop was requested, without a look at the clock: cheap for inner loops."""
+        return self.signal is not None or self.time_is_up
+
+    def check(self) -> bool:
+        """Check the time limit and return ``wanted``; call this between two stretches of work."""
+        now = time.monotonic()
+        self._longest = max(self._longest, now - self._checked)
+        self._checked = now
+        self.time_is_up |= now + 2 * self._longest > self._deadline
+        return self.wanted
+
+    @property
+    def reason(self) -> str:
+        """The reason to stop: a signal's name or "the time limit"; "" without a request."""
+        if self.signal is not None:
+            return self.signal.name
+        return "the time limit" if self.time_is_up else ""
+
+    @property
+    def code(self) -> int:
+        """The exit code for the reason: 128 + the signal's number, else 0."""
+        return 0 if self.signal is None else 128 + self.signal
+
+    def _note(self, number: int, frame) -> None:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._signalled = signal.Signals(number), now
+        elif now > self._signalled + _ECHO:
+            self._put_back()
+            signal.raise_signal(number)
+
+    def _put_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

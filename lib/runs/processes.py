@@ -1,0 +1,250 @@
+"""Runs in several processes, started by torchrun."""
+
+import contextlib
+import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lib.errors import InputError
+
+_T = TypeVar("_T")
+TIMEOUT = "DEQ_TIMEOUT"  # environment variable
+_LONGEST = 10_000  # minutes, about a week
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The place of this process among the processes of a run; without torchrun, the only one."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # rank among the processes of this machine, and the number of its GPU
+
+    @classmethod
+    @contextlib.contextmanager
+    def joined(cls) -> Iterator["Processes"]:
+        """Join the processes that torchrun started, for the length of a ``with`` block.
+
+        GPU tensors are sent by NCCL, all others by gloo.
+
+        A process gives up after waiting $DEQ_TIMEOUT minutes (default 15) for another, as a
+        machine without power or network sends no error. The longest normal waits are for the
+        first process: it reads a corpus (WikiText-103: half a minute) or a list of images for the
+        first time, or writes a checkpoint to a slow disk.
+
+        The block does not destroy the process group. After an error it ends at once, otherwise
+        when all processes have reached its end. A process that joined must therefore exit with
+        :func:`end_at_once`.
+        """
+        processes = cls._start()
+        yield processes
+        if processes.world_size > 1:
+            dist.barrier()
+
+    @classmethod
+    def _start(cls) -> "Processes":
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            return cls()
+        needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if missing := [name for name in needed if name not in os.environ]:
+            raise InputError(
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set: "
+                "start several processes with torchrun, or unset WORLD_SIZE"
+            )
+        local_rank = int(os.environ["LOCAL_RANK"])
+        backend = "gloo"
+        if torch.cuda.is_available():
+            if local_rank < torch.cuda.device_count():  # otherwise gpu() raises the error
+                torch.cuda.set_device(local_rank)
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=_timeout())
+        return cls(dist.get_rank(), dist.get_world_size(), local_rank)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files and the log."""
+        return self.rank == 0
+
+    def gpu(self) -> torch.device:
+        """The GPU of this process, which no other process uses.
+
+        Raises:
+            InputError: this machine has fewer GPUs than processes.
+        """
+        there = torch.cuda.device_count()
+        # torchrun sets LOCAL_WORLD_SIZE; other launchers may not.
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", self.local_rank + 1))
+        if self.world_size > 1 and here > there:
+            raise InputError(
+                f"{here} processes were started on this machine, but it has {there} GPU(s), and "
+                f"each process needs one: start at most {there} (torchrun --nproc_per_node)"
+            )
+        return torch.device("cuda", torch.cuda.current_device())
+
+    def part(self, n: int) -> slice:
+        """This process's contiguous share of ``n`` items.
+
+        Shares differ by at most one item; the first processes have the larger shares.
+        """
+        each, over = divmod(n, self.world_size)
+        first = self.rank * each + min(self.rank, over)
+        return slice(first, first + each + (self.rank < over))
+
+    def vary_seed(self, seed: int) -> None:
+        """Give every process except the first its own random stream, so dropout masks differ.
+
+        Call it after all processes have built the model from the same ``seed``.
+        """
+        if self.rank:
+            torch.manual_seed(seed + self.rank)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of ``tensor`` over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: _T) -> list[_T]:
+        """The ``value`` of every process, ordered by rank; plain containers and tensors."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def lead(self, action: Callable[[], _T]) -> _T:
+        """Run ``action`` in the first process only; all processes return its result.
+
+        If ``action`` raises an Exception, all processes raise it. Otherwise a file that the first
+        process cannot write would leave the others waiting for a process that is gone.
+        """
+        if self.world_size == 1:
+            return action()
+        outcome = [None, None]
+        if self.leads:
+            try:
+                outcome[0] = action()
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def lead_keeps(self, action: Callable[[], _T]) -> _T | None:
+        """:meth:`lead` for a result that only the first process needs; the others return None."""
+        kept: list = []
+        self.lead(lambda: kept.append(action()))
+        return kept[0] if kept else None
+
+    def in_turn(self, action: Callable[[], _T]) -> _T:
+        """Run ``action`` in every process, first in the process of local rank 0 on each machine.
+
+        Use this if the action leaves a cache file that makes the next call cheaper. An error is
+        raised only in the process in which it occurs.
+        """
+        if self.world_size == 1:
+            return action()
+        if self.local_rank == 0:
+            try:
+                return action()
+            finally:
+                dist.barrier()
+        dist.barrier()
+        return action()
+
+    def replicate(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """Wrap the model so that gradients are averaged over the processes.
+
+        All processes start from the weights of the first process.
+        """
+        if self.world_size == 1:
+            return model
+        with warnings.catch_warnings():
+            # PyTorch 2.13 announces a new name for this argument, which 2.4 does not have.
+            warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)
+            parallel = DistributedDataParallel(
+                model,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,  # batch statistics are the same in all processes
+                gradient_as_bucket_view=True,
+            )
+        _settle_buckets(parallel)
+        return parallel
+
+
+def _settle_buckets(parallel: DistributedDataParallel) -> None:
+    """Fix the buckets in which DistributedDataParallel sends gradients.
+
+    DistributedDataParallel rebuilds its buckets once, in the order in which gradients first become
+    ready. With more than two processes, an element's place in its bucket decides the order of its
+    sum over processes, and so its rounding. Gradients become ready in different orders in the two
+    phases of training: a run resumed at equilibrium would round differently from one that began
+    stacked. So the buckets are rebuilt here, by a backward pass through the sum of all parameters.
+    """
+    model = parallel.module
+    model.forward = lambda: sum(p.sum() for p in model.parameters() if p.requires_grad)
+    try:
+        parallel().backward()  # records the order; the next forward pass rebuilds the buckets
+    finally:
+        del model.forward
+    parallel.zero_grad(set_to_none=True)
+
+
+def _timeout() -> timedelta:
+    """How long a process waits for another before it gives up."""
+    text = os.environ.get(TIMEOUT, "15")
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes <= _LONGEST:
+        raise InputError(
+            f"{TIMEOUT} is {text!r}, but must be a number of minutes above 0, at most {_LONGEST}"
+        )
+    return timedelta(minutes=minutes)
+
+
+def lost_contact(error: BaseException) -> str:
+    """What an error says about the loss of another process or the connection; "" if nothing."""
+    words = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out waiting",
+             "gloo", "NCCL", "Socket")  # fmt: skip
+    text = str(error)
+    if not isinstance(error, dist.DistError) and not (
+        isinstance(error, RuntimeError) and any(word in text for word in words)
+    ):
+        return ""
+    first = next(iter(text.strip().splitlines()), type(error).__name__)
+    # Removes gloo's source location in front and its general advice at the end.
+    return re.sub(r"^\[\S+:\d+\] ", "", first).split(". This is typically caused by")[0]
+
+
+def end_at_once(code: int) -> None:
+    """End this process, if it is one of several, without destroying the process group.
+
+    After an error this must happen while the exception, and so its traceback's frames, are still
+    referenced. Tensors may still be on their way to a process that is gone. Dropping the last
+    reference to the process group, such as the traceback's to DistributedDataParallel, waits for
+    these tensors while holding Python's lock (GIL). gloo's threads need the same lock to release
+    the tensors (torch 2.13), so the wait would never end.
+
+    Without an error too, Python's normal exit is not safe. It destroys gloo in an order that
+    aborts one process in some hundreds ("terminate called without an active exception"), which
+    torchrun reports as a failure.
+    """
+    if dist.is_available() and dist.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # the reader of the stream may be gone too
+                stream.flush()
+        os._exit(code)

@@ -1,0 +1,87 @@
+"""Common parts of the reports on finished runs: tables, means at equilibrium, curves."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lib.errors import InputError
+from lib.runs.training import PASSES
+
+CURVES = "curves.png"
+
+
+def table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    """Format rows as lines of three aligned columns; a row of empty strings is an empty line."""
+    width = max(len(row[0]) for row in rows)
+    return [f"{a:<{width}}  {b:>14}  {c:>10}".rstrip() for a, b, c in rows]
+
+
+def last_record(records: list[dict], kind: str, **values) -> dict:
+    """The last record of ``kind`` with these values.
+
+    Raises:
+        InputError: there is none, so the run is not finished.
+    """
+    wanted = {"kind": kind, **values}
+    found = [r for r in records if wanted.items() <= r.items()]
+    if not found:
+        raise InputError(f"the run has no {kind} record: train it to its end first")
+    return found[-1]
+
+
+def solver_rows(records: list[dict], border: int, evaluated: dict) -> list[tuple[str, str, str]]:
+    """Rows with residual and nfe: training means after step ``border``, and the evaluation mean.
+
+    A pass without solves has no row, such as the backward pass of a gradient without a solver.
+    """
+    found = []
+    for which in PASSES:
+        solved = [r for r in _solved(records, which) if r["step"] > border]
+        if solved:
+            means = {
+                name: sum(r[f"{which}_{name}"] for r in solved) / len(solved)
+                for name in ("rel_residual", "nfe")
+            }
+            found.append((f"{which}, training mean", means))
+    if evaluated["nfe"]:
+        found.append(("forward, evaluation mean", evaluated))
+    return [
+        ("equilibrium solves", "rel. residual", "nfe"),
+        *((title, f"{v['rel_residual']:.2e}", f"{v['nfe']:.1f}") for title, v in found),
+    ]
+
+
+def _solved(records: list[dict], which: str) -> list[dict]:
+    """The training records with solves in the pass ``which``."""
+    return [r for r in records if r["kind"] == "train" and f"{which}_nfe" in r]
+
+
+def draw_curves(records: list[dict], border: int, path: Path, draw: Callable) -> None:
+    """Draw a figure of two panels over the steps: the training curves and the residuals.
+
+    Args:
+        records: the records of metrics.jsonl.
+        border: the first step at equilibrium, marked by a vertical line.
+        path: the PNG file to write.
+        draw: a function that draws the training curves on the matplotlib axes it is given.
+    """
+    # Imported here: matplotlib is optional for training, and its import is slow.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    draw(top)
+    top.set_title("stacked pre-training, then equilibrium")
+    top.legend()
+    for which in PASSES:
+        if solved := _solved(records, which):
+            residuals = [r[f"{which}_rel_residual"] for r in solved]
+            bottom.plot([r["step"] for r in solved], residuals, label=f"{which} residual")
+    bottom.set(yscale="log", xlabel="step", ylabel="relative residual")
+    if bottom.lines:
+        bottom.legend()
+    for axes in (top, bottom):
+        axes.axvline(border, color="black", lw=0.8)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,363 @@
+"""Krylov methods for affine maps: find z with f(z) = J z + b = z, that is (I - J) z = b.
+
+The adjoint of an equilibrium is such a system. Each sample has its own Krylov space. A
+:class:`~lib.solvers.maps.Affine` map gives products with J directly. For any other f, a product is
+a difference of two values of f and costs one evaluation.
+
+Within a cycle, the residual comes from the recursion of the method. At the end of a cycle f itself
+is evaluated; only these true residuals are reported. ``nfe`` counts these evaluations, including
+the one at the start; ``products`` counts the products. ``threshold`` and ``max_nfe`` limit the sum
+of both. The solve ends as 'stalled' if a cycle lowers no residual, because of rounding or because
+I - J is singular.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.solvers.host import to_device
+from lib.solvers.maps import Affine, Map
+from lib.solvers.norms import TINY, norms, scaled_norms
+from lib.solvers.sample_solve import start
+from lib.solvers.solve import Run, check_count, solver_method
+
+
+@solver_method
+def gmres(
+    f: Callable[[Tensor], Tensor],
+    x0: Tensor,
+    threshold: int = 50,
+    eps: float = 1e-3,
+    stop_mode: str = "rel",
+    *,
+    restart: int | None = None,
+    **control,
+) -> dict:
+    """GMRES: the point of the Krylov space with the least residual (Saad and Schultz 1986).
+
+    Arnoldi's process (orthogonalised twice) gives J V = V H. The point z = x0 + V c minimises
+    ||r_0 - (I - J) V c||. Givens rotations update the solution of this small least-squares problem.
+    A step costs one product and one stored vector. f need not be a contraction.
+
+    Args:
+        f: an affine map of (B, ...) to the same shape.
+        x0: initial guess, finite, (B, ...) of any rank and any floating dtype.
+        threshold: maximum number of evaluations and products together, including the evaluation
+            for the last true residual.
+        eps, stop_mode: as for :func:`~lib.solvers.anderson.anderson`.
+        restart: start a new Krylov space after this many vectors; None keeps all vectors.
+        **control: see :class:`~lib.solvers.solve.Control`. With stop='sample' each sample takes as
+            many steps as it needs; a product still covers the whole batch.
+
+    Returns:
+        The dict that :mod:`lib.solvers` describes.
+
+    Raises:
+        InputError: an argument is out of range, ``x0`` is not finite, or f changes the shape.
+    """
+    if restart is not None:
+        check_count("restart", restart)
+    system = System(f, x0, threshold, eps, stop_mode, control)
+    while system.goes_on(products=1):
+        size = min(restart or threshold, system.run.left - 1, system.x.shape[1])
+        system.move(*gmres_cycle(system, system.g, size, system.x))
+    return system.run.result()
+
+
+def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[Tensor, np.ndarray]:
+    """One cycle of GMRES, of at most ``size`` products.
+
+    The small least-squares problems are solved on the host, in float64; one transfer per step
+    brings a column of H. A sample that takes no further part gets columns of the identity and a
+    right-hand side of zero.
+
+    Args:
+        system: has ``product`` (v -> J v, both (B, D)), ``enough`` (the samples that need no
+            further step, from their residual and ||x + V c||), and ``run``.
+        g: residual at the start, (B, D).
+        size: maximum number of products.
+        x: the start, (B, D); None means zero.
+
+    Returns:
+        The correction V c (B, D), and the samples (B,) whose residual it lowers.
+    """
+    batch, length = g.shape
+    first = norms(g)  # (B,)
+    rest, active = first.copy(), (first > 0) & ~system.run.resting  # rest: signed residual
+    triangle, right = np.zeros((batch, size, size)), np.zeros((batch, size))
+    along, chosen = np.zeros((2, batch, size))  # V'x; c of the correction to return
+    square = np.zeros(batch) if x is None else norms(x) ** 2
+    best = _Best(first, np.sqrt(square), g)
+    rotations: list[tuple[np.ndarray, np.ndarray]] = []
+    basis = g.new_empty(min(size + 1, 16), batch, length)
+    basis[0] = _unit(g, np.where(active, first, 0.0))
+    for j in range(size):
+        n = j + 1
+        if n + 1 > len(basis):
+            more = min(len(basis), size + 1 - len(basis))
+            basis = torch.cat([basis, basis.new_empty(more, batch, length)])
+        image = system.product(basis[j])
+        column = _orthogonalise(image, basis[:n])
+        if x is not None:
+            column = torch.cat([column, _dot(basis[j], x).double()], dim=1)
+        column = column.cpu().numpy()  # (B, n + 1)
+        if x is not None:
+            column, along[:, j] = column[:, :-1], column[:, -1]
+        fails = active & ~np.isfinite(column).all(1)
+        system.run.lose(fails)
+        active &= ~fails
+        column = np.where(active[:, None], column, 0.0)
+        exhausted = column[:, n] <= best.rounding * (1 + np.linalg.norm(column, axis=1))
+        column[exhausted, n] = 0.0
+        basis[n] = _unit(image, column[:, n])
+
+        column = -column  # from J to I - J
+        column[:, j] += 1.0
+        for i, (c, s) in enumerate(rotations):
+            upper, lower = column[:, i], column[:, i + 1]
+            column[:, i], column[:, i + 1] = c * upper + s * lower, c * lower - s * upper
+        radius = np.hypot(column[:, j], column[:, n])
+        active &= radius > TINY  # else I - J is singular on the Krylov space
+        c, s = (column[:, i] / np.where(active, radius, 1.0) for i in (j, n))
+        rotations.append((c, s))
+        column[:, j] = radius
+        triangle[:, :n, j] = np.where(active[:, None], column[:, :n], np.eye(n)[j])
+        right[:, j] = np.where(active, c * rest, 0.0)
+        rest = np.where(active, -s * rest, rest)
+
+        weights = _solve_triangular(triangle[:, :n, :n], right[:, :n])
+        squares = square + (weights * (weights + 2 * along[:, :n])).sum(1)
+        value = np.sqrt(np.maximum(squares, 0.0))
+        better = best.offer(active, np.abs(rest), np.linalg.norm(weights, axis=1), value)
+        chosen[better, :n] = weights[better]
+        active &= ~exhausted & ~system.enough(best.residual, best.value)
+        if not active.any() or system.run.stopped:
+            break
+    weights = to_device(chosen[:, None, :n], basis)  # (B, 1, n)
+    return torch.bmm(weights, basis[:n].transpose(0, 1))[:, 0], best.improved
+
+
+def _solve_triangular(systems: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Solutions (B, n) of upper triangular systems (B, n, n)."""
+    systems, columns = torch.from_numpy(systems), torch.from_numpy(right)[:, :, None]
+    return torch.linalg.solve_triangular(systems, columns, upper=True)[:, :, 0].numpy()
+
+
+class _Best:
+    """The best point of a cycle for each sample: ``residual`` ||g||, ``value`` ||x + correction||.
+
+    If I - J is almost singular, points run far away for a small gain in the residual. So a point
+    more than a thousand times as far away counts only if it halves the residual. Also, the rounding
+    error at the point must be below the lowest residual so far. All arrays are (B,).
+    """
+
+    def __init__(self, residual: np.ndarray, value: np.ndarray, like: Tensor):
+        self.rounding = 10 * torch.finfo(like.dtype).eps
+        self.residual, self.value = residual.copy(), value.copy()
+        self._first = self._level = self._far = residual  # at the last halving
+
+    def offer(
+        self, samples: np.ndarray, residual: np.ndarray, length: np.ndarray, value: np.ndarray
+    ) -> np.ndarray:
+        """Offer one point per sample; return the samples that accept it. All are (B,).
+
+        Args:
+            samples: the samples that may accept.
+            residual, length, value: of the point: ||g||, ||correction||, ||x + correction||.
+        """
+        halved = residual < 0.5 * self._level
+        better = samples & (np.maximum(residual, self.rounding * length) < self.residual)
+        better &= halved | (length <= 1000 * self._far)
+        self.residual = np.where(better, residual, self.residual)
+        self.value = np.where(better, value, self.value)
+        self._level = np.where(better & halved, residual, self._level)
+        self._far = np.where(better & halved, np.maximum(length, self._far), self._far)
+        return better
+
+    @property
+    def improved(self) -> np.ndarray:
+        """The samples whose residual the cycle lowers by more than 0.1 per cent."""
+        return self.residual < 0.999 * self._first
+
+
+def rows(samples: np.ndarray, like: Tensor) -> Tensor:
+    """The mask ``samples`` (B,) as (B, 1), on the device of ``like``."""
+    return to_device(samples, like.device)[:, None]
+
+
+def _unit(vectors: Tensor, norms: np.ndarray) -> Tensor:
+    """Vectors (B, D) divided by their norms (B,); zero where the norm is zero."""
+    norms = to_device(norms, vectors)[:, None]
+    return torch.where(norms > 0, vectors / torch.where(norms > 0, norms, 1.0), 0.0)
+
+
+def _orthogonalise(image: Tensor, basis: Tensor) -> Tensor:
+    """Orthogonalise ``image`` (B, D) against the basis (k, B, D), in place.
+
+    Returns:
+        The k coefficients and the norm of the remainder, (B, k + 1) in float64.
+    """
+    total = 0
+    for _ in range(2):  # twice is enough (Giraud et al. 2005)
+        overlap = torch.bmm(basis.transpose(0, 1), image[:, :, None])  # (B, k, 1)
+        image.sub_(torch.bmm(overlap.transpose(1, 2), basis.transpose(0, 1)).squeeze(1))
+        total = total + overlap[:, :, 0].double()
+    rest = torch.linalg.vector_norm(image, dim=1, keepdim=True)
+    return torch.cat([total, rest.double()], dim=1)
+
+
+@solver_method
+def bicgstab(
+    f: Callable[[Tensor], Tensor],
+    x0: Tensor,
+    threshold: int = 50,
+    eps: float = 1e-3,
+    stop_mode: str = "rel",
+    **control,
+) -> dict:
+    """BiCGSTAB (van der Vorst 1992): two products per step, and a handful of vectors in all.
+
+    The stabilising steps are the longer ones of Sleijpen and van der Vorst (1995). They change
+    nothing if f is a contraction; if not, they help, even for a skew-symmetric I - J. If the
+    recursion breaks down for a sample, it restarts at that sample's current point. Arguments and
+    result are as for :func:`gmres`, which alone has ``restart``.
+    """
+    system = System(f, x0, threshold, eps, stop_mode, control)
+    while system.goes_on(products=2):
+        system.move(*_bicgstab_cycle(system))
+    return system.run.result()
+
+
+def _bicgstab_cycle(system: "System") -> tuple[Tensor, np.ndarray]:
+    """One cycle: the best correction (B, D), and the samples (B,) whose residual it lowers."""
+    run, first = system.run, norms(system.g)
+    # Divide by the size of the residual: squares stay in range. A power of two rounds nothing.
+    limits = torch.finfo(system.g.dtype)
+    size = np.exp2(np.floor(np.log2(np.clip(first, limits.tiny, limits.max / 4))))
+    unit = to_device(size, system.g)[:, None]
+    r, x = system.g / unit, system.x / unit
+    correction, chosen = torch.zeros_like(r), torch.zeros_like(r)
+    best, active = _Best(first, norms(system.x), r), (first > 0) & ~run.resting
+    going = rows(active, r)
+    shadow, p, rho = r, torch.where(going, r, 0.0), _dot(r, r)
+    while active.any() and run.affords(3) and not run.stopped:
+        ap, finite = _finite(p - system.product(p))
+        sizes = _norm(shadow) * (_norm(p) + _norm(ap))
+        alpha = _ratio(rho, _dot(shadow, ap), best.rounding * sizes)
+        half = torch.where(going, r - alpha * ap, 0.0)
+        image, finite_too = _finite(half - system.product(half))
+        cosine = _ratio(_dot(image, half), _norm(image) * _norm(half))
+        # Lengthen a short step beyond the least residual: a vanishing omega ends the recursion.
+        sign = torch.where(cosine < -best.rounding, -1.0, 1.0)
+        omega = sign * cosine.abs().clamp(min=0.7) * _ratio(_norm(half), _norm(image))
+        correction = torch.where(going, correction + alpha * p + omega * half, correction)
+        r = torch.where(going, half - omega * image, r)
+
+        before, rho = rho, _dot(shadow, r)
+        p = r + _ratio(rho * alpha, before * omega) * (p - omega * ap)
+        broken = rho.abs() <= best.rounding * _norm(r) * _norm(shadow)
+        shadow, p = torch.where(broken, r, shadow), torch.where(broken, r, p)
+        rho = torch.where(broken, _dot(r, r), rho)
+
+        moved = (alpha != 0) | (omega != 0)
+        parts = [_norm(r), _norm(correction), _norm(x + correction)]
+        parts += [finite & finite_too, moved]
+        found = torch.cat([part.double() for part in parts], dim=1).T.cpu().numpy()
+        residual, length, value = found[:3] * size
+        fails = active & ~(np.isfinite(residual + length) & (found[3] > 0))
+        run.lose(fails)
+        active &= ~fails
+        better = best.offer(active, residual, length, value)
+        chosen = torch.where(rows(better, r), correction, chosen)
+        # A recursion whose residual has grown this much has lost all digits of the best residual.
+        active &= (found[4] > 0) & (residual > 0) & (best.rounding * residual < best.residual)
+        active &= ~system.enough(best.residual, best.value)
+        going = rows(active, r)
+        p = torch.where(going, p, 0.0)
+    return chosen * unit, best.improved
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vecdot(a, b)[:, None]
+
+
+def _norm(a: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(a, dim=1, keepdim=True)
+
+
+def _finite(a: Tensor) -> tuple[Tensor, Tensor]:
+    """a (B, D) with zeros for samples that are not finite, and the mask (B, 1) of finite ones."""
+    finite = torch.isfinite(_norm(a))
+    return torch.where(finite, a, 0.0), finite
+
+
+def _ratio(a: Tensor, b: Tensor, least: Tensor | float = 0.0) -> Tensor:
+    """a / b; zero where |b| <= ``least``."""
+    fits = b.abs() > least
+    return torch.where(fits, a / torch.where(fits, b, 1.0), 0.0)
+
+
+class System:
+    """State of a linear solve: the point x (B, D), f(x), g = f(x) - x, and when to stop."""
+
+    def __init__(self, f, x0: Tensor, threshold: int, eps: float, stop_mode: str, control: dict):
+        options = {"shrinks": False, "heeds_check_every": False}
+        self.run = start(f, x0, threshold, eps, stop_mode, control, **options)
+        self.f = f
+        self.x, self.fx, self.g = self.run.evaluate(self.run.x0)
+
+    def move(self, correction: Tensor, improved: np.ndarray) -> None:
+        """Move to x + correction, and evaluate the true residual there.
+
+        Only the samples ``improved`` (B,) move: the recursion predicts that the correction lowers
+        their residual. Samples whose true residual does not fall are noted as stalled.
+        """
+        if improved.any() and not self.run.resting.all():
+            before, moves = norms(self.g), rows(improved, correction)
+            x = self.x + torch.where(moves, correction, 0.0)
+            self.x, self.fx, self.g = self.run.evaluate(x)
+            improved = norms(self.g) < before
+        self.run.stall(~improved)
+
+    def product(self, v: Tensor) -> Tensor:
+        """J v, (B, D)."""
+        if isinstance(self.f, Affine):
+            return multiply(self.run, self.f.product, v)
+        # Scale v to the size of x and f(x), so that the difference keeps its digits.
+        sizes = [scaled_norms(point).to(v)[:, None] for point in (self.x, self.fx)]
+        scale = _ratio(torch.maximum(*sizes), _norm(v))
+        scale = torch.where(scale > 0, scale, 1.0)
+        value = multiply(self.run, self.f, self.x + scale * v)
+        return (value - self.fx) / scale
+
+    def goes_on(self, products: int) -> bool:
+        """Whether another cycle is needed, and affordable; a step takes this many products."""
+        return not self.run.stopped and self.run.affords(products + 1)
+
+    def enough(self, residual: np.ndarray, value: np.ndarray) -> np.ndarray:
+        """The samples (B,) that need no further step in this cycle.
+
+        With stop='batch' these are all samples, or only those with a residual of zero.
+
+        Args:
+            residual: ||g|| at the best point of the cycle, (B,).
+            value: ||x|| there, (B,), in place of ||f(x)|| = ||x + g||.
+        """
+        if self.run.control.stop == "sample":
+            return self._small(residual, value)
+        counts = ~self.run.lost
+        together = self._small(*(np.linalg.norm(v[counts]) for v in (residual, value)))
+        return together | (residual == 0)
+
+    def _small(self, residual, value):
+        limit = self.run.eps if self.run.stop_mode == "abs" else self.run.eps * value
+        return (residual < limit) | (residual < self.run.control.floor * value) | (residual == 0)
+
+
+def multiply(run: Run, product: Map, v: Tensor) -> Tensor:
+    """product(v) for v (B, D) in the working dtype, as a new tensor; counts one product."""
+    run.products += 1
+    image = product(v.to(run.dtype).view(run.shape))
+    return image.reshape(v.shape).to(v.dtype, copy=True)

@@ -1,0 +1,63 @@
+"""What a map f may offer besides its value f(z).
+
+Solvers and gradients accept any function of the state. A map may offer three more things. Wrappers
+of f (autocast, lists of tensors) preserve them with :func:`transformed`:
+
+- ``f.plain`` is the same map in operations that all have second derivatives. An f of fused kernels
+  or compiled code has none itself.
+- ``f.select(rows)`` is f restricted to the samples ``rows`` (a LongTensor). With it, a solve that
+  stops per sample evaluates f on the unfinished samples only.
+- :class:`Affine` states that f(z) = J z + b, and gives products J v without b.
+"""
+
+from collections.abc import Callable
+from copy import copy
+
+from torch import Tensor
+
+Map = Callable[[Tensor], Tensor]
+
+
+class Affine:
+    """The map z -> J z + b, from a function that multiplies with J.
+
+    Args:
+        product: v -> J v, both (B, ...), independent for each sample.
+        shift: b, (B, ...).
+        zero: the tensor of zeros that a solve starts from. Its image is b, which costs no product
+            as long as nobody writes to ``zero``.
+    """
+
+    def __init__(self, product: Map, shift: Tensor, zero: Tensor | None = None):
+        self.product, self.shift, self.zero = product, shift, zero
+        self._version = None if zero is None else zero._version
+
+    def __call__(self, z: Tensor) -> Tensor:
+        if self._is_zero(z):
+            return self.shift.clone()
+        return self.product(z) + self.shift
+
+    def _is_zero(self, z: Tensor) -> bool:
+        zero = self.zero
+        if zero is None or zero._version != self._version:
+            return False
+        return z.data_ptr() == zero.data_ptr() and z.shape == zero.shape
+
+
+def plain(f: Map) -> Map:
+    """``f.plain`` if f offers it (operations that have second derivatives), else f."""
+    return getattr(f, "plain", f)
+
+
+def transformed(f: Map, change: Callable[[Map], Map]) -> Map:
+    """``change(f)``, offering what f offers. ``change`` must keep the shapes of an affine map."""
+    if isinstance(f, Affine):
+        out = copy(f)
+        out.product = change(f.product)
+        return out
+    out = change(f)
+    if hasattr(f, "plain"):
+        out.plain = change(f.plain)
+    if hasattr(f, "select"):
+        out.select = lambda rows: transformed(f.select(rows), change)
+    return out

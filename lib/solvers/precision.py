@@ -1,0 +1,119 @@
+"""Number formats: bfloat16 autocast, solves that start in half precision, and TF32."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from lib.errors import InputError
+from lib.solvers.maps import Map, transformed
+from lib.solvers.specs import accepts
+from lib.solvers.stats import all_finite
+
+# Relative residual at which a solve in half precision hands over to float32. It is above the level
+# at which bfloat16 alone stalls (7e-3 in the published image models).
+COARSE_EPS = 1e-2
+
+AMP = ("none", "bf16")  # the values that both trainers accept
+
+
+def autocast(amp: str, device: torch.device):
+    """The context for mixed precision: bfloat16 inside f; solver states stay float32.
+
+    Raises:
+        InputError: ``amp`` is not in :data:`AMP`.
+    """
+    if amp not in AMP:
+        raise InputError(f"mixed precision {amp!r}: choose from {', '.join(AMP)}")
+    return torch.autocast(device.type, torch.bfloat16) if amp == "bf16" else nullcontext()
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Let float32 matrix products and convolutions on the GPU round their factors to TF32.
+
+    TF32 has the 10 mantissa bits of half precision and the range of float32. Products are summed in
+    float32. The setting has no effect on the CPU or on GPUs before Ampere.
+    """
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def half_precision(state: Tensor) -> bool:
+    """Whether autocast makes f round more coarsely than the dtype of ``state``."""
+    kind = state.device.type
+    return (
+        torch.amp.is_autocast_available(kind)  # not on the meta device
+        and torch.is_autocast_enabled(kind)
+        and state.dtype == torch.float32
+        and torch.finfo(torch.get_autocast_dtype(kind)).eps > torch.finfo(state.dtype).eps
+    )
+
+
+def in_float32(f: Map) -> Map:
+    """f with autocast switched off."""
+
+    def change(f: Map) -> Map:
+        def precise(z: Tensor) -> Tensor:
+            with torch.autocast(z.device.type, enabled=False):
+                return f(z)
+
+        return precise
+
+    return transformed(f, change)
+
+
+def same_autocast(device: torch.device):
+    """A function that makes, at any later time, a context with the current autocast setting."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind):  # the meta device
+        return nullcontext
+    options = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
+    return lambda: torch.autocast(kind, **options)
+
+
+def solve_in_stages(
+    solver: Callable,
+    f: Callable,
+    make_precise: Callable[[], Callable],
+    z0: Tensor,
+    *,
+    threshold: int,
+    stop_mode: str,
+    **options,
+) -> dict:
+    """Solve with f in half precision; finish in float32 if the tolerance requires it.
+
+    The first stage ends at the solver's ``eps``, at the threshold, or at a relative residual of
+    :data:`COARSE_EPS`. Only in the last case, and if evaluations are left, the second stage starts
+    from the result of the first. A solver without an argument ``floor`` runs the first stage only.
+
+    Args:
+        solver: has the signature of :mod:`lib.solvers`.
+        f: the map in half precision, on float32 states.
+        make_precise: makes the map in float32; called only if the second stage runs.
+        z0, threshold, stop_mode: as for the solver; the threshold is for both stages together.
+        **options: further options of the solver. If ``solver`` is a partial that sets a budget, the
+            budget applies to each stage.
+
+    Returns:
+        The solver's dict. The traces (with ``nstep``), the counts of evaluations and products, and
+        the finite flags cover both stages. All other entries are from the last stage that ran.
+    """
+    options = options | {"stop_mode": stop_mode}
+    if not accepts(solver, "floor"):
+        return solver(f, z0, threshold=threshold, **options)
+    coarse = solver(f, z0, threshold=threshold, floor=COARSE_EPS, **options)
+    if not {"nfe", "products", "rel_lowest", "lowest", "eps"} <= set(coarse):
+        return coarse  # a user's own solver that accepts any keyword
+    left = threshold - coarse["nfe"] - coarse["products"]
+    rounding = coarse["rel_lowest"] < COARSE_EPS
+    if left < 1 or not rounding or coarse["lowest"] < coarse["eps"]:
+        return coarse
+    fine = solver(make_precise(), coarse["result"], threshold=left, **options)
+    for name in ("abs_trace", "rel_trace", "nfe", "products", "sample_nfe"):
+        fine[name] = coarse[name] + fine[name]
+    fine["nstep"] += coarse["nfe"]
+    fine["finite"] = fine["finite"] & coarse["finite"]
+    fine["all_finite"] = all_finite(fine) and all_finite(coarse)
+    return fine | {"threshold": threshold}

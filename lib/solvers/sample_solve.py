@@ -1,0 +1,212 @@
+"""A solve that stops per sample: a finished sample leaves the solve and costs nothing more.
+
+A sample is finished once its own residual is below ``eps`` (or the floor), once it diverges, once
+f is not finite for it, or once a Krylov method cannot lower its residual. Its result is its own
+best iterate, and so does not depend on the other samples of the batch.
+
+A method continues with the rows of the unfinished samples. After an evaluation, ``run.kept`` holds
+the indices of these rows among the rows so far (None: all of them). If f can be restricted to
+samples (``f.select``, see :mod:`lib.solvers.maps`), it sees the unfinished samples only. Otherwise
+f sees the whole batch, with the finished samples at rest. Methods that multiply with the Jacobian
+of the whole batch keep all rows (``shrinks=False``): finished samples stay at their best iterate,
+with a residual of zero.
+
+The result differs from that of a solve that stops by the batch:
+
+- ``sample_nfe`` is the number of evaluations until the sample was finished.
+- The traces are still norms over the whole batch. A finished sample counts with the residual of
+  its result. ``lowest`` is the residual of the result, so it may be below every entry of the trace.
+  ``nstep`` is the last step at which any sample reached its best iterate.
+- ``reason``, once all samples are finished, is the worst among the samples: 'diverged' if any
+  diverged or all are lost, else 'stalled', else 'floor', else 'eps'. ``finite`` tells which samples
+  are lost.
+- ``prot_break`` is True if a sample diverged or was far out at the end, or if all are lost.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.solvers.divergence import Divergence
+from lib.solvers.host import to_device
+from lib.solvers.norms import mended, relative
+from lib.solvers.solve import Control, Run, check_finite, out_of_range, totals
+
+
+class SampleRun(Run):
+    """A :class:`~lib.solvers.solve.Run` that judges and stops each sample by itself."""
+
+    def __init__(
+        self,
+        f: Callable,
+        x0: Tensor,
+        threshold: int,
+        eps: float,
+        stop_mode: str,
+        control: Control,
+        shrinks: bool = True,
+    ):
+        super().__init__(f, x0, threshold, eps, stop_mode, control)
+        batch = len(x0)
+        self._divergence = Divergence(batch, torch.finfo(self.work_dtype).eps)
+        self.shrinks = shrinks
+        self.rows = np.arange(batch)  # the samples that the method holds
+        self.done = np.zeros(batch, dtype=bool)
+        self.own_residual = self.own_residual.copy()
+        self._norms_now = self._own_norms.copy()  # of g and f at the newest point
+        self._sample_nfe = np.zeros(batch, dtype=np.int64)
+        self._diverged, self._stalled = np.zeros((2, batch), dtype=bool)
+        self._f_rows = f
+
+    def evaluate(
+        self, x: Tensor, out: Tensor | None = None, forgive: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Evaluate f at x (b, D); return (x, f(x), f(x) - x) of the rows that the method keeps.
+
+        Args:
+            x: the point, with the rows that the method has kept so far.
+            out: where to write f(x) - x. ``out`` keeps all b rows: the method itself drops the rows
+                of finished samples from everything that it stores.
+            forgive: ignored, because a line search needs stop='batch'.
+        """
+        if not self.shrinks:
+            x = self._at_rest(x)
+        x, fx, gx = self._value(x, self._f_rows, out)
+        norms = torch.stack([torch.linalg.vector_norm(v, dim=1) for v in (gx, fx)])
+        norms, counts = norms.cpu().numpy().astype(np.float64), ~self.done[self.rows]
+        norms = np.stack([mended(n, v, counts) for n, v in zip(norms, (gx, fx), strict=True)])
+        if self.nfe == 1 and not np.isfinite(norms).all():
+            check_finite(self.x0)
+        self.wide = out_of_range(norms[0][counts], self._least)
+        self._judge_rows(x, norms)
+        done, self.kept = self.done[self.rows], None
+        self.far = self._divergence.far[self.rows] & ~done
+        if not done.any():
+            return x, fx, gx
+        if not self.shrinks:
+            gx.masked_fill_(to_device(done, self.device)[:, None], 0.0)
+            return self._at_rest(x), self._at_rest(fx), gx
+        self.kept = to_device(np.flatnonzero(~done), self.device)
+        self.rows, self.far = self.rows[~done], self.far[~done]
+        if len(self.rows):
+            self._f_rows = self._restricted()
+        return x[self.kept], fx[self.kept], gx[self.kept]
+
+    def _at_rest(self, x: Tensor) -> Tensor:
+        """x (B, D) with the finished samples at their best iterate."""
+        if not self.done.any():
+            return x
+        return torch.where(to_device(self.done, self.device)[:, None], self.own_best, x)
+
+    def _restricted(self) -> Callable[[Tensor], Tensor]:
+        """f restricted to the unfinished samples."""
+        rows = to_device(self.rows, self.device)
+        if hasattr(self.f, "select"):
+            return self.f.select(rows)
+        rest = self.own_best.to(self.dtype).view(self.shape)
+
+        def f(z: Tensor) -> Tensor:
+            return self.f(rest.index_copy(0, rows, z))[rows]
+
+        return f
+
+    def _judge_rows(self, x: Tensor, norms: np.ndarray) -> None:
+        """Record the norms (2, b) of g and f at x (b, D); update best iterates and ``done``."""
+        went_on = ~self.done[self.rows]
+        rows, norms = self.rows[went_on], norms[:, went_on]
+        finite = np.isfinite(norms).all(0)
+        g, f = norms = np.where(finite, norms, 0.0)
+        own_relative = relative(g, f)
+        residual = np.where(finite, g if self.stop_mode == "abs" else own_relative, np.inf)
+        self._sample_nfe[rows] += 1
+        better = residual < self.own_residual[rows]
+        self._keep_best(x, rows[better], np.flatnonzero(went_on)[better])
+        self.own_residual[rows[better]] = residual[better]
+        self._own_norms[:, rows[better]] = norms[:, better]
+        self._own_step[rows[better]] = self.nfe - 1
+
+        self.lost[rows[~finite]] = True
+        reached = (residual < self.eps) | (residual == 0)
+        diverged = finite & ~reached & self._divergence.found(g, f, rows)
+        self._diverged[rows[diverged]] = True
+        ends = ~finite | reached | diverged | (own_relative < self.control.floor)
+        self.done[rows[ends]] = True
+        self._norms_now[:, rows] = norms
+        self._norms_now[:, self.done] = self._own_norms[:, self.done]
+        self._record(*totals(self._norms_now))
+
+    def _keep_best(self, x: Tensor, samples: np.ndarray, places: np.ndarray) -> None:
+        """Keep row ``places[i]`` of x as the best iterate so far of sample ``samples[i]``."""
+        if len(samples) == len(self.x0):  # usual: keep a reference, no copy
+            self.own_best, self._borrowed = x, True
+        elif len(samples):
+            if self._borrowed:
+                self.own_best, self._borrowed = self.own_best.clone(), False
+            samples, places = (to_device(i, self.device) for i in (samples, places))
+            self.own_best.index_copy_(0, samples, x[places])
+
+    def lose(self, fails: np.ndarray) -> None:
+        self.lost, self.done = self.lost | fails, self.done | fails
+
+    def stall(self, samples: np.ndarray) -> None:
+        self._stalled |= samples & ~self.done
+        self.done = self.done | samples
+
+    @property
+    def resting(self) -> np.ndarray:
+        return self.done
+
+    @property
+    def reason(self) -> str:
+        if not self.done.all():
+            return super().reason
+        if self._gave_up():
+            return "diverged"
+        if self._stalled.any():
+            return "stalled"
+        own = self.own_residual[~self.lost]
+        return "eps" if ((own < self.eps) | (own == 0)).all() else "floor"
+
+    def _gave_up(self) -> bool:
+        return bool(self._diverged.any() or self.lost.all())
+
+    def result(self) -> dict:
+        """The dict that the solver returns."""
+        self._take_own_best()
+        gave_up = self._gave_up() or bool((self._divergence.far & ~self.done).any())
+        return self._solution(
+            self.own_best, self.own_residual, self._own_norms, self._sample_nfe, gave_up
+        )
+
+
+def start(
+    f: Callable,
+    x0: Tensor,
+    threshold: int,
+    eps: float,
+    stop_mode: str,
+    control: dict,
+    *,
+    shrinks: bool = True,
+    heeds_check_every: bool = True,
+) -> Run:
+    """Make the run of a solve, per batch or per sample.
+
+    Args:
+        control: keywords of :class:`~lib.solvers.solve.Control`.
+        shrinks: whether, with stop='sample', the method drops the rows of finished samples.
+        heeds_check_every: False for a method that needs every residual; ``check_every`` is then 1.
+
+    Raises:
+        InputError: a value out of range.
+        TypeError: a keyword that does not exist.
+    """
+    options = Control(**control)
+    if not heeds_check_every:
+        options = replace(options, check_every=1)
+    if options.stop == "sample":
+        return SampleRun(f, x0, threshold, eps, stop_mode, options, shrinks)
+    return Run(f, x0, threshold, eps, stop_mode, options)

@@ -1,0 +1,476 @@
+"""One solve: evaluate f, record residuals, keep the best iterate, decide when to stop.
+
+All methods of :mod:`lib.solvers` share this code.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.errors import InputError
+from lib.solvers.divergence import Divergence, far_out
+from lib.solvers.host import to_device
+from lib.solvers.maps import transformed
+from lib.solvers.matmul_precision import full_products, within
+from lib.solvers.norms import least_norm, mended, relative, total
+from lib.solvers.transforms import (
+    outside_of_compiler,
+    refuse_batched,
+    refuse_transforms,
+    tangent_of,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """Keywords that all solvers take.
+
+    Attributes:
+        stop: 'batch' stops by norms over the whole batch, as published. 'sample' stops each sample
+            by its own norms: see :mod:`lib.solvers.sample_solve`.
+        best: which iterate to return. 'batch': the iterate with the lowest residual over the whole
+            batch, as published. 'sample': for each sample, its own iterate with the lowest
+            residual, at no cost; a sample that wanders then does not spoil the result of the
+            others. ``best`` has no effect on when the solve stops. None means the value of
+            ``stop``; stop='sample' refuses best='batch'.
+        check_every: check the residual only once in this many evaluations. Between checks a GPU
+            does not wait for the host. Up to ``check_every - 1`` evaluations may be wasted, and as
+            many more iterates are held in memory. The solve still returns the best iterate. A line
+            search and Krylov methods need every residual and ignore ``check_every``.
+        floor: in either ``stop_mode``, also stop once ||f(z) - z|| / ||f(z)|| is below ``floor``,
+            for instance the level at which the rounding of f begins.
+        max_nfe: stop after this many evaluations of f and products with the Jacobian together,
+            whatever ``threshold`` counts.
+        max_seconds: start no evaluation or product after this time, except the evaluation at the
+            point to which products have led. How far a solve gets by then depends on the machine:
+            a run is no longer reproducible.
+    """
+
+    stop: str = "batch"
+    best: str | None = None
+    check_every: int = 1
+    floor: float = 0.0
+    max_nfe: int | None = None
+    max_seconds: float | None = None
+
+    def __post_init__(self):
+        check(self.stop in ("batch", "sample"), "stop", self.stop, "'batch' or 'sample'")
+        best = (None, "batch", "sample")
+        check(self.best in best, "best", self.best, "None, 'batch' or 'sample'")
+        if self.stop == "sample" and self.best == "batch":
+            raise InputError("stop='sample' returns each sample's own best point: leave best out")
+        check_count("check_every", self.check_every)
+        check_number("floor", self.floor)
+        if self.max_nfe is not None:
+            check_count("max_nfe", self.max_nfe)
+        if self.max_seconds is not None:
+            check_number("max_seconds", self.max_seconds, positive=True)
+        if self.stop == "sample" and self.check_every > 1:
+            raise InputError("stop='sample' looks at every residual: leave check_every out")
+
+
+class Run:
+    """One solve of z = f(z) from ``x0``; made by :func:`~lib.solvers.sample_solve.start`.
+
+    Points are (B, D) tensors in the working dtype. The working dtype is the dtype of ``x0``, or
+    float32 if ``x0`` is in half precision: inner products in half precision are too inaccurate for
+    a solver. f sees the shape and dtype of ``x0``.
+
+    Every ``check_every`` evaluations, one transfer brings the norms to the host, where they are
+    judged. As kernels on the device, a dozen operations on a few numbers would cost more than the
+    norms themselves.
+    """
+
+    def __init__(
+        self,
+        f: Callable,
+        x0: Tensor,
+        threshold: int,
+        eps: float,
+        stop_mode: str,
+        control: Control,
+    ):
+        check_arguments(f, x0, threshold, eps, stop_mode)
+        self.f = f
+        self.shape, self.dtype, self.device = x0.shape, x0.dtype, x0.device
+        self.threshold, self.eps, self.stop_mode = threshold, float(eps), stop_mode
+        self.control, self.check_every = control, control.check_every
+        self._start = time.perf_counter()
+        self.work_dtype = torch.promote_types(x0.dtype, torch.float32)
+        self.x0 = x0.detach().reshape(len(x0), -1).to(self.work_dtype)  # (B, D)
+        self.nfe = 0
+        self.products = 0  # number of products with the Jacobian
+        self.kept: Tensor | None = None  # see SampleRun
+        self.abs_trace: list[float] = []
+        self.rel_trace: list[float] = []
+        self.best, self.best_index, self.lowest = self.x0, 0, math.inf
+        self.lowest_of = {"abs": math.inf, "rel": math.inf}
+        self.best_residual = np.full(len(x0), math.inf)
+        self.best_norms = np.full((2, len(x0)), math.inf)  # of g and f
+        # Whether inner products of residuals may overflow or underflow in float32.
+        self.wide = False
+        self._least = least_norm(self.x0)
+        # Samples on which f was not finite: on the host, and on the device once there are any.
+        self.lost, self.lost_mask = np.zeros(len(x0), dtype=bool), None
+        self.converged = self.diverged = self.at_floor = self.stalled = False
+        self._exhausted = ""  # the limit that the solve ran into, as a reason
+        self.far = np.zeros(len(x0), dtype=bool)  # samples whose newest point is far out
+        self._divergence = Divergence(1, torch.finfo(self.work_dtype).eps)
+        # Each sample's best finite iterate, the norms of g and f there, and its step. A sample
+        # falls back to this iterate if f is not finite on it. With best='sample' it is the result.
+        self.own_best, self.own_residual = self.x0, self.best_residual
+        self._own_norms = np.full((2, len(x0)), math.inf)
+        self._own_step = np.zeros(len(x0), dtype=np.int64)
+        self._borrowed = True  # the best iterate may be another owner's tensor: do not write to it
+        self._pending: list[Tensor] = []  # points not yet judged; _norms holds their norms
+        self._norms = self.x0.new_empty(min(self.check_every, threshold + 1), 2, len(x0))
+        self._slots = [norms.unbind() for norms in self._norms]
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the solve ends here for a reason other than the threshold.
+
+        Ask only after an evaluation: before the first one there is nothing to return.
+        """
+        seconds = self.control.max_seconds
+        if seconds is not None and time.perf_counter() - self._start >= seconds:
+            self._exhausted = "max_seconds"
+        return self.reason != "threshold"
+
+    @property
+    def reason(self) -> str:
+        """Why the solve ends here, if it does; 'threshold' if there is no other reason."""
+        if self.converged:
+            return "eps"
+        if self.diverged:
+            return "diverged"
+        if self.at_floor:
+            return "floor"
+        if self.stalled:
+            return "stalled"
+        if self.nfe + self.products >= self._max_nfe:
+            return "max_nfe"
+        return self._exhausted or "threshold"
+
+    @property
+    def left(self) -> int:
+        """Remaining budget of evaluations and products, for methods whose threshold counts both."""
+        return min(self.threshold, self._max_nfe) - self.nfe - self.products
+
+    @property
+    def _max_nfe(self) -> float:
+        return math.inf if self.control.max_nfe is None else self.control.max_nfe
+
+    def affords(self, count: int) -> bool:
+        """Whether the budget allows ``count`` more; if not, note it as the reason to stop."""
+        if self.left < count:
+            self._exhausted = "max_nfe" if self._max_nfe <= self.threshold else "threshold"
+        return self.left >= count
+
+    def evaluate(
+        self, x: Tensor, out: Tensor | None = None, forgive: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Evaluate f at x (B, D); return (x, f(x), f(x) - x), all finite.
+
+        A sample on which f is not finite is lost. From then on it rests at its best finite iterate
+        with a residual of zero: it does not move, and it does not disturb the other samples.
+        Between two checks, a sample that is not finite may go unnoticed.
+
+        Args:
+            x: the point. It is kept by reference: do not overwrite it afterwards.
+            out: where to write f(x) - x; a new tensor if None.
+            forgive: x is a trial of a line search. If f is not finite there, return None and lose
+                no sample.
+        """
+        x, fx, gx = self._value(self._settle(x, self.own_best), self.f, out)
+        for vectors, norms in zip((gx, fx), self._slots[len(self._pending)], strict=True):
+            torch.linalg.vector_norm(vectors, dim=1, out=norms)
+        self._pending.append(x)
+        if forgive or self.nfe == 1 or len(self._pending) >= self.check_every:
+            if not self._check(forgive, (gx, fx)):
+                return None
+            if self.lost_mask is not None:
+                x, fx = self._settle(x, self.own_best), self._settle(fx, self.own_best)
+                gx[self.lost_mask] = 0.0
+        elif self.lost_mask is not None:
+            gx[self.lost_mask] = 0.0
+        return x, fx, gx
+
+    def _value(
+        self, x: Tensor, f: Callable, out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(x, f(x), f(x) - x), all (b, D) in the working dtype, for the b samples in x."""
+        z = x if self.dtype == self.work_dtype else x.to(self.dtype)
+        fz = checked_value(f, z.view(len(x), *self.shape[1:]))
+        self.nfe += 1
+        fx = fz.detach().reshape(x.shape)
+        if fx.dtype != self.work_dtype or z is not x:
+            # Half precision rounds x: the residual belongs to the rounded point that f saw.
+            x, fx = z.to(self.work_dtype), fx.to(self.work_dtype)
+        return x, fx, torch.sub(fx, x, out=out)
+
+    def _check(self, forgive: bool = False, newest: tuple[Tensor, Tensor] | None = None) -> bool:
+        """Judge the points evaluated since the last check; False if a trial is not finite.
+
+        Args:
+            newest: g and f at the last point, to recompute norms that are out of range. At earlier
+                points such norms are only bounded from below, so that no point counts as solved.
+        """
+        points, self._pending = self._pending, []
+        # This is the only synchronisation with the device.
+        norms = self._norms[: len(points)].cpu().numpy().astype(np.float64)  # (n, 2, B)
+        norms = self._in_range(norms, newest)
+        if self.nfe == 1 and not np.isfinite(norms).all():
+            check_finite(self.x0)
+        return all(self._judge(x, g, f, forgive) for x, (g, f) in zip(points, norms, strict=True))
+
+    def _in_range(self, norms: np.ndarray, newest: tuple[Tensor, Tensor] | None) -> np.ndarray:
+        """Correct norms (n, 2, B) that are out of the range of the format."""
+        counts = ~self.lost & (self.own_residual != 0)
+        fails = ~(np.isfinite(norms) & (norms >= self._least)) & counts
+        if fails.any():
+            last = None if newest is None else norms[-1]
+            norms = np.where(fails, np.maximum(norms, self._least), norms)  # NaN stays NaN
+            if last is not None:
+                norms[-1] = [mended(n, v, counts) for n, v in zip(last, newest, strict=True)]
+        self.wide = out_of_range(norms[-1, 0][counts], self._least)
+        return norms
+
+    def _judge(self, x: Tensor, g: np.ndarray, f: np.ndarray, forgive: bool) -> bool:
+        """Record the norms (B,) of g(x) and f(x); keep x if it is the best iterate so far."""
+        total_g, total_f = total(g), total(f)
+        if self.lost_mask is not None or not math.isfinite(total_g + total_f):
+            fails = ~np.isfinite(g + f) & ~self.lost
+            if forgive and fails.any():
+                self._record(math.inf, math.inf)
+                return False
+            self.lose(fails)
+            g, f = np.where(self.lost, 0.0, g), np.where(self.lost, 0.0, f)
+            x = self._settle(x, self.own_best)
+            if self.lost.all():
+                self._record(math.inf, math.inf)
+                return True
+            total_g, total_f = total(g), total(f)
+        self._record(total_g, relative(total_g, total_f))
+        residual = g if self.stop_mode == "abs" else relative(g, f)
+        if self.lost_mask is not None:
+            # A lost sample keeps its own best iterate, and so that iterate's residual.
+            residual = np.where(self.lost, self.own_residual, residual)
+        better = residual < self.own_residual
+        self._own_norms = np.where(better, [g, f], self._own_norms)
+        self._own_step = np.where(better, len(self.abs_trace) - 1, self._own_step)
+        if better.all() or (better | self.lost).all():  # usual: keep a reference, no copy
+            self.own_best, self.own_residual = x, residual
+        elif better.any():
+            mask = to_device(better, self.device)
+            self.own_best = torch.where(mask[:, None], x, self.own_best)
+            self.own_residual = np.where(better, residual, self.own_residual)
+        current = self.abs_trace[-1] if self.stop_mode == "abs" else self.rel_trace[-1]
+        if current < self.lowest:
+            self.best, self.best_index, self.lowest = x, len(self.abs_trace) - 1, current
+            self.best_residual, self.best_norms = residual, np.stack([g, f])
+            self.lowest_of = {"abs": self.abs_trace[-1], "rel": self.rel_trace[-1]}
+        self.converged |= current < self.eps or current == 0.0
+        self.at_floor |= self.rel_trace[-1] < self.control.floor
+        if self.nfe == 1:
+            self._far_out = far_out(g, f, torch.finfo(self.work_dtype).eps)
+        self.far = g > self._far_out
+        if not forgive:
+            found = self._divergence.found(np.array([total_g]), np.array([total_f]))
+            self.diverged |= bool(found[0])
+        return True
+
+    def lose(self, fails: np.ndarray) -> None:
+        """Mark the samples ``fails`` (B,) as lost: from now on they rest at their best iterate."""
+        if fails.any():
+            self.lost = self.lost | fails
+            self.lost_mask = to_device(self.lost, self.device)
+            self.diverged |= bool(self.lost.all())
+
+    def stall(self, samples: np.ndarray) -> None:
+        """Note ``samples`` (B,) that the method cannot improve; if all, the solve ends."""
+        self.stalled |= bool(samples.all())
+
+    @property
+    def resting(self) -> np.ndarray:
+        """Samples (B,) that take no further part."""
+        return self.lost
+
+    def _settle(self, x: Tensor, rest: Tensor) -> Tensor:
+        """Replace the lost samples of x by ``rest`` (with where: NaN times zero is NaN)."""
+        return x if self.lost_mask is None else torch.where(self.lost_mask[:, None], rest, x)
+
+    def _record(self, absolute: float, relative: float) -> None:
+        self.abs_trace.append(absolute)
+        self.rel_trace.append(relative)
+
+    def result(self) -> dict:
+        """The dict that the solver returns (see :mod:`lib.solvers`)."""
+        if self._pending:
+            self._check()
+        gave_up = (self.diverged or bool(self._divergence.far[0])) and not self.converged
+        sample_nfe = np.full(len(self.x0), self.nfe)
+        if self.control.best == "sample":
+            self._take_own_best()
+            return self._solution(
+                self.own_best, self.own_residual, self._own_norms, sample_nfe, gave_up
+            )
+        return self._solution(self.best, self.best_residual, self.best_norms, sample_nfe, gave_up)
+
+    def _take_own_best(self) -> None:
+        """Set the residuals over the batch, and the last step, from the samples' own iterates."""
+        self.lowest_of = dict(zip(("abs", "rel"), totals(self._own_norms), strict=True))
+        self.lowest, self.best_index = self.lowest_of[self.stop_mode], int(self._own_step.max())
+
+    def _solution(
+        self,
+        best: Tensor,
+        residual: np.ndarray,
+        norms: np.ndarray,
+        sample_nfe: np.ndarray,
+        gave_up: bool,
+    ) -> dict:
+        per_sample = {
+            "converged": (residual < self.eps) | (residual == 0),
+            "residual": residual,
+            "finite": ~self.lost,
+            "sample_nfe": sample_nfe,
+        }
+        return {
+            # Copy if borrowed: the best iterate may be x0 itself, or a value that f returned.
+            "result": best.to(self.dtype, copy=self._borrowed).view(self.shape),
+            "lowest": self.lowest,
+            "abs_lowest": self.lowest_of["abs"],
+            "rel_lowest": self.lowest_of["rel"],
+            "nstep": self.best_index,
+            "prot_break": gave_up,
+            "abs_trace": self.abs_trace,
+            "rel_trace": self.rel_trace,
+            "nfe": self.nfe,
+            "products": self.products,
+            "reason": self.reason,
+            "all_finite": not self.lost.any(),
+            "norms": norms,
+            **{k: to_device(v, self.device) for k, v in per_sample.items()},
+            "eps": self.eps,
+            "threshold": self.threshold,
+            "stop_mode": self.stop_mode,
+        }
+
+
+def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
+    """Decorator of a method: no autograd, and reduced precision inside f only.
+
+    A solver needs accurate inner products and combinations of states; half precision and TF32 are
+    too coarse. So autocast and torch's float32 matmul precision apply only inside f and inside
+    products with its Jacobian.
+    """
+
+    @outside_of_compiler
+    @functools.wraps(method)
+    @torch.no_grad()
+    def solve(f: Callable, x0: Tensor, *args, **options) -> dict:
+        refuse_transforms()
+        kind = x0.device.type if isinstance(x0, Tensor) else "cpu"
+        with full_products() as callers:
+            if callers is not None and callable(f):
+                f = transformed(f, lambda f: within(callers, f))
+            if not (torch.is_autocast_enabled(kind) and callable(f)):
+                return method(f, x0, *args, **options)
+            dtype = torch.get_autocast_dtype(kind)
+            f = transformed(f, lambda f: within(lambda: torch.autocast(kind, dtype), f))
+            with torch.autocast(kind, enabled=False):
+                return method(f, x0, *args, **options)
+
+    return solve
+
+
+def check(condition: bool, name: str, value, accepted: str) -> None:
+    """Raise an InputError of one line unless ``condition`` holds."""
+    if not condition:
+        raise InputError(f"{name} is {value!r}, but must be {accepted}")
+
+
+def check_count(name: str, value, least: int = 1) -> None:
+    """Refuse a value that is not an integer of at least ``least``."""
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    check(integer and value >= least, name, value, f"an integer of at least {least}")
+
+
+def is_number(value) -> bool:
+    """Whether a value is a real number; True and False do not count as numbers."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_number(name: str, value, *, positive: bool = False) -> None:
+    """Refuse a value that is not a number of at least 0 (``positive``: above 0)."""
+    fits = is_number(value) and (value > 0 if positive else value >= 0)
+    check(fits, name, value, "a number above 0" if positive else "a number of at least 0")
+
+
+def check_damping(value) -> None:
+    """Refuse a damping outside (0, 1]."""
+    check(is_number(value) and 0 < value <= 1, "damping", value, "in (0, 1]")
+
+
+def checked_value(f: Callable, z: Tensor) -> Tensor:
+    """f(z); refuse an f that changes the shape or writes to a state."""
+    before = _version(z)
+    fz = f(z)
+    if _version(z) != before:
+        raise InputError(
+            "f writes to a state that it was given, or gave: let it return a new tensor at "
+            "every call (no operation in place on its argument, no buffer of its own)"
+        )
+    if not isinstance(fz, Tensor) or fz.shape != z.shape:
+        found = tuple(fz.shape) if isinstance(fz, Tensor) else type(fz).__name__
+        raise InputError(f"f must map {tuple(z.shape)} to the same shape, but gave {found}")
+    refuse_batched(tangent_of(fz))
+    return fz
+
+
+def check_arguments(f, x0, threshold, eps=0.0, stop_mode="rel") -> None:
+    """Refuse arguments that no solve can start from."""
+    check(callable(f), "f", f, "a function of the state")
+    check(isinstance(x0, Tensor), "x0", type(x0).__name__, "a tensor (see list2vec for lists)")
+    check(x0.is_floating_point(), "dtype of x0", x0.dtype, "a floating dtype")
+    check(x0.dim() >= 1 and x0.numel() > 0, "shape of x0", tuple(x0.shape), "(batch, ...)")
+    check_count("threshold", threshold)
+    check_number("eps", eps)
+    check(stop_mode in ("abs", "rel"), "stop_mode", stop_mode, "'abs' or 'rel'")
+
+
+def check_finite(x0: Tensor) -> None:
+    """Refuse an initial guess that is not finite."""
+    check(bool(torch.isfinite(x0).all()), "x0", "not finite", "finite everywhere")
+
+
+def out_of_range(residual: np.ndarray, least: float) -> bool:
+    """Whether inner products of residuals with these norms may leave the range of the format.
+
+    Args:
+        residual: norms of the residuals.
+        least: :func:`~lib.solvers.norms.least_norm`, the lower limit. Its inverse is the upper one.
+    """
+    return bool(((residual < least) & (residual > 0) | (residual > 1 / least)).any())
+
+
+def totals(norms: np.ndarray) -> tuple[float, float]:
+    """The residual over the batch, 'abs' and 'rel', from norms (2, B) of g and f."""
+    found = np.isfinite(norms).all(0)  # samples on which f was finite at least once
+    if not found.any():
+        return math.inf, math.inf
+    g, f = (total(own) for own in norms[:, found])
+    return g, relative(g, f)
+
+
+def _version(z: Tensor) -> int | None:
+    """The number of writes to z that autograd has counted; None for an inference tensor."""
+    return None if z.is_inference() else z._version

@@ -1,0 +1,90 @@
+"""Detect the PyTorch transforms that a solve runs inside, and refuse or bypass them.
+
+A solver reads residuals to decide how often it calls f. So torch.func, torch.export, batched
+gradients and torch.compile cannot trace a solve. torch.compile is bypassed; the others are refused
+with a clear message. This module also detects forward-mode differentiation, because a tangent needs
+its own solve.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from lib.errors import InputError
+
+INSTEAD = "use torch.autograd instead (grad, backward, functional.jacobian, one by one)"
+
+
+def refuse_transforms() -> None:
+    """Refuse torch.func and torch.export, which cannot trace a solver.
+
+    Raises:
+        InputError: the call is inside one of these transforms.
+    """
+    if torch.compiler.is_exporting():
+        raise InputError(
+            "a solve cannot be exported, because its number of steps depends on values: export f "
+            "alone (one evaluation) and solve around it"
+        )
+    # Check the modes as well: torch.func.linearize and make_fx trace without an interpreter, and
+    # fake tensors have no values.
+    modes = torch._C._TorchDispatchModeKey
+    traced = any(torch._C._get_dispatch_mode(mode) for mode in (modes.PROXY, modes.FAKE))
+    if traced or torch._C._functorch.peek_interpreter_stack() is not None:
+        raise InputError(
+            "a solve inside a transform of torch.func (grad, vmap, jvp, ...), or traced, is not "
+            "possible, "
+            f"because its number of steps depends on values: {INSTEAD}"
+        )
+
+
+def outside_of_compiler(function: Callable) -> Callable:
+    """Decorator: torch.compile calls this function without tracing it.
+
+    A solve has an unknown number of steps and reads residuals. If traced, a model would break into
+    dozens of graphs, recompiled for each shape of the history. An f that is itself compiled stays
+    compiled.
+    """
+
+    @functools.wraps(function)
+    def called(*args, **kwargs):
+        if torch.compiler.is_compiling():  # True only while the compiler traces
+            from lib.solvers.eager import (
+                call,  # imported here: loads the compiler, which is loaded already while it traces
+            )
+
+            return call(function, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return called
+
+
+def refuse_batched(value: Tensor | None) -> None:
+    """Refuse a gradient or tangent that holds a batch of directions.
+
+    Raises:
+        RuntimeError: ``value`` holds a batch of directions.
+    """
+    functorch = torch._C._functorch
+    if value is None:
+        return
+    if functorch.is_batchedtensor(value) or functorch.is_legacy_batchedtensor(value):
+        raise RuntimeError(
+            "a batch of gradients or tangents (is_grads_batched, vectorize=True) cannot go through "
+            "an equilibrium at once, because each needs a solve: take them one after the other"
+        )
+
+
+def differentiating_forward() -> bool:
+    """Whether forward-mode differentiation is active (a dual level is open)."""
+    return forward_ad._current_level >= 0
+
+
+def tangent_of(value: Tensor) -> Tensor | None:
+    """The forward-mode tangent of a tensor; None if it has no tangent."""
+    if not differentiating_forward():
+        return None
+    return forward_ad.unpack_dual(value).tangent

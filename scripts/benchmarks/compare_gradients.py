@@ -1,0 +1,268 @@
+"""Train the quickstart's models with every gradient and solver; write a table and a figure.
+
+    python scripts/benchmarks/compare_gradients.py                    # half an hour on two cores
+    python scripts/benchmarks/compare_gradients.py --tasks words --steps 400 --only phantom ift,
+
+Words (the quickstart's language model) and digits (its classifier) are trained once in the stacked
+phase. From these weights each variant trains in the equilibrium phase, with and without the
+Jacobian loss, with the same constant learning rate and the same batches. Each variant trains for
+a fixed number of steps, and continues to a fixed time if the steps took less. Every run has one
+thread; two runs go on at a time.
+
+Now and then a run probes a few samples: the variant's gradient against the exact gradient (fixed
+point and adjoint solved to 1e-6), the residuals of the solves (the table shows the largest), and
+the spectral radius at the fixed point.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from helpers.arguments import Parser
+from helpers.comparison import FIGURE, TASKS, Plan, Variant, make_start, run_variant
+from helpers.measure import describe_machine, table
+
+from lib.errors import InputError
+from lib.runs.training import PASSES, exit_code
+
+# The published gradient with three budgets, then other solvers and gradients with the smaller
+# budgets. shine needs Broyden's method; reversible and unroll iterate without a solver.
+VARIANTS = [
+    Variant("ift", f_thres=12, b_thres=12),
+    Variant("ift"),
+    Variant("ift", f_thres=30, b_thres=30),
+    # An absolute ridge, as published.
+    Variant("ift", "broyden", "anderson:lam=1e-4", 5, 5),
+    Variant("ift", "broyden", "anderson:lam=1e-4", 10, 10),
+    Variant("ift", "broyden", "broyden", 12, 12),
+    Variant("ift", "fixed_point_iteration", "fixed_point_iteration", 12, 12),
+    Variant("ift", "newton_krylov", "gmres", 30, 12),
+    Variant("ift", "anderson", "gmres", 12, 12),
+    Variant("ift", "anderson", "bicgstab", 12, 13),
+    Variant("shine", "broyden", f_thres=12),
+    Variant("shine:refine=3", "broyden", f_thres=12),
+    Variant("jfb"),
+    Variant("phantom:steps=3,damping=0.8"),
+    Variant("phantom:steps=3,damping=0.8,form=neumann"),
+    Variant("phantom:steps=5,damping=0.5", f_thres=12),
+    Variant("reversible:damping=0.8"),
+    Variant("unroll"),
+    Variant("unroll:checkpointing=true"),
+]
+REGULARISED = [
+    *VARIANTS[:3],
+    Variant("shine", "broyden", f_thres=12),
+    Variant("jfb"),
+    Variant("phantom:steps=3,damping=0.8"),
+    Variant("reversible:damping=0.8"),
+    Variant("unroll"),
+]
+PLANS = {
+    "words": Plan("words", 200, 180, 35.0, (0.002, 0.001), 0.3),
+    "digits": Plan("digits", 200, 100, 15.0, (0.005, 0.002), 2.0),
+}
+FIGURE_FILE, TABLE_FILE, JSON_FILE = "gradients.png", "gradients.md", "gradients.json"
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code("compare_gradients.py", lambda: run(parse(argv)), "calling it again")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="compare_gradients.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to train")
+    add("--only", nargs="+", help="prefixes of variants' names; default: all variants")
+    add("--steps", type=int, help="steps at equilibrium; default: the task's")
+    add("--stacked", type=int, help="stacked steps of the common start; default: the task's")
+    add("--seconds", type=float, help="time of the same-time columns; default: the task's")
+    add("--rate", type=float, help="learning rate at equilibrium; default: the task's")
+    add("--out", type=Path, default=Path("comparison"), help="folder of table, figure and JSON")
+    add("--tiny", action="store_true", help="tiny models, for a test of this command")
+    options = parser.parse_args(argv)
+    for name in ("steps", "stacked", "seconds", "rate"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:  # also refuses NaN
+            raise InputError(f"--{name} is {value}, but must be above 0 and finite")
+    options.variants = [
+        (variant, regularised)
+        for regularised, variants in ((False, VARIANTS), (True, REGULARISED))
+        for variant in variants
+        if options.only is None or variant.name.startswith(tuple(options.only))
+    ]
+    if not options.variants:
+        raise InputError(
+            f"--only {' '.join(options.only)}: no variant begins so; there are "
+            + "; ".join(variant.name for variant in VARIANTS)
+        )
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    # Otherwise the memory profiler logs, in each run, about memory allocated before it began.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    machine, begin = describe_machine(torch.device("cpu")), time.perf_counter()
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(machine, flush=True)
+    found: dict = {"machine": machine}
+    for task in options.tasks:
+        plan = _plan(task, options)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool,
+        ):
+            path = Path(folder) / "start.pt"
+            start = pool.apply(make_start, (plan, path))
+            jobs = [
+                pool.apply_async(run_variant, (plan, variant, regularised, path))
+                for variant, regularised in options.variants
+            ]
+            outcomes = []
+            for (variant, _), job in zip(options.variants, jobs, strict=True):
+                outcomes.append({"name": variant.name, **job.get()})
+                print(f"{task}: {_line(task, outcomes[-1])}", flush=True)
+            pool.close()
+            pool.join()
+        found[task] = {"plan": vars(plan), "start": start, "outcomes": outcomes}
+    found["minutes"] = (time.perf_counter() - begin) / 60
+    text = report(found)
+    (options.out / TABLE_FILE).write_text(text + "\n", encoding="utf-8")
+    (options.out / JSON_FILE).write_text(json.dumps(found, indent=1) + "\n")
+    draw(found, options.out / FIGURE_FILE)
+    print(f"\n{text}\n\n{options.out}: {TABLE_FILE}, {FIGURE_FILE}, {JSON_FILE}")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _plan(task: str, options: argparse.Namespace) -> Plan:
+    plan = PLANS[task]
+    return replace(
+        plan,
+        tiny=options.tiny,
+        probes=1 if options.tiny else plan.probes,
+        steps=options.steps or plan.steps,
+        stacked=options.stacked or plan.stacked,
+        seconds=options.seconds or plan.seconds,
+        rates=(plan.rates[0], options.rate or plan.rates[1]),
+    )
+
+
+# ---- table -----------------------------------------------------------------------------------
+
+
+def report(found: dict) -> str:
+    """Format the tables of all tasks in markdown."""
+    parts = [f"{found['machine']}; {found['minutes']:.0f} minutes in all"]
+    for task in TASKS:
+        if task not in found:
+            continue
+        plan, start = found[task]["plan"], found[task]["start"]
+        what = FIGURE[task]
+        parts.append(
+            f"**{task}**: {plan['stacked']} stacked steps (validation {what} "
+            f"{_shown(task, start)}), then {plan['steps']} steps, or {plan['seconds']:.0f} s of "
+            f"training on one thread, at equilibrium, at a learning rate of {plan['rates'][1]:g}"
+        )
+        head = (
+            "gradient, forward solver / backward solver", "Jacobian loss",
+            f"loss, {what} after the steps", "after the time", "ms per step",
+            "evaluations forward", "backward", "MiB", "residual forward", "backward",
+            "cosine", "spectral radius",
+        )  # fmt: skip
+        rows = [_row(task, outcome) for outcome in found[task]["outcomes"]]
+        parts.append(table(head, rows))
+    return "\n\n".join(parts)
+
+
+def _row(task: str, outcome: dict) -> list[str]:
+    probes = outcome["probes"]
+    last = probes[-1]
+    cosines = [p["cosine"] for p in probes]
+    return [
+        outcome["name"],
+        "yes" if outcome["regularised"] else "",
+        _figures(task, outcome["at_steps"]),
+        f"{_figures(task, outcome['at_seconds'])} ({outcome['at_seconds']['steps']})",
+        f"{1000 * outcome['seconds_per_step']:.0f}",
+        f"{outcome['forward_nfe']:.1f}",
+        f"{outcome['backward_nfe']:.1f}",
+        f"{outcome['peak_mib']:.0f}",
+        *(_worst(probes, f"{which}_residual") for which in PASSES),
+        f"{min(cosines):.3f} to {max(cosines):.3f}",
+        f"{probes[0]['spectral_radius']:.2f} to {last['spectral_radius']:.2f}",
+    ]
+
+
+def _worst(probes: list[dict], name: str) -> str:
+    found = [p[name] for p in probes if p[name] is not None]
+    return f"{max(found):.1g}" if found else ""
+
+
+def _figures(task: str, figures: dict) -> str:
+    return f"{figures['loss']:.3f}, {_shown(task, figures)}"
+
+
+def _shown(task: str, figures: dict) -> str:
+    value = figures[FIGURE[task]]
+    return f"{value:.1f}" if task == "words" else f"{100 * value:.1f} %"
+
+
+def _line(task: str, outcome: dict) -> str:
+    return " | ".join(cell for cell in _row(task, outcome) if cell)
+
+
+# ---- figure ----------------------------------------------------------------------------------
+
+_ROWS = {
+    "loss": "training loss",
+    "cosine": "cosine to the exact gradient",
+    "spectral_radius": "spectral radius",
+    "backward_residual": "relative residual of the adjoint",
+}
+
+
+def draw(found: dict, path: Path) -> None:
+    """Draw curves over the steps, one column per task; runs with the Jacobian loss are dashed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks = [task for task in TASKS if task in found]
+    figure = Figure(figsize=(7 * len(tasks), 15), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(_ROWS), len(tasks), sharex="col", squeeze=False)
+    names = list(dict.fromkeys(o["name"] for t in tasks for o in found[t]["outcomes"]))
+    for column, task in enumerate(tasks):
+        for axes, (key, label) in zip(grid[:, column], _ROWS.items(), strict=True):
+            for outcome in found[task]["outcomes"]:
+                points = outcome["curve"] if key == "loss" else outcome["probes"]
+                points = [(p["step"], p[key]) for p in points if p[key] is not None]
+                if points:
+                    axes.plot(
+                        *zip(*points, strict=True),
+                        "--" if outcome["regularised"] else "-",
+                        color=f"C{names.index(outcome['name']) % 10}",
+                        marker="os^"[names.index(outcome["name"]) // 10],
+                        ms=3,
+                        lw=1,
+                        label=None if outcome["regularised"] else outcome["name"],
+                    )
+            axes.set(ylabel=label)
+            axes.grid(alpha=0.3)
+            if key == "backward_residual":
+                axes.set(yscale="log", xlabel="steps at equilibrium")
+        grid[0, column].set_title(task)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
