@@ -1,11 +1,15 @@
-"""Packaging: `lib` from the repository root, `deq_sequence` and `mdeq_vision` from their rooms."""
+"""Packages: see pyproject.toml for all else. The wheel holds `lib`.
+
+The trainers `deq_sequence` and `mdeq_vision` are run in a clone: their commands, experiments and
+data scripts lie there. An editable install (``pip install -e .``) puts all three on the path.
+"""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 from setuptools.command.editable_wheel import editable_wheel
 
-ROOMS = {".": "lib", "DEQ-Sequence": "deq_sequence", "MDEQ-Vision": "mdeq_vision"}
+ROOMS = (".", "DEQ-Sequence", "MDEQ-Vision")
 
 
 class PathEntryEditable(editable_wheel):
@@ -26,29 +30,7 @@ class PathEntryEditable(editable_wheel):
 
 
 setup(
-    name="deep-equilibrium-models",
-    version="0.1.0",
-    description="Deep equilibrium models for language and vision, in PyTorch",
-    license="MIT",
-    python_requires=">=3.10",
-    install_requires=[
-        "torch>=2.4",
-        "torchvision>=0.19",
-        "numpy",
-        "tqdm",
-        "tensorboardX",
-        "matplotlib",
-        "pillow",
-        "yacs",
-        "torchinfo",
-        "scikit-learn",  # the handwritten digits
-        "safetensors",
-    ],
-    packages=[
-        package
-        for room, top in ROOMS.items()
-        for package in find_packages(room, include=[top, f"{top}.*"])
-    ],
-    package_dir={top: f"{room}/{top}" for room, top in ROOMS.items()},
+    packages=find_packages(include=["lib", "lib.*"]),
+    package_data={"lib": ["py.typed"]},
     cmdclass={"editable_wheel": PathEntryEditable},
 )

@@ -6,7 +6,10 @@ python train_transformer.py --help                        # all flags
 
 import sys
 
-from deq_sequence.command import main
+from lib.extras import command_needs
+
+with command_needs("words", "train_transformer.py"):
+    from deq_sequence.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

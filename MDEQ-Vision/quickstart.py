@@ -9,7 +9,10 @@
 import sys
 from pathlib import Path
 
-from mdeq_vision.quickstart import main
+from lib.extras import command_needs
+
+with command_needs("images", "quickstart.py"):
+    from mdeq_vision.quickstart import main
 
 if __name__ == "__main__":
     sys.exit(main(None, Path(__file__).resolve().parent))

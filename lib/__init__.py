@@ -5,6 +5,7 @@ Most programs need only the names below. The modules have more (:mod:`lib.solver
 training runs: records, checkpoints, processes. Nothing in this package depends on text or images.
 """
 
+from lib.contractive import ContractiveLayer
 from lib.deq import DEQ, Equilibrium
 from lib.errors import DEQWarning, InputError
 from lib.gradients import get_gradient
@@ -17,6 +18,7 @@ from lib.optimization import (
     VariationalHidDropout2d,
     weight_norm,
 )
+from lib.parametrizations import spectral_norm, weight_norm_all
 from lib.solvers import (
     anderson,
     bicgstab,
@@ -29,6 +31,7 @@ from lib.solvers import (
 
 __all__ = [
     "DEQ",
+    "ContractiveLayer",
     "DEQWarning",
     "Equilibrium",
     "InputError",
@@ -48,6 +51,8 @@ __all__ = [
     "list2vec",
     "newton_krylov",
     "power_method",
+    "spectral_norm",
     "vec2list",
     "weight_norm",
+    "weight_norm_all",
 ]

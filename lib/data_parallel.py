@@ -1,6 +1,7 @@
 """Data parallelism over several GPUs in one process."""
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,13 @@ class BalancedDataParallel(DataParallel):
         sizes = [size for size in parts if size]
         scattered = zip(*(self._split(value, devices, sizes) for value in inputs), strict=True)
         replicas = self._replicas(devices)
-        outputs = parallel_apply(replicas, list(scattered), [kwargs] * len(devices), devices)
+        # parallel_apply calls its modules, so any functions serve.
+        outputs = parallel_apply(
+            replicas,  # pyright: ignore[reportArgumentType]
+            list(scattered),
+            [kwargs] * len(devices),
+            devices,
+        )
         return [
             self._merge(part, dim, sizes)
             for part, dim in zip(zip(*outputs, strict=True), self.output_dims, strict=True)
@@ -94,7 +101,7 @@ class BalancedDataParallel(DataParallel):
         weighted = [
             part.to(self.output_device) * size for part, size in zip(parts, sizes, strict=True)
         ]
-        return sum(weighted) / sum(sizes)
+        return reduce(torch.add, weighted) / sum(sizes)
 
     def _split(self, value, devices: list[int], sizes: list[int]) -> list:
         if isinstance(value, Tensor):

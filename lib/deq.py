@@ -45,8 +45,10 @@ from lib.gradients import Gradient, Solved, get_gradient
 from lib.gradients.adjoint import Adjoint, LinearSolve, Tangents, warn
 from lib.gradients.attachment import own_saved_tensors, recording_for, with_tangent
 from lib.gradients.iterations import Iteration
+from lib.gradients.radius import RadiusWatch
 from lib.jacobian import jac_loss_estimate, power_method
 from lib.layer_utils import list2vec, vec2list
+from lib.parametrizations import weights_held
 from lib.solvers import SOLVERS, get_solver
 from lib.solvers.krylov import gmres
 from lib.solvers.lockstep import lockstep
@@ -135,6 +137,7 @@ class DEQ:
         self.b_stop_mode = b_stop_mode or stop_mode
         self.stats = SolverStats()
         self._said: set[str] = set()  # kinds of warnings already given: each is given once
+        self._watch = RadiusWatch()
 
     @property
     def f_solver(self) -> Callable:
@@ -294,7 +297,7 @@ class DEQ:
         options = {"threshold": f_thres, "stop_mode": self.stop_mode}
         if self._grad.keeps_inverse and torch.is_grad_enabled():
             options["keep_inverse"] = True
-        with torch.no_grad(), lockstep(f, z0, self.group) as f:
+        with torch.no_grad(), weights_held(), lockstep(f, z0, self.group) as f:
             f, visited = _watched(f, indexing) if indexing else (f, {})
             if half_precision(z0):
                 return solve_in_stages(
@@ -323,7 +326,7 @@ class DEQ:
             lambda found: self._report("backward", found, on_solve),
             group=self.group,
         )
-        adjoint = Adjoint(fz, point, solve(), form if half else None)
+        adjoint = Adjoint(fz, point, solve(), form if half else None, self._watch)
         z = self._grad.attach(Solved(f, fz, point, solution, adjoint))
         shift = tangent_of(fz)
         if shift is not None and not self._grad.is_graph:

@@ -34,18 +34,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         by_convolution = False
     else:
         by_convolution = _convolutions_are_faster() and not torch.is_autocast_enabled("cpu")
-    whole = bias is not None and bias.dim() > 1
+    # A bias for every row of x is added to the product; a bias vector goes to the kernel.
+    rowwise, vector = (bias, None) if bias is not None and bias.dim() > 1 else (None, bias)
     if by_convolution:
         # The rows of x become the pixels of an image of height 2. With height 1, or with rows as
         # samples, PyTorch does not recognise the channels-last layout, which needs no copies.
         image = x.reshape(1, 2, rows // 2, k).permute(0, 3, 1, 2)
-        out = F.conv2d(image, weight[:, :, None, None], None if whole else bias)
+        out = F.conv2d(image, weight[:, :, None, None], vector)
         out = out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], len(weight))
-        return out + bias if whole else out
-    if whole:
-        product = torch.addmm(bias.reshape(rows, -1), x.reshape(rows, k), weight.t())
-        return product.view(bias.shape)
-    return F.linear(x, weight, bias)
+        return out if rowwise is None else out + rowwise
+    if rowwise is not None:
+        product = torch.addmm(rowwise.reshape(rows, -1), x.reshape(rows, k), weight.t())
+        return product.view(rowwise.shape)
+    return F.linear(x, weight, vector)
 
 
 def conv2d(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:

@@ -3,7 +3,7 @@
 #
 #     bash scripts/setup_env.sh requirements.txt
 #
-# The script installs if the requirements or setup.py have changed since the last complete install.
+# The script installs if the requirements, setup.py or pyproject.toml have changed since the last complete install.
 # It always uses this .venv, never an active environment. To work in your own environment, run
 # `pip install -r requirements.txt` there, and call the Python commands directly.
 # PYTHON names the interpreter of a new .venv (default: python3); delete .venv to change it.
@@ -19,7 +19,7 @@ requirements=${1:-}
 [ -f "$requirements" ] || fail "no requirements file '$requirements': try requirements.txt"
 
 # The checksum includes the folder: .venv and the editable install contain its absolute path.
-wanted=$({ pwd -P; cat requirements*.txt setup.py; } | cksum)
+wanted=$({ pwd -P; cat requirements*.txt setup.py pyproject.toml; } | cksum)
 if [ "$(cat ".venv/.installed-$requirements" 2>/dev/null)" = "$wanted" ]; then
     echo "setup_env: .venv is up to date with $requirements"
     exit

@@ -84,7 +84,8 @@ def test_import_beside_an_unrelated_lib_folder(tmp_path):
 @pytest.fixture
 def checkout(tmp_path):
     """A copy of what setup_env.sh reads, with a stand-in Python that only notes its arguments."""
-    for name in ("setup.py", "requirements.txt", "requirements-test.txt", "scripts/setup_env.sh"):
+    names = "setup.py pyproject.toml requirements.txt requirements-test.txt scripts/setup_env.sh"
+    for name in names.split():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     python = tmp_path / ".venv/bin/python"

@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from lib.errors import InputError
+from lib.extras import needs
 from lib.runs.atomic_files import atomic_write
 
 # The longer side of a scene in a panel, in pixels: small scenes grow up to the first number,
@@ -146,9 +147,10 @@ def panel(
         ignore_label: label of true pixels without a class, drawn black.
     """
     # Imported here: the import is slow, and most commands do not draw.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
+    with needs("images"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
 
     if not rows:
         raise InputError("a panel needs at least one scene")

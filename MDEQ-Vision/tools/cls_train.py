@@ -5,7 +5,10 @@ python tools/cls_train.py --cfg experiments/digits/cls_mdeq_TINY.yaml
 
 import sys
 
-from mdeq_vision.command import cls_train
+from lib.extras import command_needs
+
+with command_needs("images", "cls_train.py"):
+    from mdeq_vision.command import cls_train
 
 if __name__ == "__main__":
     sys.exit(cls_train())

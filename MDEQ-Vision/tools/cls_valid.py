@@ -5,7 +5,10 @@ python tools/cls_valid.py --cfg experiments/digits/cls_mdeq_TINY.yaml
 
 import sys
 
-from mdeq_vision.command import cls_valid
+from lib.extras import command_needs
+
+with command_needs("images", "cls_valid.py"):
+    from mdeq_vision.command import cls_valid
 
 if __name__ == "__main__":
     sys.exit(cls_valid())

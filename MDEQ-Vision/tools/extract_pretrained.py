@@ -5,7 +5,10 @@ python tools/extract_pretrained.py CHECKPOINT pretrained_models/mdeq_SMALL.pth
 
 import sys
 
-from mdeq_vision.command import extract
+from lib.extras import command_needs
+
+with command_needs("images", "extract_pretrained.py"):
+    from mdeq_vision.command import extract
 
 if __name__ == "__main__":
     sys.exit(extract())

@@ -6,7 +6,10 @@ python tools/make_cityscapes_lists.py /elsewhere  # for /elsewhere/cityscapes
 
 import sys
 
-from mdeq_vision.command import make_cityscapes_lists
+from lib.extras import command_needs
+
+with command_needs("images", "make_cityscapes_lists.py"):
+    from mdeq_vision.command import make_cityscapes_lists
 
 if __name__ == "__main__":
     sys.exit(make_cityscapes_lists())

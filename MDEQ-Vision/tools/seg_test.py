@@ -5,7 +5,10 @@ python tools/seg_test.py --cfg experiments/digit_scenes/seg_mdeq_TINY.yaml
 
 import sys
 
-from mdeq_vision.command import seg_test
+from lib.extras import command_needs
+
+with command_needs("images", "seg_test.py"):
+    from mdeq_vision.command import seg_test
 
 if __name__ == "__main__":
     sys.exit(seg_test())

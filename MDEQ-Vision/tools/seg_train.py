@@ -5,7 +5,10 @@ python tools/seg_train.py --cfg experiments/digit_scenes/seg_mdeq_TINY.yaml
 
 import sys
 
-from mdeq_vision.command import seg_train
+from lib.extras import command_needs
+
+with command_needs("images", "seg_train.py"):
+    from mdeq_vision.command import seg_train
 
 if __name__ == "__main__":
     sys.exit(seg_train())

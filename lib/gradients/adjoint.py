@@ -249,11 +249,19 @@ class Adjoint:
         solve: the linear solve.
         again: f, if ``fz`` was computed in half precision. The solve can then finish in float32,
             provided that f(point) still gives ``fz``.
+        watch: called with the product and the right-hand side after each solve.
     """
 
-    def __init__(self, fz: Tensor, point: Tensor, solve: LinearSolve, again: Map | None = None):
+    def __init__(
+        self,
+        fz: Tensor,
+        point: Tensor,
+        solve: LinearSolve,
+        again: Map | None = None,
+        watch: Callable[[Map, Tensor], None] | None = None,
+    ):
         self.fz, self.point = fz, point
-        self._solve, self._again = solve, again
+        self._solve, self._again, self._watch = solve, again, watch
         self._autocast = same_autocast(point.device)
 
     def product(self, v: Tensor) -> Tensor:
@@ -268,9 +276,12 @@ class Adjoint:
         The default threshold is that of the linear solve.
         """
         make_precise = None if self._again is None else self._in_float32
-        return self._solve(
+        y = self._solve(
             self.product, grad, start=start, threshold=threshold, make_precise=make_precise
         )
+        if self._watch is not None:
+            self._watch(self.product, grad)
+        return y
 
     def solve_transposed(self, v: Tensor) -> Tensor:
         """Solve t = J t + v. The products J t are derivatives of the linear map u -> J'u."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lib.errors import InputError
+from lib.extras import needs
 from lib.runs.training import PASSES
 
 CURVES = "curves.png"
@@ -65,8 +66,9 @@ def draw_curves(records: list[dict], border: int, path: Path, draw: Callable) ->
         draw: a function that draws the training curves on the matplotlib axes it is given.
     """
     # Imported here: matplotlib is optional for training, and its import is slow.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    with needs("runs"):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 6.5), layout="constrained")
     FigureCanvasAgg(figure)

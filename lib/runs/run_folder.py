@@ -11,11 +11,14 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from lib.errors import InputError
+from lib.extras import needs
 from lib.runs.atomic_files import atomic_write
 from lib.runs.retention import clean_temporaries, versions
+
+with needs("runs"):
+    from tqdm import tqdm
 
 LOG, METRICS, SETTINGS, CHECKPOINT, WEIGHTS = (
     "log.txt",
@@ -141,9 +144,8 @@ class Run:
             file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
         self._metrics = open(folder / METRICS, "a")  # noqa: SIM115  (open for the whole run)
         self._log = open(folder / LOG, "w" if resume_step is None else "a")  # noqa: SIM115
-        from lib.runs.events import (
-            Events,  # imported here: benchmarks write no events and do not need tensorboardX
-        )
+        # Imported here: benchmarks write no events and do not need tensorboardX.
+        from lib.runs.events import Events
 
         purge_step = None if resume_step is None else resume_step + 1
         self._events = Events(self._events_folder, purge_step)

@@ -4,11 +4,14 @@ import hashlib
 import json
 from typing import BinaryIO
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from lib.errors import InputError
+from lib.extras import needs
+
+with needs("runs"):
+    import safetensors.torch
 
 # The key of our checksum in a file's metadata, and the beginning of its value. Either identifies
 # the checksum: damage to one of them does not turn our file into a foreign one without a checksum.

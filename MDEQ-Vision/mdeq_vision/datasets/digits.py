@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from lib.extras import needs
+
 MEAN, STD = 0.3, 0.31  # of resized images with pixels in [0, 1]
 TEST_SHARE = 0.2
 SPLIT_SEED = 0
@@ -29,7 +31,8 @@ class Digits(NamedTuple):
 @functools.lru_cache(maxsize=1)
 def split_digits() -> dict[str, Digits]:
     """The digits in two fixed splits, 'train' (about 80 %) and 'test'; each has every class."""
-    from sklearn.datasets import load_digits  # imported here: it takes a second
+    with needs("images"):
+        from sklearn.datasets import load_digits  # imported here: it takes a second
 
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, SIDE, SIDE) / 16).astype(np.float32)

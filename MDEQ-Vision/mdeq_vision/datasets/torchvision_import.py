@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from lib.extras import needs
+
 # While it is imported, torchvision describes these two compiled operators to PyTorch. If
 # torchvision was built for another PyTorch (a CUDA wheel next to a CPU wheel), the operators do
 # not exist and the import fails. Reading and transforming images needs neither of them.
@@ -23,11 +25,12 @@ def import_torchvision() -> ModuleType:
     them fails then; everything else works.
 
     Raises:
-        ImportError: torchvision is not installed.
+        MissingExtra: torchvision is not installed.
         RuntimeError: torchvision cannot be imported for another reason.
     """
     try:
-        import torchvision
+        with needs("images"):
+            import torchvision
     except RuntimeError as error:
         if not any(name in str(error) for name in MISSING_OPERATORS):
             raise

@@ -1,0 +1,72 @@
+"""Notice that training has passed a spectral radius of one."""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from lib.gradients.adjoint import warn
+
+EVERY, PRODUCTS = 100, 20  # 20 products per 100 backward passes: 0.2 per step
+
+
+class RadiusWatch:
+    """Warns once if the spectral radius of J = df/dz at z* exceeds one in training.
+
+    At every 100th backward pass, 20 products with J' start from the incoming gradient. The growth
+    of the last 10 estimates the spectral radius per sample. The estimate uses no random numbers and
+    leaves the gradient as it is. It is right if the leading eigenvalues stand out after 10
+    products and the incoming gradient has a part along them. It is rough if many eigenvalues have
+    nearly the largest modulus, or if J is far from normal. :func:`lib.jacobian.power_method` is
+    more exact.
+
+    There is no estimate if several processes train together: their backward passes may
+    communicate, and the estimate would have to run in all of them alike.
+    """
+
+    def __init__(self):
+        self.passes, self.said = 0, False
+
+    def __call__(self, product: Callable[[Tensor], Tensor], grad: Tensor) -> None:
+        """Count one backward pass; ``product`` is v -> J'v, ``grad`` the incoming gradient."""
+        self.passes += 1
+        if self.said or self.passes % EVERY or grad.is_meta or _several_processes():
+            return
+        radius = growth(product, grad)
+        if radius > 1:
+            self.said = True
+            warn(
+                f"the spectral radius of df/dz has passed one: it is about {radius:.2f} (mean over "
+                f"a batch, backward pass {self.passes}), so f no longer settles by itself and "
+                "solves may stop early: bound its weights (lib.spectral_norm) or train with the "
+                "Jacobian loss (jac_vecs); this is said once"
+            )
+
+
+@torch.no_grad()
+def growth(product: Callable[[Tensor], Tensor], start: Tensor, products: int = PRODUCTS) -> float:
+    """The growth per product, over the last half of the products, as a mean over the samples.
+
+    Samples whose ``start`` (B, ...) is zero do not count; NaN if there are no others.
+    """
+    shape = (-1, *[1] * (start.dim() - 1))
+    dtype = torch.promote_types(start.dtype, torch.float32)
+    smallest = torch.finfo(dtype).tiny
+
+    def norms(vectors: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(vectors.flatten(1).to(dtype), dim=1)
+
+    norm = norms(start)
+    counts, v, logs = norm > 0, start, torch.zeros_like(norm)
+    for i in range(products):
+        v = product((v / norm.clamp(min=smallest).view(shape)).to(start.dtype))
+        norm = norms(v)
+        if i >= products // 2:
+            logs += norm.clamp(min=smallest).log()
+    return (logs / (products - products // 2)).exp()[counts].mean().item()
+
+
+def _several_processes() -> bool:
+    found = torch.distributed
+    return found.is_available() and found.is_initialized() and found.get_world_size() > 1
