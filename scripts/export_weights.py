@@ -6,19 +6,10 @@ SOURCE is model.pt or checkpoint.pt of either trainer, a published file, or a .s
 TARGET ends in .safetensors or .pt. Every command that loads weights reads both formats.
 """
 
-import argparse
 import sys
 
-from lib.errors import InputError
+from lib.runs.command_line import Parser, exit_code
 from lib.runs.export import export_file
-from lib.runs.training import exit_code
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises an InputError, so that an error is one line."""
-
-    def error(self, message: str):
-        raise InputError(message)
 
 
 def main(argv: list[str] | None = None) -> int:

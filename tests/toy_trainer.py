@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 from lib.deq import DEQ
+from lib.runs.evaluation_loop import EvaluationStopped
 from lib.runs.interrupts import Stopping
 from lib.runs.processes import Processes
-from lib.runs.steps import Care, Choices
+from lib.runs.task import Care, Choices, Summands
 from lib.runs.trainer import Trainer
-from lib.runs.training import EvaluationStopped
 
 CPU = torch.device("cpu")
 
@@ -58,7 +58,7 @@ class ToyTrainer(Trainer):
             yield torch.randn(6, 3)
 
     def draw(self):
-        return Choices(int(10 * self.rng.random()), 0.0)
+        return Choices(int(10 * self.rng.random()))
 
     def split(self, batch):
         return batch.chunk(2)
@@ -66,7 +66,7 @@ class ToyTrainer(Trainer):
     def part(self, index, part, choices):
         self.on_step(self.step)
         loss = self.model(part).square().mean() / 2 * self.spoil.get(self.step, 1.0)
-        return loss, loss.new_zeros(()), [torch.tensor(part.numel())]
+        return Summands(loss, loss.new_zeros(()), [torch.tensor(part.numel())])
 
     def set_learning_rate(self):
         self.optimizer.param_groups[0]["lr"] = 0.1 / (1 + self.step)

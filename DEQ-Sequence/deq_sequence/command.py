@@ -11,36 +11,35 @@ import torch
 from deq_sequence.evaluation import evaluate, settings_from
 from deq_sequence.initialization import initialize
 from deq_sequence.model import DEQTransformerLM
-from deq_sequence.options import cutoffs_for, own_b_solver, parse
+from deq_sequence.options import cutoffs_for, flag_of, own_b_solver, parse
 from deq_sequence.text.corpus import Corpus, get_lm_corpus
+from deq_sequence.text_trainer import LMTrainer
 from deq_sequence.ties import TIE_PROJ_MODES
-from deq_sequence.training import LMTrainer
 from lib.errors import InputError
 from lib.gradients import unused_settings
 from lib.runs.checkpoint import load_weights
+from lib.runs.command_line import exit_code
 from lib.runs.determinism import deterministic
 from lib.runs.interrupts import Stopping
 from lib.runs.processes import Processes
-from lib.runs.resume import read_checkpoint
-from lib.runs.retention import set_aside, versions
+from lib.runs.retention import versions
 from lib.runs.run_folder import (
     CHECKPOINT,
     SETTINGS,
     WEIGHTS,
     Run,
     check_unused,
-    peak_memory_mib,
     run_folder,
 )
-from lib.runs.training import exit_code
+from lib.runs.run_training import Job, Plan, Settings, run_training
 from lib.solvers.precision import allow_tf32
 
-# A resumed run may change these settings without a note in the log.
-_FREE = {
-    "restart", "auto_restart", "restart_dir", "max_step", "max_time", "max_skipped",
-    "log_interval", "eval_interval", "save_interval", "keep_checkpoints", "work_dir", "name",
-    "load", "num_threads", "eval_batch_size", "max_eval_steps",
-}  # fmt: skip
+# A resumed run may change the settings that begin so, without a note in the log.
+_FREE = (
+    "--restart", "--auto_restart", "--max_step", "--max_time", "--max_skipped", "--log-interval",
+    "--eval-interval", "--save-interval", "--keep_checkpoints", "--work_dir", "--name", "--load",
+    "--num_threads", "--eval_batch_size", "--max_eval_steps",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,57 +116,52 @@ def train_command(
     folder = _folder(args)
     file = folder / CHECKPOINT
     restart = args.restart or (args.auto_restart and processes.lead(lambda: bool(versions(file))))
-    checkpoint, source, lines = None, file, []
-    if restart:
-        checkpoint, source, lines = read_checkpoint(file, LMTrainer, processes)
-    elif not args.debug:
+    if not restart and not args.debug:
         check_unused(folder, "add --restart to continue it, or choose another --name")
-    corpus = processes.in_turn(lambda: get_lm_corpus(args.data, args.dataset))
-    model = build_model(args, corpus, device)
-    processes.vary_seed(args.seed)
-    trainer = LMTrainer(args, model, corpus, device, processes, stopping)
-    settings = vars(args) | {"cutoffs": cutoffs_for(args, len(corpus.vocab))}
-    changes = _changes(folder, settings) if restart else []
-    if checkpoint is not None:
-        lines += trainer.load_state_dict(checkpoint, source)
-    elif args.load:
-        load_weights(model, args.load)
 
-    def begin() -> Run:
-        content = json.dumps(settings, indent=1) + "\n"
-        place = None if args.debug else folder
-        run = Run(place, (SETTINGS, content), trainer.step if restart else None)
-        if not args.debug:
-            set_aside(file, source)
-        return run
-
-    run = processes.lead_keeps(begin) or Run.silent()
-    try:
-        n_params = sum(p.numel() for p in model.parameters())
-        run.log(f"{args.dataset}: {len(corpus.train)} training tokens, {len(corpus.vocab)} types")
-        run.log(
-            f"{n_params} parameters | {device} | {processes.world_size} process(es) of "
-            f"{torch.get_num_threads()} threads"
+    def build(anew: bool) -> Job:
+        corpus = processes.in_turn(lambda: get_lm_corpus(args.data, args.dataset))
+        model = build_model(args, corpus, device)
+        processes.vary_seed(args.seed)
+        trainer = LMTrainer(args, model, corpus, device, processes, stopping)
+        if anew and args.load:
+            load_weights(model, args.load)
+        n_token = len(corpus.vocab)
+        return Job(
+            trainer,
+            _settings(vars(args) | {"cutoffs": cutoffs_for(args, n_token)}),
+            f"{args.dataset}: {len(corpus.train)} training tokens, {n_token} types",
+            _notes(args, model),
+            lambda run: _final_evaluation(trainer, run, folder),
         )
-        if model.ties_projections:
-            run.log(f"tied projections {args.tie_proj_mode}: {TIE_PROJ_MODES[args.tie_proj_mode]}")
-        run.log("debug: nothing is written" if args.debug else f"run folder {folder}")
-        if args.jac_loss_weight > 0 and args.jac_loss_freq == 0:
-            run.log("note: --jac_loss_weight has no effect while --jac_loss_freq is 0")
-        if unused := unused_settings(model.grad):
-            run.log(f"note: --grad {args.grad} makes no use of --{', --'.join(unused)}")
-        for line in [*lines, *(f"changed since the checkpoint: {line}" for line in changes)]:
-            run.log(line)
-        if restart:
-            run.log(f"continuing at step {trainer.step}")
-        trainer.train(run)
-        _final_evaluation(trainer, run, folder)
-        trainer.summarise()
-        run.log(f"peak memory {peak_memory_mib(device):.0f} MiB")
-        processes.lead(run.sync)
-    finally:
-        run.close()
-    return run.folder
+
+    plan = Plan(LMTrainer, folder, file if restart else None, "--restart", debug=args.debug)
+    return run_training(plan, build, processes)
+
+
+def _settings(values: dict) -> Settings:
+    def read(path: Path) -> dict:
+        try:
+            return {flag_of(name): value for name, value in json.loads(path.read_text()).items()}
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path} is not readable JSON ({error}): restore or delete it"
+            ) from error
+
+    flags = {flag_of(name): value for name, value in values.items()}
+    return Settings(flags, SETTINGS, json.dumps(values, indent=1) + "\n", read, _FREE)
+
+
+def _notes(args: argparse.Namespace, model: DEQTransformerLM) -> list[str]:
+    """Lines of the log on settings with a special or without any effect."""
+    notes = []
+    if model.ties_projections:
+        notes.append(f"tied projections {args.tie_proj_mode}: {TIE_PROJ_MODES[args.tie_proj_mode]}")
+    if args.jac_loss_weight > 0 and args.jac_loss_freq == 0:
+        notes.append("note: --jac_loss_weight has no effect while --jac_loss_freq is 0")
+    if unused := unused_settings(model.grad):
+        notes.append(f"note: --grad {args.grad} makes no use of --{', --'.join(unused)}")
+    return notes
 
 
 def _final_evaluation(trainer: LMTrainer, run: Run, folder: Path) -> None:
@@ -175,7 +169,7 @@ def _final_evaluation(trainer: LMTrainer, run: Run, folder: Path) -> None:
     if trainer.processes.lead(lambda: run.folder is not None and (folder / WEIGHTS).exists()):
         load_weights(trainer.model, folder / WEIGHTS)
     for split in ("valid", "test"):
-        found = trainer.evaluate(getattr(trainer.corpus, split))
+        found = trainer.evaluate_text(getattr(trainer.corpus, split))
         run.log(f"end of training | {split} | {found.text(trainer.corpus.characters)}")
         values = {k: v for k, v in dataclasses.asdict(found).items() if v is not None}
         run.record(f"final_{split}", trainer.step, **values)
@@ -219,19 +213,3 @@ def _folder(args: argparse.Namespace) -> Path:
     if args.restart_dir:
         return Path(args.restart_dir)
     return run_folder(args.work_dir, args.dataset, args.name)
-
-
-def _changes(folder: Path, settings: dict) -> list[str]:
-    """One line per setting of a resumed run that differs from the saved settings."""
-    path = folder / SETTINGS
-    if not path.is_file():
-        return [f"{path} is missing, so the settings could not be compared"]
-    try:
-        before = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not readable JSON ({error}): restore or delete it") from error
-    return [
-        f"--{name} from {before[name]!r} to {value!r}"
-        for name, value in settings.items()
-        if name in before and name not in _FREE and before[name] != value
-    ]

@@ -1,6 +1,7 @@
 """Evaluation with memory carried over the whole text."""
 
 import argparse
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ import torch
 
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.text.iterators import LMOrderedIterator
+from lib.runs.evaluation_loop import evaluate_batches
 from lib.runs.processes import Processes
-from lib.runs.training import EvaluationStopped, evaluating, summed_stats
 from lib.solvers.precision import autocast
 
 _ALONE = Processes()
@@ -96,44 +97,39 @@ def evaluate(
     streams = processes.part(batch_size)
     iterator = LMOrderedIterator(data, batch_size, tgt_len, device=device, streams=streams)
     own = streams.stop - streams.start
-    total, tokens, radii, stopped, mems = 0.0, 0, [], False, []
     lengths = model.tgt_len, model.mem_len
+    mems: list[torch.Tensor] = []
+
+    def measure(segment: tuple[torch.Tensor, torch.Tensor, int]) -> dict:
+        nonlocal mems
+        words, target, seq_len = segment
+        with autocast(amp, device):
+            loss, _, sradius, *mems = model(
+                words,
+                target,
+                mems,
+                train_step=train_step,
+                f_thres=f_thres,
+                compute_jac_loss=False,
+                spectral_radius_mode=spectral_radius,
+            )
+        sums = {"loss": loss.double().sum(), "tokens": seq_len * own, "samples": own}
+        return sums | {"radius": sradius.double().sum()} if spectral_radius else sums
+
+    # A process without a stream has no segments; it waits in the sums for the others.
+    segments = itertools.islice(iterator, None if max_steps < 0 else max_steps) if own else ()
     try:
         model.reset_length(tgt_len, mem_len)
-        with evaluating(model) as stats:
-            # A process without a stream goes straight to the sums below and waits there.
-            for index, (words, target, seq_len) in enumerate(iterator if own else ()):
-                stopped = stop()
-                if index == max_steps or stopped:
-                    break
-                with autocast(amp, device):
-                    loss, _, sradius, *mems = model(
-                        words,
-                        target,
-                        mems,
-                        train_step=train_step,
-                        f_thres=f_thres,
-                        compute_jac_loss=False,
-                        spectral_radius_mode=spectral_radius,
-                    )
-                total += loss.double().sum()
-                tokens += seq_len * own
-                if spectral_radius:
-                    radii.append(sradius.double().sum())
-            means = summed_stats(stats, processes).forward.means()
+        sums, means = evaluate_batches(model, segments, measure, processes=processes, stop=stop)
     finally:
         model.reset_length(*lengths)
-    sums = [float(total), tokens, float(sum(radii)), len(radii) * own, stopped]
-    sums = processes.sum(torch.tensor(sums, dtype=torch.float64))
-    total, tokens, radius, n_radii, stopped = sums.tolist()
-    if stopped:
-        raise EvaluationStopped
+    # In the stacked phase (no solves) there is no equilibrium and no spectral radius.
+    solved = spectral_radius and means["nfe"]
     return Evaluation(
-        loss=total / tokens,
-        tokens=int(tokens),
+        loss=sums["loss"] / sums["tokens"],
+        tokens=int(sums["tokens"]),
         nfe=means["nfe"],
         abs_residual=means["abs_residual"],
         rel_residual=means["rel_residual"],
-        # In the stacked phase (no solves) there is no equilibrium and no spectral radius.
-        sradius=radius / n_radii if n_radii and means["nfe"] else None,
+        sradius=sums["radius"] / sums["samples"] if solved else None,
     )

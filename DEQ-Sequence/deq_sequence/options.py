@@ -2,14 +2,14 @@
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 from deq_sequence.text.corpus import DATASETS
 from deq_sequence.ties import TIE_PROJ_MODES
 from lib.deq import DEQ
-from lib.errors import InputError, did_you_mean, naming
+from lib.errors import InputError, naming
 from lib.gradients import GRADIENTS
+from lib.runs.command_line import Parser
 from lib.solvers import ADJOINT_SOLVERS, SOLVERS
 from lib.solvers.precision import AMP
 from lib.solvers.specs import Names
@@ -26,28 +26,11 @@ FOLDERS = {
 }
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are InputErrors: one line, with the nearest known flag."""
-
-    def error(self, message: str):
-        raise InputError(message)
-
-    def parse_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else list(args)
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            hint = did_you_mean(unknown[0].split("=")[0], flags, otherwise=" (see --help)")
-            raise InputError(f"unknown flag {unknown[0]}{hint}")
-        return found
-
-
 def build_parser() -> Parser:
     """The parser of all flags, with the published defaults."""
     parser = Parser(
         prog="train_transformer.py",
         description="Train or evaluate a DEQ-Transformer language model.",
-        allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     _data_flags(parser.add_argument_group("data"))
@@ -224,7 +207,7 @@ def own_b_solver(args: argparse.Namespace) -> str | None:
 def _check_ranges(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{_flag(name)} is {value}, but must be a finite number")
+            raise InputError(f"{flag_of(name)} is {value}, but must be a finite number")
     at_least = {
         0: "warmup_step max_step start_train_steps pretrain_steps jac_incremental mem_len "
         "rand_f_thres_delta local_size num_threads save_interval patience lr weight_decay clip "
@@ -237,7 +220,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
         for name in names.split():
             if getattr(args, name) < low:
                 raise InputError(
-                    f"{_flag(name)} is {getattr(args, name)}, but must be {low} or more"
+                    f"{flag_of(name)} is {getattr(args, name)}, but must be {low} or more"
                 )
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed is {args.seed}, but must be from 0 to 2^63 - 1")
@@ -258,9 +241,9 @@ def _check_ranges(args: argparse.Namespace) -> None:
         raise InputError(f"--gpu0_bsz {args.gpu0_bsz} exceeds --batch_size {args.batch_size}")
 
 
-def _flag(name: str) -> str:
-    dashed = name in ("log_interval", "eval_interval", "save_interval")
-    return "--" + (name.replace("_", "-") if dashed else name)
+def flag_of(name: str) -> str:
+    """The flag of a setting: the published names of intervals have a dash."""
+    return "--" + (name.replace("_", "-") if name.endswith("_interval") else name)
 
 
 def cutoffs_for(args: argparse.Namespace, n_token: int) -> list[int]:

@@ -7,11 +7,11 @@ import torch
 
 from deq_sequence.command import build_model, run_command
 from deq_sequence.options import parse
-from deq_sequence.report import report
 from deq_sequence.text.corpus import get_lm_corpus
+from deq_sequence.text_report import report
 from lib.runs.checkpoint import load_weights
+from lib.runs.command_line import exit_code
 from lib.runs.run_folder import WEIGHTS
-from lib.runs.training import exit_code
 
 # A few minutes on two cores. Both phases, the second with Jacobian regularisation. The gradient jfb
 # gave the best result in this time (the README compares gradients).

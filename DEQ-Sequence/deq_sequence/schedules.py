@@ -6,7 +6,7 @@ import math
 import torch
 from torch import nn
 
-from lib.runs.training import fused_if_possible
+from lib.runs.optimizers import fused_if_possible
 
 
 def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:

@@ -11,25 +11,25 @@ from yacs.config import CfgNode
 from lib.errors import InputError, naming
 from lib.gradients import unused_settings
 from lib.runs.checkpoint import load_weights
+from lib.runs.command_line import Parser, exit_code
 from lib.runs.determinism import deterministic
 from lib.runs.interrupts import Stopping
 from lib.runs.processes import Processes
-from lib.runs.resume import read_checkpoint
-from lib.runs.retention import set_aside, versions
-from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, check_unused, peak_memory_mib
-from lib.runs.training import exit_code
+from lib.runs.retention import versions
+from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, check_unused
+from lib.runs.run_training import Job, Plan, Settings, run_training
 from lib.solvers.precision import allow_tf32
 from mdeq_vision.config import config, flat, merge_file, update_config
 from mdeq_vision.datasets import get_cls_dataset, get_seg_dataset
 from mdeq_vision.datasets.cityscapes_lists import write_lists
 from mdeq_vision.evaluation import Evaluation, evaluate_classification, evaluate_segmentation
+from mdeq_vision.image_trainer import RESUME, ImageTrainer
 from mdeq_vision.model import MDEQNet, MDEQSegNet, get_cls_net
-from mdeq_vision.options import Parser, experiment_parser, parse
+from mdeq_vision.options import experiment_parser
 from mdeq_vision.pictures import save_prediction
 from mdeq_vision.stage import unused_keys
 from mdeq_vision.summary import model_summary
 from mdeq_vision.tasks import ClassificationTrainer, SegmentationTrainer
-from mdeq_vision.training import RESUME, ImageTrainer
 from mdeq_vision.transfer import extract_pretrained, get_seg_net, load_pretrained
 
 CONFIG = "config.yaml"  # the resolved settings, in the run's folder
@@ -73,7 +73,7 @@ def extract(argv: list[str] | None = None) -> int:
         parser.add_argument(
             "output", help="file to write, such as pretrained_models/mdeq_SMALL.pth"
         )
-        args = parse(parser, argv)
+        args = parser.parse_args(argv)
         names = extract_pretrained(args.checkpoint, args.output)
         print(f"{args.output}: {len(names)} tensors of {args.checkpoint}, without its head")
 
@@ -90,7 +90,7 @@ def make_cityscapes_lists(argv: list[str] | None = None) -> int:
             "in ROOT/cityscapes/leftImg8bit and the labels in ROOT/cityscapes/gtFine.",
         )
         parser.add_argument("root", nargs="?", default="data/", help="DATASET.ROOT (data/)")
-        for path, count in write_lists(parse(parser, argv).root).items():
+        for path, count in write_lists(parser.parse_args(argv).root).items():
             print(f"{path}: {count} images")
 
     return exit_code("make_cityscapes_lists.py", action, "calling it again")
@@ -110,7 +110,7 @@ def load_config(args: argparse.Namespace) -> CfgNode:
 
 def _run(program: str, description: str, action: Callable, argv: list[str] | None) -> int:
     def go():
-        args = parse(experiment_parser(program, description), argv)
+        args = experiment_parser(program, description).parse_intermixed_args(argv)
         cfg = load_config(args)
         with Processes.joined() as processes:
             action(cfg, Path(args.cfg), processes)
@@ -217,80 +217,70 @@ def _train(
     stopping = Stopping(cfg.MAX_TIME)
     folder = run_folder(cfg, cfg_file)
     file = processes.lead(lambda: _checkpoint_to_resume(cfg, folder, resume))
-    checkpoint, source, lines, changes = None, file, [], []
-    if file is not None:
-        with naming("TRAIN.CHECKPOINT" if file == Path(cfg.TRAIN.CHECKPOINT) else resume):
-            checkpoint, source, lines = read_checkpoint(file, task, processes)
-        changes = _changes(cfg, file.parent / CONFIG)
-    device, gpus = _devices(cfg, processes)
-    model, train_set, valid_set, *extra = build(checkpoint is None, lines.append)
-    processes.vary_seed(cfg.SEED)
-    model = model.to(device)
-    if task.one_gpu and len(gpus) > 1:
-        lines.append(
-            f"note: segmentation runs one process per GPU; for the {len(gpus)} of GPUS, start it "
-            f"with torchrun --nproc_per_node={len(gpus)}"
+
+    def job(anew: bool) -> Job:
+        device, gpus = _devices(cfg, processes)
+        notes: list[str] = []
+        model, train_set, valid_set, *extra = build(anew, notes.append)
+        processes.vary_seed(cfg.SEED)
+        model = model.to(device)
+        if task.one_gpu and len(gpus) > 1:
+            notes.append(
+                f"note: segmentation runs one process per GPU; for the {len(gpus)} of GPUS, start "
+                f"it with torchrun --nproc_per_node={len(gpus)}"
+            )
+            gpus = gpus[:1]
+        data = train_set, valid_set
+        options = {"extra_set": extra[0] if extra else None, "resume": resume, "stopping": stopping}
+        trainer = task(cfg, model, *data, device, gpus, processes, **options)
+        if anew and cfg.TRAIN.MODEL_FILE:
+            with naming("TRAIN.MODEL_FILE"):
+                load_weights(model, cfg.TRAIN.MODEL_FILE)
+        notes = [
+            *(_extra_line(cfg, dataset) for dataset in extra),
+            *notes,
+            *_batch_size_lines(cfg_file, trainer.batch_size),
+            *_idle_settings(cfg, model),
+        ]
+        title = (
+            f"{model_summary(cfg, model, (image_size[1], image_size[0]))}\n{cfg.DATASET.DATASET}: "
+            f"{len(train_set)} training and {len(valid_set)} validation images"
         )
-        gpus = gpus[:1]
-    data = train_set, valid_set
-    options = {"extra_set": extra[0] if extra else None, "resume": resume, "stopping": stopping}
-    trainer = task(cfg, model, *data, device, gpus, processes, **options)
-    if checkpoint is not None:
-        lines += trainer.load_state_dict(checkpoint, source)
-    elif cfg.TRAIN.MODEL_FILE:
-        with naming("TRAIN.MODEL_FILE"):
-            load_weights(model, cfg.TRAIN.MODEL_FILE)
-    if not processes.lead((folder / WEIGHTS).exists):
-        trainer.best = {}  # its weights are in another run's folder
+        settings = Settings(flat(cfg), CONFIG, cfg.dump(), _read_settings, _FREE)
+        return Job(trainer, settings, title, notes, lambda run: _log_best(trainer, run))
 
-    def begin() -> Run:
-        place = None if cfg.DEBUG.DEBUG else folder
-        step = None if checkpoint is None else trainer.step
-        inner = folder.relative_to(folder.parents[1])
-        events = Path(cfg.LOG_DIR) / inner if cfg.LOG_DIR else None
-        run = Run(place, (CONFIG, cfg.dump()), step, events=events)
-        if place is not None and file == folder / CHECKPOINT:
-            set_aside(file, source)
-        return run
+    inner = folder.relative_to(folder.parents[1])
+    plan = Plan(
+        task,
+        folder,
+        file,
+        named_by="TRAIN.CHECKPOINT" if file == Path(cfg.TRAIN.CHECKPOINT) else resume,
+        debug=cfg.DEBUG.DEBUG,
+        events=Path(cfg.LOG_DIR) / inner if cfg.LOG_DIR else None,
+    )
+    return run_training(plan, job, processes)
 
-    run = processes.lead_keeps(begin) or Run.silent()
+
+def _idle_settings(cfg: CfgNode, model: MDEQNet) -> list[str]:
+    """Lines of the log on settings that have no effect."""
     lines = [
-        "debug: nothing is written" if cfg.DEBUG.DEBUG else f"run folder {folder}",
-        f"{len(train_set)} training and {len(valid_set)} validation images",
-        *(_extra_line(cfg, dataset) for dataset in extra),
-        *lines,
-        *_batch_size_lines(cfg_file, trainer.batch_size),
+        f"note: LOSS.{key} has no effect while LOSS.JAC_LOSS_FREQ is 0"
+        for key in ("JAC_LOSS_WEIGHT", "PRETRAIN_JAC_LOSS_WEIGHT")
+        if cfg.LOSS[key] > 0 and cfg.LOSS.JAC_LOSS_FREQ == 0
     ]
-    for key in ("JAC_LOSS_WEIGHT", "PRETRAIN_JAC_LOSS_WEIGHT"):
-        if cfg.LOSS[key] > 0 and cfg.LOSS.JAC_LOSS_FREQ == 0:
-            lines.append(f"note: LOSS.{key} has no effect while LOSS.JAC_LOSS_FREQ is 0")
     lines += unused_keys(cfg)
     if unused := unused_settings(model.grad):
         names = ", ".join(f"DEQ.{name.upper()}" for name in unused)
         lines.append(f"note: DEQ.GRAD {cfg.DEQ.GRAD} makes no use of {names}")
-    lines += [f"changed since the checkpoint: {line}" for line in changes]
-    if checkpoint is not None:
-        lines.append(f"continuing {source} at step {trainer.step}")
-    n_params = sum(p.numel() for p in model.parameters())
-    try:
-        run.log(model_summary(cfg, model, (image_size[1], image_size[0])))
+    return lines
+
+
+def _log_best(trainer: ImageTrainer, run: Run) -> None:
+    if best := trainer.best:
         run.log(
-            f"{cfg.DATASET.DATASET} | {n_params} parameters | {device}{gpus or ''} | "
-            f"{processes.world_size} process(es) of {torch.get_num_threads()} threads"
+            f"best {best['name']} {100 * best['score']:.2f}% at step {best['step']} "
+            f"({best['phase']})"
         )
-        for line in lines:
-            run.log(line)
-        trainer.train(run)
-        if best := trainer.best:
-            run.log(
-                f"best {best['name']} {100 * best['score']:.2f}% at step {best['step']} "
-                f"({best['phase']}) | peak memory {peak_memory_mib(device):.0f} MiB"
-            )
-        trainer.summarise()
-        processes.lead(run.sync)
-    finally:
-        run.close()
-    return run.folder
 
 
 def _class_lines(cfg: CfgNode, dataset) -> list[str]:
@@ -321,7 +311,9 @@ def _refuse_other_task(cfg: CfgNode, task: str) -> None:
     for other, keys in _OF_ONE_TASK.items():
         for key in keys if other != task else ():
             if own[key] != default[key]:
-                raise InputError(f"{key} {own[key]!r} is of {other}: {task} makes no use of it")
+                raise InputError(
+                    f"{key} {own[key]!r} is a setting of {other}: {task} makes no use of it"
+                )
 
 
 def _checkpoint_to_resume(cfg: CfgNode, folder: Path, resume: str) -> Path | None:
@@ -341,18 +333,10 @@ _FREE = ("OUTPUT_DIR", "LOG_DIR", "DATA_DIR", "GPUS", "WORKERS", "PRINT_FREQ", "
          "MODEL.PRETRAINED")  # fmt: skip
 
 
-def _changes(cfg: CfgNode, path: Path) -> list[str]:
-    """List the settings that differ between the saved configuration at ``path`` and ``cfg``."""
-    if not path.is_file():
-        return [f"{path} is missing, so the settings could not be compared"]
-    before = config.clone()
-    merge_file(before, path)
-    old, new = flat(before), flat(cfg)
-    return [
-        f"{key} from {old.get(key)!r} to {value!r}"
-        for key, value in new.items()
-        if old.get(key) != value and not key.startswith(_FREE)
-    ]
+def _read_settings(path: Path) -> dict:
+    cfg = config.clone()
+    merge_file(cfg, path)
+    return flat(cfg)
 
 
 def _extra_line(cfg: CfgNode, dataset: Dataset) -> str:

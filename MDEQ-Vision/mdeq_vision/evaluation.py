@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.data import Subset
 from yacs.config import CfgNode
 
+from lib.runs.evaluation_loop import evaluate_batches
 from lib.runs.processes import Processes
-from lib.runs.training import EvaluationStopped, evaluating, summed_stats
 from lib.solvers.precision import autocast
-from lib.solvers.stats import SolverStats
 from mdeq_vision.datasets import SegmentationDataset, make_loader, on_device
 from mdeq_vision.inference import predict
 from mdeq_vision.losses import SegmentationLoss
@@ -60,18 +58,20 @@ def evaluate_classification(
     Raises:
         EvaluationStopped: ``stop`` returned True in some process; raised in all processes.
     """
-    with evaluating(model) as stats:
-        totals = _Totals(model, cfg, device, 3)  # loss, top-1, top-5
-        for images, target in totals.until(stop, _batches(cfg, dataset, device, processes)):
-            output = totals.forward(images, train_step).float()
-            hits = topk_correct(output, target)
-            loss = torch.nn.functional.cross_entropy(output, target, reduction="sum")
-            totals.add(len(images), loss, hits[1], hits[5])
-        count, *sums = totals.reduce(processes)
-        names = ("loss", "top1", "top5")
-        figures = {name: value / count for name, value in zip(names, sums, strict=True)}
-        figures |= totals.solver_figures(stats, processes)
-        return Evaluation("top1", int(count), figures)
+    forward = _Forward(model, cfg, device, train_step)
+
+    def measure(batch: list[Tensor]) -> dict:
+        images, target = batch
+        output, radius = forward(images)
+        output = output.float()
+        loss = torch.nn.functional.cross_entropy(output, target, reduction="sum")
+        hits = topk_correct(output, target)
+        return {"images": len(images), "loss": loss, "top1": hits[1], "top5": hits[5], **radius}
+
+    batches = _batches(cfg, dataset, device, processes)
+    sums, means = evaluate_batches(model, batches, measure, processes=processes, stop=stop)
+    figures = {name: sums[name] / sums["images"] for name in ("loss", "top1", "top5")}
+    return Evaluation("top1", int(sums["images"]), figures | _solver_figures(sums, means))
 
 
 def evaluate_segmentation(
@@ -106,92 +106,78 @@ def evaluate_segmentation(
     confusion = ConfusionMatrix(cfg.DATASET.NUM_CLASSES, cfg.TRAIN.IGNORE_LABEL)
     cropped = cfg.TEST.CENTER_CROP_TEST
     scales = cfg.TEST.SCALE_LIST if cfg.TEST.MULTI_SCALE else [1.0]
-    with evaluating(model) as stats:
-        totals = _Totals(model, cfg, device, 2)  # loss, weight
-        batches = _batches(cfg, _Numbered(dataset), device, processes)
-        for indices, images, label in totals.until(stop, batches):
-            probabilities = predict(
-                lambda x: totals.forward(x, train_step),
-                images,
-                window=tuple(cfg.TEST.IMAGE_SIZE),
-                base_size=max(images.shape[2:]) if cropped else cfg.TEST.BASE_SIZE,
-                scales=scales,
-                flip=cfg.TEST.FLIP_TEST,
-            )
-            prediction = probabilities.argmax(dim=1)
-            # Log-probabilities serve as logits: softmax gives the same probabilities.
-            totals.add(len(images), *criterion(probabilities.clamp_min(1e-30).log(), label))
-            confusion.update(prediction, label)
-            if on_prediction is not None:
-                for index, train_ids in zip(indices.tolist(), prediction.cpu(), strict=True):
-                    on_prediction(index, train_ids)
-        count, loss, weight = totals.reduce(processes)
-        confusion.reduce()
-        figures = {
-            "loss": loss / weight if weight else float("nan"),
-            "mIoU": confusion.mean_iou,
-            "pixel_accuracy": confusion.pixel_accuracy,
-            "mean_accuracy": confusion.mean_accuracy,
-        }
-        figures |= totals.solver_figures(stats, processes)
-        return Evaluation("mIoU", int(count), figures, confusion)
+    forward = _Forward(model, cfg, device, train_step)
+
+    def measure(batch: list[Tensor]) -> dict:
+        indices, images, label = batch
+        radii: list[dict] = []
+
+        def logits(x: Tensor) -> Tensor:
+            output, radius = forward(x)
+            radii.append(radius)
+            return output
+
+        probabilities = predict(
+            logits,
+            images,
+            window=tuple(cfg.TEST.IMAGE_SIZE),
+            base_size=max(images.shape[2:]) if cropped else cfg.TEST.BASE_SIZE,
+            scales=scales,
+            flip=cfg.TEST.FLIP_TEST,
+        )
+        prediction = probabilities.argmax(dim=1)
+        confusion.update(prediction, label)
+        if on_prediction is not None:
+            for index, train_ids in zip(indices.tolist(), prediction.cpu(), strict=True):
+                on_prediction(index, train_ids)
+        # Log-probabilities serve as logits: softmax gives the same probabilities.
+        loss, weight = criterion(probabilities.clamp_min(1e-30).log(), label)
+        sums = {"images": len(images), "loss": loss, "weight": weight}
+        return sums | {name: sum(radius[name] for radius in radii) for name in radii[0]}
+
+    batches = _batches(cfg, _Numbered(dataset), device, processes)
+    sums, means = evaluate_batches(model, batches, measure, processes=processes, stop=stop)
+    confusion.reduce()
+    figures = {
+        "loss": sums["loss"] / sums["weight"] if sums["weight"] else float("nan"),
+        "mIoU": confusion.mean_iou,
+        "pixel_accuracy": confusion.pixel_accuracy,
+        "mean_accuracy": confusion.mean_accuracy,
+    }
+    figures |= _solver_figures(sums, means)
+    return Evaluation("mIoU", int(sums["images"]), figures, confusion)
 
 
-class _Totals:
-    """Sums over the batches of one process: the number of images, and ``n`` more."""
+class _Forward:
+    """A forward pass in evaluation: images (B, 3, H, W) -> the output, and sums of radii.
 
-    def __init__(self, model: MDEQNet, cfg: CfgNode, device: torch.device, n: int):
-        self.model, self.autocast = model, partial(autocast, cfg.AMP, device)
-        self.radius_too = cfg.DEQ.SPECTRAL_RADIUS_MODE
-        self.sums = torch.zeros(1 + n, dtype=torch.float64, device=device)
-        self.radii: list[float] = []  # one spectral radius per image
-        self.stopped = False
+    With DEQ.SPECTRAL_RADIUS_MODE the sums are "radius", the sum of the spectral radii of these
+    images, and "radii", their number; otherwise there are none.
+    """
 
-    def until(self, stop: Callable[[], bool], batches: Iterator) -> Iterator:
-        """Yield the batches until ``stop()`` returns True; note this in ``stopped``."""
-        for batch in batches:
-            if stop():
-                self.stopped = True
-                return
-            yield batch
+    def __init__(self, model: MDEQNet, cfg: CfgNode, device: torch.device, train_step: int):
+        self.model, self.cfg, self.device, self.train_step = model, cfg, device, train_step
 
-    def forward(self, images: Tensor, train_step: int) -> Tensor:
-        with self.autocast():
+    def __call__(self, images: Tensor) -> tuple[Tensor, dict]:
+        radius_too = self.cfg.DEQ.SPECTRAL_RADIUS_MODE
+        with autocast(self.cfg.AMP, self.device):
             output, _, sradius = self.model(
                 images,
-                train_step=train_step,
+                train_step=self.train_step,
                 compute_jac_loss=False,
-                spectral_radius_mode=self.radius_too,
+                spectral_radius_mode=radius_too,
             )
-        if self.radius_too:
-            self.radii += sradius.double().flatten().tolist()
-        return output
+        if not radius_too:
+            return output, {}
+        return output, {"radius": sradius.double().sum(), "radii": sradius.numel()}
 
-    def add(self, images: int, *values: Tensor) -> None:
-        self.sums[0] += images
-        self.sums[1:] += torch.stack([value.double() for value in values])
 
-    def reduce(self, processes: Processes) -> list[float]:
-        """Return the sums over all processes.
-
-        Raises:
-            EvaluationStopped: the evaluation stopped early in some process.
-        """
-        stopped = self.sums.new_full((1,), self.stopped)
-        *sums, stopped = processes.sum(torch.cat([self.sums, stopped])).tolist()
-        if stopped:
-            raise EvaluationStopped
-        return sums
-
-    def solver_figures(self, stats: SolverStats, processes: Processes) -> dict[str, float]:
-        """Means of nfe, residuals and spectral radius over all processes."""
-        means = summed_stats(stats, processes).forward.means()
-        figures = {name: means[name] for name in ("nfe", "abs_residual", "rel_residual")}
-        radii = torch.tensor([sum(self.radii), len(self.radii)], dtype=torch.float64)
-        radius, count = processes.sum(radii).tolist()
-        if count and means["nfe"]:
-            figures["sradius"] = radius / count
-        return figures
+def _solver_figures(sums: dict[str, float], means: dict[str, float]) -> dict[str, float]:
+    """Means of nfe and residuals, and the mean spectral radius if there is an equilibrium."""
+    figures = {name: means[name] for name in ("nfe", "abs_residual", "rel_residual")}
+    if "radii" in sums and means["nfe"]:
+        figures["sradius"] = sums["radius"] / sums["radii"]
+    return figures
 
 
 class _Numbered(torch.utils.data.Dataset):

@@ -3,11 +3,10 @@
 from argparse import Namespace
 from pathlib import Path
 
+from lib.runs.command_line import Parser, exit_code
 from lib.runs.processes import Processes
-from lib.runs.training import exit_code
 from mdeq_vision.command import load_config, train_classifier, train_segmenter
-from mdeq_vision.options import Parser, parse
-from mdeq_vision.report import report_classification, report_segmentation
+from mdeq_vision.image_report import report_classification, report_segmentation
 
 # name -> (yaml file, how to train, how to report)
 TASKS = {
@@ -24,7 +23,7 @@ def main(argv: list[str] | None, room: Path) -> int:
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the settings")
 
     def action():
-        args = parse(parser, argv)
+        args = parser.parse_intermixed_args(argv)
         file, train, report = TASKS[args.task]
         cfg_file = room / "experiments" / file
         opts = ["OUTPUT_DIR", str(room / "output"), "TRAIN.RESUME", str(args.restart), *args.opts]

@@ -7,7 +7,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from lib.jacobian import jac_loss_weight_at
-from lib.runs.training import fused_if_possible
+from lib.runs.optimizers import fused_if_possible
 
 ETA_MIN = 1e-6  # final learning rate of the cosine schedule
 POLY_POWER = 0.9

@@ -5,9 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mdeq_vision.evaluation import evaluate_classification, evaluate_segmentation
+from mdeq_vision.image_trainer import ImageTrainer
 from mdeq_vision.losses import SegmentationLoss
 from mdeq_vision.metrics import topk_correct
-from mdeq_vision.training import ImageTrainer
 
 
 class ClassificationTrainer(ImageTrainer):

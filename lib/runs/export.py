@@ -27,7 +27,7 @@ def export_weights(state: dict[str, Tensor], path: str | Path) -> None:
     if odd := odd_tensors(state):
         raise InputError(f"these tensors are no plain arrays of real numbers: {', '.join(odd)}")
     if path.suffix in TORCH:
-        save_atomic({name: value.detach().cpu() for name, value in state.items()}, path)
+        save_atomic(_on_cpu(state), path)
         return
     content = safetensors_bytes(state)
     with atomic_write(path) as file:
@@ -58,6 +58,19 @@ def export_file(source: str | Path, target: str | Path) -> list[str]:
     target.parent.mkdir(parents=True, exist_ok=True)
     export_weights(state, target)
     return list(state)
+
+
+def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Move a state dict to the CPU; names with the same tensor get one copy together."""
+    copies: dict[tuple, Tensor] = {}
+
+    def place(value: Tensor) -> tuple:
+        storage = value.untyped_storage()._cdata
+        return storage, value.storage_offset(), value.shape, value.stride(), value.dtype
+
+    return {
+        name: copies.setdefault(place(value), value.detach().cpu()) for name, value in state.items()
+    }
 
 
 def _check_suffix(path: Path) -> None:

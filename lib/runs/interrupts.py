@@ -1,4 +1,4 @@
-"""Early stop of a run, by a signal or a time limit."""
+"""Early end of a run: by a signal, a time limit, or failed training."""
 
 import math
 import signal
@@ -18,6 +18,10 @@ class Stopped(Exception):
     def __init__(self, message: str, code: int):
         super().__init__(message)
         self.code = code
+
+
+class TrainingError(RuntimeError):
+    """Training cannot continue; the message says why, and where the last good state is."""
 
 
 class Stopping:

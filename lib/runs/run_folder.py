@@ -6,13 +6,15 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from lib.errors import InputError
+from lib.errors import DEQWarning, InputError
 from lib.extras import needs
 from lib.runs.atomic_files import atomic_write
 from lib.runs.retention import clean_temporaries, versions
@@ -211,3 +213,25 @@ class Run:
             if resource_ is not None:
                 with contextlib.suppress(OSError):  # unwritten data, which sync has reported
                     resource_.close()
+
+
+@contextmanager
+def warnings_in(log: Callable[[str], None]) -> Iterator[None]:
+    """Within a ``with`` block, write each DEQWarning to the log, every distinct message once.
+
+    Warnings about unsolved forward passes are left out, as the log has their residuals.
+    """
+    said, show = set(), warnings.showwarning
+
+    def logged(message, category, *where) -> None:
+        if not issubclass(category, DEQWarning):
+            show(message, category, *where)
+        elif str(message) not in said:
+            said.add(str(message))
+            log(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", DEQWarning)
+        warnings.filterwarnings("ignore", "a forward solve", DEQWarning)
+        warnings.showwarning = logged
+        yield

@@ -1,99 +1,265 @@
-"""The training loop that all trainers share: update, log, validate, save, stop, resume."""
+"""The trainer of all tasks: it updates, logs, validates, saves, stops and resumes."""
 
+import contextlib
+import math
+import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lib.errors import InputError
 from lib.runs.checkpoint import load_state, not_finite, save_atomic
-from lib.runs.interrupts import Stopped
+from lib.runs.evaluation_loop import EvaluationStopped
+from lib.runs.interrupts import Stopped, Stopping, TrainingError
 from lib.runs.memory import release_free_memory
+from lib.runs.optimizers import restore_optimizer
+from lib.runs.processes import Processes
+from lib.runs.random_states import random_states, restore_random_states
 from lib.runs.retention import save_newest
-from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, last_good
-from lib.runs.steps import Stepper
-from lib.runs.training import (
-    EvaluationStopped,
-    check_checkpoint,
-    random_states,
-    restore_optimizer,
-    restore_random_states,
+from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, last_good, warnings_in
+from lib.runs.solver_figures import (
+    PASSES,
     restore_stats,
     solver_figures,
     stats_state,
     summed_stats,
-    warnings_in,
 )
+from lib.runs.task import Care, Choices, Task
 
 FORMAT = 2  # version of the checkpoint's format
+_DIVERGED_SHOWN = 20  # at most this many log lines on diverged solves; metrics record all of them
 
 
-class Trainer(Stepper):
-    """Trains a model through both phases (stacked, equilibrium), logs, validates and saves.
+class _Events(NamedTuple):
+    """What happened in a step in any process."""
+
+    stop: bool  # a process wants to stop
+    diverged: bool  # a solve diverged
+
+
+class Trainer(Task):
+    """Trains a DEQ model (``model.deq``) through both phases (stacked, equilibrium).
 
     A signal or the time limit ends the run after a step, with all its state saved. ``state_dict``
     holds everything that the next step depends on, and the running means of the log. A run that
     was killed and resumed therefore equals an uninterrupted run bit for bit. On a GPU this needs
     :func:`~lib.runs.determinism.deterministic`; without it the two runs agree to rounding.
 
-    The arguments are those of :class:`Stepper`.
+    Args:
+        model: the model, on ``device``.
+        optimizer: the optimiser of all parameters of ``model``.
+        device: the device of this process.
+        processes: the processes of the run; they share every batch and take every step together.
+        seed: seed of :meth:`draw`, the choices made outside the model.
+        care: see :class:`~lib.runs.task.Care`.
+        stopping: collects the requests to stop.
     """
 
-    weights_key = "model"  # the checkpoint's entry with the model's weights
-    extra_parts: tuple[str, ...] = ()  # the checkpoint entries that ``extra_state`` adds
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        processes: Processes,
+        *,
+        seed: int,
+        care: Care,
+        stopping: Stopping,
+    ):
+        self.model, self.optimizer, self.device = model, optimizer, device
+        self.processes, self.care, self.stopping = processes, care, stopping
+        self.parallel = processes.replicate(model, device)
+        self.clipped = list(model.parameters())
+        self.rng = random.Random(seed)
+        self.step = 0
+        self.counts = {"skipped": 0, "diverged_forward": 0, "diverged_backward": 0}
+        self.skipped_in_a_row = 0
+        self.run = Run.silent()
         self.best: dict = {}  # phase, name, score and step of the best weights of the last phase
         self.unfinished = False  # True: the last step's validation is due but not done yet
+        self.begin_window()
 
-    # ---- what subclasses define ----------------------------------------------------------------
+    # ---- a step --------------------------------------------------------------------------------
 
-    last_step: int
-    pretrain_steps: int  # the length of the stacked phase
+    def update(self, batch: Any) -> bool:
+        """Take one optimiser step on this process's share of a batch.
 
-    def batches(self) -> Iterator[Any]:
-        """Yield this process's share of each batch, from the current position to ``last_step``."""
-        raise NotImplementedError
-
-    def due(self) -> tuple[bool, bool, bool]:
-        """Whether to log, to validate, and to save after the last step."""
-        raise NotImplementedError
-
-    def validate(self) -> tuple[Any, dict, str, float]:
-        """Evaluate in the phase of the last update.
+        All processes take the step, or all skip it: the step is skipped if its loss or gradient
+        is not finite in any of them. A skipped step leaves model and optimiser unchanged.
 
         Returns:
-            The findings (passed to ``after_validation``); their values for metrics, plus ``text``
-            for the log; the score's name; and the score (higher is better).
+            Whether the run should stop, the same in all processes.
+
+        Raises:
+            TrainingError: too many steps in a row were not finite.
         """
-        raise NotImplementedError
+        choices, broken = self.draw(), self._broken()
+        # For a skipped step: the forward pass updates the running statistics of batch norm.
+        buffers = [buffer.detach().clone() for buffer in self.model.buffers()]
+        sums = self._forward_and_backward(batch, choices)
+        norm = self._clip()
+        sums, events, norm = self._of_all_processes(sums, broken, norm)
+        loss = sums["loss"] + sums["jac_loss"]
+        finite = math.isfinite(loss + norm)
+        self.set_learning_rate()
+        if finite:
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+        else:
+            self._skip(buffers)
+        self.step += 1
+        self.advance(batch)
+        self._add_to_window(sums, finite, choices)
+        if events.diverged:
+            self._report_diverged(broken)
+        if not finite:
+            self._report_skipped(loss, norm)
+        return events.stop
 
-    def after_validation(self, found: Any) -> None:
-        """Update what depends on the validation, such as a schedule or the epoch."""
+    def _forward_and_backward(self, batch: Any, choices: Choices) -> Tensor:
+        """Add up the gradients of all parts; return the sums of their summands, float64."""
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = self.split(batch)
+        sums = torch.zeros(2 + len(self.extra_sums), dtype=torch.float64, device=self.device)
+        for i, part in enumerate(parts):
+            with self._gradients_stay(i < len(parts) - 1):
+                loss, jac_loss, extra = self.part(i, part, choices)
+                total = loss
+                if choices.jac_weight is not None:
+                    total = loss + choices.jac_weight * jac_loss
+                self._backward(total)
+            sums += torch.stack([x.detach().double() for x in (loss, jac_loss, *extra)])
+        return sums
 
-    def figures(self, loss: float, elapsed: float) -> tuple[dict, str]:
-        """Return metrics values and a log line for the steps since the last log line."""
-        raise NotImplementedError
+    def _backward(self, summand: Tensor) -> None:
+        """Backward pass of a summand of the mean loss.
 
-    def extra_state(self) -> dict:
-        """Return the checkpoint entries of this trainer alone, named in ``extra_parts``."""
-        raise NotImplementedError
-
-    def load_extra(self, state: dict) -> None:
-        """Restore what ``extra_state`` returned."""
-        raise NotImplementedError
-
-    def fixed(self) -> dict:
-        """Return, by name, the settings that must not change between a save and a resume.
-
-        With other values, the saved data position or optimiser state would have no meaning.
+        DistributedDataParallel averages gradients over processes, but those of summands add up.
         """
-        raise NotImplementedError
+        (summand * self.processes.world_size).backward()
 
-    def fixed_in(self, state: dict) -> dict:
-        """Return these settings from a checkpoint, also from one older than a setting."""
-        return state["fixed"]
+    def _of_all_processes(
+        self, sums: Tensor, broken: list[int], norm: Tensor
+    ) -> tuple[dict[str, float], _Events, float]:
+        """Sum over all processes, in one call: the sums, the wishes to stop, the diverged solves.
+
+        Then read the results and the gradient norm. This is the only host-device synchronisation
+        of a step, apart from those in the solvers.
+
+        Args:
+            sums: as :meth:`_forward_and_backward` returns them.
+            broken: diverged solves before the step, of either pass.
+            norm: the norm of all gradients, which all processes share.
+        """
+        # A failed log write: stop; sync() raises it in all processes at the next save.
+        stop = self.stopping.check() or self.run.failure is not None
+        diverged = sum(self._broken()) - sum(broken)
+        own = torch.tensor([stop, diverged], dtype=torch.float64)
+        together = self.processes.sum(torch.cat([sums, own.to(self.device, non_blocking=True)]))
+        *sums, stop, diverged, norm = torch.cat([together, norm[None].double()]).tolist()
+        names = ("loss", "jac_loss", *self.extra_sums)
+        return dict(zip(names, sums, strict=True)), _Events(stop > 0, diverged > 0), norm
+
+    def _add_to_window(self, sums: dict[str, float], finite: bool, choices: Choices) -> None:
+        window = self._window
+        window["steps" if finite else "skipped"] += 1
+        if finite:
+            window["loss"] += sums["loss"]
+            if choices.jac_weight is not None:
+                window["jac_loss"] += sums["jac_loss"]
+                window["jac_count"] += 1
+        for name in self.extra_sums:
+            window[name] += sums[name]
+
+    @property
+    def gpus(self) -> list[int]:
+        """Numbers of the GPUs that this process computes on; none on the CPU."""
+        if self.device.type != "cuda":
+            return []
+        return list(getattr(self.parallel, "device_ids", None) or [self.device.index])
+
+    def mean_loss(self) -> float:
+        """Mean loss of the updates since the window began; NaN if there were none."""
+        return self._window["loss"] / self._window["steps"] if self._window["steps"] else math.nan
+
+    def begin_window(self) -> None:
+        """Reset the sums and solver statistics from which the next log line is made."""
+        names = ("loss", "jac_loss", *self.extra_sums)
+        self._window = dict.fromkeys(names, 0.0) | {"jac_count": 0, "steps": 0, "skipped": 0}
+        self._window_start = time.perf_counter()
+        self.model.deq.stats.reset()
+
+    def _gradients_stay(self, stay: bool):
+        """If ``stay``, a context that does not reduce gradients over processes, else no effect.
+
+        Gradients are reduced once per step, in the backward pass of the last part.
+        """
+        if stay and isinstance(self.parallel, DistributedDataParallel):
+            return self.parallel.no_sync()
+        return contextlib.nullcontext()
+
+    def _clip(self) -> Tensor:
+        """Clip the gradients of ``clipped``; return the norm of all gradients before it, 0-dim."""
+        norms, clipped = [], set()
+        if self.care.clip > 0:
+            norms = [nn.utils.clip_grad_norm_(self.clipped, self.care.clip)]
+            clipped = {id(p) for p in self.clipped}
+        norms += [
+            torch.linalg.vector_norm(p.grad)
+            for p in self.model.parameters()
+            if p.grad is not None and id(p) not in clipped
+        ]
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+    def _skip(self, buffers: list[Tensor]) -> None:
+        """Count a skipped update, and restore the model's buffers."""
+        with torch.no_grad():
+            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        self.forget()
+        self.counts["skipped"] += 1
+        self.skipped_in_a_row += 1
+
+    def _report_skipped(self, loss: float, norm: float) -> None:
+        self.run.log(
+            f"step {self.step} | skipped: the loss is {loss:.4g}, the gradient norm {norm:.4g}"
+        )
+        self.run.record("skipped", self.step, loss=loss, gradient_norm=norm)
+        if self.skipped_in_a_row >= self.care.max_skipped:
+            self._give_up(f"{self.skipped_in_a_row} steps in a row were not finite, the last one")
+
+    def _broken(self) -> list[int]:
+        return [getattr(self.model.deq.stats, which).broken for which in PASSES]
+
+    def _report_diverged(self, before: list[int]) -> None:
+        """Log and record the solves of the last step that diverged, in any process."""
+        found = []
+        for which, old, new in zip(PASSES, before, self._broken(), strict=True):
+            if new > old:
+                last = getattr(self.model.deq.stats, which).last_broken
+                found += [(which, last["rel_residual"], last["nfe"])] * (new - old)
+        for rank, solves in enumerate(self.processes.gather(found)):
+            for which, residual, nfe in solves:
+                self.counts[f"diverged_{which}"] += 1
+                values = {"pass": which, "rel_residual": residual, "nfe": nfe, "rank": rank}
+                self.run.record("diverged", self.step, **values)
+                shown = self.counts["diverged_forward"] + self.counts["diverged_backward"]
+                if shown <= _DIVERGED_SHOWN:
+                    self.run.log(
+                        f"step {self.step} | the {which} solver diverged: relative residual "
+                        f"{residual:.2e} after {nfe} evaluations"
+                        + (f" in process {rank}" if self.processes.world_size > 1 else "")
+                        + (" (the last line on this)" if shown == _DIVERGED_SHOWN else "")
+                    )
+
+    def _give_up(self, trouble: str) -> NoReturn:
+        raise TrainingError(
+            f"{trouble} at step {self.step}: {self.care.way_out}{last_good(self.run.folder)}"
+        )
 
     # ---- the loop ------------------------------------------------------------------------------
 
@@ -176,7 +342,8 @@ class Trainer(Stepper):
         self.run.log(f"step {self.step} | valid ({phase}) | {record.pop('text')}")
         self.run.record("valid", self.step, phase=phase, **record)
         # Scores of a stacked network and of an equilibrium are not comparable.
-        if phase != self.best.get("phase") or not score <= self.best["score"]:
+        better = phase != self.best.get("phase") or score > self.best["score"]
+        if better and math.isfinite(score):
             self.best = {"phase": phase, "score": score, "step": self.step, "name": name}
             state = self.model.state_dict()
             self.processes.lead(lambda: self._write(lambda path: save_atomic(state, path), WEIGHTS))
@@ -236,11 +403,14 @@ class Trainer(Stepper):
     @classmethod
     def check(cls, state: Any, source: Path) -> None:
         """Raise an InputError if ``state`` is not a checkpoint of this trainer."""
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise InputError(f"{source} is not a checkpoint of this trainer: give its {CHECKPOINT}")
         parts = {
             *("fixed", "optimizer", "step", "best", "counts", "skipped_in_a_row", "unfinished"),
             *("window", "random_states", "solver_stats", cls.weights_key, *cls.extra_parts),
         }
-        check_checkpoint(state, FORMAT, parts, source)
+        if missing := sorted(parts - state.keys()):
+            raise InputError(f"{source} lacks {', '.join(missing)}: it is not whole, use another")
 
     def load_state_dict(self, state: dict, source: Path) -> list[str]:
         """Continue exactly where ``state`` was saved.
@@ -253,8 +423,9 @@ class Trainer(Stepper):
                 settings (:meth:`fixed`).
         """
         self.check(state, source)
+        before = self.fixed_in(state)
         for name, value in self.fixed().items():
-            if (saved := self.fixed_in(state).get(name)) != value:
+            if (saved := before.get(name)) != value:
                 raise InputError(
                     f"{source} was saved with {name} {saved}, and this run has {value}: continue "
                     "with the former"

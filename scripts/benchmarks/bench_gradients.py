@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lib.deq import DEQ, DEQWarning
 from lib.gradients.iterations import Reversible
-from lib.runs.training import exit_code
+from lib.runs.command_line import exit_code
 from lib.solvers import SOLVERS, get_solver
 from lib.solvers.maps import Affine
 

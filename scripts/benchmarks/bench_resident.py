@@ -40,8 +40,8 @@ from helpers.trainers import EMBEDDED, image_configuration, image_file, words_ar
 from deq_sequence.command import run_command
 from lib.deq import DEQWarning
 from lib.errors import InputError
+from lib.runs.command_line import exit_code
 from lib.runs.processes import Processes
-from lib.runs.training import exit_code
 from mdeq_vision.command import train_classifier, train_segmenter
 
 LIMIT = 0.01

@@ -42,8 +42,8 @@ from helpers.trainers import EMBEDDED, chosen_trainers
 
 from lib.deq import DEQWarning
 from lib.errors import InputError, did_you_mean
+from lib.runs.command_line import exit_code
 from lib.runs.processes import Processes
-from lib.runs.training import exit_code
 
 HEAD = [
     "arrangement", "processes x threads", "batch", "ms/step", "quartiles", "efficiency",

@@ -29,7 +29,7 @@ from helpers.measure import (
 from torch import Tensor
 
 from lib.errors import InputError
-from lib.runs.training import exit_code
+from lib.runs.command_line import exit_code
 from lib.solvers import SOLVERS
 
 # Shapes (batch, ...) of states: two small states, the per-GPU state of the WikiText-103 runs, a

@@ -38,7 +38,7 @@ from helpers.tasks import Task, make_task
 
 from lib.deq import DEQWarning
 from lib.errors import InputError, did_you_mean
-from lib.runs.training import exit_code
+from lib.runs.command_line import exit_code
 from lib.solvers.precision import allow_tf32
 
 MAIN_SETTING, MAIN_STEPS, STEPS = "wt103_deq_transformer", 20, 6

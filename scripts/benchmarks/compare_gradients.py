@@ -31,7 +31,8 @@ from helpers.comparison import FIGURE, TASKS, Plan, Variant, make_start, run_var
 from helpers.measure import describe_machine, table
 
 from lib.errors import InputError
-from lib.runs.training import PASSES, exit_code
+from lib.runs.command_line import exit_code
+from lib.runs.solver_figures import PASSES
 
 # The published gradient with three budgets, then other solvers and gradients with the smaller
 # budgets. shine needs Broyden's method; reversible and unroll iterate without a solver.

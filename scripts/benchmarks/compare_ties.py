@@ -35,8 +35,8 @@ from deq_sequence.ties import TIE_PROJ_MODES
 from lib.errors import InputError
 from lib.runs.atomic_files import atomic_write
 from lib.runs.checkpoint import load_state
+from lib.runs.command_line import exit_code
 from lib.runs.run_folder import SETTINGS, read_metrics, run_folder
-from lib.runs.training import exit_code
 
 SMALL = """
     --dataset wt103 --d_model 64 --n_head 4 --d_head 16 --d_inner 256 --wnorm --dropout 0.05

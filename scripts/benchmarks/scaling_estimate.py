@@ -36,7 +36,7 @@ from helpers.settings import LANGUAGE, chosen_settings
 from helpers.work import Work, count
 
 from lib.errors import InputError
-from lib.runs.training import exit_code
+from lib.runs.command_line import exit_code
 
 SIZES = (4, 32, 256)
 BEGIN, END = "<!-- scaling_estimate.py: begin -->", "<!-- scaling_estimate.py: end -->"

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from deq_sequence.options import build_parser
 from lib.errors import InputError
+from lib.runs.command_line import exit_code
 from lib.runs.run_folder import read_metrics, run_folder
-from lib.runs.training import exit_code
 from mdeq_vision import command
 from mdeq_vision.options import experiment_parser
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lib.errors import InputError
-from lib.runs.report import draw_curves, last_record, solver_rows, table
+from lib.runs.finished_run import draw_curves, last_record, solver_rows, table
 
 RECORDS = [
     {"kind": "train", "step": 1, "loss": 3.0},

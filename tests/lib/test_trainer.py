@@ -10,11 +10,10 @@ import torch
 from harness import differences
 from lib.errors import InputError
 from lib.runs.checkpoint import load
-from lib.runs.interrupts import Stopped
+from lib.runs.interrupts import Stopped, TrainingError
 from lib.runs.retention import versions
 from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, Run, read_metrics
 from lib.runs.trainer import FORMAT, Trainer
-from lib.runs.training import TrainingError
 from toy_trainer import ToyTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
@@ -275,6 +274,21 @@ def test_the_best_weights_are_those_of_the_last_phase(start):
     folder = start(trainer)
     assert trainer.best == {"phase": "equilibrium", "score": 4, "step": 8, "name": "score"}
     assert_same(load(folder / WEIGHTS), seen[8])
+
+
+@pytest.mark.parametrize(
+    ("scores", "step"), [((5, math.nan, 3, math.nan), 6), ((5, 4, math.nan, 3), 4)]
+)
+def test_a_score_that_is_not_a_number_is_never_the_best(start, scores, step):
+    """At the first validation of the last phase, after it, and before the best of the phase."""
+    trainer = ToyTrainer()
+    trainer.every, trainer.pretrain_steps = 2, 2
+    trainer.scores, seen = iter(scores), {}
+    trainer.after_validation = lambda found: seen.setdefault(trainer.step, state_of(trainer))
+    folder = start(trainer)
+    assert trainer.best["score"] == scores[step // 2 - 1]
+    assert trainer.best["step"] == step
+    assert_same(load(folder / WEIGHTS), seen[step])
 
 
 def test_a_disk_that_is_full_leaves_what_was_there(start, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ import mdeq_vision.model
 from deq_sequence.command import build_model
 from deq_sequence.options import parse
 from deq_sequence.text.corpus import get_lm_corpus
-from deq_sequence.training import LMTrainer
+from deq_sequence.text_trainer import LMTrainer
 from lib.runs.processes import Processes
 from lib.runs.run_folder import Run
 from lib.runs.trainer import Trainer

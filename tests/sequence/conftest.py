@@ -9,7 +9,7 @@ import torch
 from deq_sequence.command import build_model, main
 from deq_sequence.options import parse
 from deq_sequence.text.corpus import get_lm_corpus
-from deq_sequence.training import LMTrainer
+from deq_sequence.text_trainer import LMTrainer
 from lib.runs.run_folder import read_metrics
 
 TINY = """

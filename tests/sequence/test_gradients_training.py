@@ -16,7 +16,7 @@ import torch
 from deq_sequence import quickstart
 from deq_sequence.command import main
 from deq_sequence.options import parse
-from deq_sequence.training import LMTrainer
+from deq_sequence.text_trainer import LMTrainer
 from gradient_names import (
     BACKWARD,
     COMBINATIONS,
@@ -30,7 +30,7 @@ from gradient_names import (
 )
 from lib.gradients import GRADIENTS
 from lib.runs.checkpoint import load
-from lib.runs.report import draw_curves, solver_rows
+from lib.runs.finished_run import draw_curves, solver_rows
 from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, read_metrics
 from lib.solvers import ADJOINT_SOLVERS, SOLVERS
 from parameters import slow_but

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,6 @@ def test_train_and_eval(script, corpus_folder, tmp_path):
         more = ["--restart", "--max_step", 32, "--log-interval", 1]
         restarted = launch(script, "train", *places, *SMALL.split(), *more, cwd=tmp_path)
         assert restarted.returncode == 0, restarted.stderr
-        assert "continuing at step 30" in restarted.stdout
+        assert re.search(r"continuing \S+ at step 30$", restarted.stdout, re.MULTILINE)
         steps = [r["step"] for r in read_metrics(folder) if r["kind"] == "train"]
         assert steps == [5, 10, 15, 20, 25, 30, 31, 32]

@@ -80,7 +80,7 @@ def killed_run(flags, run_folder, steps, border, kills, *more):
             command.append("--restart")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "continuing at step" in done.stdout
+    assert "continuing " in done.stdout
     assert_same_run(run_folder, run_folder.parent / "whole")
 
 
@@ -168,7 +168,7 @@ def test_a_finished_run_is_only_evaluated(flags, run_folder, capsys):
     finals = {r for r in losses(run_folder) if r[0].startswith("final")}
     capsys.readouterr()
     assert main([*flags, "--restart"]) == 0
-    assert "continuing at step 6" in capsys.readouterr().out
+    assert f"continuing {run_folder / CHECKPOINT} at step 6" in capsys.readouterr().out
     assert [r for r in losses(run_folder) if r[0] in ("train", "valid")] == trained
     assert {r for r in losses(run_folder) if r[0].startswith("final")} == finals
     again = load(run_folder / WEIGHTS)

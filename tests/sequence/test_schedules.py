@@ -10,7 +10,7 @@ from torch import nn
 
 from deq_sequence.options import parse
 from deq_sequence.schedules import LearningRate, make_optimizer
-from lib.runs.training import restore_optimizer
+from lib.runs.optimizers import restore_optimizer
 
 FUSED = ("Adam", "SGD", "Adagrad")  # on a CPU
 OPTIMISERS = ("Adam", "SGD", "Adagrad", "RMSprop", "RAdam")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from deq_sequence import training
+from deq_sequence import text_trainer
 from deq_sequence.command import main
 from deq_sequence.ties import TIE_PROJ_MODES
 from lib.runs.checkpoint import load
@@ -256,8 +256,8 @@ def test_jac_incremental(make_trainer, no_files, monkeypatch):
         used.append(real(*arguments))
         return used[-1]
 
-    real = training.jac_loss_weight_at
-    monkeypatch.setattr(training, "jac_loss_weight_at", weight_at)
+    real = text_trainer.jac_loss_weight_at
+    monkeypatch.setattr(text_trainer, "jac_loss_weight_at", weight_at)
     make_trainer(
         *("--jac_loss_weight", 2, "--jac_loss_freq", 1, "--jac_incremental", 3),
         *("--pretrain_steps", 2, "--max_step", 10, "--log-interval", 1000),

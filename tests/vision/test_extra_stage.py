@@ -8,7 +8,7 @@ from image_files import write_cityscapes
 from lib.runs.checkpoint import load
 from lib.runs.interrupts import Stopping
 from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, read_metrics
-from mdeq_vision import command, training
+from mdeq_vision import command, image_trainer
 from mdeq_vision.config import config
 from mdeq_vision.curriculum import Curriculum
 from mdeq_vision.datasets import digit_scenes
@@ -79,7 +79,7 @@ def assert_same_run(one, two):
 def whole(city, tmp_path_factory):
     """An uninterrupted run over both stages, and the files that each of its epochs loaded."""
     loaded = []
-    original = training.make_loader
+    original = image_trainer.make_loader
 
     def make_loader(dataset, *, epoch, **options):
         loaded.append((epoch, len(dataset), options["start"]))
@@ -88,7 +88,7 @@ def whole(city, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     argv = ["--cfg", SCENES, "--modelDir", folder, *TINY, *NARROW, *MORE, *STAGE]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "make_loader", make_loader)
+        patch.setattr(image_trainer, "make_loader", make_loader)
         patch.setattr(command, "model_summary", lambda *arguments: "")
         assert run_tool("seg_train", *argv, "DATASET.ROOT", city) == 0
     return folder / "cityscapes" / SCENES.stem, loaded

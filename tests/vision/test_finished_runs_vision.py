@@ -16,7 +16,7 @@ from mdeq_vision.command import CONFIG
 from mdeq_vision.datasets import get_cls_dataset
 from mdeq_vision.evaluation import evaluate_classification
 from mdeq_vision.model import get_cls_net
-from mdeq_vision.options import experiment_parser, parse
+from mdeq_vision.options import experiment_parser
 from small_digits import SMALL, of_kind
 from small_runs import DIGITS, SCENES, TINY, run_tool
 
@@ -57,7 +57,7 @@ def test_figures_do_not_depend_on_the_batch_size(digits):
     found = []
     for size in (1, 5, 100):
         argv = digits.argv("TEST.BATCH_SIZE_PER_GPU", size, "TEST.NUM_SAMPLES", 12)
-        cfg = command.load_config(parse(experiment_parser("", ""), argv))
+        cfg = command.load_config(experiment_parser("", "").parse_intermixed_args(argv))
         model, data = get_cls_net(cfg), get_cls_dataset(cfg, "test")
         model.load_state_dict(load(digits.folder / WEIGHTS))
         options = {"train_step": 0, "device": CPU, "processes": Processes()}
@@ -84,10 +84,12 @@ def test_the_saved_settings_make_the_same_run(digits, tmp_path):
 def test_saved_settings_know_where_the_data_are(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv = ["--cfg", str(DIGITS), "--dataDir", "disk", "DATASET.ROOT", "data"]
-    cfg = command.load_config(parse(experiment_parser("", ""), argv))
+    cfg = command.load_config(experiment_parser("", "").parse_intermixed_args(argv))
     assert cfg.DATASET.ROOT == "disk/data"
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    again = command.load_config(parse(experiment_parser("", ""), ["--cfg", "config.yaml"]))
+    again = command.load_config(
+        experiment_parser("", "").parse_intermixed_args(["--cfg", "config.yaml"])
+    )
     assert again.DATASET.ROOT == "disk/data"
 
 

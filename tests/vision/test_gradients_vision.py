@@ -27,9 +27,9 @@ from lib.gradients import GRADIENTS
 from lib.runs.checkpoint import load
 from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, read_metrics
 from mdeq_vision.command import CONFIG, load_config
+from mdeq_vision.image_trainer import ImageTrainer
 from mdeq_vision.model import get_cls_net
 from mdeq_vision.quickstart import main as quickstart
-from mdeq_vision.training import ImageTrainer
 from parameters import slow_but
 from small_digits import SMALL, assert_same
 from small_runs import DIGITS, ROOM, SCENES, TINY_DIGITS, TINY_SCENES, run_tool

@@ -13,7 +13,7 @@ from lib.runs.processes import Processes
 from mdeq_vision import command
 from mdeq_vision.datasets import digit_scenes, get_seg_dataset
 from mdeq_vision.model import MDEQNet, MDEQSegNet
-from mdeq_vision.options import experiment_parser, parse
+from mdeq_vision.options import experiment_parser
 from small_runs import SCENES, run_tool
 from small_vision import fill
 
@@ -84,7 +84,7 @@ def with_weights(argv, folder):
 
 
 def settings(argv):
-    return command.load_config(parse(experiment_parser("seg_test.py", ""), argv))
+    return command.load_config(experiment_parser("seg_test.py", "").parse_intermixed_args(argv))
 
 
 def predictions(argv):

@@ -13,9 +13,9 @@ from lib.runs.run_folder import CHECKPOINT, LOG, METRICS, WEIGHTS, read_metrics
 from mdeq_vision import command
 from mdeq_vision.command import CONFIG
 from mdeq_vision.evaluation import Evaluation
+from mdeq_vision.image_trainer import ImageTrainer
 from mdeq_vision.model import MDEQNet
 from mdeq_vision.tasks import ClassificationTrainer
-from mdeq_vision.training import ImageTrainer
 from small_digits import assert_same, of_kind, state_of
 from small_runs import DIGITS, SCENES, run_tool
 
@@ -104,12 +104,12 @@ def scripted(monkeypatch):
     seen = []
 
     def script(*scores):
-        def evaluate(self, train_step):
-            seen.append(state_of(self.model))
+        def evaluate(cfg, model, dataset, **options):
+            seen.append(state_of(model))
             figures = {"loss": 1.0, "top1": scores[len(seen) - 1], "top5": 1.0, "nfe": 0.0}
             return Evaluation("top1", 1, figures | {"abs_residual": 0.0, "rel_residual": 0.0})
 
-        monkeypatch.setattr(ClassificationTrainer, "evaluate", evaluate)
+        monkeypatch.setattr(ClassificationTrainer, "evaluator", staticmethod(evaluate))
         return seen
 
     return script
@@ -238,7 +238,7 @@ def test_summary_and_places_are_in_the_log(digits):
     log = (digits() / LOG).read_text()
     n = sum(v.numel() for k, v in load(digits.folder / WEIGHTS).items() if is_parameter(k))
     assert f"Total params: {n:,}" in log
-    assert f"digits | {n} parameters | cpu" in log
+    assert f"{n} parameters | cpu | 1 process(es)" in log
     assert f"run folder {digits.folder}" in log
     assert "1438 training and 359 validation images" in log
 
@@ -276,7 +276,10 @@ def test_what_the_task_cannot_do_is_refused(digits, capsys, tool, more):
     other = task["seg" if tool.startswith("cls") else "cls"]
     assert run_tool(tool, *digits.argv(*more.split())) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{key} {value if value in ('True', 'False') else repr(value)} is of {other}" in line
+    assert (
+        f"{key} {value if value in ('True', 'False') else repr(value)} is a setting of {other}"
+        in line
+    )
     assert line.endswith(f"{task[tool[:3]]} makes no use of it")
     assert not digits.folder.exists()
 

@@ -6,12 +6,10 @@ from pathlib import Path
 import torch
 
 from deq_sequence.text import corpus_cache
-from deq_sequence.text.demo_corpus import build_demo_corpus
+from deq_sequence.text.demo_corpus import SPLITS, build_demo_corpus
 from deq_sequence.text.text_files import read_bytes, read_lines
 from deq_sequence.text.vocabulary import ByteVocab, Vocab
 from lib.errors import InputError
-
-SPLITS = ("train", "valid", "test")
 
 
 @dataclass(frozen=True)

@@ -6,21 +6,19 @@ from pathlib import Path
 import torch
 
 from lib.errors import InputError
+from lib.runs import command_line
 
 
-class Parser(argparse.ArgumentParser):
-    """Errors are one line."""
+class Parser(command_line.Parser):
+    """The parser of all commands, with the flags that every benchmark has."""
 
     def __init__(self, **options):
         formatter = argparse.ArgumentDefaultsHelpFormatter
-        super().__init__(allow_abbrev=False, formatter_class=formatter, **options)
+        super().__init__(formatter_class=formatter, **options)
         self.add_argument(
             "--device", choices=("cpu", "cuda"), help="default: the GPU, if there is one"
         )
         self.add_argument("--json", type=Path, help="write all figures here")
-
-    def error(self, message: str):
-        raise InputError(message)
 
     def parse_args(self, args=None, namespace=None):
         """As in argparse; ``device`` is a torch.device, and ``json`` can be written."""

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from deq_sequence.command import build_model
 from deq_sequence.evaluation import perplexity
 from deq_sequence.text.corpus import get_lm_corpus
-from deq_sequence.training import LMTrainer
+from deq_sequence.text_trainer import LMTrainer
 from helpers.measure import peak_tensor_bytes
 from helpers.trainers import image_configuration, next_step, words_arguments
 from lib.deq import DEQ, DEQWarning
 from lib.gradients import get_gradient
 from lib.runs.checkpoint import load, save_atomic
 from lib.runs.processes import Processes
+from lib.runs.solver_figures import PASSES
 from lib.runs.trainer import Trainer
-from lib.runs.training import PASSES
 from mdeq_vision.datasets import get_cls_dataset
 from mdeq_vision.model import get_cls_net
 from mdeq_vision.tasks import ClassificationTrainer
@@ -191,10 +191,10 @@ def _means(trainer: Trainer) -> dict:
 def _figures(trainer: Trainer) -> dict:
     """Loss and perplexity or accuracy of a validation in the phase of the last update."""
     if isinstance(trainer, LMTrainer):
-        found = trainer.evaluate(trainer.corpus.valid)
+        found = trainer.evaluate_text(trainer.corpus.valid)
         figures = {"loss": found.loss, "perplexity": perplexity(found.loss)}
     else:
-        found = trainer.evaluate(trainer.step - 1)
+        found, *_ = trainer.validate()
         figures = {"loss": found.figures["loss"], "accuracy": found.figures[found.score]}
     trainer.model.train()
     return figures

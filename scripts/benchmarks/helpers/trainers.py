@@ -19,7 +19,7 @@ from deq_sequence.command import build_model
 from deq_sequence.options import parse
 from deq_sequence.quickstart import SETTINGS as QUICKSTART
 from deq_sequence.text.corpus import get_lm_corpus
-from deq_sequence.training import LMTrainer
+from deq_sequence.text_trainer import LMTrainer
 from helpers.settings import FORMS, ROOT, Options, chosen_settings
 from helpers.tasks import RATE, LanguageTask, make_task
 from helpers.work import most_evaluations
@@ -28,9 +28,9 @@ from lib.runs.processes import Processes
 from lib.runs.trainer import Trainer
 from mdeq_vision.config import config, update_config
 from mdeq_vision.datasets import CITYSCAPES, get_cls_dataset, get_seg_dataset
+from mdeq_vision.image_trainer import ImageTrainer
 from mdeq_vision.model import MDEQSegNet, get_cls_net
 from mdeq_vision.tasks import ClassificationTrainer, SegmentationTrainer
-from mdeq_vision.training import ImageTrainer
 
 EMBEDDED = ("words", "digits", "scenes")
 IMAGE_FILES = {"digits": "digits/cls_mdeq_TINY", "scenes": "digit_scenes/seg_mdeq_TINY"}

@@ -13,8 +13,8 @@ from lib.data_parallel import BalancedDataParallel
 from lib.errors import InputError
 from lib.runs.interrupts import Stopping
 from lib.runs.processes import Processes
-from lib.runs.steps import Care, Choices
 from lib.runs.sync_batchnorm import convert_sync_batchnorm, each_by_itself
+from lib.runs.task import Care, Choices, Summands
 from lib.runs.trainer import Trainer
 from lib.solvers.precision import autocast
 from mdeq_vision.curriculum import Curriculum
@@ -28,7 +28,7 @@ RESUME = "TRAIN.RESUME True"
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchPart:
     """Images and labels of one forward, and the size of the whole batch.
 
     ``n`` and ``weight`` are sums over all processes; an image that several processes have counts
@@ -176,9 +176,9 @@ class ImageTrainer(Trainer):
         regularise = self.rng.random() < self.cfg.LOSS.JAC_LOSS_FREQ and factor > 0
         if not regularise or deq.RAND_F_THRES_DELTA == 0:
             delta = 0
-        return Choices(max(1, deq.F_THRES + delta), factor if regularise else 0.0)
+        return Choices(max(1, deq.F_THRES + delta), factor if regularise else None)
 
-    def split(self, batch: tuple[Tensor, Tensor]) -> list[Part]:
+    def split(self, batch: tuple[Tensor, Tensor]) -> list[BatchPart]:
         # A process may have one image more than another in the last batch. All must still do the
         # same number of forwards, because batch norm communicates in each.
         left = len(self.curriculum.at(self.epoch).dataset) - self.position * self.batch_size
@@ -187,22 +187,22 @@ class ImageTrainer(Trainer):
         copies = self.processes.world_size if least == 0 else 1
         chunks = min(self.cfg.TRAIN.BATCH_CHUNK, least or left)
         images, target = batch
-        counts = [torch.tensor(len(images), device=self.device), self.weight(target)]
-        counts = self.processes.sum(torch.stack([c.double() for c in counts if c is not None]))
-        of_all = counts[0], (counts[1] if len(counts) > 1 else None), chunks, copies
+        own = [torch.tensor(len(images), device=self.device), self.weight(target)]
+        n, *weight = self.processes.sum(torch.stack([c.double() for c in own if c is not None]))
+        of_all = {"n": n, "weight": weight[0] if weight else None}
         return [
-            Part(*part, *of_all)
+            BatchPart(*part, **of_all, chunks=chunks, copies=copies)
             for part in zip(images.tensor_split(chunks), target.tensor_split(chunks), strict=True)
         ]
 
-    def part(self, index: int, part: Part, choices: Choices):
+    def part(self, index: int, part: BatchPart, choices: Choices) -> Summands:
         images, target = part.images, part.target
         copied = self._alike() if part.copies > 1 else contextlib.nullcontext()
         with autocast(self.cfg.AMP, self.device), copied:
             output, jac_loss, _ = self.parallel(
                 images,
                 train_step=self.step,
-                compute_jac_loss=choices.jac_weight > 0,
+                compute_jac_loss=choices.jac_weight is not None,
                 f_thres=choices.f_thres,
                 b_thres=self.cfg.DEQ.B_THRES,
             )
@@ -217,7 +217,7 @@ class ImageTrainer(Trainer):
         figures = [torch.tensor(len(images), device=self.device)]
         figures += self.hits(output.detach(), target)
         figures = [figure.double() / part.copies for figure in figures]
-        return mean_loss(total, weight.to(total)), jac_loss, figures
+        return Summands(mean_loss(total, weight.to(total)), jac_loss, figures)
 
     @contextlib.contextmanager
     def _alike(self) -> Iterator[None]:
@@ -261,20 +261,16 @@ class ImageTrainer(Trainer):
             f"loss {loss:.4f} | accuracy {100 * accuracy:.2f}%"
         )
 
-    def evaluate(self, train_step: int) -> Evaluation:
-        """Evaluate on the validation set; ``train_step`` selects the phase."""
-        return self.evaluator(
+    def validate(self) -> tuple[Evaluation, dict, str, float]:
+        found = self.evaluator(
             self.cfg,
             self.model,
             self.valid_set,
-            train_step=train_step,
+            train_step=self.step - 1,
             device=self.device,
             processes=self.processes,
             stop=lambda: self.stopping.wanted,
         )
-
-    def validate(self) -> tuple[Evaluation, dict, str, float]:
-        found = self.evaluate(self.step - 1)
         record = {"text": found.text(), **found.figures}
         return found, record, found.score, found.figures[found.score]
 

@@ -6,8 +6,8 @@ import torch
 from yacs.config import CfgNode
 
 from lib.runs.checkpoint import load_weights
+from lib.runs.finished_run import CURVES, draw_curves, solver_rows, table
 from lib.runs.processes import Processes
-from lib.runs.report import CURVES, draw_curves, solver_rows, table
 from lib.runs.run_folder import WEIGHTS, peak_memory_mib, read_metrics
 from mdeq_vision.datasets import SegmentationDataset, get_cls_dataset, get_seg_dataset
 from mdeq_vision.evaluation import Evaluation, evaluate_classification, evaluate_segmentation

@@ -18,7 +18,7 @@ from lib.errors import InputError
 from lib.jacobian import jac_loss_weight_at
 from lib.runs.interrupts import Stopping
 from lib.runs.processes import Processes
-from lib.runs.steps import Care, Choices
+from lib.runs.task import Care, Choices, Summands
 from lib.runs.trainer import Trainer
 from lib.solvers.precision import autocast
 
@@ -113,29 +113,31 @@ class LMTrainer(Trainer):
         f_thres = max(1, self.args.f_thres - self.rng.randint(0, self.args.rand_f_thres_delta))
         regularise = self.rng.random() < self.args.jac_loss_freq
         weight = self.jac_weight_of(self.step)
-        return Choices(f_thres, weight if regularise and self.step >= self.pretrain_steps else 0.0)
+        wanted = regularise and weight > 0 and self.step >= self.pretrain_steps
+        return Choices(f_thres, weight if wanted else None)
 
     def split(self, batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
         chunks = self.args.batch_chunk
         return list(zip(*(part.tensor_split(chunks, dim=1) for part in batch), strict=True))
 
-    def part(self, index: int, part: tuple[Tensor, Tensor], choices: Choices):
+    def part(self, index: int, part: tuple[Tensor, Tensor], choices: Choices) -> Summands:
         data, target = part
         with autocast(self.args.amp, self.device):
-            loss, jac_loss, _, *self.mems[index] = self.parallel(
+            loss, jac_loss, _, *mems = self.parallel(
                 data,
                 target,
                 self.mems[index],
                 train_step=self.step,
                 f_thres=choices.f_thres,
                 b_thres=self.args.b_thres,
-                compute_jac_loss=choices.jac_weight > 0,
+                compute_jac_loss=choices.jac_weight is not None,
             )
+        self.mems[index] = mems  # of the same streams in the next segment
         share = target.shape[1] / self.args.batch_size  # every sequence has the same weight
         losses = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (loss, jac_loss))
         nll, jac_loss = (x.mean() * share for x in losses)
         tokens = torch.full((), target.numel(), device=self.device)
-        return nll, jac_loss, [tokens]
+        return Summands(nll, jac_loss, [tokens])
 
     def set_learning_rate(self) -> None:
         self.learning_rate.set(self.step)
@@ -175,7 +177,7 @@ class LMTrainer(Trainer):
             f"{1000 * elapsed / steps:.0f} ms/step | {speed:.0f} tok/s | loss {loss:.4f} | {figure}"
         )
 
-    def evaluate(self, data: Tensor) -> Evaluation:
+    def evaluate_text(self, data: Tensor) -> Evaluation:
         """Evaluate with the settings of the run, in the phase of the last update."""
         return evaluate(
             self.model,
@@ -187,14 +189,13 @@ class LMTrainer(Trainer):
         )
 
     def validate(self) -> tuple[Evaluation, dict, str, float]:
-        found = self.evaluate(self.corpus.valid)
+        found = self.evaluate_text(self.corpus.valid)
         record = {
             "perplexity": found.perplexity,
             "text": found.text(self.corpus.characters),
         }
         record |= {name: value for name, value in asdict(found).items() if value is not None}
-        score = -found.loss if math.isfinite(found.loss) else -math.inf
-        return found, record, "negative loss", score
+        return found, record, "negative loss", -found.loss
 
     def after_validation(self, found: Evaluation) -> None:
         self.learning_rate.after_evaluation(found.loss, self.step)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lib.errors import InputError
 from lib.extras import needs
-from lib.runs.training import PASSES
+from lib.runs.solver_figures import PASSES
 
 CURVES = "curves.png"
 

@@ -10,7 +10,7 @@ from deq_sequence.generation import generate
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.text.corpus import Corpus
 from deq_sequence.text.ngram import kneser_ney_bigram_perplexity, unigram_perplexity
-from lib.runs.report import CURVES, draw_curves, last_record, solver_rows, table
+from lib.runs.finished_run import CURVES, draw_curves, last_record, solver_rows, table
 from lib.runs.run_folder import peak_memory_mib, read_metrics
 
 _PROMPTS = ("this function returns", "the object is")

@@ -1,0 +1,86 @@
+"""What every command shares: a parser whose errors are one line, and the exit code."""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable
+
+import torch.distributed as dist
+
+from lib.errors import InputError, did_you_mean
+from lib.runs.interrupts import Stopped, TrainingError
+from lib.runs.processes import end_at_once, lost_contact
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises an InputError for a bad command line; the caller prints its one line.
+
+    A flag is never abbreviated. The message about an unknown flag names the nearest known one.
+    """
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        raise InputError(message)
+
+    def parse_args(self, args=None, namespace=None):
+        return self._all_known(*self.parse_known_args(args, namespace))
+
+    def parse_intermixed_args(self, args=None, namespace=None):
+        """As in argparse, but a positional argument may be a negative number, too."""
+        return self._all_known(*self.parse_known_intermixed_args(args, namespace))
+
+    def _all_known(self, found: argparse.Namespace, unknown: list[str]) -> argparse.Namespace:
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            hint = did_you_mean(unknown[0].split("=")[0], flags, otherwise=" (see --help)")
+            raise InputError(f"unknown flag {unknown[0]}{hint}")
+        return found
+
+
+def exit_code(program: str, action: Callable[[], object], resume: str) -> int:
+    """Run ``action`` and return the exit code.
+
+    An expected error is one line on stderr, without a traceback. Bad input or a file error gives
+    code 2, failed training or a lost process 1, :class:`Stopped` its own code, and an interrupt
+    130. Any other error is raised. With several processes this function does not return: it ends
+    the process by :func:`end_at_once`.
+
+    Args:
+        program: the command's name, at the beginning of the line.
+        action: what the command does.
+        resume: the option that continues an interrupted run, such as '--restart'.
+    """
+    try:
+        action()
+    except (Exception, KeyboardInterrupt) as error:
+        found = _explanation(error, resume)
+        if found is None:  # a bug: show the traceback
+            if not dist.is_initialized():
+                raise
+            traceback.print_exc()
+            end_at_once(1)
+        line, code = found
+        print(f"{program}: {' '.join(line.split())}", file=sys.stderr)
+        end_at_once(code)
+        return code
+    end_at_once(0)
+    return 0
+
+
+def _explanation(error: BaseException, resume: str) -> tuple[str, int] | None:
+    """The message and the exit code of an expected error; None for any other error."""
+    match error:
+        case InputError() | OSError():  # no permission, no space: the message names the file
+            return str(error), 2
+        case TrainingError():
+            return str(error), 1
+        case Stopped():
+            return f"{error} ({resume} continues the run)", error.code
+        case KeyboardInterrupt():
+            return f"interrupted ({resume} continues the run)", 130
+    if lost := lost_contact(error):
+        way_out = f"start all of them again, {resume} continues the run"
+        return f"lost the other processes ({lost}): {way_out}", 1
+    return None

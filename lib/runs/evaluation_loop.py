@@ -1,0 +1,80 @@
+"""The loop of every evaluation: sums over batches and processes, and the solver's figures."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lib.runs.processes import Processes
+from lib.runs.solver_figures import summed_stats
+from lib.solvers.stats import SolverStats
+
+
+class EvaluationStopped(Exception):
+    """All processes interrupted an evaluation because the run should stop."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[SolverStats]:
+    """Evaluate within a ``with`` block: eval mode, no gradients, separate solver statistics.
+
+    Yields the statistics of the block. The model's own mode and statistics are restored at its
+    end.
+    """
+    was_training, stats = model.training, model.deq.stats
+    try:
+        model.eval()
+        model.deq.stats = SolverStats()
+        with torch.no_grad():
+            yield model.deq.stats
+    finally:
+        model.deq.stats = stats
+        model.train(was_training)
+
+
+def evaluate_batches(
+    model: nn.Module,
+    batches: Iterable[Any],
+    measure: Callable[[Any], dict],
+    *,
+    processes: Processes,
+    stop: Callable[[], bool],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Call ``measure`` on each batch, and sum what it returns over batches and processes.
+
+    Args:
+        model: the model that ``measure`` calls, here in eval mode and without gradients.
+        batches: the batches of this process; there may be none.
+        measure: returns numbers or 0-dim tensors by name, the same names for each batch. They are
+            summed in float64, without waiting for the GPU.
+        processes: the processes of the run; every process must make this call.
+        stop: called before each batch; True interrupts the evaluation.
+
+    Returns:
+        The sums by name, and the means of the forward solver's statistics. A name that no process
+        has returned is absent.
+
+    Raises:
+        EvaluationStopped: raised in all processes if ``stop`` returned True in one of them.
+    """
+    sums: dict[str, Any] = {}
+    stopped = False
+    with evaluating(model) as stats:
+        for batch in batches:
+            if stopped := stop():
+                break
+            for name, value in measure(batch).items():
+                value = value.detach().double() if isinstance(value, torch.Tensor) else value
+                sums[name] = sums.get(name, 0) + value
+        means = summed_stats(stats, processes).forward.means()
+    found = {name: float(value) for name, value in sums.items()}
+    totals: dict[str, float] = {}
+    for sums_of_one, stopped_here in processes.gather((found, stopped)):
+        stopped = stopped or stopped_here
+        for name, value in sums_of_one.items():
+            totals[name] = totals.get(name, 0.0) + value
+    if stopped:
+        raise EvaluationStopped
+    return totals, means

@@ -1,0 +1,179 @@
+"""A training command: read the checkpoint, build, open the run's folder, train, finish."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from lib.errors import InputError, naming
+from lib.runs.checkpoint import load
+from lib.runs.processes import Processes
+from lib.runs.retention import load_newest, set_aside
+from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, peak_memory_mib
+from lib.runs.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training command decides before it builds a model.
+
+    Attributes:
+        trainer: the trainer's class.
+        folder: the folder of the run.
+        checkpoint: the newest checkpoint of the run to continue; None begins a new run.
+        named_by: the option that chose ``checkpoint``, for messages.
+        debug: write nothing.
+        events: folder of the TensorBoard events; None means ``folder``.
+    """
+
+    trainer: type[Trainer]
+    folder: Path
+    checkpoint: Path | None
+    named_by: str
+    debug: bool = False
+    events: Path | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a run, and how they are kept in a file of its folder.
+
+    Attributes:
+        values: all settings by name.
+        file: name of the file.
+        content: content of the file.
+        read: reads the settings in such a file; raises an InputError if they are unreadable.
+        free: names, or beginnings of names, that a resumed run may change without a note.
+    """
+
+    values: dict
+    file: str
+    content: str
+    read: Callable[[Path], dict]
+    free: tuple[str, ...]
+
+    def changes(self, path: Path) -> list[str]:
+        """One line per setting that differs from the settings in ``path``."""
+        if not path.is_file():
+            return [f"{path} is missing, so the settings could not be compared"]
+        before = self.read(path)
+        return [
+            f"changed since the checkpoint: {name} from {before[name]!r} to {value!r}"
+            for name, value in self.values.items()
+            if name in before and before[name] != value and not name.startswith(self.free)
+        ]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training command has built.
+
+    Attributes:
+        trainer: the trainer, in its initial state.
+        settings: the resolved settings.
+        title: the first lines of the log: the data and the model.
+        notes: further lines.
+        finish: called with the run after the last step.
+    """
+
+    trainer: Trainer
+    settings: Settings
+    title: str
+    notes: list[str] = field(default_factory=list)
+    finish: Callable[[Run], None] = lambda run: None
+
+
+def run_training(plan: Plan, build: Callable[[bool], Job], processes: Processes) -> Path | None:
+    """Train in a new run, or continue the run of a checkpoint.
+
+    Args:
+        plan: see :class:`Plan`.
+        build: ``build(anew)`` builds the model and its trainer. ``anew`` is False if a checkpoint
+            will replace the weights.
+        processes: the processes of the run; every process makes this call.
+
+    Returns:
+        The run's folder; None in a debug run and in all processes except the first.
+
+    Raises:
+        InputError: the checkpoint is unreadable, or of another model or other settings.
+        Stopped, TrainingError: as :meth:`~lib.runs.trainer.Trainer.train`.
+    """
+    state, source, lines = None, None, []
+    if plan.checkpoint is not None:
+        with naming(plan.named_by):
+            state, source, lines = read_checkpoint(plan.checkpoint, plan.trainer, processes)
+    job = build(state is None)
+    trainer, settings = job.trainer, job.settings
+    lines += job.notes
+    if state is not None:
+        lines += settings.changes(plan.checkpoint.parent / settings.file)
+        lines += trainer.load_state_dict(state, source)
+        lines.append(f"continuing {source} at step {trainer.step}")
+    if not processes.lead((plan.folder / WEIGHTS).exists):
+        trainer.best = {}  # the best weights are in another run's folder
+    step = None if state is None else trainer.step
+    run = processes.lead_keeps(lambda: _begin(plan, settings, source, step)) or Run.silent()
+    try:
+        device = trainer.device
+        run.log(job.title)
+        run.log(
+            f"{sum(p.numel() for p in trainer.model.parameters())} parameters | "
+            f"{device}{trainer.gpus or ''} | "
+            f"{processes.world_size} process(es) of {torch.get_num_threads()} threads"
+        )
+        run.log("debug: nothing is written" if plan.debug else f"run folder {plan.folder}")
+        for line in lines:
+            run.log(line)
+        trainer.train(run)
+        job.finish(run)
+        trainer.summarise()
+        run.log(f"peak memory {peak_memory_mib(device):.0f} MiB")
+        processes.lead(run.sync)
+    finally:
+        run.close()
+    return run.folder
+
+
+def _begin(plan: Plan, settings: Settings, source: Path | None, step: int | None) -> Run:
+    """Open the run's folder; move aside checkpoints that are newer than the one read."""
+    folder = None if plan.debug else plan.folder
+    run = Run(folder, (settings.file, settings.content), step, events=plan.events)
+    own = plan.folder / CHECKPOINT
+    if not plan.debug and plan.checkpoint in (None, own):
+        set_aside(own, source or own)
+    return run
+
+
+def read_checkpoint(
+    path: Path, trainer: type[Trainer], processes: Processes
+) -> tuple[dict, Path, list[str]]:
+    """Read the newest good checkpoint of a run.
+
+    The first process chooses the file, so that all processes continue from the same one.
+
+    Returns:
+        The content, the file that was read, and lines for the log.
+
+    Raises:
+        InputError: there is no good checkpoint, or another process cannot read the file.
+    """
+    kept: list = []
+
+    def choose() -> tuple[Path, list[str]]:
+        lines: list[str] = []
+        content, used = load_newest(path, trainer.check, lines.append)
+        kept.append(content)
+        return used, lines
+
+    used, lines = processes.lead(choose)
+    if kept:
+        return kept[0], used, lines
+    try:
+        return load(used), used, lines
+    except InputError as error:
+        raise InputError(
+            f"process {processes.rank} cannot read what the first one reads: {error} (all machines "
+            "need the run's folder on a file system that they share)"
+        ) from error

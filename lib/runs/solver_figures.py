@@ -1,0 +1,49 @@
+"""Solver statistics of a run: in checkpoints, summed over processes, as figures of the log."""
+
+from dataclasses import asdict
+
+import torch
+
+from lib.runs.processes import Processes
+from lib.solvers.stats import PassStats, SolverStats
+
+PASSES = ("forward", "backward")
+
+
+def stats_state(stats: SolverStats) -> list[dict]:
+    """Solver statistics as plain containers, for a checkpoint."""
+    return [asdict(stats.forward), asdict(stats.backward)]
+
+
+def restore_stats(state: list[dict], stats: SolverStats) -> None:
+    """Restore what :func:`stats_state` returned."""
+    forward, backward = state
+    stats.forward, stats.backward = PassStats(**forward), PassStats(**backward)
+
+
+def summed_stats(stats: SolverStats, processes: Processes) -> SolverStats:
+    """Solver statistics summed over all processes. A collective call: every process makes it."""
+    table = [
+        [s.solves, s.nfe, s.broken, s.abs_residual, s.rel_residual]
+        for s in (stats.forward, stats.backward)
+    ]
+    sums = processes.sum(torch.tensor(table, dtype=torch.float64)).tolist()
+    return SolverStats(
+        *(
+            PassStats(int(n), int(nfe), absolute, relative, int(broken))
+            for n, nfe, broken, absolute, relative in sums
+        )
+    )
+
+
+def solver_figures(stats: SolverStats) -> tuple[dict[str, float], str]:
+    """Means of both passes since the last reset, as metrics values and as text for the log."""
+    values, text = {}, ""
+    for which in PASSES:
+        passed: PassStats = getattr(stats, which)
+        if passed.solves:
+            means = passed.means()
+            values |= {f"{which}_{name}": value for name, value in means.items()}
+            text += f" | {which[0]} res {means['rel_residual']:.2e} nfe {means['nfe']:.1f}"
+            text += f" broken {means['broken']}" if means["broken"] else ""
+    return values, text

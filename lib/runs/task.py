@@ -1,0 +1,142 @@
+"""What a trainer of a certain task defines: its data, its losses, its schedule, its figures."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Care:
+    """How a run is protected against divergence and interruption.
+
+    Attributes:
+        keep: number of checkpoints kept, including the newest.
+        max_skipped: the run ends after this many non-finite steps in a row.
+        clip: largest gradient norm; 0 or less turns clipping off.
+        weight_decay: the optimiser's weight decay, also after a resume.
+        resume: the option that continues a run, such as '--restart', for messages.
+        way_out: advice against non-finite numbers, for messages.
+    """
+
+    keep: int
+    max_skipped: int
+    clip: float
+    weight_decay: float
+    resume: str
+    way_out: str
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The random choices of a step, the same in all processes.
+
+    Attributes:
+        f_thres: threshold of the forward solver.
+        jac_weight: weight of the Jacobian loss; None: the step does not compute this loss.
+    """
+
+    f_thres: int
+    jac_weight: float | None = None
+
+
+class Summands(NamedTuple):
+    """What one part of a batch adds to the figures of the whole batch; all are 0-dim tensors.
+
+    The loss of a part is thus not its own mean: it is the part's sum, divided by the size of the
+    whole batch. Summed over all parts and processes, the losses give the mean over the batch.
+    """
+
+    loss: Tensor  # to the mean loss
+    jac_loss: Tensor  # to the mean Jacobian loss; 0 in a step that does not compute it
+    extra: list[Tensor]  # to each of ``Task.extra_sums``
+
+
+class Task:
+    """The methods and attributes that every trainer defines for its task."""
+
+    extra_sums: tuple[str, ...] = ()  # names of the sums that ``part`` returns beside the losses
+    weights_key = "model"  # the checkpoint's entry with the model's weights
+    extra_parts: tuple[str, ...] = ()  # the checkpoint entries that ``extra_state`` adds
+    last_step: int
+    pretrain_steps: int  # the length of the stacked phase
+
+    # ---- a step --------------------------------------------------------------------------------
+
+    def batches(self) -> Iterator[Any]:
+        """Yield this process's share of each batch, from the current position to ``last_step``."""
+        raise NotImplementedError
+
+    def draw(self) -> Choices:
+        """Make the random choices of a step, with the same number of draws in both phases."""
+        raise NotImplementedError
+
+    def split(self, batch: Any) -> Sequence[Any]:
+        """Split this process's share of a batch into parts; the model takes them one by one."""
+        raise NotImplementedError
+
+    def part(self, index: int, part: Any, choices: Choices) -> Summands:
+        """Run one forward pass on a part of the batch.
+
+        A task with memory also keeps here what part ``index`` of the next batch needs.
+        """
+        raise NotImplementedError
+
+    def set_learning_rate(self) -> None:
+        """Set the learning rate of the coming update."""
+        raise NotImplementedError
+
+    def advance(self, batch: Any) -> None:
+        """Move the position in the data past ``batch``."""
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """Discard what a skipped step may have spoilt beside weights and buffers: the memory."""
+
+    def jac_weight_of(self, step: int) -> float:
+        """Weight of the Jacobian loss in update ``step``."""
+        raise NotImplementedError
+
+    # ---- log and validation --------------------------------------------------------------------
+
+    def due(self) -> tuple[bool, bool, bool]:
+        """Whether to log, to validate, and to save after the last step."""
+        raise NotImplementedError
+
+    def validate(self) -> tuple[Any, dict, str, float]:
+        """Evaluate in the phase of the last update.
+
+        Returns:
+            The findings (passed to ``after_validation``); their values for metrics, plus ``text``
+            for the log; the score's name; and the score (higher is better).
+        """
+        raise NotImplementedError
+
+    def after_validation(self, found: Any) -> None:
+        """Update what depends on the validation, such as a schedule or the epoch."""
+
+    def figures(self, loss: float, elapsed: float) -> tuple[dict, str]:
+        """Return metrics values and a log line for the steps since the last log line."""
+        raise NotImplementedError
+
+    # ---- checkpoints ---------------------------------------------------------------------------
+
+    def extra_state(self) -> dict:
+        """Return the checkpoint entries of this trainer alone, named in ``extra_parts``."""
+        raise NotImplementedError
+
+    def load_extra(self, state: dict) -> None:
+        """Restore what ``extra_state`` returned."""
+        raise NotImplementedError
+
+    def fixed(self) -> dict:
+        """Return, by name, the settings that must not change between a save and a resume.
+
+        With other values, the saved data position or optimiser state would have no meaning.
+        """
+        raise NotImplementedError
+
+    def fixed_in(self, state: dict) -> dict:
+        """Return these settings from a checkpoint, also from one older than a setting."""
+        return state["fixed"]
