@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lib.solvers.inner_products import orthogonalise
+
 _CHECK_EVERY = 10  # steps: solving the small eigenvalue problem at every step would be slow
 
 
@@ -40,7 +42,7 @@ def arnoldi(
     for j in range(steps):
         w = product(basis[:, j])
         scale = torch.linalg.vector_norm(w, dim=1, keepdim=True)
-        w, hessenberg[:, : j + 1, j] = _orthogonalise(w, basis[:, : j + 1])
+        w, hessenberg[:, : j + 1, j] = orthogonalise(w, basis[:, : j + 1])
         w, rest = normalise(w)
         alive = rest > 100 * torch.finfo(w.dtype).eps * scale
         hessenberg[:, j + 1, j] = torch.where(alive, rest, 0.0).squeeze(1).double()
@@ -50,18 +52,8 @@ def arnoldi(
             # Draw at every step: the random numbers of a sample must not depend on the others.
             fresh = torch.randn_like(v)
             if not alive.all():
-                fresh = normalise(_orthogonalise(fresh, basis[:, : j + 1])[0])[0]
+                fresh = normalise(orthogonalise(fresh, basis[:, : j + 1])[0])[0]
                 basis[:, j + 1] = torch.where(alive, w, fresh)
-
-
-def _orthogonalise(w: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """w (B, D) minus its projection on the rows of basis (B, m, D); its coefficients (B, m)."""
-    overlaps = 0.0
-    for _ in range(2):  # two passes are enough (Giraud et al. 2005)
-        overlap = torch.bmm(basis, w[:, :, None])  # (B, m, 1)
-        w = w - torch.bmm(overlap.transpose(1, 2), basis).squeeze(1)
-        overlaps = overlaps + overlap.squeeze(2).double()
-    return w, overlaps
 
 
 def leading_ritz_values(

@@ -56,6 +56,7 @@ from lib.solvers.maps import Map, plain, transformed
 from lib.solvers.newton_krylov import newton_krylov
 from lib.solvers.precision import half_precision, in_float32, solve_in_stages
 from lib.solvers.solve import Control, check, check_count
+from lib.solvers.specs import unwrapped
 from lib.solvers.stats import SolverStats, all_finite, solve_figures
 from lib.solvers.transforms import (
     differentiating_forward,
@@ -152,10 +153,10 @@ class DEQ:
     @property
     def b_solver(self) -> Callable:
         own, forward = self._b_solver, self._f_solver
-        if own is None and getattr(forward, "func", forward) in SOLVERS.values():
+        if own is None and unwrapped(forward)[0] in SOLVERS.values():
             return _gmres_like(forward)
         if own is None or own == SAME:
-            newton = getattr(forward, "func", forward) is newton_krylov
+            newton = unwrapped(forward)[0] is newton_krylov
             return _gmres_like(forward) if newton else forward
         return own
 
@@ -278,9 +279,8 @@ class DEQ:
                 "group: a solve may end before what indexing names, in some processes only: leave "
                 "it out, or take grad='unroll'"
             )
-        forward = getattr(self._f_solver, "func", self._f_solver)
         double_backward = {
-            "f_solver newton_krylov": forward is newton_krylov,
+            "f_solver newton_krylov": unwrapped(self._f_solver)[0] is newton_krylov,
             "the Jacobian loss": jac_vecs > 0 and torch.is_grad_enabled(),
             "a gradient of order 2": getattr(self._grad, "order", 1) > 1,
         }
@@ -309,9 +309,9 @@ class DEQ:
         self, f: Map, solution: dict, jac_vecs: int, b_thres: int, on_solve, half: bool
     ) -> tuple[Tensor, Tensor]:
         """The output state with its gradient, and the Jacobian loss."""
-        of_state = torch.is_grad_enabled() and (jac_vecs > 0 or self._grad.of_state)
+        wanted = jac_vecs > 0 or self._grad.differentiates_state
         # Clone: the user may change z_star, which shares memory with the result, in place.
-        point = _point(solution["result"].clone(), of_state)
+        point = _point(solution["result"].clone(), torch.is_grad_enabled() and wanted)
         with own_saved_tensors():
             form = plain(f) if jac_vecs or self._grad.order > 1 else f
             fz = form(point)
@@ -329,7 +329,7 @@ class DEQ:
         adjoint = Adjoint(fz, point, solve(), form if half else None, self._watch)
         z = self._grad.attach(Solved(f, fz, point, solution, adjoint))
         shift = tangent_of(fz)
-        if shift is not None and not self._grad.is_graph:
+        if shift is not None and not self._grad.by_autograd:
             tangents = Tangents(f, point, shift, solve(name="tangent", of="tangent"))
             z = with_tangent(z, self._grad.tangent(tangents))
         return z, jac_loss
@@ -389,7 +389,7 @@ class DEQ:
 def _gmres_like(f_solver: Callable) -> Callable:
     """gmres with the tolerance and the stopping options of the forward solver."""
     common = {"eps", *(field.name for field in fields(Control))}
-    options = getattr(f_solver, "keywords", {})
+    options = unwrapped(f_solver)[1]
     return partial(gmres, **{name: options[name] for name in options if name in common})
 
 

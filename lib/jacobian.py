@@ -30,6 +30,8 @@ from torch import Tensor
 
 from lib.arnoldi import Eigenvalues, arnoldi, leading_ritz_values, normalise, only_finite
 from lib.errors import InputError
+from lib.solvers.maps import vjp
+from lib.solvers.solve import check_count
 
 _ARNOLDI_STEPS = 24  # after the power iterations: enough to separate a few leading pairs
 _LEADING_STEPS = 100  # default steps of leading_eigenvalues
@@ -77,11 +79,11 @@ def jac_loss_estimate(
         Scalar tensor of the dtype of ``z0``.
     """
     _check_pair(f0, z0)
-    _check_count("vecs", vecs, 1)
+    check_count("vecs", vecs, 1)
     draw = _vectors_named(vectors)
     total = z0.new_zeros(())
     for _ in range(vecs):
-        total = total + _vjp(f0, z0, draw(f0), create_graph).square().sum()
+        total = total + vjp(f0, z0, draw(f0), create_graph=create_graph).square().sum()
     return total / vecs / z0.numel()
 
 
@@ -112,7 +114,7 @@ def squared_frobenius_norm(
         InputError: too few vectors, an unknown kind of vectors, or no valid pair (f0, z0).
     """
     _check_pair(f0, z0)
-    _check_count("vecs", vecs, 2)
+    check_count("vecs", vecs, 2)
     draw = _vectors_named(vectors)
     product = _transposed_product(f0, z0)
     draws = [product(draw(f0)).double().square().sum(dim=1) for _ in range(vecs)]
@@ -157,7 +159,7 @@ def power_method(f0: Tensor, z0: Tensor, n_iters: int = 200) -> tuple[Tensor, Te
         The last normalised power iterate, in the shape of ``z0``, and the spectral radius (B, 1).
     """
     _check_pair(f0, z0)
-    _check_count("n_iters", n_iters, 1)
+    check_count("n_iters", n_iters, 1)
     product = _transposed_product(f0, z0)
     v = _random_directions(z0)
     arnoldi_steps = min(_ARNOLDI_STEPS, (n_iters + 1) // 2, v.shape[1])
@@ -210,7 +212,7 @@ def leading_eigenvalues(
     if not 1 <= k <= size:
         raise InputError(f"k is {k!r}, but must be from 1 to {size}, the numbers in a sample of z0")
     steps = max(_LEADING_STEPS, 4 * k) if steps is None else steps
-    _check_count("steps", steps, k)
+    check_count("steps", steps, k)
     product, dtype = _transposed_product(f0, z0), _real_dtype(z0)
     values, residuals = leading_ritz_values(product, _random_directions(z0), k, steps, tol)
     return Eigenvalues(values.to(dtype.to_complex()), residuals.to(dtype))
@@ -244,7 +246,7 @@ def contraction_bound(f0: Tensor, z0: Tensor, steps: int = 50) -> Tensor:
         InputError: f has no double backward, steps is below 1, or no valid pair (f0, z0).
     """
     _check_pair(f0, z0)
-    _check_count("steps", steps, 1)
+    check_count("steps", steps, 1)
     transposed, u = _transposed_product(f0, z0), _random_directions(z0)
     v = transposed(u)
     product = _product(f0, z0, u, v)
@@ -264,20 +266,12 @@ def _real_dtype(z0: Tensor) -> torch.dtype:
     return torch.promote_types(z0.dtype, torch.float32)
 
 
-def _vjp(f0: Tensor, z0: Tensor, v: Tensor, create_graph: bool) -> Tensor:
-    """v'J; zeros if f does not depend on z."""
-    grads = torch.autograd.grad(
-        f0, z0, v, retain_graph=True, create_graph=create_graph, allow_unused=True
-    )
-    return torch.zeros_like(z0) if grads[0] is None else grads[0]
-
-
 def _transposed_product(f0: Tensor, z0: Tensor) -> Callable[[Tensor], Tensor]:
     """The function v -> J'v on (B, D)."""
 
     def product(v: Tensor) -> Tensor:
         vector = v.to(f0.dtype).view(f0.shape)
-        return _vjp(f0, z0, vector, create_graph=False).reshape(len(z0), -1).to(_real_dtype(z0))
+        return vjp(f0, z0, vector).reshape(len(z0), -1).to(_real_dtype(z0))
 
     return product
 
@@ -294,7 +288,7 @@ def _product(f0: Tensor, z0: Tensor, u: Tensor, v: Tensor) -> Callable[[Tensor],
     reason, cause = "J v does not match J'u", None
     try:
         leaf = torch.zeros_like(f0, requires_grad=True)
-        pulled_back = _vjp(f0, z0, leaf, create_graph=True)
+        pulled_back = vjp(f0, z0, leaf, create_graph=True)
         if pulled_back.requires_grad:
             product = _transposed_product(pulled_back, leaf)
         else:
@@ -320,11 +314,6 @@ def _vectors_named(name: str) -> Callable[[Tensor], Tensor]:
     if name not in VECTORS:
         raise InputError(f"vectors is {name!r}, but must be {' or '.join(VECTORS)}")
     return VECTORS[name]
-
-
-def _check_count(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise InputError(f"{name} is {value!r}, but must be at least {least}")
 
 
 def _check_pair(f0: Tensor, z0: Tensor) -> None:

@@ -34,7 +34,7 @@ from lib.gradients.iterations import Iteration, Reversible, Unroll
 from lib.solvers.broyden import broyden
 from lib.solvers.maps import Map, plain
 from lib.solvers.solve import check, check_count, check_damping, check_number
-from lib.solvers.specs import named
+from lib.solvers.specs import choice, unwrapped
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Solved:
 class Gradient:
     """Base class of the gradients that work on the result of a forward solver."""
 
-    solves = False  # uses the backward solver
-    of_state = False  # needs f(z*) as a function of z*
+    uses_b_solver = False  # uses the backward solver
+    differentiates_state = False  # needs f(z*) as a function of z*
     keeps_inverse = False  # needs the forward solver's estimate of the inverse Jacobian
     order = 1  # the highest order of derivatives that is correct
-    is_graph = False  # attach uses ordinary operations only, so forward mode needs no own tangent
+    by_autograd = False  # attach uses ordinary operations only: forward mode needs no own tangent
 
     def refuse(self, f_solver: Callable[..., dict]) -> None:
         """Raise an InputError for a forward solver that this gradient cannot work with."""
@@ -114,7 +114,7 @@ class Implicit(Gradient):
 
     order: int = 1
 
-    solves = of_state = True
+    uses_b_solver = differentiates_state = True
 
     def __post_init__(self):
         check(self.order in (1, 2), "order", self.order, "1 or 2")
@@ -147,7 +147,7 @@ class Implicit(Gradient):
 class JacobianFree(Gradient):
     """y = g, the gradient of one step at z* (Fung et al. 2021)."""
 
-    is_graph = True
+    by_autograd = True
 
     def attach(self, solved: Solved) -> Tensor:
         return solved.fz.clone()  # f may return a tensor that f or autograd keeps
@@ -178,11 +178,11 @@ class Phantom(Gradient):
         check(self.form in ("unrolled", "neumann"), "form", self.form, "'unrolled' or 'neumann'")
 
     @property
-    def of_state(self) -> bool:
+    def differentiates_state(self) -> bool:
         return self.form == "neumann"
 
     @property
-    def is_graph(self) -> bool:
+    def by_autograd(self) -> bool:
         return self.form == "unrolled"
 
     def tangent(self, tangents: Tangents) -> Tensor:
@@ -240,13 +240,13 @@ class Shine(Gradient):
             check_count("refine", self.refine)
 
     @property
-    def solves(self) -> bool:
+    def uses_b_solver(self) -> bool:
         return self.refine > 0
 
-    of_state = solves
+    differentiates_state = uses_b_solver
 
     def refuse(self, f_solver: Callable[..., dict]) -> None:
-        inner, options = getattr(f_solver, "func", f_solver), getattr(f_solver, "keywords", {})
+        inner, options = unwrapped(f_solver)
         per_sample = options.get("stop") == "sample"
         if inner is not broyden or per_sample:
             name = getattr(inner, "__name__", repr(inner)) + " per sample" * per_sample
@@ -293,7 +293,7 @@ def unused_settings(grad: Gradient | Iteration) -> list[str]:
     """Names of the settings of a model that have no effect with this gradient."""
     if isinstance(grad, Iteration):
         return ["f_solver", "stop_mode", "b_solver", "b_thres"]
-    if not grad.solves:
+    if not grad.uses_b_solver:
         return ["b_solver", "b_thres"]
     return ["b_thres"] if isinstance(grad, Shine) else []
 
@@ -306,4 +306,4 @@ def get_gradient(grad: str | Gradient | Iteration) -> Gradient | Iteration:
     """
     if isinstance(grad, (Gradient, Iteration)):
         return grad
-    return named("grad", grad, GRADIENTS)()
+    return choice("grad", grad, GRADIENTS)()

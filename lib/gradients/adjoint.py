@@ -18,10 +18,11 @@ from torch.distributed import ProcessGroup
 from lib.errors import DEQWarning
 from lib.solvers.host import to_device
 from lib.solvers.lockstep import lockstep
-from lib.solvers.maps import Affine, Map, plain
+from lib.solvers.maps import Affine, Map, plain, vjp
 from lib.solvers.norms import norms as norms_of
 from lib.solvers.precision import in_float32, same_autocast, solve_in_stages
 from lib.solvers.solve import totals
+from lib.solvers.specs import unwrapped
 from lib.solvers.stats import all_finite
 from lib.solvers.transforms import tangent_of
 
@@ -128,7 +129,7 @@ class LinearSolve:
         All samples have the same power unless the solver stops per sample.
         """
         finite = np.where(np.isfinite(norms), norms, 0.0)
-        alone = getattr(self._solver, "keywords", {}).get("stop") == "sample"
+        alone = unwrapped(self._solver)[1].get("stop") == "sample"
         sizes = finite if alone else np.full_like(finite, math.hypot(*finite))
         least = 0.5 if self._stop_mode == "abs" else 2.0**-40
         fits = (sizes == 0) | ((least <= sizes) & (sizes <= 2.0**40)) | ~np.isfinite(sizes)
@@ -266,7 +267,7 @@ class Adjoint:
 
     def product(self, v: Tensor) -> Tensor:
         """J'v, with the shape and dtype of v."""
-        return _vjp(self.fz, self.point, v)
+        return vjp(self.fz, self.point, v)
 
     def solve(
         self, grad: Tensor, start: Tensor | None = None, threshold: int | None = None
@@ -292,7 +293,7 @@ class Adjoint:
             )
         if back is None or not back.requires_grad:  # f does not depend on z
             return v
-        return self._solve(lambda t: _vjp(back, u, t), v)
+        return self._solve(lambda t: vjp(back, u, t), v)
 
     def _in_float32(self) -> Map:
         with torch.no_grad(), self._autocast():
@@ -302,12 +303,7 @@ class Adjoint:
         with torch.enable_grad():
             point = self.point.detach().requires_grad_()
             fz = in_float32(self._again)(point)
-        return lambda v: _vjp(fz, point, v)
-
-
-def _vjp(fz: Tensor, point: Tensor, v: Tensor) -> Tensor:
-    (found,) = torch.autograd.grad(fz, point, v.to(fz.dtype), retain_graph=True, allow_unused=True)
-    return torch.zeros_like(v) if found is None else found
+        return lambda v: vjp(fz, point, v)
 
 
 class Tangents:

@@ -2,8 +2,8 @@
 
 Every solver has the signature ``solver(f, x0, threshold=..., eps=..., stop_mode=...) -> dict`` and
 is listed by name in :data:`SOLVERS`. A method only proposes its next iterate. A
-:class:`~lib.solvers.solve.Run` evaluates f there, keeps the residual traces and the best iterate,
-finds samples that are no longer finite, and decides when to stop.
+:class:`~lib.solvers.solve.Solve` evaluates f there, keeps the residual traces and the best
+iterate, finds samples that are no longer finite, and decides when to stop.
 
 Example::
 
@@ -64,7 +64,7 @@ from lib.solvers.krylov import bicgstab, gmres
 from lib.solvers.newton_krylov import newton_krylov
 from lib.solvers.sample_solve import start
 from lib.solvers.solve import Control, check_damping, solver_method
-from lib.solvers.specs import named
+from lib.solvers.specs import choice, unwrapped
 
 __all__ = [
     "ADJOINT_SOLVERS",
@@ -96,12 +96,12 @@ def fixed_point_iteration(
     as for :func:`~lib.solvers.anderson.anderson`; ``threshold`` counts evaluations of f.
     """
     check_damping(damping)
-    run = start(f, x0, threshold, eps, stop_mode, control)
-    x, fx, gx = run.evaluate(run.x0)
-    while not run.stopped and run.nfe < threshold:
+    solve = start(f, x0, threshold, eps, stop_mode, control)
+    x, fx, gx = solve.evaluate(solve.x0)
+    while not solve.stopped and solve.nfe < threshold:
         x = fx if damping == 1 else x + damping * gx
-        x, fx, gx = run.evaluate(x, out=gx)
-    return run.result()
+        x, fx, gx = solve.evaluate(x, out=gx)
+    return solve.result()
 
 
 # Forward solvers and adjoint solvers, by name. An adjoint system is linear: Krylov methods apply to
@@ -138,8 +138,9 @@ def get_solver(solver: str | Callable[..., dict], *, adjoint: bool = False) -> C
     """
     accepted, others = (ADJOINT_SOLVERS, SOLVERS) if adjoint else (SOLVERS, ADJOINT_SOLVERS)
     if callable(solver):
-        name = getattr(getattr(solver, "func", solver), "__name__", "")  # "func": of a partial
-        ours = any(getattr(solver, "func", solver) is found for found in others.values())
+        function, _ = unwrapped(solver)
+        name = getattr(function, "__name__", "")
+        ours = any(function is other for other in others.values())
     else:
         name = str(solver).partition(":")[0].strip()
         ours = name in others
@@ -152,7 +153,7 @@ def get_solver(solver: str | Callable[..., dict], *, adjoint: bool = False) -> C
         )
     if callable(solver):
         return solver
-    found = named("solver", solver, accepted, without=_CALLERS, more=Control)
+    found = choice("solver", solver, accepted, without=_CALLERS, more=Control)
     if ":" in solver:  # try the options on a trivial map: refuse a bad value here, not in a solve
         try:
             found(torch.zeros_like, torch.zeros(1, 1, device="cpu"), threshold=3)

@@ -68,25 +68,25 @@ def anderson(
         check_number("lam", lam)
     check_number("beta", beta, positive=True)
     check(isinstance(restart, bool), "restart", restart, "True or False")
-    run = start(f, x0, threshold, eps, stop_mode, control)
-    past = _AndersonWindow(run.x0, m=min(m, threshold), lam=lam, beta=beta)
-    _, fx, gx = run.evaluate(run.x0, out=past.residual[0])
-    while not run.stopped and run.nfe < threshold:
-        newest, n = (run.nfe - 1) % past.m, min(run.nfe, past.m)
-        if run.kept is not None:
-            past.select(run.kept)
+    solve = start(f, x0, threshold, eps, stop_mode, control)
+    past = _AndersonWindow(solve.x0, m=min(m, threshold), lam=lam, beta=beta)
+    _, fx, gx = solve.evaluate(solve.x0, out=past.residual[0])
+    while not solve.stopped and solve.nfe < threshold:
+        newest, n = (solve.nfe - 1) % past.m, min(solve.nfe, past.m)
+        if solve.kept is not None:
+            past.select(solve.kept)
         if restart:
             n = newest + 1
             if n == 1:
                 past.forget()
-        if run.far.any():
-            past.damp(run.far)
+        if solve.far.any():
+            past.damp(solve.far)
         past.keep_value(newest, fx, gx)
-        past.renew_gram(newest, n, run.wide)
+        past.renew_gram(newest, n, solve.wide)
         # The first step is plain. clone(): the iterate must not alias f's value or the window.
-        x = fx.clone() if run.nfe == 1 else past.combination(newest, n)
-        _, fx, gx = run.evaluate(x, out=past.residual[run.nfe % past.m])
-    return run.result()
+        x = fx.clone() if solve.nfe == 1 else past.combination(newest, n)
+        _, fx, gx = solve.evaluate(x, out=past.residual[solve.nfe % past.m])
+    return solve.result()
 
 
 class _AndersonWindow:

@@ -12,7 +12,7 @@ from lib.solvers.host import to_device
 from lib.solvers.inner_products import products
 from lib.solvers.norms import scaled_norms
 from lib.solvers.sample_solve import start
-from lib.solvers.solve import Run, check, check_count, check_damping, solver_method
+from lib.solvers.solve import Solve, check, check_count, check_damping, solver_method
 
 # Vectors are stored in blocks: few kernels, little unused memory. A block holds _BLOCK_ROWS
 # vectors, or as many as fit in _BLOCK_BYTES if that is more.
@@ -75,26 +75,26 @@ def broyden(
     own = keep_inverse and control.get("best") == "sample"
     check(not own, "keep_inverse", keep_inverse, "False with best='sample'")
     check(not ls or damping == 1, "ls", ls, "False with a damping")
-    run = start(f, x0, threshold, eps, stop_mode, control, heeds_check_every=not ls)
+    solve = start(f, x0, threshold, eps, stop_mode, control, heeds_check_every=not ls)
     if memory is None:
-        inverse = BroydenInverse(run.x0, threshold)
+        inverse = BroydenInverse(solve.x0, threshold)
     else:
-        inverse = LimitedInverse(run.x0, min(memory, threshold))
-    x, _, gx = run.evaluate(run.x0, out=inverse.residual)
-    value, length = run.abs_trace[-1], None  # ||g(x)||; t of the step that H learns next
+        inverse = LimitedInverse(solve.x0, min(memory, threshold))
+    x, _, gx = solve.evaluate(solve.x0, out=inverse.residual)
+    value, length = solve.abs_trace[-1], None  # ||g(x)||; t of the step that H learns next
     at_x: Tensor | None = gx.clone() if ls else None  # g(x)
     steps, back = 0, False  # back: the line search rejected all trials; H learnt from the last
     taken = [0]  # indices of evaluations: at x0, then one per update of H
     for _ in range(threshold):
-        if run.stopped:
+        if solve.stopped:
             break
-        if run.kept is not None:
-            inverse.select(run.kept)
-        direction = inverse.newton_direction(length, run.wide)
+        if solve.kept is not None:
+            inverse.select(solve.kept)
+        direction = inverse.newton_direction(length, solve.wide)
         if ls:
             if back:
                 direction = inverse.return_to(at_x, length)
-            trial = _line_search(run, x, direction, value, steps)
+            trial = _line_search(solve, x, direction, value, steps)
             if trial is None:  # f was not finite at any trial: H has no step to learn from
                 length = None
                 break
@@ -104,14 +104,14 @@ def broyden(
                 x, at_x, value, steps = trial.x, trial.residual, trial.value, steps + 1
         else:
             step = direction if damping == 1 else damping * direction
-            x, _, _ = run.evaluate(x + step, out=inverse.residual)
-            length, evaluation = damping, run.nfe - 1
+            x, _, _ = solve.evaluate(x + step, out=inverse.residual)
+            length, evaluation = damping, solve.nfe - 1
         taken.append(evaluation)
-    solution = run.result() | {"name": name}
+    solution = solve.result() | {"name": name}
     if keep_inverse:
         if length is not None:
             # The loop ended before the update from the last evaluation.
-            inverse.newton_direction(length, run.wide)
+            inverse.newton_direction(length, solve.wide)
         updates = sum(evaluation <= solution["nstep"] for evaluation in taken) - 1
         solution |= {"inverse": inverse, "updates": updates}
     return solution
@@ -144,7 +144,7 @@ class BroydenInverse:
         self.capacity = capacity  # maximum number of directions
         self.blocks: list[Tensor] = []  # (rows, B, D), filled in order
         self.count = self._free = 0  # directions stored; rows left in the last block
-        self.short: list[float] = []  # 1 - t_j
+        self.shortfall: list[float] = []  # 1 - t_j
         self._wide = False  # whether any call so far needed wide inner products
         self.triangle = torch.zeros(batch, 16, 16, dtype=torch.float64, device=like.device)
 
@@ -166,8 +166,8 @@ class BroydenInverse:
         usable = denominator.abs() > torch.finfo(torch.float64).eps
         scale = torch.where(usable, denominator.reciprocal(), 0.0)
         weights = F.pad(-scale * coefficients[:, :-1], (1, 0))
-        if any(self.short):
-            weights += scale * self._like(self.short, coefficients) * coefficients
+        if any(self.shortfall):
+            weights += scale * self._like(self.shortfall, coefficients) * coefficients
         scale = torch.where(usable, scale, 1.0)
 
         torch.mul(self.residual, scale.to(self.residual.dtype), out=self.direction)
@@ -187,7 +187,7 @@ class BroydenInverse:
         """
         for rows in self._filled():
             before = rows[-1]
-        self.short[-1] = 1.0
+        self.shortfall[-1] = 1.0
         self.residual.copy_(residual)
         return self.direction.add_(before, alpha=length)
 
@@ -200,8 +200,8 @@ class BroydenInverse:
         directions = [d for rows in self._filled() for d in rows] + [self.direction]
         for j in reversed(range(min(updates, self.count))):
             d, w = directions[j], directions[j + 1]
-            if self.short[j]:
-                w = w - self.short[j] * directions[j]
+            if self.shortfall[j]:
+                w = w - self.shortfall[j] * directions[j]
             norm, overlap = (
                 products(a[None], b[None], self._wide)[:, 0] for a, b in ((d, d), (w, out))
             )
@@ -226,7 +226,7 @@ class BroydenInverse:
         self.blocks[-1][-self._free] = self.direction
         self._free -= 1
         self.count += 1
-        self.short.append(1 - length)
+        self.shortfall.append(1 - length)
 
     def _coefficients(self, wide: bool) -> Tensor:
         """Extend the triangular system by one row; return c of the class's docstring.
@@ -241,8 +241,8 @@ class BroydenInverse:
         own, right = overlaps[:, 0], overlaps[:, 1].neg()
         row = self.triangle[:, k, : k + 1]
         torch.neg(own[:, 1:], out=row[:, :-1])
-        if any(self.short):
-            row[:, :-1] += self._like(self.short[:-1], own) * own[:, :-1]
+        if any(self.shortfall):
+            row[:, :-1] += self._like(self.shortfall[:-1], own) * own[:, :-1]
         norm = own[:, -1]
         row[:, -1] = torch.where(norm > 0, norm, 1.0)
         system = self.triangle[:, : k + 1, : k + 1]
@@ -355,7 +355,9 @@ class _Trial:
     accepted: bool
 
 
-def _line_search(run: Run, x: Tensor, direction: Tensor, value: float, step: int) -> _Trial | None:
+def _line_search(
+    solve: Solve, x: Tensor, direction: Tensor, value: float, step: int
+) -> _Trial | None:
     """Shorten t from 1 until ||g(x + t d)|| <= (1 + eta - 1e-4 t^2) ||g(x)||.
 
     This is the rule of Li and Fukushima (2000). Their ||t d||^2 is replaced by t^2 ||g(x)||, so
@@ -370,12 +372,12 @@ def _line_search(run: Run, x: Tensor, direction: Tensor, value: float, step: int
     length, last = 1.0, None
     for left in reversed(range(_TRIALS)):
         # A shorter step often stays finite: lose a sample only if no trial was finite.
-        point = run.evaluate(x + length * direction, forgive=left > 0 or last is not None)
+        point = solve.evaluate(x + length * direction, forgive=left > 0 or last is not None)
         if point is not None:
-            found = run.abs_trace[-1]
+            found = solve.abs_trace[-1]
             fits = found <= (1 + 1 / (step + 1) ** 2 - 1e-4 * length**2) * value
-            last = _Trial(point[0], point[2], found, length, run.nfe - 1, fits)
-        if run.stopped or (last is not None and last.accepted):
+            last = _Trial(point[0], point[2], found, length, solve.nfe - 1, fits)
+        if solve.stopped or (last is not None and last.accepted):
             break
         length *= _SHORTER
     return last

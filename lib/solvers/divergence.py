@@ -37,7 +37,7 @@ class Divergence:
         self._highest = np.zeros(count)
         self._highs = np.zeros(count, dtype=np.int64)  # new highs since the residual was last near
 
-    def found(self, g: np.ndarray, f: np.ndarray, rows: np.ndarray | slice = slice(None)):
+    def diverged(self, g: np.ndarray, f: np.ndarray, rows: np.ndarray | slice = slice(None)):
         """Which of the samples ``rows`` have diverged, from the norms of g and f at a new point.
 
         The first call sets the limits and must cover all samples. Norms that are not finite carry

@@ -36,3 +36,17 @@ def chunks(size: int) -> int:
     if size <= _LONG:
         return 1
     return next((n for n in range(size // _CHUNK, 1, -1) if size % n == 0), 1)
+
+
+def orthogonalise(vectors: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors (B, D) minus their projections on the orthonormal rows of ``basis`` (B, k, D).
+
+    Returns:
+        The remainders (B, D), and the k coefficients of the projections, (B, k) in float64.
+    """
+    coefficients = vectors.new_zeros((), dtype=torch.float64)
+    for _ in range(2):  # twice is enough (Giraud et al. 2005)
+        overlap = torch.bmm(basis, vectors[:, :, None])  # (B, k, 1)
+        vectors = vectors - torch.bmm(overlap.transpose(1, 2), basis).squeeze(1)
+        coefficients = coefficients + overlap.squeeze(2).double()
+    return vectors, coefficients

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from lib.solvers.host import to_device
+from lib.solvers.inner_products import orthogonalise
 from lib.solvers.maps import Affine, Map
 from lib.solvers.norms import TINY, norms, scaled_norms
 from lib.solvers.sample_solve import start
-from lib.solvers.solve import Run, check_count, solver_method
+from lib.solvers.solve import Solve, check_count, solver_method
 
 
 @solver_method
@@ -61,9 +62,9 @@ def gmres(
         check_count("restart", restart)
     system = System(f, x0, threshold, eps, stop_mode, control)
     while system.goes_on(products=1):
-        size = min(restart or threshold, system.run.left - 1, system.x.shape[1])
+        size = min(restart or threshold, system.solve.left - 1, system.x.shape[1])
         system.move(*gmres_cycle(system, system.g, size, system.x))
-    return system.run.result()
+    return system.solve.result()
 
 
 def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[Tensor, np.ndarray]:
@@ -75,7 +76,7 @@ def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[
 
     Args:
         system: has ``product`` (v -> J v, both (B, D)), ``enough`` (the samples that need no
-            further step, from their residual and ||x + V c||), and ``run``.
+            further step, from their residual and ||x + V c||), and ``solve``.
         g: residual at the start, (B, D).
         size: maximum number of products.
         x: the start, (B, D); None means zero.
@@ -85,7 +86,7 @@ def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[
     """
     batch, length = g.shape
     first = norms(g)  # (B,)
-    rest, active = first.copy(), (first > 0) & ~system.run.resting  # rest: signed residual
+    rest, active = first.copy(), (first > 0) & ~system.solve.resting  # rest: signed residual
     triangle, right = np.zeros((batch, size, size)), np.zeros((batch, size))
     along, chosen = np.zeros((2, batch, size))  # V'x; c of the correction to return
     square = np.zeros(batch) if x is None else norms(x) ** 2
@@ -99,14 +100,14 @@ def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[
             more = min(len(basis), size + 1 - len(basis))
             basis = torch.cat([basis, basis.new_empty(more, batch, length)])
         image = system.product(basis[j])
-        column = _orthogonalise(image, basis[:n])
-        if x is not None:
-            column = torch.cat([column, _dot(basis[j], x).double()], dim=1)
-        column = column.cpu().numpy()  # (B, n + 1)
+        image, column = orthogonalise(image, basis[:n].transpose(0, 1))
+        extra = [_norm(image)] if x is None else [_norm(image), _dot(basis[j], x)]
+        column = torch.cat([column, *(t.double() for t in extra)], dim=1)
+        column = column.cpu().numpy()  # (B, n + 1), and V'x at the end if x is given
         if x is not None:
             column, along[:, j] = column[:, :-1], column[:, -1]
         fails = active & ~np.isfinite(column).all(1)
-        system.run.lose(fails)
+        system.solve.lose(fails)
         active &= ~fails
         column = np.where(active[:, None], column, 0.0)
         exhausted = column[:, n] <= best.rounding * (1 + np.linalg.norm(column, axis=1))
@@ -133,7 +134,7 @@ def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[
         better = best.offer(active, np.abs(rest), np.linalg.norm(weights, axis=1), value)
         chosen[better, :n] = weights[better]
         active &= ~exhausted & ~system.enough(best.residual, best.value)
-        if not active.any() or system.run.stopped:
+        if not active.any() or system.solve.stopped:
             break
     weights = to_device(chosen[:, None, :n], basis)  # (B, 1, n)
     return torch.bmm(weights, basis[:n].transpose(0, 1))[:, 0], best.improved
@@ -193,21 +194,6 @@ def _unit(vectors: Tensor, norms: np.ndarray) -> Tensor:
     return torch.where(norms > 0, vectors / torch.where(norms > 0, norms, 1.0), 0.0)
 
 
-def _orthogonalise(image: Tensor, basis: Tensor) -> Tensor:
-    """Orthogonalise ``image`` (B, D) against the basis (k, B, D), in place.
-
-    Returns:
-        The k coefficients and the norm of the remainder, (B, k + 1) in float64.
-    """
-    total = 0
-    for _ in range(2):  # twice is enough (Giraud et al. 2005)
-        overlap = torch.bmm(basis.transpose(0, 1), image[:, :, None])  # (B, k, 1)
-        image.sub_(torch.bmm(overlap.transpose(1, 2), basis.transpose(0, 1)).squeeze(1))
-        total = total + overlap[:, :, 0].double()
-    rest = torch.linalg.vector_norm(image, dim=1, keepdim=True)
-    return torch.cat([total, rest.double()], dim=1)
-
-
 @solver_method
 def bicgstab(
     f: Callable[[Tensor], Tensor],
@@ -227,22 +213,22 @@ def bicgstab(
     system = System(f, x0, threshold, eps, stop_mode, control)
     while system.goes_on(products=2):
         system.move(*_bicgstab_cycle(system))
-    return system.run.result()
+    return system.solve.result()
 
 
 def _bicgstab_cycle(system: "System") -> tuple[Tensor, np.ndarray]:
     """One cycle: the best correction (B, D), and the samples (B,) whose residual it lowers."""
-    run, first = system.run, norms(system.g)
+    solve, first = system.solve, norms(system.g)
     # Divide by the size of the residual: squares stay in range. A power of two rounds nothing.
     limits = torch.finfo(system.g.dtype)
     size = np.exp2(np.floor(np.log2(np.clip(first, limits.tiny, limits.max / 4))))
     unit = to_device(size, system.g)[:, None]
     r, x = system.g / unit, system.x / unit
     correction, chosen = torch.zeros_like(r), torch.zeros_like(r)
-    best, active = _Best(first, norms(system.x), r), (first > 0) & ~run.resting
+    best, active = _Best(first, norms(system.x), r), (first > 0) & ~solve.resting
     going = rows(active, r)
     shadow, p, rho = r, torch.where(going, r, 0.0), _dot(r, r)
-    while active.any() and run.affords(3) and not run.stopped:
+    while active.any() and solve.affords(3) and not solve.stopped:
         ap, finite = _finite(p - system.product(p))
         sizes = _norm(shadow) * (_norm(p) + _norm(ap))
         alpha = _ratio(rho, _dot(shadow, ap), best.rounding * sizes)
@@ -267,7 +253,7 @@ def _bicgstab_cycle(system: "System") -> tuple[Tensor, np.ndarray]:
         found = torch.cat([part.double() for part in parts], dim=1).T.cpu().numpy()
         residual, length, value = found[:3] * size
         fails = active & ~(np.isfinite(residual + length) & (found[3] > 0))
-        run.lose(fails)
+        solve.lose(fails)
         active &= ~fails
         better = best.offer(active, residual, length, value)
         chosen = torch.where(rows(better, r), correction, chosen)
@@ -304,9 +290,9 @@ class System:
 
     def __init__(self, f, x0: Tensor, threshold: int, eps: float, stop_mode: str, control: dict):
         options = {"shrinks": False, "heeds_check_every": False}
-        self.run = start(f, x0, threshold, eps, stop_mode, control, **options)
+        self.solve = start(f, x0, threshold, eps, stop_mode, control, **options)
         self.f = f
-        self.x, self.fx, self.g = self.run.evaluate(self.run.x0)
+        self.x, self.fx, self.g = self.solve.evaluate(self.solve.x0)
 
     def move(self, correction: Tensor, improved: np.ndarray) -> None:
         """Move to x + correction, and evaluate the true residual there.
@@ -314,27 +300,27 @@ class System:
         Only the samples ``improved`` (B,) move: the recursion predicts that the correction lowers
         their residual. Samples whose true residual does not fall are noted as stalled.
         """
-        if improved.any() and not self.run.resting.all():
+        if improved.any() and not self.solve.resting.all():
             before, moves = norms(self.g), rows(improved, correction)
             x = self.x + torch.where(moves, correction, 0.0)
-            self.x, self.fx, self.g = self.run.evaluate(x)
+            self.x, self.fx, self.g = self.solve.evaluate(x)
             improved = norms(self.g) < before
-        self.run.stall(~improved)
+        self.solve.stall(~improved)
 
     def product(self, v: Tensor) -> Tensor:
         """J v, (B, D)."""
         if isinstance(self.f, Affine):
-            return multiply(self.run, self.f.product, v)
+            return multiply(self.solve, self.f.product, v)
         # Scale v to the size of x and f(x), so that the difference keeps its digits.
         sizes = [scaled_norms(point).to(v)[:, None] for point in (self.x, self.fx)]
         scale = _ratio(torch.maximum(*sizes), _norm(v))
         scale = torch.where(scale > 0, scale, 1.0)
-        value = multiply(self.run, self.f, self.x + scale * v)
+        value = multiply(self.solve, self.f, self.x + scale * v)
         return (value - self.fx) / scale
 
     def goes_on(self, products: int) -> bool:
         """Whether another cycle is needed, and affordable; a step takes this many products."""
-        return not self.run.stopped and self.run.affords(products + 1)
+        return not self.solve.stopped and self.solve.affords(products + 1)
 
     def enough(self, residual: np.ndarray, value: np.ndarray) -> np.ndarray:
         """The samples (B,) that need no further step in this cycle.
@@ -345,19 +331,19 @@ class System:
             residual: ||g|| at the best point of the cycle, (B,).
             value: ||x|| there, (B,), in place of ||f(x)|| = ||x + g||.
         """
-        if self.run.control.stop == "sample":
+        if self.solve.control.stop == "sample":
             return self._small(residual, value)
-        counts = ~self.run.lost
+        counts = ~self.solve.lost
         together = self._small(*(np.linalg.norm(v[counts]) for v in (residual, value)))
         return together | (residual == 0)
 
     def _small(self, residual, value):
-        limit = self.run.eps if self.run.stop_mode == "abs" else self.run.eps * value
-        return (residual < limit) | (residual < self.run.control.floor * value) | (residual == 0)
+        limit = self.solve.eps if self.solve.stop_mode == "abs" else self.solve.eps * value
+        return (residual < limit) | (residual < self.solve.control.floor * value) | (residual == 0)
 
 
-def multiply(run: Run, product: Map, v: Tensor) -> Tensor:
+def multiply(solve: Solve, product: Map, v: Tensor) -> Tensor:
     """product(v) for v (B, D) in the working dtype, as a new tensor; counts one product."""
-    run.products += 1
-    image = product(v.to(run.dtype).view(run.shape))
+    solve.products += 1
+    image = product(v.to(solve.dtype).view(solve.shape))
     return image.reshape(v.shape).to(v.dtype, copy=True)

@@ -13,6 +13,7 @@ of f (autocast, lists of tensors) preserve them with :func:`transformed`:
 from collections.abc import Callable
 from copy import copy
 
+import torch
 from torch import Tensor
 
 Map = Callable[[Tensor], Tensor]
@@ -61,3 +62,11 @@ def transformed(f: Map, change: Callable[[Map], Map]) -> Map:
     if hasattr(f, "select"):
         out.select = lambda rows: transformed(f.select(rows), change)
     return out
+
+
+def vjp(fz: Tensor, point: Tensor, v: Tensor, *, create_graph: bool = False) -> Tensor:
+    """J'v for fz = f(point), keeping its graph; zeros if f does not depend on its argument."""
+    (found,) = torch.autograd.grad(
+        fz, point, v.to(fz.dtype), retain_graph=True, create_graph=create_graph, allow_unused=True
+    )
+    return torch.zeros_like(point) if found is None else found

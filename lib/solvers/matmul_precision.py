@@ -16,7 +16,7 @@ import torch
 _NAMES = ("highest", "high", "medium")  # of torch.set_float32_matmul_precision
 _FULL = ("highest", "ieee")  # full precision, in _NAMES and in torch.backends.cuda.matmul
 _lock = threading.Lock()
-_solves, _found = 0, _FULL[0]  # running solves; the setting before the first one
+_solves, _callers = 0, _FULL[0]  # running solves; the setting before the first one
 
 
 @contextmanager
@@ -25,29 +25,29 @@ def full_products():
 
     Give None if the caller's setting is full precision already.
     """
-    global _solves, _found
+    global _solves, _callers
     with _lock:
         if _solves == 0:
-            _found = _get()
-        found = _found
-        if found not in _FULL:
+            _callers = _get()
+        callers = _callers
+        if callers not in _FULL:
             before = _get()
             _solves += 1
-            _set(_FULL[0] if found in _NAMES else _FULL[1])
-    if found in _FULL:
+            _set(_FULL[0] if callers in _NAMES else _FULL[1])
+    if callers in _FULL:
         yield None
         return
     try:
-        yield lambda: _setting(found)
+        yield lambda: _setting(callers)
     finally:
         with _lock:
             _solves -= 1  # the last solve restores the setting that the first one found
-            _set(before if _solves else found)
+            _set(before if _solves else callers)
 
 
 def callers_products() -> AbstractContextManager:
     """A context with the caller's setting; without effect outside of a solve."""
-    return _setting(_found) if _solves else nullcontext()
+    return _setting(_callers) if _solves else nullcontext()
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def _set(precision: str) -> None:
         torch.backends.cuda.matmul.fp32_precision = precision
 
 
-def within(make_context: Callable[[], AbstractContextManager], f: Callable) -> Callable:
+def in_context(make_context: Callable[[], AbstractContextManager], f: Callable) -> Callable:
     """f, called within a new context at every call."""
 
     def call(z):

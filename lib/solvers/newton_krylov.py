@@ -15,7 +15,7 @@ from lib.solvers.maps import Map, plain
 from lib.solvers.matmul_precision import callers_products
 from lib.solvers.norms import norms
 from lib.solvers.sample_solve import start
-from lib.solvers.solve import Run, check, check_count, check_damping, is_number, solver_method
+from lib.solvers.solve import Solve, check, check_count, check_damping, is_number, solver_method
 
 # PATIENCE steps in a row without a lower residual; then at most TRIALS shorter steps.
 PATIENCE, TRIALS = 5, 5
@@ -82,21 +82,21 @@ def newton_krylov(
             x0 = x0.clone()
         linearised = _Linearised(f, jvp)
         options = {"shrinks": False, "heeds_check_every": False}
-        run = start(linearised, x0, threshold, eps, stop_mode, control, **options)
-        iterate = _Iterate(run, warmup, damping)
-        while not run.stopped and iterate.affords_more():
+        solve = start(linearised, x0, threshold, eps, stop_mode, control, **options)
+        iterate = _Iterate(solve, warmup, damping)
+        while not solve.stopped and iterate.affords_more():
             newton = iterate.takes_a_step
             if newton.any():
                 goal = inner_eps * iterate.size
-                size = min(inner, run.left - 1, iterate.x.shape[1])
+                size = min(inner, solve.left - 1, iterate.x.shape[1])
                 residual = torch.where(rows(newton, iterate.gx), iterate.gx, 0.0)
-                step, improved = gmres_cycle(_Step(run, linearised, goal), residual, size)
-                if run.resting.all():
+                step, improved = gmres_cycle(_Step(solve, linearised, goal), residual, size)
+                if solve.resting.all():
                     break
                 # Without improvement J has the eigenvalue 1: take a plain step.
                 iterate.propose(torch.where(rows(improved, step), step, iterate.gx))
             iterate.evaluate()
-        return run.result()
+        return solve.result()
 
 
 class _Iterate:
@@ -111,9 +111,9 @@ class _Iterate:
     costs the other samples nothing.
     """
 
-    def __init__(self, run: Run, warmup: int, damping: float):
-        self._run, self._damping = run, damping
-        self._set(*run.evaluate(run.x0))
+    def __init__(self, solve: Solve, warmup: int, damping: float):
+        self._solve, self._damping = solve, damping
+        self._set(*solve.evaluate(solve.x0))
         batch = len(self.x)
         self._low_x, self._low_step, self._step = self.x, self.gx, self.gx
         self._low, self._after = np.full((2, batch), np.inf)  # residual at _low_x; one step later
@@ -129,11 +129,11 @@ class _Iterate:
     @property
     def takes_a_step(self) -> np.ndarray:
         """The samples whose next step is a Newton step."""
-        return ~(self._run.resting | self._returns | (self._plain > 0))
+        return ~(self._solve.resting | self._returns | (self._plain > 0))
 
     def affords_more(self) -> bool:
         """Whether the budget allows one evaluation, plus a product if any sample needs one."""
-        return self._run.affords(1 + bool(self.takes_a_step.any()))
+        return self._solve.affords(1 + bool(self.takes_a_step.any()))
 
     def propose(self, step: Tensor) -> None:
         """Set the steps (B, D); samples that take no Newton step ignore theirs."""
@@ -157,7 +157,7 @@ class _Iterate:
         if returns.any():
             lengths = to_device(self._lengths[:, None], point)
             point = torch.where(rows(returns, point), self._low_x + lengths * self._low_step, point)
-        self._set(*self._run.evaluate(point))
+        self._set(*self._solve.evaluate(point))
 
         self._vain += newton
         self._after = np.where(newton & (self._vain == 1), self.size, self._after)
@@ -207,11 +207,11 @@ class _Step:
     the other samples of the batch.
     """
 
-    def __init__(self, run: Run, linearised: "_Linearised", goal: np.ndarray):
-        self.run, self._linearised, self._goal = run, linearised, goal
+    def __init__(self, solve: Solve, linearised: "_Linearised", goal: np.ndarray):
+        self.solve, self._linearised, self._goal = solve, linearised, goal
 
     def product(self, v: Tensor) -> Tensor:
-        return multiply(self.run, self._linearised.product, v)
+        return multiply(self.solve, self._linearised.product, v)
 
     def enough(self, residual: np.ndarray, size: np.ndarray) -> np.ndarray:
         return residual <= self._goal
@@ -251,7 +251,7 @@ def _reverse(f: Map, z: Tensor) -> tuple[Tensor, Map]:
     with torch.enable_grad():
         point = z.detach().requires_grad_()
         value = f(point)
-    fits = isinstance(value, Tensor) and value.shape == z.shape  # if not, the run refuses it
+    fits = isinstance(value, Tensor) and value.shape == z.shape  # if not, the solve refuses it
     if not fits or not value.requires_grad:  # without requires_grad f does not depend on z
         return value, torch.zeros_like
 

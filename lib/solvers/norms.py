@@ -20,7 +20,7 @@ TINY = 1e-300  # keeps 0 / 0 out of the relative residual of f = 0; far below an
 def norms(vectors: Tensor) -> np.ndarray:
     """Norms (B,) of vectors (B, D), on the host in float64."""
     found = torch.linalg.vector_norm(vectors, dim=1).double().cpu().numpy()
-    return mended(found, vectors)
+    return corrected_norms(found, vectors)
 
 
 def least_norm(vectors: Tensor) -> float:
@@ -29,7 +29,9 @@ def least_norm(vectors: Tensor) -> float:
     return math.sqrt(vectors.shape[1] * limits.tiny / limits.eps)
 
 
-def mended(found: np.ndarray, vectors: Tensor, counts: np.ndarray | None = None) -> np.ndarray:
+def corrected_norms(
+    found: np.ndarray, vectors: Tensor, counts: np.ndarray | None = None
+) -> np.ndarray:
     """``found``, norms (B,) of vectors (B, D), with norms out of range recomputed.
 
     Args:

@@ -4,8 +4,8 @@ A sample is finished once its own residual is below ``eps`` (or the floor), once
 f is not finite for it, or once a Krylov method cannot lower its residual. Its result is its own
 best iterate, and so does not depend on the other samples of the batch.
 
-A method continues with the rows of the unfinished samples. After an evaluation, ``run.kept`` holds
-the indices of these rows among the rows so far (None: all of them). If f can be restricted to
+A method continues with the rows of the unfinished samples. After an evaluation, ``solve.kept``
+holds the indices of these rows among the rows so far (None: all of them). If f can be restricted to
 samples (``f.select``, see :mod:`lib.solvers.maps`), it sees the unfinished samples only. Otherwise
 f sees the whole batch, with the finished samples at rest. Methods that multiply with the Jacobian
 of the whole batch keep all rows (``shrinks=False``): finished samples stay at their best iterate,
@@ -32,12 +32,12 @@ from torch import Tensor
 
 from lib.solvers.divergence import Divergence
 from lib.solvers.host import to_device
-from lib.solvers.norms import mended, relative
-from lib.solvers.solve import Control, Run, check_finite, out_of_range, totals
+from lib.solvers.norms import corrected_norms, relative
+from lib.solvers.solve import Control, Solve, check_finite, out_of_range, totals
 
 
-class SampleRun(Run):
-    """A :class:`~lib.solvers.solve.Run` that judges and stops each sample by itself."""
+class SampleSolve(Solve):
+    """A :class:`~lib.solvers.solve.Solve` that judges and stops each sample by itself."""
 
     def __init__(
         self,
@@ -77,7 +77,9 @@ class SampleRun(Run):
         x, fx, gx = self._value(x, self._f_rows, out)
         norms = torch.stack([torch.linalg.vector_norm(v, dim=1) for v in (gx, fx)])
         norms, counts = norms.cpu().numpy().astype(np.float64), ~self.done[self.rows]
-        norms = np.stack([mended(n, v, counts) for n, v in zip(norms, (gx, fx), strict=True)])
+        norms = np.stack(
+            [corrected_norms(n, v, counts) for n, v in zip(norms, (gx, fx), strict=True)]
+        )
         if self.nfe == 1 and not np.isfinite(norms).all():
             check_finite(self.x0)
         self.wide = out_of_range(norms[0][counts], self._least)
@@ -130,7 +132,7 @@ class SampleRun(Run):
 
         self.lost[rows[~finite]] = True
         reached = (residual < self.eps) | (residual == 0)
-        diverged = finite & ~reached & self._divergence.found(g, f, rows)
+        diverged = finite & ~reached & self._divergence.diverged(g, f, rows)
         self._diverged[rows[diverged]] = True
         ends = ~finite | reached | diverged | (own_relative < self.control.floor)
         self.done[rows[ends]] = True
@@ -192,8 +194,8 @@ def start(
     *,
     shrinks: bool = True,
     heeds_check_every: bool = True,
-) -> Run:
-    """Make the run of a solve, per batch or per sample.
+) -> Solve:
+    """Make the object that keeps a solve, per batch or per sample.
 
     Args:
         control: keywords of :class:`~lib.solvers.solve.Control`.
@@ -208,5 +210,5 @@ def start(
     if not heeds_check_every:
         options = replace(options, check_every=1)
     if options.stop == "sample":
-        return SampleRun(f, x0, threshold, eps, stop_mode, options, shrinks)
-    return Run(f, x0, threshold, eps, stop_mode, options)
+        return SampleSolve(f, x0, threshold, eps, stop_mode, options, shrinks)
+    return Solve(f, x0, threshold, eps, stop_mode, options)

@@ -18,8 +18,8 @@ from lib.errors import InputError
 from lib.solvers.divergence import Divergence, far_out
 from lib.solvers.host import to_device
 from lib.solvers.maps import transformed
-from lib.solvers.matmul_precision import full_products, within
-from lib.solvers.norms import least_norm, mended, relative, total
+from lib.solvers.matmul_precision import full_products, in_context
+from lib.solvers.norms import corrected_norms, least_norm, relative, total
 from lib.solvers.transforms import (
     outside_of_compiler,
     refuse_batched,
@@ -76,7 +76,7 @@ class Control:
             raise InputError("stop='sample' looks at every residual: leave check_every out")
 
 
-class Run:
+class Solve:
     """One solve of z = f(z) from ``x0``; made by :func:`~lib.solvers.sample_solve.start`.
 
     Points are (B, D) tensors in the working dtype. The working dtype is the dtype of ``x0``, or
@@ -107,7 +107,7 @@ class Run:
         self.x0 = x0.detach().reshape(len(x0), -1).to(self.work_dtype)  # (B, D)
         self.nfe = 0
         self.products = 0  # number of products with the Jacobian
-        self.kept: Tensor | None = None  # see SampleRun
+        self.kept: Tensor | None = None  # see SampleSolve
         self.abs_trace: list[float] = []
         self.rel_trace: list[float] = []
         self.best, self.best_index, self.lowest = self.x0, 0, math.inf
@@ -239,7 +239,9 @@ class Run:
             last = None if newest is None else norms[-1]
             norms = np.where(fails, np.maximum(norms, self._least), norms)  # NaN stays NaN
             if last is not None:
-                norms[-1] = [mended(n, v, counts) for n, v in zip(last, newest, strict=True)]
+                norms[-1] = [
+                    corrected_norms(n, v, counts) for n, v in zip(last, newest, strict=True)
+                ]
         self.wide = out_of_range(norms[-1, 0][counts], self._least)
         return norms
 
@@ -283,7 +285,7 @@ class Run:
             self._far_out = far_out(g, f, torch.finfo(self.work_dtype).eps)
         self.far = g > self._far_out
         if not forgive:
-            found = self._divergence.found(np.array([total_g]), np.array([total_f]))
+            found = self._divergence.diverged(np.array([total_g]), np.array([total_f]))
             self.diverged |= bool(found[0])
         return True
 
@@ -381,11 +383,11 @@ def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
         kind = x0.device.type if isinstance(x0, Tensor) else "cpu"
         with full_products() as callers:
             if callers is not None and callable(f):
-                f = transformed(f, lambda f: within(callers, f))
+                f = transformed(f, lambda f: in_context(callers, f))
             if not (torch.is_autocast_enabled(kind) and callable(f)):
                 return method(f, x0, *args, **options)
             dtype = torch.get_autocast_dtype(kind)
-            f = transformed(f, lambda f: within(lambda: torch.autocast(kind, dtype), f))
+            f = transformed(f, lambda f: in_context(lambda: torch.autocast(kind, dtype), f))
             with torch.autocast(kind, enabled=False):
                 return method(f, x0, *args, **options)
 

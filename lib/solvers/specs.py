@@ -59,7 +59,12 @@ def accepts(function: Callable, option: str) -> bool:
     )
 
 
-def named(
+def unwrapped(function: Callable) -> tuple[Callable, dict]:
+    """The function of a partial and its keywords; any other callable itself, and no keywords."""
+    return getattr(function, "func", function), getattr(function, "keywords", {})
+
+
+def choice(
     kind: str,
     text: str,
     choices: dict[str, Callable],

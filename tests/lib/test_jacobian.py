@@ -155,7 +155,7 @@ def test_misused_vectors():
         with pytest.raises(InputError, match=r"'normal'.* gaussian or rademacher") as caught:
             function(f0, z0, vectors="normal")
         assert "\n" not in str(caught.value)
-    with pytest.raises(InputError, match="vecs is 1, but must be at least 2"):
+    with pytest.raises(InputError, match="vecs is 1, but must be an integer of at least 2"):
         squared_frobenius_norm(f0, z0, vecs=1)
 
 
@@ -370,7 +370,7 @@ def test_number_of_eigenvalues():
     f0, z0 = linear_pair(gaussian(1, 4))
     with pytest.raises(InputError, match="k is 5, but must be from 1 to 4"):
         leading_eigenvalues(f0, z0, 5)
-    with pytest.raises(InputError, match="steps is 2, but must be at least 3"):
+    with pytest.raises(InputError, match="steps is 2, but must be an integer of at least 3"):
         leading_eigenvalues(f0, z0, 3, steps=2)
 
 

@@ -22,7 +22,7 @@ from lib.solvers import (
 )
 from lib.solvers.maps import Affine, plain, transformed
 from lib.solvers.solve import Control
-from lib.solvers.specs import Names, accepts, named, parse
+from lib.solvers.specs import Names, accepts, choice, parse
 
 EVERY = SOLVERS | ADJOINT_SOLVERS
 by_name = pytest.mark.parametrize("name", EVERY)
@@ -117,16 +117,16 @@ def test_named_of_any_kind():
     class Thing:
         size: int = 1
 
-    assert named("thing", "a", {"a": Thing}) is Thing
-    assert named("thing", "a:size=3", {"a": Thing})() == Thing(3)
-    assert message(named, "thing", "b", {"a": Thing}) == "unknown thing 'b': choose from a"
-    assert message(named, "thing", "a:sise=3", {"a": Thing}) == (
+    assert choice("thing", "a", {"a": Thing}) is Thing
+    assert choice("thing", "a:size=3", {"a": Thing})() == Thing(3)
+    assert message(choice, "thing", "b", {"a": Thing}) == "unknown thing 'b': choose from a"
+    assert message(choice, "thing", "a:sise=3", {"a": Thing}) == (
         "thing a has no option sise: did you mean size?"
     )
     bare = {"a": lambda: None}
-    assert message(named, "thing", "a:x=3", bare) == "thing a has no option x (it has: none)"
+    assert message(choice, "thing", "a:x=3", bare) == "thing a has no option x (it has: none)"
     for bad in (None, 3, ["a"], b"a"):
-        assert message(named, "thing", bad, bare).endswith("must be a name or a callable")
+        assert message(choice, "thing", bad, bare).endswith("must be a name or a callable")
 
 
 # --- Solvers ------------------------------------------------------------------------------------
