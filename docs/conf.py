@@ -1,12 +1,18 @@
 """Settings of the documentation site: Sphinx with furo, pages in Markdown (MyST)."""
 
-from importlib.metadata import version
+from importlib import metadata
 
 project = "Deep Equilibrium Models"
-release = version("deep-equilibrium-models")
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+release = metadata.version("deep-equilibrium-models")
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+]
 html_theme = "furo"
 html_title = project
+html_show_sourcelink = False
 exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
@@ -15,4 +21,3 @@ nb_execution_mode = "off"  # notebooks are committed with their outputs; tests e
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-nitpicky = False

@@ -146,7 +146,7 @@ def power_method(f0: Tensor, z0: Tensor, n_iters: int = 200) -> tuple[Tensor, Te
 
     Power iteration alone does not converge for a leading complex pair: its Rayleigh quotient gives
     a real part. Here Arnoldi's process starts from the last power iterate, whose Krylov space
-    approximates the leading invariant subspace. The radius is the largest |eigenvalue| of J'
+    approximates the leading invariant subspace. The radius is the largest absolute eigenvalue of J'
     restricted to this Krylov space (Saad, Numerical Methods for Large Eigenvalue Problems,
     chapter 6).
 
@@ -180,10 +180,10 @@ def leading_eigenvalues(
     Arnoldi's process with J' starts from a random vector: J'V = V H + h w e_m', where (V, w) has
     orthonormal columns and H has size m. The eigenvalues t of H approach those of J, the outermost
     first. For H y = t y with ||y|| = 1, the vector x = V y has the residual
-    ||J'x - t x|| = |h| |y_m|. So t is an eigenvalue of J + E for some E with ||E||_2 of that size.
-    If J is normal, the error of t is at most the residual; otherwise it is up to about the residual
-    times the condition number of the eigenvalue (Saad, Numerical Methods for Large Eigenvalue
-    Problems, chapters 3 and 6). Products are rounded, so a residual below the rounding error of J
+    ``||J'x - t x|| = |h| |y_m|``. So t is an eigenvalue of J + E for some E with ||E||_2 of that
+    size. If J is normal, the error of t is at most the residual; otherwise it is up to about the
+    residual times the condition number of the eigenvalue (Saad, Numerical Methods for Large
+    Eigenvalue Problems, chapters 3 and 6). Products are rounded, so a residual below the rounding error of J
     shows only that the error of t is of the size of that rounding error.
 
     A sample whose Krylov space is exhausted continues from a new random vector. So small, zero and

@@ -22,7 +22,7 @@ def list2vec(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def vec2list(z: Tensor, cutoffs: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Inverse of :func:`list2vec`: (B, sum of sizes, 1) -> list of (B, *shape) views.
+    """Inverse of :func:`list2vec`: (B, sum of sizes, 1) -> list of ``(B, *shape)`` views.
 
     Args:
         z: the stacked state.

@@ -38,8 +38,11 @@ What a solver returns
     products   number of products with the Jacobian; zero for methods that take none
     reason     what ended the solve: 'eps', 'threshold', 'diverged', 'floor', 'max_nfe',
                'max_seconds', or 'stalled' (a Krylov method no longer lowers any residual)
-    abs_lowest, rel_lowest     residual of ``result`` over the batch, absolute and relative
-    eps, threshold, stop_mode  as given
+    abs_lowest residual of ``result`` over the batch, absolute
+    rel_lowest the same, relative
+    eps        as given
+    threshold  as given
+    stop_mode  as given
     ========== ===========================================================================
 
 All solvers take the keywords of :class:`~lib.solvers.solve.Control`: stop per sample, check the

@@ -3,7 +3,7 @@
     python scripts/benchmarks/scaling_estimate.py                            # counts, assumptions
     python scripts/benchmarks/scaling_estimate.py --train train.json --scaling scaling.json
     python scripts/benchmarks/scaling_estimate.py --train train.json --scaling scaling.json \\
-        --page docs/SCALING.md                              # rewrite the tables of that page
+        --page docs/scaling.md                              # rewrite the tables of that page
 
 Counted: parameters, FLOPs, operations and collectives of a step at its published size
 (helpers/work.py). Measured, on a CPU: the share of the attainable rate that a step reaches and its

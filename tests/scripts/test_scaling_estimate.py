@@ -192,7 +192,7 @@ def test_the_page_has_what_is_counted(tmp_path):
     """The rows of the page that depend on no measurement are those that the command prints."""
     text = scaling_estimate.run(["--settings", "cifar/cls_mdeq_TINY,cifar/cls_mdeq_LARGE"])
     counted_part = text.split("### Counted")[1].split("###")[0]
-    page = (ROOT / "docs/SCALING.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
 
     def cells(line):
         return [cell.strip() for cell in line.split("|")]
