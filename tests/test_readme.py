@@ -1,4 +1,4 @@
-"""Every command and every code block of the README, on tiny data."""
+"""Every command and every code block of the README and of the pages, on tiny data."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 from attempts import Attempt
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 TINY_WORDS = """
     --d_model 16 --n_head 2 --d_head 8 --d_inner 16 --n_layer 2 --eval_n_layer 2 --f_thres 3
@@ -24,7 +24,7 @@ TINY_IMAGES = """
     MODEL.IMAGE_SIZE [8,8] TRAIN.IMAGE_SIZE [32,32]
 """.split()
 
-# Commands that run here, in this order, each in the folder that the README names.
+# Commands that run here, in this order, each in the folder that the page names.
 RUN = {
     "python train_transformer.py --dataset demo --name try": "DEQ-Sequence",
     "python train_transformer.py --dataset demo --name try --restart": "DEQ-Sequence",
@@ -81,6 +81,7 @@ ELSEWHERE = {
     # What made the environment that these tests run in: its result is tested.
     "pip install -r requirements.txt": "test_house.py",
     "bash scripts/test.sh": "test_house.py",
+    "bash scripts/gpu_check.sh": "scripts/test_gpu_check.py",
     "pip install --no-deps torchdeq==0.1.0": "scripts/test_bench_solvers.py",
     "python scripts/benchmarks/bench_solvers.py": "scripts/test_bench_solvers.py",
     "python scripts/benchmarks/bench_train.py": "scripts/test_bench_train.py",
@@ -89,15 +90,19 @@ ELSEWHERE = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: Path) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL)
 
 
-def test_no_command_of_the_readme_is_untested():
-    shown = [line for block in blocks("bash") for line in block.splitlines() if line]
-    assert sorted(shown) == sorted([*RUN, *ELSEWHERE])
+def test_no_command_is_untested():
+    shown = [line for p in PAGES for block in blocks("bash", p) for line in block.splitlines()]
+    assert {line for line in shown if line} == {*RUN, *ELSEWHERE}
     for file in ELSEWHERE.values():
         assert (ROOT / "tests" / file).is_file()
+
+
+def test_the_readme_is_short():
+    assert len(PAGES[0].read_text("utf-8").split()) <= 900
 
 
 def with_tiny_sizes(command, data, folder):
@@ -134,7 +139,14 @@ def run(words, folder, server):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("block", blocks("python"))
-def test_code_blocks_run(block, monkeypatch):
+@pytest.mark.parametrize(
+    ("page", "block"),
+    [
+        pytest.param(page, block, id=f"{page.stem}-{number}")
+        for page in PAGES
+        for number, block in enumerate(blocks("python", page))
+    ],
+)
+def test_code_blocks_run(page, block, monkeypatch):
     monkeypatch.chdir(ROOT)
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, page.name, "exec"), {})
