@@ -67,7 +67,7 @@ def leading_ritz_values(
     """
     steps = min(steps, v.shape[1])
     done = torch.zeros(len(v), 1, dtype=torch.bool, device=v.device)
-    values, residuals = 0.0, 0.0
+    values = residuals = v.new_zeros(())
     for hessenberg in arnoldi(product, v, steps, renew=True):
         m = hessenberg.shape[2]
         if m < steps and (m < k or m % _CHECK_EVERY):

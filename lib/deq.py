@@ -153,17 +153,17 @@ class DEQ:
     @property
     def b_solver(self) -> Callable:
         own, forward = self._b_solver, self._f_solver
-        if own is None and unwrapped(forward)[0] in SOLVERS.values():
-            return _gmres_like(forward)
-        if own is None or own == SAME:
-            newton = unwrapped(forward)[0] is newton_krylov
-            return _gmres_like(forward) if newton else forward
-        return own
+        if callable(own):
+            return own
+        function, _ = unwrapped(forward)
+        linear = function is newton_krylov or (own is None and function in SOLVERS.values())
+        return _gmres_like(forward) if linear else forward
 
     @b_solver.setter
     def b_solver(self, solver: str | Callable | None) -> None:
-        known = solver is None or solver == SAME
-        self._b_solver = solver if known else get_solver(solver, adjoint=True)
+        if solver is not None and solver != SAME:
+            solver = get_solver(solver, adjoint=True)
+        self._b_solver = solver
 
     @property
     def grad(self) -> Gradient | Iteration:
@@ -233,12 +233,13 @@ class DEQ:
             self._refuse_with_group(half_precision(z0), bool(indexing), jac_vecs)
         for number in indexing:
             check_count("a number in indexing", number)
-        iteration = isinstance(self._grad, Iteration)
-        if iteration:
-            z, states, solution = self._grad.run(f, z0, f_thres, indexing)
+        grad = self._grad
+        if isinstance(grad, Iteration):
+            z, states, solution = grad.run(f, z0, f_thres, indexing)
             z, states = z.clone(), {i: state.clone() for i, state in states.items()}
         else:
-            solution, states = self._solve(f, z0, f_thres, indexing)
+            solution, states = self._solve(grad, f, z0, f_thres, indexing)
+            z = solution["result"]
         self._report("forward", solution, on_solve)
         if training and torch.is_grad_enabled():
             self._warn_once(solution)
@@ -250,14 +251,16 @@ class DEQ:
                 sradius = power_method(f(point), point, n_iters=sradius_iters)[1]
         recording = torch.is_grad_enabled()
         jac_vecs = jac_vecs if recording else 0
-        if iteration:
+        if isinstance(grad, Iteration):
             if jac_vecs:
                 point = _point(z_star.clone(), requires_grad=True)
                 jac_loss = jac_loss_estimate(plain(f)(point), point, vecs=jac_vecs)
         elif recording or training or differentiating_forward():
-            z, jac_loss = self._attach(f, solution, jac_vecs, b_thres, on_solve, half_precision(z0))
+            z, jac_loss = self._attach(
+                grad, f, solution, jac_vecs, b_thres, on_solve, half_precision(z0)
+            )
             values = {0: z_star} | states
-            states = {i: self._grad.attach_state(f, state) for i, state in states.items()}
+            states = {i: grad.attach_state(f, state) for i, state in states.items()}
             if not training:  # the values from the solver, with the chosen gradient
                 z, *ends = (values[i] + (t - t.detach()) for i, t in ({0: z} | states).items())
                 states = dict(zip(states, ends, strict=True))
@@ -291,11 +294,11 @@ class DEQ:
             )
 
     def _solve(
-        self, f: Map, z0: Tensor, f_thres: int, indexing: Sequence[int]
+        self, grad: Gradient, f: Map, z0: Tensor, f_thres: int, indexing: Sequence[int]
     ) -> tuple[dict, dict[int, Tensor]]:
         """The forward solver's dict, and its iterates after ``indexing`` evaluations of f."""
         options = {"threshold": f_thres, "stop_mode": self.stop_mode}
-        if self._grad.keeps_inverse and torch.is_grad_enabled():
+        if grad.keeps_inverse and torch.is_grad_enabled():
             options["keep_inverse"] = True
         with torch.no_grad(), weights_held(), lockstep(f, z0, self.group) as f:
             f, visited = _watched(f, indexing) if indexing else (f, {})
@@ -306,14 +309,21 @@ class DEQ:
             return self.f_solver(f, z0, **options), visited
 
     def _attach(
-        self, f: Map, solution: dict, jac_vecs: int, b_thres: int, on_solve, half: bool
+        self,
+        grad: Gradient,
+        f: Map,
+        solution: dict,
+        jac_vecs: int,
+        b_thres: int,
+        on_solve: Callable[[str, dict], None] | None,
+        half: bool,
     ) -> tuple[Tensor, Tensor]:
         """The output state with its gradient, and the Jacobian loss."""
-        wanted = jac_vecs > 0 or self._grad.differentiates_state
+        wanted = jac_vecs > 0 or grad.differentiates_state
         # Clone: the user may change z_star, which shares memory with the result, in place.
         point = _point(solution["result"].clone(), torch.is_grad_enabled() and wanted)
         with own_saved_tensors():
-            form = plain(f) if jac_vecs or self._grad.order > 1 else f
+            form = plain(f) if jac_vecs or grad.order > 1 else f
             fz = form(point)
         jac_loss = fz.new_zeros(())
         if jac_vecs:
@@ -327,11 +337,11 @@ class DEQ:
             group=self.group,
         )
         adjoint = Adjoint(fz, point, solve(), form if half else None, self._watch)
-        z = self._grad.attach(Solved(f, fz, point, solution, adjoint))
+        z = grad.attach(Solved(f, fz, point, solution, adjoint))
         shift = tangent_of(fz)
-        if shift is not None and not self._grad.by_autograd:
+        if shift is not None and not grad.by_autograd:
             tangents = Tangents(f, point, shift, solve(name="tangent", of="tangent"))
-            z = with_tangent(z, self._grad.tangent(tangents))
+            z = with_tangent(z, grad.tangent(tangents))
         return z, jac_loss
 
     def _report(self, which: str, solution: dict, on_solve) -> None:
@@ -367,9 +377,9 @@ class DEQ:
         def flattened(f: Callable) -> Map:
             def flat_f(z: Tensor) -> Tensor:
                 parts = f(vec2list(z, shapes))
-                found = parts if isinstance(parts, Tensor) else [tuple(t.shape[1:]) for t in parts]
-                if found is parts or found != shapes:
-                    gave = "one tensor" if found is parts else found
+                single = isinstance(parts, Tensor)
+                gave = "one tensor" if single else [tuple(t.shape[1:]) for t in parts]
+                if gave != shapes:
                     raise InputError(
                         f"f must map a list of the shapes {shapes} (without the batch) to the "
                         f"same, but gave {gave}"
@@ -419,7 +429,7 @@ def _watched(f: Map, indexing: Sequence[int]) -> tuple[Map, dict[int, Tensor]]:
 
     out = change(f)
     if hasattr(f, "plain"):
-        out.plain = change(f.plain)
+        out.plain = change(plain(f))  # pyright: ignore[reportFunctionMemberAccess]
     return out, visited
 
 

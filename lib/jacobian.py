@@ -183,8 +183,8 @@ def leading_eigenvalues(
     ``||J'x - t x|| = |h| |y_m|``. So t is an eigenvalue of J + E for some E with ||E||_2 of that
     size. If J is normal, the error of t is at most the residual; otherwise it is up to about the
     residual times the condition number of the eigenvalue (Saad, Numerical Methods for Large
-    Eigenvalue Problems, chapters 3 and 6). Products are rounded, so a residual below the rounding error of J
-    shows only that the error of t is of the size of that rounding error.
+    Eigenvalue Problems, chapters 3 and 6). Products are rounded, so a residual below the rounding
+    error of J shows only that the error of t is of the size of that rounding error.
 
     A sample whose Krylov space is exhausted continues from a new random vector. So small, zero and
     scaled identity Jacobians give all their k eigenvalues. If the space is not exhausted, copies of

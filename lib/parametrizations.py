@@ -75,7 +75,9 @@ class WeightNorm(_Parametrization):
         self.dim = dim
 
     def compute(self, g: Tensor, v: Tensor) -> Tensor:
-        return torch._weight_norm(v, g, self.dim)
+        return torch._weight_norm(  # pyright: ignore[reportPrivateImportUsage]
+            v, g, self.dim
+        )
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         return torch.norm_except_dim(weight, 2, self.dim), weight
@@ -182,10 +184,11 @@ def spectral_norm(module: nn.Module, bound: float = 0.9) -> nn.Module:
     """
     if not 0 < bound < float("inf"):
         raise InputError(f"bound is {bound!r}, but must be positive and finite")
-    return _parametrize(
-        module,
-        lambda layer: SpectralNorm(layer.weight, float(bound), getattr(layer, "groups", None)),
-    )
+
+    def norm_of(layer: nn.Linear | _ConvNd) -> SpectralNorm:
+        return SpectralNorm(layer.weight, float(bound), getattr(layer, "groups", None))
+
+    return _parametrize(module, norm_of)
 
 
 def weight_norm_all(module: nn.Module, dim: int = 0) -> nn.Module:
@@ -207,7 +210,7 @@ def weight_norm_all(module: nn.Module, dim: int = 0) -> nn.Module:
     return _parametrize(module, lambda layer: WeightNorm(dim))
 
 
-def _parametrize(module: nn.Module, make: Callable[[nn.Module], nn.Module]) -> nn.Module:
+def _parametrize(module: nn.Module, make: Callable[[nn.Linear | _ConvNd], nn.Module]) -> nn.Module:
     kinds = (nn.Linear, _ConvNd)
     layers = {name: layer for name, layer in module.named_modules() if isinstance(layer, kinds)}
     if not layers:

@@ -78,6 +78,8 @@ ELSEWHERE = {
     "python scripts/export_weights.py DEQ-Sequence/LM-TFM-demo/try/model.pt words.safetensors": (
         "scripts/test_export_weights.py"
     ),
+    "python examples/own_layer.py": "scripts/test_own_layer.py",
+    "python scripts/benchmarks/bench_own_layer.py": "scripts/test_own_layer.py",
     # What made the environment that these tests run in: its result is tested.
     "pip install -r requirements.txt": "test_house.py",
     "bash scripts/test.sh": "test_house.py",
@@ -149,4 +151,13 @@ def run(words, folder, server):
 )
 def test_code_blocks_run(page, block, monkeypatch):
     monkeypatch.chdir(ROOT)
-    exec(compile(block, page.name, "exec"), {})
+    exec(compile(block.replace("range(300)", "range(3)"), page.name, "exec"), {})
+
+
+def test_the_layer_shown_is_the_example():
+    """Each line of the README's layer, but for imports, stands in the example in this order."""
+    example = (ROOT / "examples/own_layer.py").read_text("utf-8").replace("args.steps", "300")
+    lines = iter([line.strip() for line in example.splitlines()])
+    (block,) = blocks("python", PAGES[0])
+    for line in block[block.index("class") :].splitlines():
+        assert line.strip() in lines, line  # an iterator: the search goes on behind the last line

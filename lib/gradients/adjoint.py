@@ -110,9 +110,8 @@ class LinearSolve:
         norms = sample_norms(b)
         scale = self._scale(norms)
         scaled = _times(b, scale)
-        zero = torch.zeros_like(b) if start is None else None  # A 0 = 0
-        y0 = zero if start is None else _times(start, scale)
-        step = Affine(product, scaled, zero)
+        y0 = torch.zeros_like(b) if start is None else _times(start, scale)
+        step = Affine(product, scaled, y0 if start is None else None)  # A 0 = 0
         if make_precise is None:
             solution = self._solver(step, y0, **options)
         else:
@@ -276,7 +275,8 @@ class Adjoint:
 
         The default threshold is that of the linear solve.
         """
-        make_precise = None if self._again is None else self._in_float32
+        again = self._again
+        make_precise = None if again is None else lambda: self._in_float32(again)
         y = self._solve(
             self.product, grad, start=start, threshold=threshold, make_precise=make_precise
         )
@@ -295,14 +295,14 @@ class Adjoint:
             return v
         return self._solve(lambda t: vjp(back, u, t), v)
 
-    def _in_float32(self) -> Map:
+    def _in_float32(self, again: Map) -> Map:
         with torch.no_grad(), self._autocast():
-            same = torch.equal(self._again(self.point.detach()), self.fz)
+            same = torch.equal(again(self.point.detach()), self.fz)
         if not same:  # a tensor that f refers to has changed since, or f is random
             return self.product
         with torch.enable_grad():
             point = self.point.detach().requires_grad_()
-            fz = in_float32(self._again)(point)
+            fz = in_float32(again)(point)
         return lambda v: vjp(fz, point, v)
 
 

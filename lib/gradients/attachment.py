@@ -62,6 +62,7 @@ def attach(
         # With create_graph, a second derivative would silently treat the adjoint as a constant.
         return (refuse_derivative(adjoint, fz, grad) if torch.is_grad_enabled() else adjoint,)
 
+    assert out.grad_fn is not None  # clone() of a tensor that requires grad
     out.grad_fn.register_prehook(replaced)
     return out
 
@@ -93,7 +94,7 @@ class _Refuse(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         raise RuntimeError(
             "second derivatives through an equilibrium are not available by this gradient, because "
             "its adjoint is the result of a solver: take grad='ift:order=2' for them, or the "
@@ -113,7 +114,7 @@ class _Linear(torch.autograd.Function):
         return change(grad)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         refuse_batched(grad)
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -140,7 +141,7 @@ def own_saved_tensors():
     Checkpointing would drop the saved tensors of f, and would repeat the whole forward pass, solver
     included, for each product with the Jacobian. An equilibrium keeps only one evaluation of f.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
     module = getattr(hooks[0], "__module__", None) if hooks is not None else None
     checkpointed = module == "torch.utils.checkpoint"
     return saved_tensors_hooks(_same, _same) if checkpointed else nullcontext()

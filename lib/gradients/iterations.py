@@ -185,7 +185,7 @@ class _Damped(torch.autograd.Function):
         return high, more
 
     @staticmethod
-    def backward(ctx, grad: Tensor, _):
+    def backward(ctx, grad: Tensor, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         return (1 - ctx.b) * grad, None, (ctx.b * grad).to(ctx.dtype), None
 
 
@@ -305,7 +305,7 @@ class _Steps:
         absolute, value = np.linalg.norm(norms, axis=2).T
         relative = absolute / (value + TINY)
         g, f = norms[-1]
-        finite = np.isfinite(norms).all((0, 1))
+        finite = np.asarray(np.isfinite(norms).all((0, 1)))
         residual = g / (f + TINY)
         per_sample = {
             "residual": residual,

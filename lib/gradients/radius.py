@@ -14,12 +14,15 @@ EVERY, PRODUCTS = 100, 20  # 20 products per 100 backward passes: 0.2 per step
 class RadiusWatch:
     """Warns once if the spectral radius of J = df/dz at z* exceeds one in training.
 
+    The radius is the largest over the samples of a batch: a batch is solved when all its samples
+    are, and a few unstable samples are enough to stop solves early.
+
     At every 100th backward pass, 20 products with J' start from the incoming gradient. The growth
     of the last 10 estimates the spectral radius per sample. The estimate uses no random numbers and
-    leaves the gradient as it is. It is right if the leading eigenvalues stand out after 10
-    products and the incoming gradient has a part along them. It is rough if many eigenvalues have
-    nearly the largest modulus, or if J is far from normal. :func:`lib.jacobian.power_method` is
-    more exact.
+    leaves the gradient as it is. It never exceeds ||J||_2, so a contraction stays silent. It is
+    right if the leading eigenvalues stand out after 10 products and the incoming gradient has a
+    part along them. It is rough if many eigenvalues have nearly the largest modulus, or if J is far
+    from normal. :func:`lib.jacobian.power_method` is more exact.
 
     There is no estimate if several processes train together: their backward passes may
     communicate, and the estimate would have to run in all of them alike.
@@ -37,18 +40,18 @@ class RadiusWatch:
         if radius > 1:
             self.said = True
             warn(
-                f"the spectral radius of df/dz has passed one: it is about {radius:.2f} (mean over "
-                f"a batch, backward pass {self.passes}), so f no longer settles by itself and "
-                "solves may stop early: bound its weights (lib.spectral_norm) or train with the "
-                "Jacobian loss (jac_vecs); this is said once"
+                f"the spectral radius of df/dz has passed one: it is about {radius:.2f} (the "
+                f"largest of a batch, at backward pass {self.passes}). Plain iteration then leaves "
+                "the fixed point, and solves may stop early: bound the weights "
+                "(lib.spectral_norm) or train with the Jacobian loss (jac_vecs); this is said once"
             )
 
 
 @torch.no_grad()
 def growth(product: Callable[[Tensor], Tensor], start: Tensor, products: int = PRODUCTS) -> float:
-    """The growth per product, over the last half of the products, as a mean over the samples.
+    """The growth per product over the last half of the products, the largest of the samples.
 
-    Samples whose ``start`` (B, ...) is zero do not count; NaN if there are no others.
+    ``start`` is (B, ...). A sample whose start is zero counts as 0; NaN if a product is not finite.
     """
     shape = (-1, *[1] * (start.dim() - 1))
     dtype = torch.promote_types(start.dtype, torch.float32)
@@ -58,13 +61,13 @@ def growth(product: Callable[[Tensor], Tensor], start: Tensor, products: int = P
         return torch.linalg.vector_norm(vectors.flatten(1).to(dtype), dim=1)
 
     norm = norms(start)
-    counts, v, logs = norm > 0, start, torch.zeros_like(norm)
+    v, logs = start, torch.zeros_like(norm)
     for i in range(products):
         v = product((v / norm.clamp(min=smallest).view(shape)).to(start.dtype))
         norm = norms(v)
         if i >= products // 2:
             logs += norm.clamp(min=smallest).log()
-    return (logs / (products - products // 2)).exp()[counts].mean().item()
+    return (logs / (products - products // 2)).exp().amax().item()
 
 
 def _several_processes() -> bool:

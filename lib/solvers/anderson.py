@@ -110,7 +110,7 @@ class _AndersonWindow:
         # A relative ridge above the rounding errors of the inner products keeps the system positive
         # definite.
         rounding = max(10 * torch.finfo(like.dtype).eps, 1e-13)
-        self._scale = 1 + rounding * eye if lam is None else None
+        self._scale = 1 + rounding * eye
         self._shift = None if lam is None else lam * eye
         self._unit = eye.unbind()
         self._unbind()

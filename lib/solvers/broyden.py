@@ -92,7 +92,7 @@ def broyden(
             inverse.select(solve.kept)
         direction = inverse.newton_direction(length, solve.wide)
         if ls:
-            if back:
+            if back and at_x is not None and length is not None:
                 direction = inverse.return_to(at_x, length)
             trial = _line_search(solve, x, direction, value, steps)
             if trial is None:  # f was not finite at any trial: H has no step to learn from
@@ -107,7 +107,7 @@ def broyden(
             x, _, _ = solve.evaluate(x + step, out=inverse.residual)
             length, evaluation = damping, solve.nfe - 1
         taken.append(evaluation)
-    solution = solve.result() | {"name": name}
+    solution: dict = solve.result() | {"name": name}
     if keep_inverse:
         if length is not None:
             # The loop ended before the update from the last evaluation.
@@ -185,8 +185,7 @@ class BroydenInverse:
             residual: g at the point before the last step.
             length: t of the last step.
         """
-        for rows in self._filled():
-            before = rows[-1]
+        before = list(self._filled())[-1][-1]
         self.shortfall[-1] = 1.0
         self.residual.copy_(residual)
         return self.direction.add_(before, alpha=length)
@@ -372,7 +371,8 @@ def _line_search(
     length, last = 1.0, None
     for left in reversed(range(_TRIALS)):
         # A shorter step often stays finite: lose a sample only if no trial was finite.
-        point = solve.evaluate(x + length * direction, forgive=left > 0 or last is not None)
+        evaluate = solve.trial if left > 0 or last is not None else solve.evaluate
+        point = evaluate(x + length * direction)
         if point is not None:
             found = solve.abs_trace[-1]
             fits = found <= (1 + 1 / (step + 1) ** 2 - 1e-4 * length**2) * value

@@ -94,6 +94,7 @@ def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[
     rotations: list[tuple[np.ndarray, np.ndarray]] = []
     basis = g.new_empty(min(size + 1, 16), batch, length)
     basis[0] = _unit(g, np.where(active, first, 0.0))
+    n = 0  # products so far
     for j in range(size):
         n = j + 1
         if n + 1 > len(basis):
@@ -142,8 +143,9 @@ def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[
 
 def _solve_triangular(systems: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Solutions (B, n) of upper triangular systems (B, n, n)."""
-    systems, columns = torch.from_numpy(systems), torch.from_numpy(right)[:, :, None]
-    return torch.linalg.solve_triangular(systems, columns, upper=True)[:, :, 0].numpy()
+    columns = torch.from_numpy(right)[:, :, None]
+    solved = torch.linalg.solve_triangular(torch.from_numpy(systems), columns, upper=True)
+    return solved[:, :, 0].numpy()
 
 
 class _Best:
@@ -190,8 +192,8 @@ def rows(samples: np.ndarray, like: Tensor) -> Tensor:
 
 def _unit(vectors: Tensor, norms: np.ndarray) -> Tensor:
     """Vectors (B, D) divided by their norms (B,); zero where the norm is zero."""
-    norms = to_device(norms, vectors)[:, None]
-    return torch.where(norms > 0, vectors / torch.where(norms > 0, norms, 1.0), 0.0)
+    sizes = to_device(norms, vectors)[:, None]
+    return torch.where(sizes > 0, vectors / torch.where(sizes > 0, sizes, 1.0), 0.0)
 
 
 @solver_method

@@ -56,11 +56,15 @@ def transformed(f: Map, change: Callable[[Map], Map]) -> Map:
         out = copy(f)
         out.product = change(f.product)
         return out
+    # A function takes attributes; its type does not say so.
     out = change(f)
     if hasattr(f, "plain"):
-        out.plain = change(f.plain)
-    if hasattr(f, "select"):
-        out.select = lambda rows: transformed(f.select(rows), change)
+        out.plain = change(plain(f))  # pyright: ignore[reportFunctionMemberAccess]
+    select = getattr(f, "select", None)
+    if select is not None:
+        out.select = lambda rows: transformed(  # pyright: ignore[reportFunctionMemberAccess]
+            select(rows), change
+        )
     return out
 
 

@@ -30,8 +30,8 @@ def full_products():
         if _solves == 0:
             _callers = _get()
         callers = _callers
+        before = _get()
         if callers not in _FULL:
-            before = _get()
             _solves += 1
             _set(_FULL[0] if callers in _NAMES else _FULL[1])
     if callers in _FULL:
@@ -64,7 +64,7 @@ def _get() -> str:
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:  # set through torch's newer API, which the older getter refuses
-        return torch.backends.cuda.matmul.fp32_precision
+        return str(torch.backends.cuda.matmul.fp32_precision)
 
 
 def _set(precision: str) -> None:

@@ -222,10 +222,10 @@ class _Linearised:
 
     def __init__(self, f: Map, jvp: str):
         self._f, self._jvp = plain(f), jvp
-        self.product: Map | None = None
+        self.product: Map = torch.zeros_like
 
     def __call__(self, z: Tensor) -> Tensor:
-        self.product = None  # free the previous graph before f builds the next one
+        self.product = torch.zeros_like  # free the previous graph before f builds the next one
         try:
             value, self.product = _PRODUCTS[self._jvp](self._f, z)
         except RuntimeError as error:
@@ -260,8 +260,8 @@ def _reverse(f: Map, z: Tensor) -> tuple[Tensor, Map]:
         """u, and J'u with its graph. Made once, at the first product."""
         u = torch.zeros_like(value, requires_grad=True)
         with callers_products():
-            back = torch.autograd.grad(value, point, u, create_graph=True, allow_unused=True)
-        return u, *back
+            (back,) = torch.autograd.grad(value, point, u, create_graph=True, allow_unused=True)
+        return u, back
 
     def product(v: Tensor) -> Tensor:
         u, back = vjp()

@@ -61,16 +61,13 @@ class SampleSolve(Solve):
         self._diverged, self._stalled = np.zeros((2, batch), dtype=bool)
         self._f_rows = f
 
-    def evaluate(
-        self, x: Tensor, out: Tensor | None = None, forgive: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def evaluate(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Evaluate f at x (b, D); return (x, f(x), f(x) - x) of the rows that the method keeps.
 
         Args:
             x: the point, with the rows that the method has kept so far.
             out: where to write f(x) - x. ``out`` keeps all b rows: the method itself drops the rows
                 of finished samples from everything that it stores.
-            forgive: ignored, because a line search needs stop='batch'.
         """
         if not self.shrinks:
             x = self._at_rest(x)
@@ -106,8 +103,9 @@ class SampleSolve(Solve):
     def _restricted(self) -> Callable[[Tensor], Tensor]:
         """f restricted to the unfinished samples."""
         rows = to_device(self.rows, self.device)
-        if hasattr(self.f, "select"):
-            return self.f.select(rows)
+        select = getattr(self.f, "select", None)
+        if select is not None:
+            return select(rows)
         rest = self.own_best.to(self.dtype).view(self.shape)
 
         def f(z: Tensor) -> Tensor:
@@ -147,8 +145,8 @@ class SampleSolve(Solve):
         elif len(samples):
             if self._borrowed:
                 self.own_best, self._borrowed = self.own_best.clone(), False
-            samples, places = (to_device(i, self.device) for i in (samples, places))
-            self.own_best.index_copy_(0, samples, x[places])
+            at, source = (to_device(i, self.device) for i in (samples, places))
+            self.own_best.index_copy_(0, at, x[source])
 
     def lose(self, fails: np.ndarray) -> None:
         self.lost, self.done = self.lost | fails, self.done | fails

@@ -111,7 +111,7 @@ class Solve:
         self.abs_trace: list[float] = []
         self.rel_trace: list[float] = []
         self.best, self.best_index, self.lowest = self.x0, 0, math.inf
-        self.lowest_of = {"abs": math.inf, "rel": math.inf}
+        self.lowest_of: dict[str, float] = {"abs": math.inf, "rel": math.inf}
         self.best_residual = np.full(len(x0), math.inf)
         self.best_norms = np.full((2, len(x0)), math.inf)  # of g and f
         # Whether inner products of residuals may overflow or underflow in float32.
@@ -162,7 +162,7 @@ class Solve:
     @property
     def left(self) -> int:
         """Remaining budget of evaluations and products, for methods whose threshold counts both."""
-        return min(self.threshold, self._max_nfe) - self.nfe - self.products
+        return int(min(self.threshold, self._max_nfe)) - self.nfe - self.products
 
     @property
     def _max_nfe(self) -> float:
@@ -174,9 +174,7 @@ class Solve:
             self._exhausted = "max_nfe" if self._max_nfe <= self.threshold else "threshold"
         return self.left >= count
 
-    def evaluate(
-        self, x: Tensor, out: Tensor | None = None, forgive: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
+    def evaluate(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Evaluate f at x (B, D); return (x, f(x), f(x) - x), all finite.
 
         A sample on which f is not finite is lost. From then on it rests at its best finite iterate
@@ -186,9 +184,22 @@ class Solve:
         Args:
             x: the point. It is kept by reference: do not overwrite it afterwards.
             out: where to write f(x) - x; a new tensor if None.
-            forgive: x is a trial of a line search. If f is not finite there, return None and lose
-                no sample.
         """
+        point = self._evaluate(x, out, forgive=False)
+        assert point is not None  # only a trial may fail
+        return point
+
+    def trial(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """As :meth:`evaluate`, for a trial of a line search: if f is not finite, lose no sample.
+
+        Returns:
+            None if f is not finite at x.
+        """
+        return self._evaluate(x, None, forgive=True)
+
+    def _evaluate(
+        self, x: Tensor, out: Tensor | None, forgive: bool
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
         x, fx, gx = self._value(self._settle(x, self.own_best), self.f, out)
         for vectors, norms in zip((gx, fx), self._slots[len(self._pending)], strict=True):
             torch.linalg.vector_norm(vectors, dim=1, out=norms)
@@ -236,9 +247,9 @@ class Solve:
         counts = ~self.lost & (self.own_residual != 0)
         fails = ~(np.isfinite(norms) & (norms >= self._least)) & counts
         if fails.any():
-            last = None if newest is None else norms[-1]
+            last = norms[-1]
             norms = np.where(fails, np.maximum(norms, self._least), norms)  # NaN stays NaN
-            if last is not None:
+            if newest is not None:
                 norms[-1] = [
                     corrected_norms(n, v, counts) for n, v in zip(last, newest, strict=True)
                 ]
@@ -328,7 +339,8 @@ class Solve:
 
     def _take_own_best(self) -> None:
         """Set the residuals over the batch, and the last step, from the samples' own iterates."""
-        self.lowest_of = dict(zip(("abs", "rel"), totals(self._own_norms), strict=True))
+        g, ratio = totals(self._own_norms)
+        self.lowest_of = {"abs": g, "rel": ratio}
         self.lowest, self.best_index = self.lowest_of[self.stop_mode], int(self._own_step.max())
 
     def _solution(

@@ -33,7 +33,8 @@ def refuse_transforms() -> None:
     # fake tensors have no values.
     modes = torch._C._TorchDispatchModeKey
     traced = any(torch._C._get_dispatch_mode(mode) for mode in (modes.PROXY, modes.FAKE))
-    if traced or torch._C._functorch.peek_interpreter_stack() is not None:
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+    if traced or functorch.peek_interpreter_stack() is not None:
         raise InputError(
             "a solve inside a transform of torch.func (grad, vmap, jvp, ...), or traced, is not "
             "possible, "
@@ -68,7 +69,7 @@ def refuse_batched(value: Tensor | None) -> None:
     Raises:
         RuntimeError: ``value`` holds a batch of directions.
     """
-    functorch = torch._C._functorch
+    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     if value is None:
         return
     if functorch.is_batchedtensor(value) or functorch.is_legacy_batchedtensor(value):

@@ -1,4 +1,4 @@
-"""Train the quickstart's models with every gradient and solver; write a table and a figure.
+"""Train the quickstart's models with every gradient and solver; write a table and two figures.
 
     python scripts/benchmarks/compare_gradients.py                    # half an hour on two cores
     python scripts/benchmarks/compare_gradients.py --tasks words --steps 400 --only phantom ift,
@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from helpers.arguments import Parser
 from helpers.comparison import FIGURE, TASKS, Plan, Variant, make_start, run_variant
+from helpers.comparison_figures import COSTS_FILE, CURVES_FILE, draw
 from helpers.measure import describe_machine, table
 
 from lib.errors import InputError
@@ -70,7 +71,7 @@ PLANS = {
     "words": Plan("words", 200, 180, 35.0, (0.002, 0.001), 0.3),
     "digits": Plan("digits", 200, 100, 15.0, (0.005, 0.002), 2.0),
 }
-FIGURE_FILE, TABLE_FILE, JSON_FILE = "gradients.png", "gradients.md", "gradients.json"
+TABLE_FILE, JSON_FILE = "gradients.md", "gradients.json"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,7 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--stacked", type=int, help="stacked steps of the common start; default: the task's")
     add("--seconds", type=float, help="time of the same-time columns; default: the task's")
     add("--rate", type=float, help="learning rate at equilibrium; default: the task's")
-    add("--out", type=Path, default=Path("comparison"), help="folder of table, figure and JSON")
+    add("--out", type=Path, default=Path("comparison"), help="folder of tables, figures and JSON")
     add("--tiny", action="store_true", help="tiny models, for a test of this command")
     options = parser.parse_args(argv)
     for name in ("steps", "stacked", "seconds", "rate"):
@@ -137,8 +138,9 @@ def run(options: argparse.Namespace) -> None:
     text = report(found)
     (options.out / TABLE_FILE).write_text(text + "\n", encoding="utf-8")
     (options.out / JSON_FILE).write_text(json.dumps(found, indent=1) + "\n")
-    draw(found, options.out / FIGURE_FILE)
-    print(f"\n{text}\n\n{options.out}: {TABLE_FILE}, {FIGURE_FILE}, {JSON_FILE}")
+    draw(found, options.out)
+    names = TABLE_FILE, JSON_FILE, COSTS_FILE, CURVES_FILE
+    print(f"\n{text}\n\n{options.out}: {', '.join(names)}")
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -162,25 +164,26 @@ def _plan(task: str, options: argparse.Namespace) -> Plan:
 def report(found: dict) -> str:
     """Format the tables of all tasks in markdown."""
     parts = [f"{found['machine']}; {found['minutes']:.0f} minutes in all"]
-    for task in TASKS:
-        if task not in found:
-            continue
-        plan, start = found[task]["plan"], found[task]["start"]
-        what = FIGURE[task]
-        parts.append(
-            f"**{task}**: {plan['stacked']} stacked steps (validation {what} "
-            f"{_shown(task, start)}), then {plan['steps']} steps, or {plan['seconds']:.0f} s of "
-            f"training on one thread, at equilibrium, at a learning rate of {plan['rates'][1]:g}"
-        )
-        head = (
-            "gradient, forward solver / backward solver", "Jacobian loss",
-            f"loss, {what} after the steps", "after the time", "ms per step",
-            "evaluations forward", "backward", "MiB", "residual forward", "backward",
-            "cosine", "spectral radius",
-        )  # fmt: skip
-        rows = [_row(task, outcome) for outcome in found[task]["outcomes"]]
-        parts.append(table(head, rows))
-    return "\n\n".join(parts)
+    return "\n\n".join(parts + [task_report(found, task) for task in TASKS if task in found])
+
+
+def task_report(found: dict, task: str) -> str:
+    """Format what the runs of a task share, and their table."""
+    plan, start = found[task]["plan"], found[task]["start"]
+    what = FIGURE[task]
+    shared = (
+        f"**{task}**: {plan['stacked']} stacked steps (validation {what} "
+        f"{_shown(task, start)}), then {plan['steps']} steps, or {plan['seconds']:.0f} s of "
+        f"training on one thread, at equilibrium, at a learning rate of {plan['rates'][1]:g}"
+    )
+    head = (
+        "gradient, forward solver / backward solver", "Jacobian loss",
+        f"loss, {what} after the steps", "after the time", "ms per step",
+        "evaluations forward", "backward", "MiB", "residual forward", "backward",
+        "cosine", "spectral radius",
+    )  # fmt: skip
+    rows = [_row(task, outcome) for outcome in found[task]["outcomes"]]
+    return f"{shared}\n\n{table(head, rows)}"
 
 
 def _row(task: str, outcome: dict) -> list[str]:
@@ -218,51 +221,6 @@ def _shown(task: str, figures: dict) -> str:
 
 def _line(task: str, outcome: dict) -> str:
     return " | ".join(cell for cell in _row(task, outcome) if cell)
-
-
-# ---- figure ----------------------------------------------------------------------------------
-
-_ROWS = {
-    "loss": "training loss",
-    "cosine": "cosine to the exact gradient",
-    "spectral_radius": "spectral radius",
-    "backward_residual": "relative residual of the adjoint",
-}
-
-
-def draw(found: dict, path: Path) -> None:
-    """Draw curves over the steps, one column per task; runs with the Jacobian loss are dashed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    tasks = [task for task in TASKS if task in found]
-    figure = Figure(figsize=(7 * len(tasks), 15), layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(_ROWS), len(tasks), sharex="col", squeeze=False)
-    names = list(dict.fromkeys(o["name"] for t in tasks for o in found[t]["outcomes"]))
-    for column, task in enumerate(tasks):
-        for axes, (key, label) in zip(grid[:, column], _ROWS.items(), strict=True):
-            for outcome in found[task]["outcomes"]:
-                points = outcome["curve"] if key == "loss" else outcome["probes"]
-                points = [(p["step"], p[key]) for p in points if p[key] is not None]
-                if points:
-                    axes.plot(
-                        *zip(*points, strict=True),
-                        "--" if outcome["regularised"] else "-",
-                        color=f"C{names.index(outcome['name']) % 10}",
-                        marker="os^"[names.index(outcome["name"]) // 10],
-                        ms=3,
-                        lw=1,
-                        label=None if outcome["regularised"] else outcome["name"],
-                    )
-            axes.set(ylabel=label)
-            axes.grid(alpha=0.3)
-            if key == "backward_residual":
-                axes.set(yscale="log", xlabel="steps at equilibrium")
-        grid[0, column].set_title(task)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

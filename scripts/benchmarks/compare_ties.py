@@ -202,25 +202,30 @@ def _small_model(mode: str) -> DEQTransformerLM:
 # ---- tables ----------------------------------------------------------------------------------
 
 
+_HEAD = ("setting", "tied projections", "seed", f"mean of the last {LAST} training losses",
+         "valid perplexity", "test perplexity", "adjoint residual")  # fmt: skip
+
+
 def report(found: dict) -> str:
     """Format all tables in markdown."""
-    runs = found["runs"]
-    head = ("setting", "tied projections", "seed", f"mean of the last {LAST} training losses",
-            "valid perplexity", "test perplexity", "adjoint residual")  # fmt: skip
-    parts = [found["machine"], table(head, [_row(row) for row in runs])]
-    groups: dict = {}
-    for row in runs:
-        groups.setdefault((row["plan"], row["mode"]), []).append(row)
-    lines = [
-        [*names, len(rows), *(_spread(rows, f, d) for f, d in _FIGURES.items())]
-        for names, rows in groups.items()
-    ]
-    parts.append(table((*head[:2], "runs", *head[3:6]), lines))
+    parts = [found["machine"], table(_HEAD, [_row(row) for row in found["runs"]]), means(found)]
     lines = [
         [x["mode"], "differ" if x["differ"] else "equal", x["outcome"]] for x in found["loading"]
     ]
     parts.append(table(("tied projections", "the file's two", "loading"), lines))
     return "\n\n".join(parts)
+
+
+def means(found: dict) -> str:
+    """Format the means and standard deviations over the seeds in markdown."""
+    groups: dict = {}
+    for row in found["runs"]:
+        groups.setdefault((row["plan"], row["mode"]), []).append(row)
+    lines = [
+        [*names, len(rows), *(_spread(rows, f, d) for f, d in _FIGURES.items())]
+        for names, rows in groups.items()
+    ]
+    return table((*_HEAD[:2], "runs", *_HEAD[3:6]), lines)
 
 
 _FIGURES = {"loss": 3, "valid": 1, "test": 1}  # figure -> shown decimals

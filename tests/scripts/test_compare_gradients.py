@@ -81,7 +81,8 @@ def test_the_command(tmp_path, capsys, task):
     # All begin at the same point.
     firsts = [o["probes"][0] for o in outcomes]
     assert len({round(p["spectral_radius"], 4) for p in firsts}) == 1
-    assert (tmp_path / "gradients.png").stat().st_size > 10_000
+    for name in ("gradients.svg", "gradients-curves.svg"):
+        assert (tmp_path / name).stat().st_size > 10_000
     assert (tmp_path / "gradients.md").read_text().strip() in printed
 
 

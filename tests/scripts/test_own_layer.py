@@ -1,0 +1,41 @@
+"""The example of one's own layer, as it stands, and its benchmark."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import bench_own_layer
+import pytest
+
+from lib.errors import InputError
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "own_layer.py"
+
+
+def test_example_beats_logistic_regression(capsys):
+    spec = importlib.util.spec_from_file_location("own_layer", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    accuracy = example.main(["--steps", "300"])
+    lines = dict(line.rsplit(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert accuracy > float(lines["logistic regression"])
+    assert lines["test accuracy"] == f"{accuracy:.3f}"
+    assert float(lines["relative residual"]) < 1e-3
+    assert int(lines["evaluations of f"]) < 30
+    assert float(lines["largest radius"]) < 0.96
+
+
+def test_benchmark(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_own_layer, "STEPS", 2)
+    out = tmp_path / "figures.json"
+    assert bench_own_layer.main(["--seeds", "1", "--json", str(out)]) == 0
+    figures = json.loads(out.read_text())
+    assert set(figures["runs"]) == set(bench_own_layer.LAYERS)
+    assert len(figures["table"]["rows"]) == 1 + len(bench_own_layer.LAYERS)
+    assert "logistic regression" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--only", "nothing"]])
+def test_bad_arguments(arguments):
+    with pytest.raises(InputError, match=arguments[0]):
+        bench_own_layer.main(arguments)
