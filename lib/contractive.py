@@ -10,8 +10,8 @@ from lib.parametrizations import spectral_norm
 class ContractiveLayer(nn.Module):
     r"""f(z, x) = tanh(W z + U x + b) with ||W||_2 <= bound < 1.
 
-    |tanh'| <= 1, so f shrinks distances in z by ``bound`` or more: the fixed point exists, it is
-    unique, and each solver and plain iteration find it. U and b are free::
+    The slope of tanh is at most 1, so f shrinks distances in z by ``bound`` or more: the fixed
+    point exists, it is unique, and each solver and plain iteration find it. U and b are free::
 
         >>> import torch
         >>> from lib import DEQ, ContractiveLayer

@@ -158,8 +158,8 @@ def _unit(vector: Tensor, otherwise: Tensor) -> Tensor:
 def spectral_norm(module: nn.Module, bound: float = 0.9) -> nn.Module:
     """Hold the spectral norm of each weight at or below ``bound``: w = v min(1, bound / ||v||_2).
 
-    With f(z) = tanh(W z + u) and a bound below 1, f is a contraction: |tanh'| <= 1, so
-    ||df/dz||_2 <= ||W||_2. Power iteration estimates the norm (Miyato et al. 2018, arXiv
+    With f(z) = tanh(W z + u) and a bound below 1, f is a contraction: the slope of tanh is at most
+    1, so ||df/dz||_2 <= ||W||_2. Power iteration estimates the norm (Miyato et al. 2018, arXiv
     1802.05957): 30 iterations at the start, then 5 in training mode after each change of the
     weight. The estimate comes from below, so the norm may exceed the bound slightly after a large
     step. Evaluation changes no buffer.

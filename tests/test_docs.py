@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import check_links
+import lib
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,6 +23,12 @@ def test_the_site(tmp_path, capsys):
     build = subprocess.run([*command, *folders], capture_output=True, text=True)
     assert build.returncode == 0, build.stderr
     assert check_links.main([str(tmp_path / "html")]) == 0, capsys.readouterr().err
+
+
+def test_the_api_lists_every_public_name():
+    page = (ROOT / "docs/api/lib.md").read_text(encoding="utf-8")
+    listed = {line.rpartition(".")[2] for line in page.splitlines() if line.startswith("   lib.")}
+    assert listed == set(lib.__all__)
 
 
 def test_broken_links_are_named(tmp_path, capsys):

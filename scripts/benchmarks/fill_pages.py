@@ -2,9 +2,10 @@
 
     python scripts/benchmarks/fill_pages.py
 
-docs/data/gradients.json is a result of compare_gradients.py, docs/data/ties.json of
-compare_ties.py. To show a new result, copy its file there and call this command. A table stands
-between two comments in its page, <!-- NAME: begin --> and <!-- NAME: end -->.
+In docs/data, gradients.json is a result of compare_gradients.py, ties.json of compare_ties.py and
+own_layer.json of bench_own_layer.py. To show a new result, copy its file there and call this
+command. A table stands between two comments in its page, <!-- NAME: begin --> and
+<!-- NAME: end -->.
 """
 
 import json
@@ -15,24 +16,34 @@ import compare_gradients
 import compare_ties
 from helpers import comparison_figures
 from helpers.comparison import TASKS
+from helpers.measure import table
 
 from lib.errors import InputError
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-def blocks(data: Path) -> dict[str, dict[str, str]]:
-    """Return the text of each block by page and name."""
-    gradients = json.loads((data / "gradients.json").read_text(encoding="utf-8"))
-    ties = json.loads((data / "ties.json").read_text(encoding="utf-8"))
-    tables = {
-        f"gradients, {task}": compare_gradients.task_report(gradients, task) for task in TASKS
-    }
-    machine = f"{gradients['machine']}; {gradients['minutes']:.0f} minutes in all"
-    return {
-        "gradients.md": {"gradients, machine": f"    {machine}", **tables},
-        "benchmarks.md": {"ties": f"    {ties['machine']}\n\n{compare_ties.means(ties)}"},
-    }
+def of_gradients(found: dict) -> dict[str, str]:
+    tables = {f"gradients, {task}": compare_gradients.task_report(found, task) for task in TASKS}
+    machine = f"    {found['machine']}; {found['minutes']:.0f} minutes in all"
+    return {"gradients, machine": machine, **tables}
+
+
+def of_ties(found: dict) -> dict[str, str]:
+    return {"ties": f"    {found['machine']}\n\n{compare_ties.means(found)}"}
+
+
+def of_own_layer(found: dict) -> dict[str, str]:
+    body = table(found["table"]["head"], found["table"]["rows"])
+    return {"own layer": f"    {found['machine']}\n\n{body}"}
+
+
+# The file of data, the page that shows it, and what makes the text of each block by its name.
+SHOWN = {
+    "gradients.json": ("gradients.md", of_gradients),
+    "ties.json": ("benchmarks.md", of_ties),
+    "own_layer.json": ("own-layer.md", of_own_layer),
+}
 
 
 def fill(page: str, name: str, body: str) -> str:
@@ -45,13 +56,14 @@ def fill(page: str, name: str, body: str) -> str:
 
 
 def pages(docs: Path) -> dict[str, str]:
-    """Return the filled text of each page."""
+    """Return the filled text of each page whose data are there."""
     filled = {}
-    for name, parts in blocks(docs / "data").items():
-        text = (docs / name).read_text(encoding="utf-8")
-        for block, body in parts.items():
-            text = fill(text, block, body)
-        filled[name] = text
+    for file in sorted((docs / "data").glob("*.json")):
+        page, blocks = SHOWN[file.name]
+        text = (docs / page).read_text(encoding="utf-8")
+        for name, body in blocks(json.loads(file.read_text(encoding="utf-8"))).items():
+            text = fill(text, name, body)
+        filled[page] = text
     return filled
 
 
