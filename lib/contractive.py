@@ -10,8 +10,9 @@ from lib.parametrizations import spectral_norm
 class ContractiveLayer(nn.Module):
     r"""f(z, x) = tanh(W z + U x + b) with ||W||_2 <= bound < 1.
 
-    The slope of tanh is at most 1, so f shrinks distances in z by ``bound`` or more: the fixed
-    point exists, it is unique, and each solver and plain iteration find it. U and b are free::
+    tanh has slopes of at most 1, so f multiplies distances between states by ``bound`` at most:
+    the fixed point exists, it is unique, and plain iteration and every solver find it.
+    U and b are free::
 
         >>> import torch
         >>> from lib import DEQ, ContractiveLayer
@@ -29,7 +30,7 @@ class ContractiveLayer(nn.Module):
         InputError: the bound is not between 0 and 1.
     """
 
-    def __init__(self, inputs: int, size: int, bound: float = 0.9):
+    def __init__(self, inputs: int, size: int, bound: float = 0.95):
         super().__init__()
         if not 0 < bound < 1:
             raise InputError(f"bound is {bound!r}, but must be between 0 and 1 for a contraction")

@@ -342,8 +342,9 @@ class Trainer(Task):
         self.run.log(f"step {self.step} | valid ({phase}) | {record.pop('text')}")
         self.run.record("valid", self.step, phase=phase, **record)
         # Scores of a stacked network and of an equilibrium are not comparable.
-        better = phase != self.best.get("phase") or score > self.best["score"]
-        if better and math.isfinite(score):
+        # A score that is not finite is the lowest: its weights are kept until a number comes.
+        score = score if math.isfinite(score) else -math.inf
+        if phase != self.best.get("phase") or score > self.best["score"]:
             self.best = {"phase": phase, "score": score, "step": self.step, "name": name}
             state = self.model.state_dict()
             self.processes.lead(lambda: self._write(lambda path: save_atomic(state, path), WEIGHTS))

@@ -46,7 +46,7 @@ def test_warning_comes_once_and_names_radius_and_remedy(eigenvalue, said):
         warnings.simplefilter("always")
         steps(deq, eigenvalue, 99)
         assert radius_warnings(caught) == []
-        steps(deq, eigenvalue, 201)
+        steps(deq, eigenvalue, 101)
     found = radius_warnings(caught)
     assert len(found) == said
     for message in found:

@@ -3,6 +3,7 @@
 import math
 from functools import partial
 from importlib import import_module
+from itertools import product
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib.solvers import anderson, bicgstab, broyden, fixed_point_iteration, gmres, newton_krylov
 from lib.solvers.maps import Affine
+from parameters import slow_but
 from problems import SHAPES
 from sample_maps import Batch, Diverging, Failing, Sample
 
@@ -79,9 +81,14 @@ MATES = {
 }
 
 
+# A batch without ``select`` differs in who is evaluated, whatever the mode.
 @by_solver
-@by_mode
-@pytest.mark.parametrize("select", [True, False])
+@pytest.mark.parametrize(
+    ("stop_mode", "select"),
+    slow_but(
+        [("abs", True), ("rel", True), ("rel", False)], product(("abs", "rel"), (True, False))
+    ),
+)
 def test_a_sample_does_not_depend_on_its_mates(solver, stop_mode, select):
     alone = [solve(solver, [s], stop_mode=stop_mode)[0] for s in hard_and_easy(solver)]
     for name, mates in MATES.items():
@@ -358,18 +365,39 @@ CASES = {
 }
 
 
+# Any two of dtype, mode, case and rank meet by default, with every solver. All ways are slow.
+DICTS = {
+    (dtype, mode, case): list(SHAPES)[(i + k) % len(SHAPES)]
+    for i, dtype in enumerate(EPS)
+    for j, mode in enumerate(("abs", "rel"))
+    for k, case in enumerate(CASES)
+    if (i + j + k) % 2 == 0
+}
+
+
+@pytest.mark.parametrize("solver", SHRINKING)
+@pytest.mark.parametrize(("dtype", "stop_mode", "case"), DICTS)
+def test_the_dict(solver, dtype, stop_mode, case):
+    check_the_dict(solver, dtype, stop_mode, case, DICTS[dtype, stop_mode, case])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SHRINKING)
 @by_dtype
 @by_mode
 @pytest.mark.parametrize("case", CASES)
-def test_the_dict(solver, dtype, stop_mode, case):
-    for rank, shape in SHAPES.items():
-        x0 = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(rank)).to(dtype)
-        options = {"eps": EPS[dtype], "stop_mode": stop_mode}
-        solution, log = solve(solver, CASES[case](), x0=x0, threshold=60, **options)
-        check(solution, log, x0, **options)
-        if case == "all converge" and dtype != torch.bfloat16:
-            assert solution["converged"].all()
+def test_the_dict_in_every_way(solver, dtype, stop_mode, case):
+    for rank in SHAPES:
+        check_the_dict(solver, dtype, stop_mode, case, rank)
+
+
+def check_the_dict(solver, dtype, stop_mode, case, rank):
+    x0 = 0.1 * torch.randn(SHAPES[rank], generator=torch.Generator().manual_seed(rank)).to(dtype)
+    options = {"eps": EPS[dtype], "stop_mode": stop_mode}
+    solution, log = solve(solver, CASES[case](), x0=x0, threshold=60, **options)
+    check(solution, log, x0, **options)
+    if case == "all converge" and dtype != torch.bfloat16:
+        assert solution["converged"].all()
 
 
 @pytest.mark.parametrize("solver", [*SHRINKING, *NEWTON])

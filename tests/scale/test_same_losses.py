@@ -10,7 +10,7 @@ from cases import Case
 from lib.runs.processes import Processes
 from same_losses import ADAPTIVE, comparison, equal, in_processes, reference, run_cases
 
-STEPS = 6
+STEPS = 4  # two stacked, two at equilibrium
 # Both phases, the Jacobian loss, parts of a batch, shares that differ; and at the end of an epoch
 # of digits a batch of three images, or of a single one that both processes get.
 QUICK = [

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from attempts import Attempt
 from deq_sequence.options import build_parser, parse
 from lib.runs.run_folder import read_metrics
 
@@ -149,30 +150,32 @@ def results(output, mark):
         for script in RUNS
     ],
 )
-def test_train_and_eval(script, corpus_folder, tmp_path):
+def test_train_and_eval(script, corpus_folder, tmp_path, show, server):
+    """What a script runs; it is forked, where the script would start an interpreter."""
     places = ["--data", corpus_folder, "--work_dir", tmp_path / "runs"]
-    trained = launch(script, "train", *places, *SMALL.split(), cwd=tmp_path)
-    assert trained.returncode == 0, trained.stderr
-    assert trained.stderr.splitlines() == [
-        "no GPU is available: --cuda and --multi_gpu have no effect"
-    ]
+
+    def forked(mode, *more):
+        command = ["train_transformer.py", *show(script, mode, *places, *SMALL.split(), *more)]
+        with Attempt(command, server=server, folder=ROOM) as attempt:
+            assert attempt.wait() == 0, attempt.errors()
+            return "\n".join(attempt.lines), attempt.errors()
+
+    trained, said = forked("train")
+    assert said.splitlines() == ["no GPU is available: --cuda and --multi_gpu have no effect"]
     folder = tmp_path / "runs-wt103" / script.removesuffix(".sh")
     records = read_metrics(folder)
     assert [r["step"] for r in records if r["kind"] == "train"] == [5, 10, 15, 20, 25, 30]
     phases = [(r["step"], r["phase"]) for r in records if r["kind"] == "valid"]
     assert phases == [(15, "stacked"), (30, "equilibrium")]
-    final = results(trained.stdout, "end of training | ")
+    final = results(trained, "end of training | ")
     assert set(final) == {"valid", "test"}
     assert all("ppl" in found[0] for found in final.values())
 
-    evaluated = launch(script, "eval", *places, *SMALL.split(), cwd=tmp_path)
-    assert evaluated.returncode == 0, evaluated.stderr
-    assert results(evaluated.stdout, str(folder / "model.pt")) == final
+    evaluated, _ = forked("eval")
+    assert results(evaluated, str(folder / "model.pt")) == final
 
     if script == "wt103_deq_transformer_reg.sh":
-        more = ["--restart", "--max_step", 32, "--log-interval", 1]
-        restarted = launch(script, "train", *places, *SMALL.split(), *more, cwd=tmp_path)
-        assert restarted.returncode == 0, restarted.stderr
-        assert re.search(r"continuing \S+ at step 30$", restarted.stdout, re.MULTILINE)
+        restarted, _ = forked("train", "--restart", "--max_step", 32, "--log-interval", 1)
+        assert re.search(r"continuing \S+ at step 30$", restarted, re.MULTILINE)
         steps = [r["step"] for r in read_metrics(folder) if r["kind"] == "train"]
         assert steps == [5, 10, 15, 20, 25, 30, 31, 32]

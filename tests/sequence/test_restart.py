@@ -114,6 +114,23 @@ OTHERS = [
 ]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """``undisturbed(flags)``: the folder of a run to its end, trained once for the same flags."""
+    folders = {}
+
+    def get(flags):
+        at = flags.index("--work_dir")
+        key = (*flags[:at], *flags[at + 2 :])
+        if key not in folders:
+            place = tmp_path_factory.mktemp("undisturbed")
+            assert main([*flags, "--work_dir", str(place / "runs"), "--name", "whole"]) == 0
+            folders[key] = place / "runs-wt103" / "whole"
+        return folders[key]
+
+    return get
+
+
 AROUND = [("", stop) for stop in (8, 10, 11, 12, 15)]  # the border is 10; 7 and 14 are saved
 
 
@@ -121,15 +138,15 @@ AROUND = [("", stop) for stop in (8, 10, 11, 12, 15)]  # the border is 10; 7 and
     ("more", "stop"),
     slow_but([*AROUND, *((other, 17) for other in OTHERS)], [*AROUND, *product(OTHERS, (9, 17))]),
 )
-def test_stopped_and_restarted(flags, run_folder, stop_at, more, stop):
+def test_stopped_and_restarted(flags, run_folder, undisturbed, stop_at, more, stop):
     flags = [*flags, *STATEFUL, "--max_step", "18", "--pretrain_steps", "10", *more.split()]
-    assert main([*flags, "--name", "whole"]) == 0
+    whole = undisturbed(flags)
     stop_at(stop)
     assert main(flags) == 130
     before = load(run_folder / CHECKPOINT)["step"]
     assert before < stop
     assert main([*flags, "--restart"]) == 0
-    assert_same_run(run_folder, run_folder.parent / "whole")
+    assert_same_run(run_folder, whole)
 
 
 def test_means_of_the_log_survive(flags, run_folder, stop_at):

@@ -144,17 +144,14 @@ def test_a_second_run_is_refused(finished, room, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("quickstart.py: ")
     assert str(folder) in line
+    assert "--restart" in line
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
-def test_a_second_run_is_told_how_to_restart(finished, room, capsys):
-    capsys.readouterr()
-    assert quickstart(room, finished[0]) == 2
-    assert "--restart" in capsys.readouterr().err
-
-
-def test_restart_of_a_finished_run_reports_again(finished, room, capsys):
+def test_restart_of_a_finished_run_reports_again(finished, room, capsys, tmp_path, monkeypatch):
+    """From any folder: runs lie in the room, not in the current one."""
     task, folder = finished
+    monkeypatch.chdir(tmp_path)
     before, records = rows((folder / "report.txt").read_text()), read_metrics(folder)
     assert quickstart(room, task, "--restart") == 0
     shown, after = rows(capsys.readouterr().out), rows((folder / "report.txt").read_text())
@@ -162,6 +159,7 @@ def test_restart_of_a_finished_run_reports_again(finished, room, capsys):
     for name in before.keys() - {"peak memory"}:
         if not name.startswith(("curves", "scenes")):
             assert after[name] == before[name] == shown[name]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_restart_goes_on(finished, room, tmp_path, monkeypatch):
@@ -187,13 +185,6 @@ def test_restart_goes_on(finished, room, tmp_path, monkeypatch):
     weights, expected = load(cut / WEIGHTS), load(whole / WEIGHTS)
     assert all((weights[key] == expected[key]).all() for key in expected)
     assert (cut / "report.txt").exists()
-
-
-def test_the_program_may_be_run_from_anywhere(finished, room, tmp_path, monkeypatch):
-    """Runs lie in the room, not in the current folder."""
-    monkeypatch.chdir(tmp_path)
-    assert quickstart(room, finished[0], "--restart") == 0
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
