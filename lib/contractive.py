@@ -30,7 +30,7 @@ class ContractiveLayer(nn.Module):
         InputError: the bound is not between 0 and 1.
     """
 
-    def __init__(self, inputs: int, size: int, bound: float = 0.95):
+    def __init__(self, inputs: int, size: int, bound: float = 0.9):
         super().__init__()
         if not 0 < bound < 1:
             raise InputError(f"bound is {bound!r}, but must be between 0 and 1 for a contraction")

@@ -6,8 +6,8 @@ convolutional layers of a module by a function of a free parameter (PyTorch's pa
 
     >>> import torch
     >>> from lib import spectral_norm
-    >>> layer = spectral_norm(torch.nn.Linear(64, 64), bound=0.95)
-    >>> bool(torch.linalg.matrix_norm(layer.weight, ord=2) <= 0.96)
+    >>> layer = spectral_norm(torch.nn.Linear(64, 64), bound=0.9)
+    >>> bool(torch.linalg.matrix_norm(layer.weight, ord=2) <= 0.91)
     True
 
 Apply them to the part of a model that acts on z, not to a whole model: a bounded head or injection
@@ -155,7 +155,7 @@ def _unit(vector: Tensor, otherwise: Tensor) -> Tensor:
     return torch.where(norm > 0, vector / norm, otherwise)
 
 
-def spectral_norm(module: nn.Module, bound: float = 0.95) -> nn.Module:
+def spectral_norm(module: nn.Module, bound: float = 0.9) -> nn.Module:
     """Hold the spectral norm of each weight at or below ``bound``: w = v / max(1, ||v||_2 / bound).
 
     With f(z) = tanh(W z + u) and a bound below 1, f is a contraction: the slope of tanh is at most

@@ -1,7 +1,7 @@
 """What should a first layer of one's own be? Several layers, trained with all defaults.
 
     python scripts/benchmarks/bench_own_layer.py --json docs/data/own_layer.json
-    python scripts/benchmarks/bench_own_layer.py --only naive "spectral 0.95" --seeds 2
+    python scripts/benchmarks/bench_own_layer.py --only naive "spectral 0.9" --seeds 2
 
 The data are scikit-learn's digits, divided by 16: the first 1297 for training, the last 500 for
 testing. The width is 64. Adam with a rate of 3e-3 makes 300 steps of 128 samples, on one thread of

@@ -33,7 +33,7 @@ def solve(layer, u, **options):
 def test_norm_is_at_most_the_bound():
     large, small = linear(), linear(factor=0.1)
     before = small.weight.detach().clone()
-    torch.testing.assert_close(norm_of(spectral_norm(large).weight).item(), 0.95, rtol=1e-2, atol=0)
+    torch.testing.assert_close(norm_of(spectral_norm(large).weight).item(), 0.9, rtol=1e-2, atol=0)
     assert torch.equal(spectral_norm(small).weight, before)
 
 
@@ -62,7 +62,7 @@ def test_norm_of_a_convolution_is_that_of_the_operator(kind):
 
     found = torch.autograd.functional.jacobian(image, torch.zeros(shape).double())
     # At most the bound, up to the power iteration; not needlessly small.
-    assert 0.5 < norm_of(found.flatten(1)) < 0.95 * 1.02
+    assert 0.5 < norm_of(found.flatten(1)) < 0.9 * 1.02
 
 
 @pytest.mark.parametrize("kind", ["2d", "even, in groups", "transposed", "3d"])
@@ -168,7 +168,7 @@ def test_norm_stays_at_the_bound_in_training():
         adam.zero_grad()
         (layer(x) - 3 * x).square().mean().backward()
         adam.step()
-    assert 0.94 < norm_of(layer.weight) < 0.95 * 1.01
+    assert 0.89 < norm_of(layer.weight) < 0.9 * 1.01
 
 
 def test_a_zero_weight_is_no_trap():
@@ -178,7 +178,7 @@ def test_a_zero_weight_is_no_trap():
     spectral_norm(layer)
     with torch.no_grad():
         layer.parametrizations.weight.original.add_(5 * torch.eye(8))
-    torch.testing.assert_close(norm_of(layer.weight).item(), 0.95, rtol=1e-6, atol=0)
+    torch.testing.assert_close(norm_of(layer.weight).item(), 0.9, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("kind", NORMS)
