@@ -41,6 +41,13 @@ class _Events(NamedTuple):
     diverged: bool  # a solve diverged
 
 
+def _comparable(score: float) -> float:
+    """The score to compare. One that is not finite is the lowest: its weights are kept until a
+    number comes.
+    """
+    return score if math.isfinite(score) else -math.inf
+
+
 class Trainer(Task):
     """Trains a DEQ model (``model.deq``) through both phases (stacked, equilibrium).
 
@@ -342,9 +349,7 @@ class Trainer(Task):
         self.run.log(f"step {self.step} | valid ({phase}) | {record.pop('text')}")
         self.run.record("valid", self.step, phase=phase, **record)
         # Scores of a stacked network and of an equilibrium are not comparable.
-        # A score that is not finite is the lowest: its weights are kept until a number comes.
-        score = score if math.isfinite(score) else -math.inf
-        if phase != self.best.get("phase") or score > self.best["score"]:
+        if phase != self.best.get("phase") or _comparable(score) > _comparable(self.best["score"]):
             self.best = {"phase": phase, "score": score, "step": self.step, "name": name}
             state = self.model.state_dict()
             self.processes.lead(lambda: self._write(lambda path: save_atomic(state, path), WEIGHTS))

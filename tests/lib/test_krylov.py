@@ -420,7 +420,7 @@ def test_restart_of_one_is_steepest_descent_of_the_residual():
 @pytest.mark.parametrize("x0", [None, START], ids=["from zero", "from elsewhere"])
 def test_threshold_counts_evaluations_and_products(solver, stop, known, x0):
     lowest = []
-    for threshold in (1, 2, 3, 4, 5, 8, 12):
+    for threshold in range(1, 13):
         options = {"x0": x0, "known": known, "stop": stop, "eps": 0.0}
         solution, _ = solve(solver, MATRICES["random"], threshold=threshold, **options)
         assert solution["reason"] == "threshold"
