@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from lib.errors import InputError
+from lib.errors import check
 from lib.parametrizations import spectral_norm
 
 
@@ -32,8 +32,7 @@ class ContractiveLayer(nn.Module):
 
     def __init__(self, inputs: int, size: int, bound: float = 0.9):
         super().__init__()
-        if not 0 < bound < 1:
-            raise InputError(f"bound is {bound!r}, but must be between 0 and 1 for a contraction")
+        check(0 < bound < 1, "bound", bound, "between 0 and 1 for a contraction")
         self.inject = nn.Linear(inputs, size)  # U x + b
         self.mix = spectral_norm(nn.Linear(size, size, bias=False), bound)  # W z
 

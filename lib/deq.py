@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lib.errors import DEQWarning, InputError
+from lib.errors import DEQWarning, InputError, check, check_count
 from lib.gradients import Gradient, Solved, get_gradient
 from lib.gradients.adjoint import Adjoint, LinearSolve, Tangents, warn
 from lib.gradients.attachment import own_saved_tensors, recording_for, with_tangent
@@ -50,12 +50,12 @@ from lib.jacobian import jac_loss_estimate, power_method
 from lib.layer_utils import list2vec, vec2list
 from lib.parametrizations import weights_held
 from lib.solvers import SOLVERS, get_solver
+from lib.solvers.arguments import Control, check_stop_mode
 from lib.solvers.krylov import gmres
 from lib.solvers.lockstep import lockstep
 from lib.solvers.maps import Map, plain, transformed
 from lib.solvers.newton_krylov import newton_krylov
 from lib.solvers.precision import half_precision, in_float32, solve_in_stages
-from lib.solvers.solve import Control, check, check_count
 from lib.solvers.specs import unwrapped
 from lib.solvers.stats import SolverStats, all_finite, solve_figures
 from lib.solvers.transforms import (
@@ -118,7 +118,8 @@ class DEQ:
     ``stats`` accumulates what the solvers did; ``stats.reset()`` clears it.
 
     Raises:
-        InputError: the solver or the gradient does not exist, or they do not fit together.
+        InputError: the solver, the gradient or the stop mode does not exist, or they do not fit
+            together.
     """
 
     def __init__(
@@ -131,6 +132,8 @@ class DEQ:
         grad: str | Gradient | Iteration = "ift",
         group: ProcessGroup | None = None,
     ):
+        for mode in (stop_mode, b_stop_mode or stop_mode):
+            check_stop_mode(mode)
         self.group = group
         self._grad = get_gradient(grad)
         self.f_solver, self.b_solver = f_solver, b_solver
@@ -215,20 +218,12 @@ class DEQ:
                 or an export.
         """
         refuse_transforms()
+        shapes = None  # of the tensors in a list
         if not isinstance(z0, Tensor):
             listed = isinstance(z0, Sequence) and all(isinstance(t, Tensor) for t in z0)
             check(listed, "z0", z0, "a tensor or a list of tensors")
-            return self._solve_list(
-                f,
-                z0,
-                f_thres=f_thres,
-                b_thres=b_thres,
-                training=training,
-                jac_vecs=jac_vecs,
-                sradius_iters=sradius_iters,
-                indexing=indexing,
-                on_solve=on_solve,
-            )
+            shapes = [tuple(t.shape[1:]) for t in z0]
+            f, z0 = transformed(f, partial(_flattened, shapes)), list2vec(z0)
         if self.group is not None:
             self._refuse_with_group(half_precision(z0), bool(indexing), jac_vecs)
         for number in indexing:
@@ -268,7 +263,8 @@ class DEQ:
             z = z_star.clone()  # the user may change z in place; z_star must not change with it
         # Clone: a number may occur twice, or stand for z, and the user may change one in place.
         ends = [*(states.get(number, z).clone() for number in indexing), z] if indexing else []
-        return Equilibrium(z, z_star, jac_loss, sradius, solution, ends)
+        found = Equilibrium(z, z_star, jac_loss, sradius, solution, ends)
+        return found if shapes is None else _as_lists(found, shapes)
 
     def _refuse_with_group(self, half: bool, indexing: bool, jac_vecs: int) -> None:
         """Refuse what lockstep cannot keep equal in all processes, and what shards forbid."""
@@ -371,30 +367,6 @@ class DEQ:
             "said once, and stats.forward has the figures"
         )
 
-    def _solve_list(self, f, z0: Sequence[Tensor], **options) -> Equilibrium:
-        shapes = [tuple(t.shape[1:]) for t in z0]
-
-        def flattened(f: Callable) -> Map:
-            def flat_f(z: Tensor) -> Tensor:
-                parts = f(vec2list(z, shapes))
-                single = isinstance(parts, Tensor)
-                gave = "one tensor" if single else [tuple(t.shape[1:]) for t in parts]
-                if gave != shapes:
-                    raise InputError(
-                        f"f must map a list of the shapes {shapes} (without the batch) to the "
-                        f"same, but gave {gave}"
-                    )
-                return list2vec(parts)
-
-            return flat_f
-
-        found = self(transformed(f, flattened), list2vec(z0), **options)
-        found.z, found.z_star = _parts(found.z, shapes), _parts(found.z_star, shapes)
-        found.states = [_parts(state, shapes) for state in found.states[:-1]]
-        if options["indexing"]:
-            found.states.append(found.z)
-        return found
-
 
 def _gmres_like(f_solver: Callable) -> Callable:
     """gmres with the tolerance and the stopping options of the forward solver."""
@@ -406,6 +378,29 @@ def _gmres_like(f_solver: Callable) -> Callable:
 def _parts(z: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
     """The tensors of a stacked state, as copies: the user may change one in place."""
     return [part.clone() for part in vec2list(z, shapes)]
+
+
+def _flattened(shapes: list[tuple[int, ...]], f: Callable) -> Map:
+    """A map of lists of tensors (B, *shape) as a map of stacked states."""
+
+    def flat_f(z: Tensor) -> Tensor:
+        parts = f(vec2list(z, shapes))
+        gave = "one tensor" if isinstance(parts, Tensor) else [tuple(t.shape[1:]) for t in parts]
+        if gave != shapes:
+            raise InputError(
+                f"f must map a list of the shapes {shapes} (without the batch) to the same, but "
+                f"gave {gave}"
+            )
+        return list2vec(parts)
+
+    return flat_f
+
+
+def _as_lists(found: Equilibrium, shapes: list[tuple[int, ...]]) -> Equilibrium:
+    found.z, found.z_star = _parts(found.z, shapes), _parts(found.z_star, shapes)
+    if found.states:
+        found.states = [*(_parts(state, shapes) for state in found.states[:-1]), found.z]
+    return found
 
 
 def _watched(f: Map, indexing: Sequence[int]) -> tuple[Map, dict[int, Tensor]]:
@@ -440,6 +435,13 @@ def _point(state: Tensor, requires_grad: bool) -> Tensor:
     return point
 
 
+def _of_deq(name: str) -> property:
+    """A property that is the attribute ``name`` of ``self.deq``."""
+    return property(
+        lambda self: getattr(self.deq, name), lambda self, value: setattr(self.deq, name, value)
+    )
+
+
 class SolverAttributes:
     """Mixin for models: ``f_solver``, ``b_solver`` and ``grad`` forward to ``self.deq``.
 
@@ -450,14 +452,7 @@ class SolverAttributes:
     """
 
     deq: DEQ
-
-    @property
-    def f_solver(self) -> Callable:
-        return self.deq.f_solver
-
-    @f_solver.setter
-    def f_solver(self, solver: str | Callable) -> None:
-        self.deq.f_solver = solver
+    f_solver, grad = _of_deq("f_solver"), _of_deq("grad")
 
     @property
     def b_solver(self) -> Callable:
@@ -467,19 +462,10 @@ class SolverAttributes:
     def b_solver(self, solver: str | Callable | None) -> None:
         self.deq.b_solver = SAME if solver is None else solver
 
-    @property
-    def grad(self) -> Gradient | Iteration:
-        return self.deq.grad
-
-    @grad.setter
-    def grad(self, grad: str | Gradient | Iteration) -> None:
-        self.deq.grad = grad
-
 
 def stacked(f: Callable, z0: Tensor | list[Tensor], n_layer: int) -> Tensor | list[Tensor]:
     """Apply f ``n_layer`` times with ordinary autograd: the weight-tied network."""
-    if n_layer < 1:
-        raise InputError(f"the number of stacked layers is {n_layer!r}, but must be at least 1")
+    check(n_layer >= 1, "the number of stacked layers", n_layer, "at least 1")
     z = z0
     for _ in range(n_layer):
         z = f(z)

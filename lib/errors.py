@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from numbers import Real
 
 
 class InputError(ValueError):
@@ -30,3 +31,26 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
     """The end of a message about an unknown word: the nearest known word, else ``otherwise``."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f": did you mean {near[0]}?" if near else otherwise
+
+
+def check(condition: bool, name: str, value, accepted: str) -> None:
+    """Raise an InputError of one line unless ``condition`` holds."""
+    if not condition:
+        raise InputError(f"{name} is {value!r}, but must be {accepted}")
+
+
+def check_count(name: str, value, least: int = 1) -> None:
+    """Refuse a value that is not an integer of at least ``least``."""
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    check(integer and value >= least, name, value, f"an integer of at least {least}")
+
+
+def is_number(value) -> bool:
+    """Whether a value is a real number; True and False do not count as numbers."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_number(name: str, value, *, positive: bool = False) -> None:
+    """Refuse a value that is not a number of at least 0 (``positive``: above 0)."""
+    fits = is_number(value) and (value > 0 if positive else value >= 0)
+    check(fits, name, value, "a number above 0" if positive else "a number of at least 0")

@@ -29,9 +29,8 @@ import torch
 from torch import Tensor
 
 from lib.arnoldi import Eigenvalues, arnoldi, leading_ritz_values, normalise, only_finite
-from lib.errors import InputError
+from lib.errors import InputError, check, check_count
 from lib.solvers.maps import vjp
-from lib.solvers.solve import check_count
 
 _ARNOLDI_STEPS = 24  # after the power iterations: enough to separate a few leading pairs
 _LEADING_STEPS = 100  # default steps of leading_eigenvalues
@@ -209,8 +208,7 @@ def leading_eigenvalues(
     """
     _check_pair(f0, z0)
     size = z0.shape[1:].numel()
-    if not 1 <= k <= size:
-        raise InputError(f"k is {k!r}, but must be from 1 to {size}, the numbers in a sample of z0")
+    check(1 <= k <= size, "k", k, f"from 1 to {size}, the numbers in a sample of z0")
     steps = max(_LEADING_STEPS, 4 * k) if steps is None else steps
     check_count("steps", steps, k)
     product, dtype = _transposed_product(f0, z0), _real_dtype(z0)
@@ -311,8 +309,7 @@ def _product(f0: Tensor, z0: Tensor, u: Tensor, v: Tensor) -> Callable[[Tensor],
 
 
 def _vectors_named(name: str) -> Callable[[Tensor], Tensor]:
-    if name not in VECTORS:
-        raise InputError(f"vectors is {name!r}, but must be {' or '.join(VECTORS)}")
+    check(name in VECTORS, "vectors", name, " or ".join(VECTORS))
     return VECTORS[name]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lib.errors import InputError
+from lib.errors import InputError, check
 
 _HELD = "_held_weights"  # key in the module's __dict__: name -> (version, weight) of reset()
 
@@ -113,12 +113,6 @@ def bernoulli_mask(
     return torch.empty(*shape, device=device, dtype=dtype).bernoulli_(1 - p).div_(1 - p)
 
 
-def _check_probability(dropout: float) -> float:
-    if not 0 <= dropout < 1:
-        raise InputError(f"dropout is {dropout!r}, but must be at least 0 and below 1")
-    return dropout
-
-
 class VariationalDropout(nn.Module):
     """Dropout with one mask for all time steps, drawn at every call (Gal and Ghahramani 2016).
 
@@ -127,7 +121,7 @@ class VariationalDropout(nn.Module):
     """
 
     def forward(self, x: Tensor, dropout: float = 0.5, dim: int = 3) -> Tensor:
-        _check_probability(dropout)
+        check(0 <= dropout < 1, "dropout", dropout, "at least 0 and below 1")
         if dim not in (3, 4) or x.dim() != dim:
             raise InputError(f"dim is {dim!r} and x has {x.dim()} dimensions: give 3 or 4, alike")
         if not self.training or dropout == 0:
@@ -141,7 +135,8 @@ class _HeldMask(nn.Module):
 
     def __init__(self, dropout: float = 0.0):
         super().__init__()
-        self.dropout = _check_probability(dropout)
+        check(0 <= dropout < 1, "dropout", dropout, "at least 0 and below 1")
+        self.dropout = dropout
         self.mask: Tensor | None = None
 
     @property

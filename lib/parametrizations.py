@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
-from lib.errors import InputError
+from lib.errors import InputError, check
 
 _FIRST, _NEXT = 100, 5  # power iterations at the start, and after each change of the weight
 _GRID = 16  # side of the image on which a convolution is measured
@@ -183,8 +183,7 @@ def spectral_norm(module: nn.Module, bound: float = 0.9) -> nn.Module:
         InputError: the bound is not positive, or the module has no such weight, or one that is
             parametrised already or not initialised.
     """
-    if not 0 < bound < float("inf"):
-        raise InputError(f"bound is {bound!r}, but must be positive and finite")
+    check(0 < bound < float("inf"), "bound", bound, "positive and finite")
 
     def norm_of(layer: nn.Linear | _ConvNd) -> SpectralNorm:
         return SpectralNorm(layer.weight, float(bound), getattr(layer, "groups", None))

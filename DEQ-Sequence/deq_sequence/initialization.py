@@ -7,7 +7,7 @@ from deq_sequence.embedding import AdaptiveEmbedding
 from deq_sequence.layer import RelativeAttention
 from deq_sequence.softmax import ProjectedAdaptiveLogSoftmax
 from deq_sequence.ties import TiedWeights
-from lib.errors import InputError
+from lib.errors import check
 
 
 @torch.no_grad()
@@ -70,6 +70,5 @@ def _filler(name: str, kind: str, std: float, limit: float):
         "normal": lambda weight: nn.init.normal_(weight, 0.0, std),
         "uniform": lambda weight: nn.init.uniform_(weight, -limit, limit),
     }
-    if kind not in fillers:
-        raise InputError(f"{name} is {kind!r}, but must be one of {', '.join(fillers)}")
+    check(kind in fillers, name, kind, f"one of {', '.join(fillers)}")
     return fillers[kind]

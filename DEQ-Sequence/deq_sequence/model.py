@@ -12,7 +12,7 @@ from deq_sequence.layer import TransformerLayer
 from deq_sequence.softmax import ProjectedAdaptiveLogSoftmax
 from deq_sequence.ties import TiedWeights, ties_between
 from lib.deq import DEQ, SAME, SRADIUS_ITERS, SolverAttributes, stacked
-from lib.errors import InputError
+from lib.errors import InputError, check
 from lib.gradients import Gradient
 from lib.gradients.iterations import Iteration
 from lib.linear import linear
@@ -107,10 +107,7 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         self.n_layer, self.eval_n_layer = n_layer, eval_n_layer
         self.pretrain_steps = pretrain_steps
         self.reset_length(tgt_len, mem_len)
-        if local_size < 0:
-            raise InputError(f"local_size is {local_size}, but must be 0 (all positions) or more")
-        if stop_mode not in ("abs", "rel"):
-            raise InputError(f"stop_mode is {stop_mode!r}, but must be 'abs' or 'rel'")
+        check(local_size >= 0, "local_size", local_size, "0 (all positions) or more")
         self.deq = DEQ(
             f_solver, b_solver or SAME, stop_mode=stop_mode, b_stop_mode="rel", grad=grad
         )
@@ -139,8 +136,7 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
     def reset_length(self, tgt_len: int | None, mem_len: int | None) -> None:
         """Set the segment and memory lengths, for example for evaluation."""
         for name, value in (("tgt_len", tgt_len), ("mem_len", mem_len)):
-            if value is not None and value < 0:
-                raise InputError(f"{name} is {value}, but must be 0 or more")
+            check(value is None or value >= 0, name, value, "0 or more")
         self.tgt_len, self.mem_len = tgt_len, mem_len or 0
 
     def forward(

@@ -7,7 +7,7 @@ from pathlib import Path
 from deq_sequence.text.corpus import DATASETS
 from deq_sequence.ties import TIE_PROJ_MODES
 from lib.deq import DEQ
-from lib.errors import InputError, naming
+from lib.errors import InputError, check, naming
 from lib.gradients import GRADIENTS
 from lib.runs.command_line import Parser
 from lib.solvers import ADJOINT_SOLVERS, SOLVERS
@@ -206,8 +206,8 @@ def own_b_solver(args: argparse.Namespace) -> str | None:
 
 def _check_ranges(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{flag_of(name)} is {value}, but must be a finite number")
+        finite = not isinstance(value, float) or math.isfinite(value)
+        check(finite, flag_of(name), value, "a finite number")
     at_least = {
         0: "warmup_step max_step start_train_steps pretrain_steps jac_incremental mem_len "
         "rand_f_thres_delta local_size num_threads save_interval patience lr weight_decay clip "
@@ -218,21 +218,17 @@ def _check_ranges(args: argparse.Namespace) -> None:
     }
     for low, names in at_least.items():
         for name in names.split():
-            if getattr(args, name) < low:
-                raise InputError(
-                    f"{flag_of(name)} is {getattr(args, name)}, but must be {low} or more"
-                )
-    if not 0 <= args.seed < 2**63:
-        raise InputError(f"--seed is {args.seed}, but must be from 0 to 2^63 - 1")
-    if args.max_eval_steps < 1 and args.max_eval_steps != -1:
-        raise InputError(f"--max_eval_steps is {args.max_eval_steps}, but must be -1 or 1 or more")
-    for name in ("dropout", "dropatt"):
-        if not 0 <= getattr(args, name) < 1:
-            raise InputError(f"--{name} is {getattr(args, name)}, but must be in [0, 1)")
-    if not 0 <= args.jac_loss_freq <= 1:
-        raise InputError(f"--jac_loss_freq is {args.jac_loss_freq}, but must be in [0, 1]")
-    if not 0 < args.decay_rate < 1:
-        raise InputError(f"--decay_rate is {args.decay_rate}, but must be in (0, 1)")
+            value = getattr(args, name)
+            check(value >= low, flag_of(name), value, f"{low} or more")
+    for name, fits, accepted in (
+        ("seed", lambda v: 0 <= v < 2**63, "from 0 to 2^63 - 1"),
+        ("max_eval_steps", lambda v: v >= 1 or v == -1, "-1 or 1 or more"),
+        ("dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
+        ("dropatt", lambda v: 0 <= v < 1, "in [0, 1)"),
+        ("jac_loss_freq", lambda v: 0 <= v <= 1, "in [0, 1]"),
+        ("decay_rate", lambda v: 0 < v < 1, "in (0, 1)"),
+    ):
+        check(fits(getattr(args, name)), f"--{name}", getattr(args, name), accepted)
     if args.batch_size % args.batch_chunk:
         raise InputError(
             f"--batch_chunk {args.batch_chunk} does not divide --batch_size {args.batch_size}"

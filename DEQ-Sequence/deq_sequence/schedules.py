@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -9,10 +10,12 @@ from torch import nn
 from lib.runs.optimizers import fused_if_possible
 
 
-def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(
+    args: argparse.Namespace, model: nn.Module, build: Callable = fused_if_possible
+) -> torch.optim.Optimizer:
     """The optimiser ``--optim``, with PyTorch's defaults except for learning rate and decay."""
     kind = getattr(torch.optim, args.optim)
-    return fused_if_possible(kind, model, lr=args.lr, weight_decay=args.weight_decay)
+    return build(kind, model, lr=args.lr, weight_decay=args.weight_decay)
 
 
 class LearningRate:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lib.errors import InputError
+from lib.errors import InputError, check
 
 # Modes of tying a projection, and their descriptions.
 TIE_PROJ_MODES = {
@@ -118,10 +118,8 @@ def ties_between(
     Raises:
         InputError: the mode is unknown, or ``projections`` has more entries than clusters.
     """
-    if mode not in TIE_PROJ_MODES:
-        raise InputError(
-            f"tie_proj_mode is {mode!r}, but must be one of {', '.join(TIE_PROJ_MODES)}"
-        )
+    modes = f"one of {', '.join(TIE_PROJ_MODES)}"
+    check(mode in TIE_PROJ_MODES, "tie_proj_mode", mode, modes)
     if len(projections) > len(softmax.bounds):
         raise InputError(
             f"tie_projs has {len(projections)} entries for {len(softmax.bounds)} clusters"

@@ -15,7 +15,8 @@ from pathlib import Path
 import yaml
 from yacs.config import CfgNode
 
-from lib.errors import InputError, did_you_mean
+from lib.deq import DEQ, SAME
+from lib.errors import InputError, check, did_you_mean, is_number, naming
 from lib.solvers.precision import AMP
 
 _NEVER = 100_000_000
@@ -259,21 +260,34 @@ def _coerce(name: str, value, old, source: str):
         # Keep "2024" as text (it may name a folder), but unquote '""' to the empty text.
         return literal if isinstance(literal, str) else value
     value = literal
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and not math.isfinite(value):
-        raise InputError(f"{name} in {source} is {value!r}, but must be finite")
-    if isinstance(old, float) and is_number:
+    number = is_number(value)
+    check(not number or math.isfinite(value), f"{name} in {source}", value, "finite")
+    if isinstance(old, float) and number:
         return float(value)
-    if name == "MODEL.EXPANSION_FACTOR" and is_number:
+    if name == "MODEL.EXPANSION_FACTOR" and number:
         return value
-    if isinstance(old, list) and is_number:
+    if isinstance(old, list) and number:
         return [value]
     if type(value) is type(old):
         return value
     wanted = {bool: "True or False", int: "an integer", float: "a number", list: "a list"}
-    raise InputError(
-        f"{name} in {source} is {value!r}, but must be {wanted.get(type(old), 'text')}"
-    )
+    accepted = wanted.get(type(old), "text")
+    raise InputError(f"{name} in {source} is {value!r}, but must be {accepted}")
+
+
+def make_deq(cfg: CfgNode) -> DEQ:
+    """The solver and the gradient that the section DEQ describes.
+
+    Raises:
+        InputError: a name, an option or a threshold cannot be used.
+    """
+    own = cfg.DEQ
+    b_solver = SAME if own.B_SOLVER == "None" else own.B_SOLVER
+    with naming("DEQ.F_SOLVER, DEQ.B_SOLVER, DEQ.GRAD and DEQ.STOP_MODE"):
+        deq = DEQ(own.F_SOLVER, b_solver, stop_mode=own.STOP_MODE, grad=own.GRAD)
+    # Training draws thresholds of at most F_THRES + 1.
+    deq.grad.refuse_threshold(own.F_THRES, "DEQ.F_THRES", more=1)
+    return deq
 
 
 def _integers(values: list, least: int) -> bool:
@@ -289,7 +303,6 @@ _RANGES = [
     ("MAX_TIME", lambda v: v >= 0, "0 or more"),
     ("SEED", lambda v: 0 <= v < 2**63, "between 0 and 2**63 - 1"),
     ("WORKERS", lambda v: v >= 0, "0 or more"),
-    ("DEQ.STOP_MODE", lambda v: v in ("abs", "rel"), "'abs' or 'rel'"),
     ("DEQ.F_THRES", lambda v: v >= 1, "at least 1"),
     ("DEQ.B_THRES", lambda v: v >= 1, "at least 1"),
     ("DEQ.RAND_F_THRES_DELTA", lambda v: v >= 0, "0 or more"),
@@ -338,8 +351,8 @@ def _check_values(cfg: CfgNode) -> None:
             good = accepts(value)
         except TypeError:
             good = False
-        if not good:
-            raise InputError(f"{key} is {value!r}, but must be {what}")
+        check(good, key, value, what)
+    make_deq(cfg)
     train = cfg.TRAIN
     if train.OPTIMIZER == "sgd" and train.NESTEROV and train.MOMENTUM == 0:
         raise InputError("TRAIN.NESTEROV needs a TRAIN.MOMENTUM above 0")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.errors import InputError
+from lib.errors import InputError, check
 
 
 @torch.no_grad()
@@ -120,9 +120,8 @@ def _check(images: Tensor, window, base_size: int, scales: Sequence[float]) -> N
             f"images are {images.dtype} of shape {tuple(images.shape)}, "
             "but floating-point numbers (B, 3, H, W) are expected"
         )
-    if len(window) != 2 or min(window) < 1:
-        raise InputError(f"window is {tuple(window)}, but must be (width, height) in pixels")
-    if base_size < 1:
-        raise InputError(f"base_size is {base_size!r}, but must be at least 1 pixel")
+    two = len(window) == 2 and min(window) >= 1
+    check(two, "window", tuple(window), "(width, height) in pixels")
+    check(base_size >= 1, "base_size", base_size, "at least 1 pixel")
     if not scales or min(scales) <= 0:
         raise InputError(f"scales are {tuple(scales)}, but must be one or more positive numbers")

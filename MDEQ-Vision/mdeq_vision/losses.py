@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.errors import InputError
+from lib.errors import InputError, check
 
 
 class SegmentationLoss:
@@ -51,10 +51,8 @@ class SegmentationLoss:
         ohem_thres: float = 0.9,
         ohem_keep: int = 100_000,
     ):
-        if not 0 < ohem_thres <= 1:
-            raise InputError(f"ohem_thres is {ohem_thres!r}, but must be in (0, 1]")
-        if ohem_keep < 0:
-            raise InputError(f"ohem_keep is {ohem_keep!r}, but must be 0 or more pixels")
+        check(0 < ohem_thres <= 1, "ohem_thres", ohem_thres, "in (0, 1]")
+        check(ohem_keep >= 0, "ohem_keep", ohem_keep, "0 or more pixels")
         self.class_weights = None
         if class_weights is not None:
             weights = torch.as_tensor(class_weights, dtype=torch.float64)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lib.errors import InputError
+from lib.errors import InputError, check
 
 
 def topk_correct(output: Tensor, target: Tensor, topk: Sequence[int] = (1, 5)) -> dict[int, Tensor]:
@@ -29,8 +29,7 @@ def topk_correct(output: Tensor, target: Tensor, topk: Sequence[int] = (1, 5)) -
             f"output {tuple(output.shape)} and target {tuple(target.shape)} do not fit: "
             "(B, n) and (B,) are expected"
         )
-    if not topk or min(topk) < 1:
-        raise InputError(f"topk is {tuple(topk)}, but must be numbers of at least 1")
+    check(len(topk) > 0 and min(topk) >= 1, "topk", tuple(topk), "numbers of at least 1")
     best = output.topk(min(max(topk), output.shape[1]), dim=1).indices  # (B, k), best first
     hit = best == target[:, None]
     return {k: hit[:, :k].sum() for k in topk}
@@ -48,8 +47,7 @@ class ConfusionMatrix:
     """
 
     def __init__(self, n_classes: int, ignore_label: int = 255):
-        if n_classes < 1:
-            raise InputError(f"n_classes is {n_classes!r}, but must be at least 1")
+        check(n_classes >= 1, "n_classes", n_classes, "at least 1")
         self.n_classes, self.ignore_label = n_classes, ignore_label
         self.matrix = torch.zeros(n_classes, n_classes, dtype=torch.int64)
 

@@ -5,11 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from lib.deq import DEQ, SAME, SRADIUS_ITERS, SolverAttributes, stacked
-from lib.errors import InputError, naming
+from lib.deq import SRADIUS_ITERS, SolverAttributes, stacked
+from lib.errors import InputError, check
 from lib.jacobian import jac_loss_estimate
 from lib.layer_utils import conv3x3, list2vec, vec2list
 from lib.solvers.stats import scalars_to
+from mdeq_vision.config import make_deq
 from mdeq_vision.heads import classification_modules, segmentation_layer, to_highest_resolution
 from mdeq_vision.layer import MultiscaleLayer, branch_sizes
 from mdeq_vision.stage import check_integer, full_stage
@@ -53,17 +54,9 @@ class MDEQNet(SolverAttributes, nn.Module):
         model, stage = cfg.MODEL, full_stage(cfg)
         check_integer("MODEL.NUM_LAYERS", model.NUM_LAYERS, 1)
         check_integer("MODEL.DOWNSAMPLE_TIMES", model.DOWNSAMPLE_TIMES, 0)
-        if cfg.DEQ.STOP_MODE not in ("abs", "rel"):
-            raise InputError(f"DEQ.STOP_MODE is {cfg.DEQ.STOP_MODE!r}, but must be 'abs' or 'rel'")
         self.n_layer, self.pretrain_steps = model.NUM_LAYERS, cfg.TRAIN.PRETRAIN_STEPS
         self.f_thres, self.b_thres = cfg.DEQ.F_THRES, cfg.DEQ.B_THRES
-        b_solver = SAME if cfg.DEQ.B_SOLVER == "None" else cfg.DEQ.B_SOLVER
-        with naming("DEQ.F_SOLVER, DEQ.B_SOLVER and DEQ.GRAD"):
-            self.deq = DEQ(
-                cfg.DEQ.F_SOLVER, b_solver, stop_mode=cfg.DEQ.STOP_MODE, grad=cfg.DEQ.GRAD
-            )
-        # Training draws thresholds of at most F_THRES + 1.
-        self.deq.grad.refuse_threshold(self.f_thres, "DEQ.F_THRES", more=1)
+        self.deq = make_deq(cfg)
         self.channels = list(stage.NUM_CHANNELS)
         self.downsample = _stem(self.channels[0], model.DOWNSAMPLE_TIMES, bn_momentum)
         self.stage0 = None
@@ -201,8 +194,8 @@ class MDEQSegNet(MDEQNet):
         super().__init__(cfg, momentum)
         kernel = cfg.MODEL.EXTRA.get("FINAL_CONV_KERNEL", 1)
         check_integer("DATASET.NUM_CLASSES", cfg.DATASET.NUM_CLASSES, 1)
-        if type(kernel) is not int or kernel not in (1, 3):
-            raise InputError(f"MODEL.EXTRA.FINAL_CONV_KERNEL is {kernel!r}, but must be 1 or 3")
+        fits = type(kernel) is int and kernel in (1, 3)
+        check(fits, "MODEL.EXTRA.FINAL_CONV_KERNEL", kernel, "1 or 3")
         self.last_layer = segmentation_layer(
             self.channels, cfg.DATASET.NUM_CLASSES, kernel, momentum
         )

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from lib.errors import InputError
+from lib.errors import InputError, check
 from lib.extras import needs
 from lib.runs.atomic_files import atomic_write
 
@@ -52,8 +52,7 @@ def overlay(
         uint8 (H, W, 3).
     """
     picture = _picture(picture)
-    if not 0 <= alpha <= 1:
-        raise InputError(f"alpha is {alpha!r}, but must be from 0 to 1")
+    check(0 <= alpha <= 1, "alpha", alpha, "from 0 to 1")
     colours = colour(train_ids, palette, ignore_label)
     if colours.shape != picture.shape:
         raise InputError(
@@ -172,8 +171,7 @@ def panel(
     if zoom is None:
         side = max(height, width)
         zoom = max(_PANEL_GROWN // side, 1) if side <= _PANEL_LARGEST else _PANEL_LARGEST / side
-    if zoom <= 0:
-        raise InputError(f"zoom is {zoom!r}, but must be above 0")
+    check(zoom > 0, "zoom", zoom, "above 0")
 
     # Place the axes by hand, so that a pixel of a scene is `zoom` pixels of the file.
     dpi, gap = 100, 8

@@ -1,6 +1,7 @@
 """Optimiser, learning rate and weight of the Jacobian loss, from the configuration."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -13,16 +14,18 @@ ETA_MIN = 1e-6  # final learning rate of the cosine schedule
 POLY_POWER = 0.9
 
 
-def make_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(
+    cfg: CfgNode, model: nn.Module, build: Callable = fused_if_possible
+) -> torch.optim.Optimizer:
     """Build the optimiser that TRAIN.OPTIMIZER names: adam, sgd or rmsprop."""
     train = cfg.TRAIN
     options = {"lr": train.LR, "weight_decay": train.WD}
     if train.OPTIMIZER == "adam":
-        return fused_if_possible(torch.optim.Adam, model, **options)
+        return build(torch.optim.Adam, model, **options)
     options["momentum"] = train.MOMENTUM
     if train.OPTIMIZER == "sgd":
-        return fused_if_possible(torch.optim.SGD, model, nesterov=train.NESTEROV, **options)
-    return fused_if_possible(torch.optim.RMSprop, model, **options)
+        return build(torch.optim.SGD, model, nesterov=train.NESTEROV, **options)
+    return build(torch.optim.RMSprop, model, **options)
 
 
 def learning_rate(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from yacs.config import CfgNode
 
-from lib.errors import InputError, did_you_mean
+from lib.errors import InputError, check, did_you_mean
 
 NAME = "MODEL.EXTRA.FULL_STAGE"
 _ONLY = {"BLOCK": "BASIC", "FUSE_METHOD": "SUM", "NUM_MODULES": 1}
@@ -35,10 +35,9 @@ def full_stage(cfg: CfgNode, *, head: bool = False) -> CfgNode:
         check_integer(f"{NAME}.{key}", stage[key], 1)
     for key, (least, largest) in lists.items():
         values = stage[key]
-        if not isinstance(values, list) or len(values) != stage.NUM_BRANCHES:
-            raise InputError(
-                f"{NAME}.{key} is {values!r}, but must list {stage.NUM_BRANCHES} values"
-            )
+        n = stage.NUM_BRANCHES
+        if not isinstance(values, list) or len(values) != n:
+            raise InputError(f"{NAME}.{key} is {values!r}, but must list {n} values")
         for i, value in enumerate(values):
             check_integer(f"{NAME}.{key}[{i}]", value, least, largest)
     for key, value in _ONLY.items():
@@ -64,7 +63,6 @@ def unused_keys(cfg: CfgNode) -> list[str]:
 
 def check_integer(name: str, value, least: int, largest: int | None = None) -> None:
     """Raise an InputError unless ``value`` is an integer, least <= value <= largest."""
-    if type(value) is int and value >= least and (largest is None or value <= largest):
-        return
+    fits = type(value) is int and value >= least and (largest is None or value <= largest)
     bound = f"from {least} on" if largest is None else f"from {least} to {largest}"
-    raise InputError(f"{name} is {value!r}, but must be an integer {bound}")
+    check(fits, name, value, f"an integer {bound}")

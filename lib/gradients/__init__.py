@@ -27,13 +27,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib.errors import InputError
+from lib.errors import InputError, check, check_count, check_number
 from lib.gradients.adjoint import Adjoint, Tangents, warn
 from lib.gradients.attachment import attach
 from lib.gradients.iterations import Iteration, Reversible, Unroll
+from lib.solvers.arguments import check_damping
 from lib.solvers.broyden import broyden
 from lib.solvers.maps import Map, plain
-from lib.solvers.solve import check, check_count, check_damping, check_number
 from lib.solvers.specs import choice, unwrapped
 
 

@@ -149,32 +149,26 @@ class LinearSolve:
         else:  # a user-defined solver that does not report norms
             residual = _relative(sample_norms(product(y) + b - y), norms)
         poor = lost | ~(residual <= POOR)  # negated `<=`, so NaN counts as poor
-        if not poor.any():
-            self._warn_if_poor(None, solution)
-            return y
-        simple = _relative(sample_norms(product(b)), norms)
-        none = (sample_norms(y) == 0) & (norms > 0)
-        passes = poor & (lost | none | ~(residual <= simple))
-        if passes.any():
-            rows = to_device(passes, b.device).view(-1, *[1] * (b.dim() - 1))
-            y = torch.where(rows, b, y)
-            residual = np.where(passes, simple, residual)
-        poor = ~(residual <= POOR) & ~lost
-        worst = residual[poor].max() if poor.any() else None
-        self._warn_if_poor(worst, solution)
-        return y
-
-    def _warn_if_poor(self, worst: float | None, solution: dict) -> None:
-        """Warn if ``worst``, the largest residual above POOR, is given, or if the residual rose."""
-        # One digit: Python shows equal warning texts once.
-        what = f"relative residual up to {worst:.1g}" if worst is not None else ""
-        if not what and _rises(solution):  # the iteration diverged after its best point
+        if poor.any():
+            simple = _relative(sample_norms(product(b)), norms)
+            none = (sample_norms(y) == 0) & (norms > 0)
+            passes = poor & (lost | none | ~(residual <= simple))
+            if passes.any():
+                rows = to_device(passes, b.device).view(-1, *[1] * (b.dim() - 1))
+                y = torch.where(rows, b, y)
+                residual = np.where(passes, simple, residual)
+        left = residual[~(residual <= POOR) & ~lost]
+        if left.size:  # one digit: Python shows equal warning texts once
+            what = f"relative residual up to {left.max():.1g}"
+        elif _rises(solution):  # the iteration diverged after its best point
             what = "its residual rose to the end"
-        if what:
-            warn(
-                f"the {self._name} is not solved ({what}), so the {self._of} may be far off: raise "
-                "b_thres, take another b_solver (gmres), or regularise the Jacobian"
-            )
+        else:
+            return y
+        warn(
+            f"the {self._name} is not solved ({what}), so the {self._of} may be far off: raise "
+            "b_thres, take another b_solver (gmres), or regularise the Jacobian"
+        )
+        return y
 
 
 def _rises(solution: dict) -> bool:

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from lib.errors import InputError
+from lib.errors import InputError, check, is_number
 from lib.gradients.adjoint import warn
 from lib.gradients.double_double import Pair, combine, take_apart
+from lib.solvers.arguments import check_arguments, check_damping, checked_value
 from lib.solvers.host import to_device
 from lib.solvers.maps import Map
 from lib.solvers.norms import TINY
 from lib.solvers.precision import same_autocast
-from lib.solvers.solve import check, check_arguments, check_damping, checked_value, is_number
 from lib.solvers.transforms import tangent_of
 
 # Going back to the start, the rounding error of the pair may grow to this fraction of a rounding

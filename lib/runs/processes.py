@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.errors import InputError
+from lib.errors import InputError, check
 
 _T = TypeVar("_T")
 TIMEOUT = "DEQ_TIMEOUT"  # environment variable
@@ -209,10 +209,8 @@ def _timeout() -> timedelta:
         minutes = float(text)
     except ValueError:
         minutes = math.nan
-    if not 0 < minutes <= _LONGEST:
-        raise InputError(
-            f"{TIMEOUT} is {text!r}, but must be a number of minutes above 0, at most {_LONGEST}"
-        )
+    accepted = f"a number of minutes above 0, at most {_LONGEST}"
+    check(0 < minutes <= _LONGEST, TIMEOUT, text, accepted)
     return timedelta(minutes=minutes)
 
 

@@ -138,16 +138,10 @@ class Trainer(Task):
                 total = loss
                 if choices.jac_weight is not None:
                     total = loss + choices.jac_weight * jac_loss
-                self._backward(total)
+                # DistributedDataParallel averages gradients; those of summands add up.
+                (total * self.processes.world_size).backward()
             sums += torch.stack([x.detach().double() for x in (loss, jac_loss, *extra)])
         return sums
-
-    def _backward(self, summand: Tensor) -> None:
-        """Backward pass of a summand of the mean loss.
-
-        DistributedDataParallel averages gradients over processes, but those of summands add up.
-        """
-        (summand * self.processes.world_size).backward()
 
     def _of_all_processes(
         self, sums: Tensor, broken: list[int], norm: Tensor

@@ -45,7 +45,7 @@ What a solver returns
     stop_mode  as given
     ========== ===========================================================================
 
-All solvers take the keywords of :class:`~lib.solvers.solve.Control`: stop per sample, check the
+All solvers take the keywords of :class:`~lib.solvers.arguments.Control`: stop per sample, check the
 residual less often, limit the evaluations or the time. A solve that stops per sample returns a
 slightly different dict: see :mod:`lib.solvers.sample_solve`. ``x0`` is the initial guess. A good
 guess saves evaluations; a guess that is already a solution costs a single evaluation.
@@ -62,11 +62,12 @@ from torch import Tensor
 
 from lib.errors import InputError
 from lib.solvers.anderson import anderson
+from lib.solvers.arguments import Control, check_damping
 from lib.solvers.broyden import broyden
 from lib.solvers.krylov import bicgstab, gmres
 from lib.solvers.newton_krylov import newton_krylov
 from lib.solvers.sample_solve import start
-from lib.solvers.solve import Control, check_damping, solver_method
+from lib.solvers.solve import solver_method
 from lib.solvers.specs import choice, unwrapped
 
 __all__ = [

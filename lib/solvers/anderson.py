@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib.errors import check, check_count, check_number
 from lib.solvers.host import to_device
 from lib.solvers.inner_products import products
 from lib.solvers.sample_solve import start
-from lib.solvers.solve import check, check_count, check_number, solver_method
+from lib.solvers.solve import solver_method
 
 _CUT = 0.01  # factor on beta after each step that leads far out
 
@@ -55,7 +56,7 @@ def anderson(
             (:mod:`lib.solvers.divergence`) cuts beta to a hundredth for that sample.
         restart: whenever m points are stored, forget them all and restart from the mixed point,
             instead of replacing the oldest point.
-        **control: see :class:`~lib.solvers.solve.Control`.
+        **control: see :class:`~lib.solvers.arguments.Control`.
 
     Returns:
         The dict that :mod:`lib.solvers` describes.

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lib.errors import check, check_count
+from lib.solvers.arguments import check_damping
 from lib.solvers.host import to_device
 from lib.solvers.inner_products import products
 from lib.solvers.norms import scaled_norms
 from lib.solvers.sample_solve import start
-from lib.solvers.solve import Solve, check, check_count, check_damping, solver_method
+from lib.solvers.solve import Solve, solver_method
 
 # Vectors are stored in blocks: few kernels, little unused memory. A block holds _BLOCK_ROWS
 # vectors, or as many as fit in _BLOCK_BYTES if that is more.
@@ -57,7 +59,7 @@ def broyden(
         damping: step length t, in (0, 1].
         keep_inverse: return H as "inverse", and the number of its updates made on the way to the
             result as "updates". Not with stop='sample' or best='sample'.
-        **control: see :class:`~lib.solvers.solve.Control`; a line search needs stop='batch'.
+        **control: see :class:`~lib.solvers.arguments.Control`; a line search needs stop='batch'.
 
     Returns:
         The dict that :mod:`lib.solvers` describes, plus ``name``.

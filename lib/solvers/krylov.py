@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib.errors import check_count
 from lib.solvers.host import to_device
 from lib.solvers.inner_products import orthogonalise
 from lib.solvers.maps import Affine, Map
 from lib.solvers.norms import TINY, norms, scaled_norms
 from lib.solvers.sample_solve import start
-from lib.solvers.solve import Solve, check_count, solver_method
+from lib.solvers.solve import Solve, solver_method
 
 
 @solver_method
@@ -49,8 +50,8 @@ def gmres(
             for the last true residual.
         eps, stop_mode: as for :func:`~lib.solvers.anderson.anderson`.
         restart: start a new Krylov space after this many vectors; None keeps all vectors.
-        **control: see :class:`~lib.solvers.solve.Control`. With stop='sample' each sample takes as
-            many steps as it needs; a product still covers the whole batch.
+        **control: see :class:`~lib.solvers.arguments.Control`. With stop='sample' each sample takes
+            as many steps as it needs; a product still covers the whole batch.
 
     Returns:
         The dict that :mod:`lib.solvers` describes.

@@ -9,13 +9,15 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
+from lib.errors import check, check_count, is_number
+from lib.solvers.arguments import check_damping
 from lib.solvers.host import to_device
 from lib.solvers.krylov import gmres_cycle, multiply, rows
 from lib.solvers.maps import Map, plain
 from lib.solvers.matmul_precision import callers_products
 from lib.solvers.norms import norms
 from lib.solvers.sample_solve import start
-from lib.solvers.solve import Solve, check, check_count, check_damping, is_number, solver_method
+from lib.solvers.solve import Solve, solver_method
 
 # PATIENCE steps in a row without a lower residual; then at most TRIALS shorter steps.
 PATIENCE, TRIALS = 5, 5
@@ -61,7 +63,7 @@ def newton_krylov(
             a Newton step from there hardly moves.
         jvp: 'reverse' keeps one graph per iterate and needs second derivatives; 'forward'
             evaluates f again for each product and needs forward-mode derivatives.
-        **control: see :class:`~lib.solvers.solve.Control`.
+        **control: see :class:`~lib.solvers.arguments.Control`.
 
     Returns:
         The dict that :mod:`lib.solvers` describes. The traces cover all evaluated points, including

@@ -25,41 +25,35 @@ The result differs from that of a solve that stops by the batch:
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lib.solvers.arguments import Control, check_finite
 from lib.solvers.divergence import Divergence
 from lib.solvers.host import to_device
 from lib.solvers.norms import corrected_norms, relative
-from lib.solvers.solve import Control, Solve, check_finite, out_of_range, totals
+from lib.solvers.solve import Solve, out_of_range, totals
 
 
 class SampleSolve(Solve):
     """A :class:`~lib.solvers.solve.Solve` that judges and stops each sample by itself."""
 
-    def __init__(
-        self,
-        f: Callable,
-        x0: Tensor,
-        threshold: int,
-        eps: float,
-        stop_mode: str,
-        control: Control,
-        shrinks: bool = True,
-    ):
-        super().__init__(f, x0, threshold, eps, stop_mode, control)
-        batch = len(x0)
+    def __init__(self, *arguments, shrinks: bool = True):
+        super().__init__(*arguments)
+        batch = len(self.x0)
         self._divergence = Divergence(batch, torch.finfo(self.work_dtype).eps)
         self.shrinks = shrinks
         self.rows = np.arange(batch)  # the samples that the method holds
         self.done = np.zeros(batch, dtype=bool)
-        self.own_residual = self.own_residual.copy()
-        self._norms_now = self._own_norms.copy()  # of g and f at the newest point
+        # Written to from now on, sample by sample.
+        self.own.residual, self.own.norms = self.own.residual.copy(), self.own.norms.copy()
+        self._norms_now = self.own.norms.copy()  # of g and f at the newest point
         self._sample_nfe = np.zeros(batch, dtype=np.int64)
         self._diverged, self._stalled = np.zeros((2, batch), dtype=bool)
-        self._f_rows = f
+        self._f_rows = self.f
 
     def evaluate(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Evaluate f at x (b, D); return (x, f(x), f(x) - x) of the rows that the method keeps.
@@ -98,7 +92,7 @@ class SampleSolve(Solve):
         """x (B, D) with the finished samples at their best iterate."""
         if not self.done.any():
             return x
-        return torch.where(to_device(self.done, self.device)[:, None], self.own_best, x)
+        return torch.where(to_device(self.done, self.device)[:, None], self.own.x, x)
 
     def _restricted(self) -> Callable[[Tensor], Tensor]:
         """f restricted to the unfinished samples."""
@@ -106,7 +100,7 @@ class SampleSolve(Solve):
         select = getattr(self.f, "select", None)
         if select is not None:
             return select(rows)
-        rest = self.own_best.to(self.dtype).view(self.shape)
+        rest = self.own.x.to(self.dtype).view(self.shape)
 
         def f(z: Tensor) -> Tensor:
             return self.f(rest.index_copy(0, rows, z))[rows]
@@ -122,11 +116,11 @@ class SampleSolve(Solve):
         own_relative = relative(g, f)
         residual = np.where(finite, g if self.stop_mode == "abs" else own_relative, np.inf)
         self._sample_nfe[rows] += 1
-        better = residual < self.own_residual[rows]
+        better = residual < self.own.residual[rows]
         self._keep_best(x, rows[better], np.flatnonzero(went_on)[better])
-        self.own_residual[rows[better]] = residual[better]
-        self._own_norms[:, rows[better]] = norms[:, better]
-        self._own_step[rows[better]] = self.nfe - 1
+        self.own.residual[rows[better]] = residual[better]
+        self.own.norms[:, rows[better]] = norms[:, better]
+        self.own.step[rows[better]] = self.nfe - 1
 
         self.lost[rows[~finite]] = True
         reached = (residual < self.eps) | (residual == 0)
@@ -135,18 +129,18 @@ class SampleSolve(Solve):
         ends = ~finite | reached | diverged | (own_relative < self.control.floor)
         self.done[rows[ends]] = True
         self._norms_now[:, rows] = norms
-        self._norms_now[:, self.done] = self._own_norms[:, self.done]
+        self._norms_now[:, self.done] = self.own.norms[:, self.done]
         self._record(*totals(self._norms_now))
 
     def _keep_best(self, x: Tensor, samples: np.ndarray, places: np.ndarray) -> None:
         """Keep row ``places[i]`` of x as the best iterate so far of sample ``samples[i]``."""
         if len(samples) == len(self.x0):  # usual: keep a reference, no copy
-            self.own_best, self._borrowed = x, True
+            self.own.x, self._borrowed = x, True
         elif len(samples):
             if self._borrowed:
-                self.own_best, self._borrowed = self.own_best.clone(), False
+                self.own.x, self._borrowed = self.own.x.clone(), False
             at, source = (to_device(i, self.device) for i in (samples, places))
-            self.own_best.index_copy_(0, at, x[source])
+            self.own.x.index_copy_(0, at, x[source])
 
     def lose(self, fails: np.ndarray) -> None:
         self.lost, self.done = self.lost | fails, self.done | fails
@@ -167,7 +161,7 @@ class SampleSolve(Solve):
             return "diverged"
         if self._stalled.any():
             return "stalled"
-        own = self.own_residual[~self.lost]
+        own = self.own.residual[~self.lost]
         return "eps" if ((own < self.eps) | (own == 0)).all() else "floor"
 
     def _gave_up(self) -> bool:
@@ -175,11 +169,8 @@ class SampleSolve(Solve):
 
     def result(self) -> dict:
         """The dict that the solver returns."""
-        self._take_own_best()
         gave_up = self._gave_up() or bool((self._divergence.far & ~self.done).any())
-        return self._solution(
-            self.own_best, self.own_residual, self._own_norms, self._sample_nfe, gave_up
-        )
+        return self._solution(self._own_best(), self._sample_nfe, gave_up)
 
 
 def start(
@@ -196,7 +187,7 @@ def start(
     """Make the object that keeps a solve, per batch or per sample.
 
     Args:
-        control: keywords of :class:`~lib.solvers.solve.Control`.
+        control: keywords of :class:`~lib.solvers.arguments.Control`.
         shrinks: whether, with stop='sample', the method drops the rows of finished samples.
         heeds_check_every: False for a method that needs every residual; ``check_every`` is then 1.
 
@@ -207,6 +198,5 @@ def start(
     options = Control(**control)
     if not heeds_check_every:
         options = replace(options, check_every=1)
-    if options.stop == "sample":
-        return SampleSolve(f, x0, threshold, eps, stop_mode, options, shrinks)
-    return Solve(f, x0, threshold, eps, stop_mode, options)
+    make = partial(SampleSolve, shrinks=shrinks) if options.stop == "sample" else Solve
+    return make(f, x0, threshold, eps, stop_mode, options)

@@ -7,73 +7,38 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from numbers import Real
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lib.errors import InputError
+from lib.solvers.arguments import Control, check_arguments, check_finite, checked_value
 from lib.solvers.divergence import Divergence, far_out
 from lib.solvers.host import to_device
 from lib.solvers.maps import transformed
 from lib.solvers.matmul_precision import full_products, in_context
 from lib.solvers.norms import corrected_norms, least_norm, relative, total
-from lib.solvers.transforms import (
-    outside_of_compiler,
-    refuse_batched,
-    refuse_transforms,
-    tangent_of,
-)
+from lib.solvers.transforms import outside_of_compiler, refuse_transforms
 
 
-@dataclass(frozen=True, kw_only=True)
-class Control:
-    """Keywords that all solvers take.
+@dataclass
+class Best:
+    """A best iterate: of the whole batch, or of each sample by itself.
 
     Attributes:
-        stop: 'batch' stops by norms over the whole batch, as published. 'sample' stops each sample
-            by its own norms: see :mod:`lib.solvers.sample_solve`.
-        best: which iterate to return. 'batch': the iterate with the lowest residual over the whole
-            batch, as published. 'sample': for each sample, its own iterate with the lowest
-            residual, at no cost; a sample that wanders then does not spoil the result of the
-            others. ``best`` has no effect on when the solve stops. None means the value of
-            ``stop``; stop='sample' refuses best='batch'.
-        check_every: check the residual only once in this many evaluations. Between checks a GPU
-            does not wait for the host. Up to ``check_every - 1`` evaluations may be wasted, and as
-            many more iterates are held in memory. The solve still returns the best iterate. A line
-            search and Krylov methods need every residual and ignore ``check_every``.
-        floor: in either ``stop_mode``, also stop once ||f(z) - z|| / ||f(z)|| is below ``floor``,
-            for instance the level at which the rounding of f begins.
-        max_nfe: stop after this many evaluations of f and products with the Jacobian together,
-            whatever ``threshold`` counts.
-        max_seconds: start no evaluation or product after this time, except the evaluation at the
-            point to which products have led. How far a solve gets by then depends on the machine:
-            a run is no longer reproducible.
+        x: the iterate, (B, D).
+        residual: of each sample in ``stop_mode``, (B,).
+        norms: of g = f(x) - x and of f(x), (2, B).
+        step: index in the traces, one number or (B,).
+        total: the residual over the whole batch, 'abs' and 'rel'.
     """
 
-    stop: str = "batch"
-    best: str | None = None
-    check_every: int = 1
-    floor: float = 0.0
-    max_nfe: int | None = None
-    max_seconds: float | None = None
-
-    def __post_init__(self):
-        check(self.stop in ("batch", "sample"), "stop", self.stop, "'batch' or 'sample'")
-        best = (None, "batch", "sample")
-        check(self.best in best, "best", self.best, "None, 'batch' or 'sample'")
-        if self.stop == "sample" and self.best == "batch":
-            raise InputError("stop='sample' returns each sample's own best point: leave best out")
-        check_count("check_every", self.check_every)
-        check_number("floor", self.floor)
-        if self.max_nfe is not None:
-            check_count("max_nfe", self.max_nfe)
-        if self.max_seconds is not None:
-            check_number("max_seconds", self.max_seconds, positive=True)
-        if self.stop == "sample" and self.check_every > 1:
-            raise InputError("stop='sample' looks at every residual: leave check_every out")
+    x: Tensor
+    residual: np.ndarray
+    norms: np.ndarray
+    step: int | np.ndarray
+    total: tuple[float, float] = (math.inf, math.inf)
 
 
 class Solve:
@@ -110,10 +75,11 @@ class Solve:
         self.kept: Tensor | None = None  # see SampleSolve
         self.abs_trace: list[float] = []
         self.rel_trace: list[float] = []
-        self.best, self.best_index, self.lowest = self.x0, 0, math.inf
-        self.lowest_of: dict[str, float] = {"abs": math.inf, "rel": math.inf}
-        self.best_residual = np.full(len(x0), math.inf)
-        self.best_norms = np.full((2, len(x0)), math.inf)  # of g and f
+        unknown = np.full((3, len(x0)), math.inf)
+        self.best = Best(self.x0, unknown[0], unknown[1:], 0)
+        # Each sample's best finite iterate: the sample falls back to it if f is not finite there.
+        # With best='sample' it is the result.
+        self.own = replace(self.best, step=np.zeros(len(x0), dtype=np.int64))
         # Whether inner products of residuals may overflow or underflow in float32.
         self.wide = False
         self._least = least_norm(self.x0)
@@ -123,11 +89,6 @@ class Solve:
         self._exhausted = ""  # the limit that the solve ran into, as a reason
         self.far = np.zeros(len(x0), dtype=bool)  # samples whose newest point is far out
         self._divergence = Divergence(1, torch.finfo(self.work_dtype).eps)
-        # Each sample's best finite iterate, the norms of g and f there, and its step. A sample
-        # falls back to this iterate if f is not finite on it. With best='sample' it is the result.
-        self.own_best, self.own_residual = self.x0, self.best_residual
-        self._own_norms = np.full((2, len(x0)), math.inf)
-        self._own_step = np.zeros(len(x0), dtype=np.int64)
         self._borrowed = True  # the best iterate may be another owner's tensor: do not write to it
         self._pending: list[Tensor] = []  # points not yet judged; _norms holds their norms
         self._norms = self.x0.new_empty(min(self.check_every, threshold + 1), 2, len(x0))
@@ -200,7 +161,7 @@ class Solve:
     def _evaluate(
         self, x: Tensor, out: Tensor | None, forgive: bool
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        x, fx, gx = self._value(self._settle(x, self.own_best), self.f, out)
+        x, fx, gx = self._value(self._settle(x, self.own.x), self.f, out)
         for vectors, norms in zip((gx, fx), self._slots[len(self._pending)], strict=True):
             torch.linalg.vector_norm(vectors, dim=1, out=norms)
         self._pending.append(x)
@@ -208,7 +169,7 @@ class Solve:
             if not self._check(forgive, (gx, fx)):
                 return None
             if self.lost_mask is not None:
-                x, fx = self._settle(x, self.own_best), self._settle(fx, self.own_best)
+                x, fx = self._settle(x, self.own.x), self._settle(fx, self.own.x)
                 gx[self.lost_mask] = 0.0
         elif self.lost_mask is not None:
             gx[self.lost_mask] = 0.0
@@ -244,7 +205,7 @@ class Solve:
 
     def _in_range(self, norms: np.ndarray, newest: tuple[Tensor, Tensor] | None) -> np.ndarray:
         """Correct norms (n, 2, B) that are out of the range of the format."""
-        counts = ~self.lost & (self.own_residual != 0)
+        counts = ~self.lost & (self.own.residual != 0)
         fails = ~(np.isfinite(norms) & (norms >= self._least)) & counts
         if fails.any():
             last = norms[-1]
@@ -266,7 +227,7 @@ class Solve:
                 return False
             self.lose(fails)
             g, f = np.where(self.lost, 0.0, g), np.where(self.lost, 0.0, f)
-            x = self._settle(x, self.own_best)
+            x = self._settle(x, self.own.x)
             if self.lost.all():
                 self._record(math.inf, math.inf)
                 return True
@@ -275,21 +236,20 @@ class Solve:
         residual = g if self.stop_mode == "abs" else relative(g, f)
         if self.lost_mask is not None:
             # A lost sample keeps its own best iterate, and so that iterate's residual.
-            residual = np.where(self.lost, self.own_residual, residual)
-        better = residual < self.own_residual
-        self._own_norms = np.where(better, [g, f], self._own_norms)
-        self._own_step = np.where(better, len(self.abs_trace) - 1, self._own_step)
+            residual = np.where(self.lost, self.own.residual, residual)
+        better = residual < self.own.residual
+        self.own.norms = np.where(better, [g, f], self.own.norms)
+        self.own.step = np.where(better, len(self.abs_trace) - 1, self.own.step)
         if better.all() or (better | self.lost).all():  # usual: keep a reference, no copy
-            self.own_best, self.own_residual = x, residual
+            self.own.x, self.own.residual = x, residual
         elif better.any():
             mask = to_device(better, self.device)
-            self.own_best = torch.where(mask[:, None], x, self.own_best)
-            self.own_residual = np.where(better, residual, self.own_residual)
-        current = self.abs_trace[-1] if self.stop_mode == "abs" else self.rel_trace[-1]
-        if current < self.lowest:
-            self.best, self.best_index, self.lowest = x, len(self.abs_trace) - 1, current
-            self.best_residual, self.best_norms = residual, np.stack([g, f])
-            self.lowest_of = {"abs": self.abs_trace[-1], "rel": self.rel_trace[-1]}
+            self.own.x = torch.where(mask[:, None], x, self.own.x)
+            self.own.residual = np.where(better, residual, self.own.residual)
+        newest = self.abs_trace[-1], self.rel_trace[-1]
+        current = self._of_mode(newest)
+        if current < self._of_mode(self.best.total):
+            self.best = Best(x, residual, np.stack([g, f]), len(self.abs_trace) - 1, newest)
         self.converged |= current < self.eps or current == 0.0
         self.at_floor |= self.rel_trace[-1] < self.control.floor
         if self.nfe == 1:
@@ -330,40 +290,30 @@ class Solve:
             self._check()
         gave_up = (self.diverged or bool(self._divergence.far[0])) and not self.converged
         sample_nfe = np.full(len(self.x0), self.nfe)
-        if self.control.best == "sample":
-            self._take_own_best()
-            return self._solution(
-                self.own_best, self.own_residual, self._own_norms, sample_nfe, gave_up
-            )
-        return self._solution(self.best, self.best_residual, self.best_norms, sample_nfe, gave_up)
+        own = self.control.best == "sample"
+        return self._solution(self._own_best() if own else self.best, sample_nfe, gave_up)
 
-    def _take_own_best(self) -> None:
-        """Set the residuals over the batch, and the last step, from the samples' own iterates."""
-        g, ratio = totals(self._own_norms)
-        self.lowest_of = {"abs": g, "rel": ratio}
-        self.lowest, self.best_index = self.lowest_of[self.stop_mode], int(self._own_step.max())
+    def _own_best(self) -> Best:
+        """The samples' own best iterates, with the last of their steps."""
+        return replace(self.own, step=int(np.max(self.own.step)), total=totals(self.own.norms))
 
-    def _solution(
-        self,
-        best: Tensor,
-        residual: np.ndarray,
-        norms: np.ndarray,
-        sample_nfe: np.ndarray,
-        gave_up: bool,
-    ) -> dict:
+    def _of_mode(self, total: tuple[float, float]) -> float:
+        return total[self.stop_mode == "rel"]
+
+    def _solution(self, best: Best, sample_nfe: np.ndarray, gave_up: bool) -> dict:
         per_sample = {
-            "converged": (residual < self.eps) | (residual == 0),
-            "residual": residual,
+            "converged": (best.residual < self.eps) | (best.residual == 0),
+            "residual": best.residual,
             "finite": ~self.lost,
             "sample_nfe": sample_nfe,
         }
         return {
             # Copy if borrowed: the best iterate may be x0 itself, or a value that f returned.
-            "result": best.to(self.dtype, copy=self._borrowed).view(self.shape),
-            "lowest": self.lowest,
-            "abs_lowest": self.lowest_of["abs"],
-            "rel_lowest": self.lowest_of["rel"],
-            "nstep": self.best_index,
+            "result": best.x.to(self.dtype, copy=self._borrowed).view(self.shape),
+            "lowest": self._of_mode(best.total),
+            "abs_lowest": best.total[0],
+            "rel_lowest": best.total[1],
+            "nstep": best.step,
             "prot_break": gave_up,
             "abs_trace": self.abs_trace,
             "rel_trace": self.rel_trace,
@@ -371,7 +321,7 @@ class Solve:
             "products": self.products,
             "reason": self.reason,
             "all_finite": not self.lost.any(),
-            "norms": norms,
+            "norms": best.norms,
             **{k: to_device(v, self.device) for k, v in per_sample.items()},
             "eps": self.eps,
             "threshold": self.threshold,
@@ -406,66 +356,6 @@ def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
     return solve
 
 
-def check(condition: bool, name: str, value, accepted: str) -> None:
-    """Raise an InputError of one line unless ``condition`` holds."""
-    if not condition:
-        raise InputError(f"{name} is {value!r}, but must be {accepted}")
-
-
-def check_count(name: str, value, least: int = 1) -> None:
-    """Refuse a value that is not an integer of at least ``least``."""
-    integer = isinstance(value, int) and not isinstance(value, bool)
-    check(integer and value >= least, name, value, f"an integer of at least {least}")
-
-
-def is_number(value) -> bool:
-    """Whether a value is a real number; True and False do not count as numbers."""
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def check_number(name: str, value, *, positive: bool = False) -> None:
-    """Refuse a value that is not a number of at least 0 (``positive``: above 0)."""
-    fits = is_number(value) and (value > 0 if positive else value >= 0)
-    check(fits, name, value, "a number above 0" if positive else "a number of at least 0")
-
-
-def check_damping(value) -> None:
-    """Refuse a damping outside (0, 1]."""
-    check(is_number(value) and 0 < value <= 1, "damping", value, "in (0, 1]")
-
-
-def checked_value(f: Callable, z: Tensor) -> Tensor:
-    """f(z); refuse an f that changes the shape or writes to a state."""
-    before = _version(z)
-    fz = f(z)
-    if _version(z) != before:
-        raise InputError(
-            "f writes to a state that it was given, or gave: let it return a new tensor at "
-            "every call (no operation in place on its argument, no buffer of its own)"
-        )
-    if not isinstance(fz, Tensor) or fz.shape != z.shape:
-        found = tuple(fz.shape) if isinstance(fz, Tensor) else type(fz).__name__
-        raise InputError(f"f must map {tuple(z.shape)} to the same shape, but gave {found}")
-    refuse_batched(tangent_of(fz))
-    return fz
-
-
-def check_arguments(f, x0, threshold, eps=0.0, stop_mode="rel") -> None:
-    """Refuse arguments that no solve can start from."""
-    check(callable(f), "f", f, "a function of the state")
-    check(isinstance(x0, Tensor), "x0", type(x0).__name__, "a tensor (see list2vec for lists)")
-    check(x0.is_floating_point(), "dtype of x0", x0.dtype, "a floating dtype")
-    check(x0.dim() >= 1 and x0.numel() > 0, "shape of x0", tuple(x0.shape), "(batch, ...)")
-    check_count("threshold", threshold)
-    check_number("eps", eps)
-    check(stop_mode in ("abs", "rel"), "stop_mode", stop_mode, "'abs' or 'rel'")
-
-
-def check_finite(x0: Tensor) -> None:
-    """Refuse an initial guess that is not finite."""
-    check(bool(torch.isfinite(x0).all()), "x0", "not finite", "finite everywhere")
-
-
 def out_of_range(residual: np.ndarray, least: float) -> bool:
     """Whether inner products of residuals with these norms may leave the range of the format.
 
@@ -483,8 +373,3 @@ def totals(norms: np.ndarray) -> tuple[float, float]:
         return math.inf, math.inf
     g, f = (total(own) for own in norms[:, found])
     return g, relative(g, f)
-
-
-def _version(z: Tensor) -> int | None:
-    """The number of writes to z that autograd has counted; None for an inference tensor."""
-    return None if z.is_inference() else z._version

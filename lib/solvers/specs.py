@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import fields
 from functools import partial
 
-from lib.errors import InputError, did_you_mean
+from lib.errors import InputError, check, did_you_mean
 
 
 def parse(text: str) -> tuple[str, dict]:
@@ -83,8 +83,7 @@ def choice(
         InputError: ``text`` is not a string, or a name or option is unknown. The message lists the
             accepted ones, or the nearest option.
     """
-    if not isinstance(text, str):
-        raise InputError(f"{kind} is {text!r}, but must be a name or a callable")
+    check(isinstance(text, str), kind, text, "a name or a callable")
     name, options = parse(text)
     if name not in choices:
         raise InputError(f"unknown {kind} {name!r}: choose from {', '.join(sorted(choices))}")

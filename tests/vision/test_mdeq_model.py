@@ -377,7 +377,7 @@ REFUSED = [
     ({"DOWNSAMPLE_TIMES": -1}, "DOWNSAMPLE_TIMES is -1"),
     ({"DEQ__F_SOLVER": "newton"}, "'newton'.*anderson"),
     ({"DEQ__B_SOLVER": "newton"}, "'newton'.*anderson"),
-    ({"DEQ__STOP_MODE": "both"}, "STOP_MODE is 'both'"),
+    ({"DEQ__STOP_MODE": "both"}, "stop_mode is 'both'"),
 ]
 
 

@@ -1,0 +1,100 @@
+"""The arguments of all solvers: the keywords that they share, and checks of f and x0."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lib.errors import InputError, check, check_count, check_number, is_number
+from lib.solvers.transforms import refuse_batched, tangent_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """Keywords that all solvers take.
+
+    Attributes:
+        stop: 'batch' stops by norms over the whole batch, as published. 'sample' stops each sample
+            by its own norms: see :mod:`lib.solvers.sample_solve`.
+        best: which iterate to return. 'batch': the iterate with the lowest residual over the whole
+            batch, as published. 'sample': for each sample, its own iterate with the lowest
+            residual, at no cost; a sample that wanders then does not spoil the result of the
+            others. ``best`` has no effect on when the solve stops. None means the value of
+            ``stop``; stop='sample' refuses best='batch'.
+        check_every: check the residual only once in this many evaluations. Between checks a GPU
+            does not wait for the host. Up to ``check_every - 1`` evaluations may be wasted, and as
+            many more iterates are held in memory. The solve still returns the best iterate. A line
+            search and Krylov methods need every residual and ignore ``check_every``.
+        floor: in either ``stop_mode``, also stop once ||f(z) - z|| / ||f(z)|| is below ``floor``,
+            for instance the level at which the rounding of f begins.
+        max_nfe: stop after this many evaluations of f and products with the Jacobian together,
+            whatever ``threshold`` counts.
+        max_seconds: start no evaluation or product after this time, except the evaluation at the
+            point to which products have led. How far a solve gets by then depends on the machine:
+            a run is no longer reproducible.
+    """
+
+    stop: str = "batch"
+    best: str | None = None
+    check_every: int = 1
+    floor: float = 0.0
+    max_nfe: int | None = None
+    max_seconds: float | None = None
+
+    def __post_init__(self):
+        check(self.stop in ("batch", "sample"), "stop", self.stop, "'batch' or 'sample'")
+        best = (None, "batch", "sample")
+        check(self.best in best, "best", self.best, "None, 'batch' or 'sample'")
+        if self.stop == "sample" and self.best == "batch":
+            raise InputError("stop='sample' returns each sample's own best point: leave best out")
+        check_count("check_every", self.check_every)
+        check_number("floor", self.floor)
+        if self.max_nfe is not None:
+            check_count("max_nfe", self.max_nfe)
+        if self.max_seconds is not None:
+            check_number("max_seconds", self.max_seconds, positive=True)
+        if self.stop == "sample" and self.check_every > 1:
+            raise InputError("stop='sample' looks at every residual: leave check_every out")
+
+
+def check_arguments(f, x0, threshold, eps=0.0, stop_mode="rel") -> None:
+    """Refuse arguments that no solve can start from."""
+    check(callable(f), "f", f, "a function of the state")
+    check(isinstance(x0, Tensor), "x0", type(x0).__name__, "a tensor (see list2vec for lists)")
+    check(x0.is_floating_point(), "dtype of x0", x0.dtype, "a floating dtype")
+    check(x0.dim() >= 1 and x0.numel() > 0, "shape of x0", tuple(x0.shape), "(batch, ...)")
+    check_count("threshold", threshold)
+    check_number("eps", eps)
+    check_stop_mode(stop_mode)
+
+
+def check_stop_mode(value) -> None:
+    """Refuse a stop mode other than 'abs' and 'rel'."""
+    check(value in ("abs", "rel"), "stop_mode", value, "'abs' or 'rel'")
+
+
+def check_finite(x0: Tensor) -> None:
+    """Refuse an initial guess that is not finite."""
+    check(bool(torch.isfinite(x0).all()), "x0", "not finite", "finite everywhere")
+
+
+def check_damping(value) -> None:
+    """Refuse a damping outside (0, 1]."""
+    check(is_number(value) and 0 < value <= 1, "damping", value, "in (0, 1]")
+
+
+def checked_value(f: Callable, z: Tensor) -> Tensor:
+    """f(z); refuse an f that changes the shape or writes to a state."""
+    writes = None if z.is_inference() else z._version  # as autograd counts them
+    fz = f(z)
+    if writes is not None and z._version != writes:
+        raise InputError(
+            "f writes to a state that it was given, or gave: let it return a new tensor at "
+            "every call (no operation in place on its argument, no buffer of its own)"
+        )
+    if not isinstance(fz, Tensor) or fz.shape != z.shape:
+        found = tuple(fz.shape) if isinstance(fz, Tensor) else type(fz).__name__
+        raise InputError(f"f must map {tuple(z.shape)} to the same shape, but gave {found}")
+    refuse_batched(tangent_of(fz))
+    return fz
