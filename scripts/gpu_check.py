@@ -20,6 +20,8 @@ import threading
 import time
 from pathlib import Path
 
+from lib.runs.command_line import Parser, chosen, exit_code
+
 ROOT = Path(__file__).parents[1]
 # The most seconds that a section may take; the remaining time may be shorter.
 LIMITS = {"machine": 60, "digits": 90, "nccl": 60, "tests": 120, "profile": 90, "steps": 540}
@@ -27,15 +29,16 @@ RESERVE = 5  # seconds kept free for the end
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the sections; return 1 if one of them failed, else 0."""
+    """Run the sections; return 1 if one of them failed, else an exit code."""
+    failed: list[str] = []
+    code = exit_code("gpu_check.sh", lambda: failed.extend(run(argv)), "calling it again")
+    return code or int(bool(failed))
+
+
+def run(argv: list[str] | None = None) -> list[str]:
+    """Run the sections; return the names of those that failed."""
     args = _parser().parse_args(argv)
-    names = args.sections.split(",")
-    if unknown := [name for name in names if name not in LIMITS]:
-        print(
-            f"gpu_check: no section {unknown[0]!r}: choose from {', '.join(LIMITS)}",
-            file=sys.stderr,
-        )
-        return 2
+    names = chosen("--sections", args.sections, LIMITS)
     deadline = time.monotonic() + 60 * args.minutes - RESERVE
     failed = []
     with open(args.out, "w", encoding="utf-8") as file:
@@ -56,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
                 failed.append(name)
             tell(f"\n({time.monotonic() - start:.0f} s)\n")
         tell(f"\nwrong: {', '.join(failed)}\n" if failed else "\nnothing wrong was found\n")
-    return 1 if failed else 0
+    return failed
 
 
 def _section(name: str, args: argparse.Namespace, seconds: float, tell) -> bool:
@@ -116,8 +119,8 @@ class _Timer:
         return self.fired
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gpu_check.sh", description=__doc__.split("\n\n")[0])
+def _parser() -> Parser:
+    parser = Parser(prog="gpu_check.sh", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--sections", default=",".join(LIMITS), help="sections to run, in this order")
     add("--minutes", type=float, default=9.0, help="time limit for all sections together")

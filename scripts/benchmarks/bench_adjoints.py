@@ -8,14 +8,17 @@ solve gives exactly. For each radius, backward solver and stop mode, the table c
 whose gradient has a relative error above 100 %, and those among them without a warning.
 """
 
-import argparse
+import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
+from helpers.arguments import Parser, write_json
+from helpers.measure import table
 from torch import Tensor
 
 from lib.deq import DEQ
+from lib.runs.command_line import exit_code
 from lib.solvers import ADJOINT_SOLVERS
 
 RADII = (0.9, 1.3, 1.6, 1.9, 3.0)
@@ -66,26 +69,36 @@ def count(radius: float, solver: str, mode: str, systems: int, size: int, steps:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; return 1 if a gradient was wrong without a warning, else 0."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    for name, default in (("systems", 20), ("size", 30), ("steps", 20)):
+    """Print the table; return 1 if a gradient was wrong without a warning, else an exit code."""
+    silent: list[int] = []
+    code = exit_code("bench_adjoints.py", lambda: silent.append(run(argv)), "nothing")
+    return code or int(any(silent))
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Print the table; return the number of gradients that were wrong without a warning."""
+    defaults = {"systems": 20, "size": 30, "steps": 20}
+    least = dict.fromkeys(defaults, 1)
+    description = __doc__.partition("\n")[0]
+    parser = Parser(prog="bench_adjoints.py", description=description, least=least)
+    for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args(argv)
-    print("| radius | solver | stop | off by > 100 % | of them silent | warned of | worst error |")
-    print("|---:|---|---|---:|---:|---:|---:|")
-    silent = 0
-    for radius in RADII:
-        for solver in ADJOINT_SOLVERS:
-            for mode in ("rel", "abs"):
-                c = count(radius, solver, mode, args.systems, args.size, args.steps)
-                print(
-                    f"| {radius} | {solver} | {mode} | {c.wrong} | {c.silent} | {c.warned} | "
-                    f"{c.worst:.2g} |"
-                )
-                silent += c.silent
+    found = {
+        (radius, solver, mode): count(radius, solver, mode, args.systems, args.size, args.steps)
+        for radius in RADII
+        for solver in ADJOINT_SOLVERS
+        for mode in ("rel", "abs")
+    }
+    head = ("radius", "solver", "stop", "off by > 100 %", "of them silent", "warned of",
+            "worst error")  # fmt: skip
+    rows = [[*how, c.wrong, c.silent, c.warned, f"{c.worst:.2g}"] for how, c in found.items()]
+    silent = sum(c.silent for c in found.values())
+    print(table(head, rows))
     print(f"\n{silent} gradients off by more than 100 % without a warning")
-    return int(silent > 0)
+    write_json(args.json, [[*how, asdict(c)] for how, c in found.items()])
+    return silent
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

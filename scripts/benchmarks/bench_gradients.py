@@ -11,7 +11,6 @@ memory: bytes held between forward and backward, for several numbers of iteratio
 """
 
 import argparse
-import json
 import math
 import sys
 import warnings
@@ -19,9 +18,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from helpers.arguments import Parser
+from helpers.arguments import Parser, write_json
 from helpers.equilibria import LAYERS, Equilibrium, equilibrium, loss
-from helpers.measure import describe_machine, held_bytes, in_new_process, table
+from helpers.measure import Counted, describe_machine, held_bytes, in_new_process, table
 from torch import Tensor
 
 from lib.deq import DEQ, DEQWarning
@@ -168,22 +167,11 @@ def system(name: str, seed: int) -> Tensor:
     return basis @ block @ basis.T
 
 
-class Counted:
-    """v -> J'v; counts the products."""
-
-    def __init__(self, matrix: Tensor):
-        self.matrix, self.count = matrix, 0
-
-    def __call__(self, v: Tensor) -> Tensor:
-        self.count += 1
-        return v @ self.matrix
-
-
 def products_needed(solver: str, matrix: Tensor, seed: int) -> int | None:
     """Count products until the relative residual is below ACCURACY; None if it stays above."""
     generator = torch.Generator().manual_seed(1000 + seed)
     grad = torch.randn(1, SIZE, generator=generator, dtype=torch.float64)
-    zero, product = torch.zeros_like(grad), Counted(matrix)
+    zero, product = torch.zeros_like(grad), Counted(lambda v: v @ matrix)
     solution = get_solver(f"{solver}{',' if ':' in solver else ':'}eps={ACCURACY}", adjoint=True)(
         Affine(product, grad, zero), zero, threshold=MOST_PRODUCTS
     )
@@ -365,8 +353,7 @@ def run(options: argparse.Namespace) -> None:
     machine = describe_machine(torch.device("cpu"))
     print(machine)
     figures = {name: SECTIONS[name](options) for name in options.only}
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine, **figures}, indent=1) + "\n")
+    write_json(options.json, {"machine": machine, **figures})
 
 
 if __name__ == "__main__":

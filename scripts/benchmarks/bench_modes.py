@@ -10,18 +10,19 @@ training step (eager and compiled steps alternate), and the evaluations of f in 
 without torch.utils.checkpoint.
 """
 
-import argparse
 import statistics
-import time
+import sys
 import warnings
 
 import torch
-from helpers.measure import describe_machine, table
+from helpers.arguments import Parser, write_json
+from helpers.measure import describe_machine, seconds, table
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 
 from lib.deq import DEQ
+from lib.runs.command_line import exit_code
 
 GRADS = ("ift", "ift:order=2", "shine", "jfb", "phantom", "phantom:form=neumann", "reversible",
          "unroll")  # fmt: skip
@@ -70,9 +71,7 @@ class Model(nn.Module):
 
 def step(forward, x: Tensor) -> float:
     """Return the seconds of one forward and backward pass."""
-    start = time.perf_counter()
-    forward(x).square().mean().backward()
-    return time.perf_counter() - start
+    return seconds(lambda: forward(x).square().mean().backward(), x.device)
 
 
 def compiled(rounds: int) -> list[list]:
@@ -104,19 +103,28 @@ def checkpointed() -> list[list]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    """Run the benchmark; return its exit code."""
+    return exit_code("bench_modes.py", lambda: run(argv), "nothing")
+
+
+def run(argv: list[str] | None = None) -> None:
+    """Print all tables; the models are on the CPU."""
+    description = __doc__.partition("\n")[0]
+    parser = Parser(prog="bench_modes.py", description=description, least={"rounds": 1})
     parser.add_argument("--rounds", type=int, default=21, help="timed steps of each kind")
     args = parser.parse_args(argv)
     print(describe_machine(torch.device("cpu")) + "\n")
     columns = [(mode, training) for mode in MODES for training in (True, False)]
     head = [f"{mode}, {'train' if training else 'eval'}" for mode, training in columns]
-    rows = [[grad, *(cell(grad, *column) for column in columns)] for grad in GRADS]
-    print(table(["gradient", *head], rows) + "\n")
+    modes = [[grad, *(cell(grad, *column) for column in columns)] for grad in GRADS]
+    print(table(["gradient", *head], modes) + "\n")
     head = ["graphs", "first step, s", "eager, s", "compiled, s", "ratio"]
-    print(table(head, compiled(args.rounds)) + "\n")
-    print(table(["checkpoint", "evaluations of f", "forward solves"], checkpointed()))
-    return 0
+    times = compiled(args.rounds)
+    print(table(head, times) + "\n")
+    evaluations = checkpointed()
+    print(table(["checkpoint", "evaluations of f", "forward solves"], evaluations))
+    write_json(args.json, {"modes": modes, "compiled": times, "checkpointed": evaluations})
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -16,15 +16,15 @@ the CPU, whatever --device says. A row has, over the seeds:
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from helpers.arguments import Parser
+from helpers.arguments import Parser, write_json
 from helpers.measure import describe_machine, table
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
@@ -80,32 +80,39 @@ def scaled_to(bound: float) -> Callable[[nn.Module], nn.Module]:
     return hold
 
 
-# Name: the layer, and the weight of the Jacobian loss.
-LAYERS: dict[str, tuple[Callable[[], nn.Module], float]] = {
-    "naive": (lambda: Layer(torch.tanh, plain, norm=True), 0.0),
-    "half": (lambda: Layer(torch.tanh, plain, factor=0.5), 0.0),
-    "weight norm": (lambda: Layer(torch.tanh, weight_norm_all, norm=True), 0.0),
-    "half, jacobian 0.3": (lambda: Layer(torch.tanh, plain, factor=0.5), 0.3),
-    "naive, jacobian 3": (lambda: Layer(torch.tanh, plain, norm=True), 3.0),
-    "spectral 0.8": (lambda: ContractiveLayer(64, WIDTH, 0.8), 0.0),
-    "spectral 0.9": (lambda: ContractiveLayer(64, WIDTH, 0.9), 0.0),
-    "spectral 0.95": (lambda: ContractiveLayer(64, WIDTH, 0.95), 0.0),
-    "spectral 0.99": (lambda: ContractiveLayer(64, WIDTH, 0.99), 0.0),
-    "spectral = 0.9": (lambda: Layer(torch.tanh, scaled_to(0.9)), 0.0),
-    "monotone": (Monotone, 0.0),
-}
-FORMULAS = {
-    "naive": "tanh(LayerNorm(W z) + u)",
-    "half": "tanh(W z / 2 + u)",
-    "weight norm": "tanh(LayerNorm(W z) + u), weight norm",
-    "half, jacobian 0.3": "tanh(W z / 2 + u), 0.3 Jacobian loss",
-    "naive, jacobian 3": "tanh(LayerNorm(W z) + u), 3 Jacobian loss",
-    "spectral 0.8": "tanh(W z + u), norm of W at most 0.8 (ContractiveLayer)",
-    "spectral 0.9": "tanh(W z + u), norm of W at most 0.9 (ContractiveLayer)",
-    "spectral 0.95": "tanh(W z + u), norm of W at most 0.95 (ContractiveLayer)",
-    "spectral 0.99": "tanh(W z + u), norm of W at most 0.99 (ContractiveLayer)",
-    "spectral = 0.9": "tanh(W z + u), norm of W equal to 0.9",
-    "monotone": "tanh(W z + u), monotone W (Winston and Kolter 2020)",
+# Name: the formula, the layer, and the weight of the Jacobian loss.
+LAYERS: dict[str, tuple[str, Callable[[], nn.Module], float]] = {
+    "naive": ("tanh(LayerNorm(W z) + u)", lambda: Layer(torch.tanh, plain, norm=True), 0.0),
+    "half": ("tanh(W z / 2 + u)", lambda: Layer(torch.tanh, plain, factor=0.5), 0.0),
+    "weight norm": (
+        "tanh(LayerNorm(W z) + u), weight norm",
+        lambda: Layer(torch.tanh, weight_norm_all, norm=True),
+        0.0,
+    ),
+    "half, jacobian 0.3": (
+        "tanh(W z / 2 + u), 0.3 Jacobian loss",
+        lambda: Layer(torch.tanh, plain, factor=0.5),
+        0.3,
+    ),
+    "naive, jacobian 3": (
+        "tanh(LayerNorm(W z) + u), 3 Jacobian loss",
+        lambda: Layer(torch.tanh, plain, norm=True),
+        3.0,
+    ),
+    **{
+        f"spectral {bound}": (
+            f"tanh(W z + u), norm of W at most {bound} (ContractiveLayer)",
+            partial(ContractiveLayer, 64, WIDTH, bound),
+            0.0,
+        )
+        for bound in (0.8, 0.9, 0.95, 0.99)
+    },
+    "spectral = 0.9": (
+        "tanh(W z + u), norm of W equal to 0.9",
+        lambda: Layer(torch.tanh, scaled_to(0.9)),
+        0.0,
+    ),
+    "monotone": ("tanh(W z + u), monotone W (Winston and Kolter 2020)", Monotone, 0.0),
 }
 
 
@@ -126,7 +133,7 @@ def train(name: str, seed: int) -> dict:
     """The figures of one training."""
     torch.manual_seed(seed)
     x, y = digits()
-    make, jac_weight = LAYERS[name]
+    _, make, jac_weight = LAYERS[name]
     layer, head, deq = make(), nn.Linear(WIDTH, 10), DEQ()
     adam = torch.optim.Adam([*layer.parameters(), *head.parameters()], lr=RATE)
     start = time.process_time()
@@ -178,7 +185,7 @@ def row(name: str, runs: list[dict]) -> list[str]:
         for side in zip(*(r["training_evaluations"] for r in runs), strict=True)
     ]
     return [
-        FORMULAS[name],
+        LAYERS[name][0],
         f"{mean('accuracy'):.3f} ({min(accuracies):.3f} to {max(accuracies):.3f})",
         f"{mean('residual'):.1e}",
         f"{mean('evaluations'):.0f}",
@@ -194,7 +201,8 @@ HEAD = ["f", "test accuracy", "residual", "evaluations", "training: forward + ba
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="bench_own_layer.py", description=__doc__.split("\n\n")[0])
+    description = __doc__.split("\n\n")[0]
+    parser = Parser(prog="bench_own_layer.py", description=description, least={"seeds": 1})
     parser.add_argument("--seeds", type=int, default=5, help="trainings per layer")
     names = ", ".join(repr(name) for name in LAYERS)
     parser.add_argument(
@@ -205,10 +213,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.seeds < 1:
-        parser.error(f"--seeds is {args.seeds}, but must be at least 1")
+    args = build_parser().parse_args(argv)
     torch.set_num_threads(1)
     machine, regression = describe_machine(torch.device("cpu")), logistic_regression()
     print(machine + "\n", flush=True)
@@ -217,14 +222,13 @@ def main(argv: list[str] | None = None) -> int:
         runs[name] = [train(name, seed) for seed in range(args.seeds)]
         rows.append(row(name, runs[name]))
         print(f"{name}: {', '.join(rows[-1][1:])}", file=sys.stderr, flush=True)
-        if args.json is not None:  # after each layer: an interrupted benchmark keeps its figures
-            figures = {
-                "machine": machine,
-                "logistic_regression": regression,
-                "table": {"head": HEAD, "rows": rows},
-                "runs": runs,
-            }
-            args.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        figures = {
+            "machine": machine,
+            "logistic_regression": regression,
+            "table": {"head": HEAD, "rows": rows},
+            "runs": runs,
+        }
+        write_json(args.json, figures)  # each time: an interrupted benchmark keeps its figures
     print(table(HEAD, rows))
     return 0
 

@@ -23,7 +23,6 @@ kept memory while a program runs; a fixed threshold, as in the last command, pre
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import sys
@@ -32,15 +31,15 @@ import warnings
 from pathlib import Path
 
 import torch
-from helpers.arguments import Parser
+from helpers.arguments import Parser, write_json
 from helpers.measure import describe_machine, in_new_process, table
-from helpers.resident import Watch, growth, slope, watch_command
+from helpers.resident import Watch, growth, slope, watched
 from helpers.trainers import EMBEDDED, image_configuration, image_file, words_arguments
 
 from deq_sequence.command import run_command
 from lib.deq import DEQWarning
 from lib.errors import InputError
-from lib.runs.command_line import exit_code
+from lib.runs.command_line import chosen, exit_code
 from lib.runs.processes import Processes
 from mdeq_vision.command import train_classifier, train_segmenter
 
@@ -58,7 +57,8 @@ _IMAGES = {
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="bench_resident.py", description=__doc__.split("\n\n")[0])
+    least = {"steps": 40, "border": 10, "every": 1, "threads": 1}
+    parser = Parser(prog="bench_resident.py", description=__doc__.split("\n\n")[0], least=least)
     add = parser.add_argument
     add("--trainers", default=",".join(EMBEDDED), help=f"of {', '.join(EMBEDDED)}")
     add("--steps", type=int, default=2000, help="training steps of a run")
@@ -78,7 +78,11 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str] | None = None) -> list[dict]:
     """Measure and print; return the figures, one record per trainer."""
     args = build_parser().parse_args(argv)
-    names = _names(args)
+    names = chosen("--trainers", args.trainers, EMBEDDED)
+    if args.steps < 2 * args.border:
+        raise InputError(f"--border {args.border} leaves too few of --steps {args.steps} after it")
+    if not Path("/proc/self/statm").exists():
+        raise InputError("resident memory is read from /proc, which only Linux has")
     torch.set_num_threads(args.threads)
     print(describe_machine(torch.device("cpu")), flush=True)
     records = []
@@ -86,8 +90,7 @@ def run(argv: list[str] | None = None) -> list[dict]:
         watch = in_new_process(train, name, args)
         records.append(_record(name, watch, args))
         print(report(records[-1]), flush=True)
-        if args.json is not None:
-            args.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, records)
     print("\n" + summary(records), flush=True)
     return records
 
@@ -105,7 +108,11 @@ def train(name: str, args: argparse.Namespace) -> Watch:
             command = _words_command(args, folder)
         else:
             command = _image_command(name, args, folder)
-        return watch_command(command, args.steps, _marked(args))
+        # These steps also record malloc, tensors, objects: 200, 600, 1000, 1500, 2000 of 2000.
+        marked = frozenset(round(args.steps * share) for share in (0.1, 0.3, 0.5, 0.75, 1.0))
+        with watched(Watch(marked), args.steps) as watch:
+            command()
+        return watch
 
 
 def _words_command(args: argparse.Namespace, folder: str):
@@ -144,11 +151,6 @@ def _windows(args: argparse.Namespace) -> dict[str, tuple[tuple[int, int], tuple
         "stacked": ((2 * border // 5, 2 * border // 5 + width), (border - width + 1, border)),
         "equilibrium": ((settled, settled + width), (steps - width + 1, steps)),
     }
-
-
-def _marked(args: argparse.Namespace) -> frozenset[int]:
-    """The steps that also record malloc, tensors, objects: 200, 600, 1000, 1500, 2000 of 2000."""
-    return frozenset(round(args.steps * share) for share in (0.1, 0.3, 0.5, 0.75, 1.0))
 
 
 def _record(name: str, watch: Watch, args: argparse.Namespace) -> dict:
@@ -230,20 +232,6 @@ def summary(records: list[dict]) -> str:
             ]
         )
     return table(head, rows)
-
-
-def _names(args: argparse.Namespace) -> list[str]:
-    names = args.trainers.split(",")
-    if unknown := [name for name in names if name not in EMBEDDED]:
-        raise InputError(f"--trainers: unknown {unknown[0]!r}: choose from {', '.join(EMBEDDED)}")
-    for name, least in {"steps": 40, "border": 10, "every": 1, "threads": 1}.items():
-        if getattr(args, name) < least:
-            raise InputError(f"--{name} is {getattr(args, name)}, but must be at least {least}")
-    if args.steps < 2 * args.border:
-        raise InputError(f"--border {args.border} leaves too few of --steps {args.steps} after it")
-    if not Path("/proc/self/statm").exists():
-        raise InputError("resident memory is read from /proc, which only Linux has")
-    return names
 
 
 if __name__ == "__main__":

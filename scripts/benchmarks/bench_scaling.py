@@ -26,14 +26,12 @@ The trainers of the quickstart first train --lead steps of each phase, so that t
 much as in a run. Published settings are scaled as in bench_train.py.
 """
 
-import argparse
-import json
 import statistics
 import sys
 import warnings
 
 import torch
-from helpers.arguments import Parser
+from helpers.arguments import Parser, write_json
 from helpers.measure import describe_machine, table
 from helpers.scaling import ARRANGEMENTS, Measured, Plan, measure
 from helpers.settings import SIZES, Options
@@ -41,8 +39,8 @@ from helpers.traffic import KINDS
 from helpers.trainers import EMBEDDED, chosen_trainers
 
 from lib.deq import DEQWarning
-from lib.errors import InputError, did_you_mean
-from lib.runs.command_line import exit_code
+from lib.errors import InputError
+from lib.runs.command_line import chosen, exit_code
 from lib.runs.processes import Processes
 
 HEAD = [
@@ -53,7 +51,8 @@ HEAD = [
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="bench_scaling.py", description=__doc__.split("\n\n")[0])
+    least = {"steps": 1, "turn": 1, "warmup": 1, "lead": 0, "batch": 1, "seed": 0}
+    parser = Parser(prog="bench_scaling.py", description=__doc__.split("\n\n")[0], least=least)
     add = parser.add_argument
     add("--trainers", default="quickstart", help=f"of {', '.join(EMBEDDED)}; published settings")
     add("--arrangements", default=",".join(ARRANGEMENTS), help="arrangements beside 'one'")
@@ -75,7 +74,12 @@ def main(argv: list[str] | None = None) -> int:
 def run(argv: list[str] | None = None) -> list[dict]:
     """Measure and print; return the figures, one record per trainer."""
     args = build_parser().parse_args(argv)
-    names, kinds, plan = chosen_trainers(args.trainers), _kinds(args.arrangements), _plan(args)
+    if args.device.type != "cpu":
+        raise InputError("--device cuda: this benchmark is for the CPU")
+    names = chosen_trainers(args.trainers)
+    kinds = {"one", *chosen("--arrangements", args.arrangements, ARRANGEMENTS)}
+    kinds = {name: kind for name, kind in ARRANGEMENTS.items() if name in kinds}
+    plan = Plan(args.lead, args.warmup, args.steps, args.turn)
     size = SIZES["tiny" if args.tiny else "small"]
     options = Options(size=size, device=torch.device("cpu"), seed=args.seed)
     records = []
@@ -94,8 +98,7 @@ def run(argv: list[str] | None = None) -> list[dict]:
             if not processes.leads:
                 continue
             print(report(records[-1]), flush=True)
-            if args.json is not None:
-                args.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+            write_json(args.json, records)
     return records
 
 
@@ -175,25 +178,6 @@ def _slowest(nfe: list[list[int]]) -> float:
     """Largest nfe of a process / mean over processes, averaged over steps; 1 without solves."""
     ratios = [max(step) / statistics.mean(step) for step in nfe if any(step)]
     return statistics.mean(ratios) if ratios else 1.0
-
-
-def _kinds(text: str) -> dict:
-    for name in text.split(","):
-        if name not in ARRANGEMENTS:
-            hint = did_you_mean(name, ARRANGEMENTS, otherwise=f": of {', '.join(ARRANGEMENTS)}")
-            raise InputError(f"--arrangements: unknown arrangement {name!r}{hint}")
-    return {k: v for k, v in ARRANGEMENTS.items() if k == "one" or k in text.split(",")}
-
-
-def _plan(args: argparse.Namespace) -> Plan:
-    bounds = {"steps": 1, "turn": 1, "warmup": 1, "lead": 0, "batch": 1, "seed": 0}
-    for name, least in bounds.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name} is {value}, but must be at least {least}")
-    if args.device.type != "cpu":
-        raise InputError("--device cuda: this benchmark is for the CPU")
-    return Plan(args.lead, args.warmup, args.steps, args.turn)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ stops before its threshold. The tables show medians over the rounds, and the rat
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -18,8 +17,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from helpers.arguments import Parser
+from helpers.arguments import Parser, write_json
 from helpers.measure import (
+    Counted,
     describe_machine,
     in_new_process,
     peak_extra_bytes,
@@ -90,17 +90,6 @@ def _torchdeq() -> dict[str, Callable]:
     return {"anderson": anderson_solver, "broyden": broyden_solver}
 
 
-class _Counted:
-    """f; counts its evaluations."""
-
-    def __init__(self, f):
-        self.f, self.count = f, 0
-
-    def __call__(self, z: Tensor) -> Tensor:
-        self.count += 1
-        return self.f(z)
-
-
 def relative_residual(f, z: Tensor) -> float:
     """||f(z) - z|| / ||f(z)|| over the batch, in float64."""
     fz = f(z).double()
@@ -124,7 +113,7 @@ def overhead(shape: tuple[int, ...], method: str, options, device: torch.device)
     row: dict = {}
     actions, times = {}, {}
     for name, solve in LIBRARIES.items():  # also warms up
-        counted = _Counted(f)
+        counted = Counted(f)
         residual = relative_residual(f, solve(method, counted, x0, steps))
         memory = in_new_process(peak_bytes, name, method, shape, steps, device.type)
         row[name] = {"nfe": counted.count, "residual": residual, **memory}
@@ -230,17 +219,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="bench_solvers.py", description=__doc__.splitlines()[0])
+    least = {"iterations": 3, "repeats": 3, "hard_steps": 3}
+    parser = Parser(prog="bench_solvers.py", description=__doc__.splitlines()[0], least=least)
     add = parser.add_argument
     add("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES), help="which states")
     add("--iterations", type=int, default=30, help="threshold of every solve")
     add("--repeats", type=int, default=11, help="rounds; medians are printed")
     add("--hard_steps", type=int, default=300, help="steps on the map of spectral radius 0.99")
-    options = parser.parse_args(argv)
-    for name in ("iterations", "repeats", "hard_steps"):
-        if getattr(options, name) < 3:
-            raise InputError(f"--{name} is {getattr(options, name)}, but must be 3 or more")
-    return options
+    return parser.parse_args(argv)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -254,8 +240,7 @@ def run(options: argparse.Namespace) -> None:
         "hard": hard_section(options, device),
         "memory": memory_section(options, device),
     }
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    write_json(options.json, figures)
 
 
 if __name__ == "__main__":

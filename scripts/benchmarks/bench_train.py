@@ -23,22 +23,21 @@ traffic of the solvers at the measured bandwidth (scripts/benchmarks/helpers/flo
 """
 
 import argparse
-import json
 import statistics
 import sys
 import warnings
 
 import torch
 from helpers import floor, steps
-from helpers.arguments import Parser
+from helpers.arguments import Parser, write_json
 from helpers.measure import describe_machine, table
 from helpers.plain_solvers import torchdeq_solver
 from helpers.settings import FORMS, LANGUAGE, SIZES, Options, Size, chosen_settings
 from helpers.tasks import Task, make_task
 
 from lib.deq import DEQWarning
-from lib.errors import InputError, did_you_mean
-from lib.runs.command_line import exit_code
+from lib.errors import InputError, check
+from lib.runs.command_line import chosen, exit_code
 from lib.solvers.precision import allow_tf32
 
 MAIN_SETTING, MAIN_STEPS, STEPS = "wt103_deq_transformer", 20, 6
@@ -49,7 +48,8 @@ HEAD = [
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="bench_train.py", description=__doc__.split("\n\n")[0])
+    least = {"steps": 1, "warmup": 0, "batch": 1, "vocab": 40, "threads": 1, "seed": 0}
+    parser = Parser(prog="bench_train.py", description=__doc__.split("\n\n")[0], least=least)
     add = parser.add_argument
     add("--settings", default="all", help="names; or language, images, all")
     add("--forms", help=f"of {', '.join(FORMS)} (default: plain,fast; on a GPU also the others)")
@@ -95,8 +95,7 @@ def run(argv: list[str] | None = None) -> list[dict]:
             warnings.simplefilter("ignore", DEQWarning)
             records.append(measure(name, forms, options, count, args.warmup))
         print(report(records[-1]), flush=True)
-        if args.json is not None:
-            args.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+        write_json(args.json, records)
     return records
 
 
@@ -205,34 +204,23 @@ def _difference(losses: list[float], reference: list[float]) -> float:
 def _forms(text: str | None, device: torch.device) -> list[str]:
     if text is None:
         text = "plain,fast" if device.type == "cpu" else "plain,fast,fast-bf16,fast-compile"
-    for name in text.split(","):
-        if name not in FORMS:
-            hint = did_you_mean(name, FORMS, otherwise=f": choose from {', '.join(FORMS)}")
-            raise InputError(f"--forms: unknown form {name!r}{hint}")
-    return list(dict.fromkeys(text.split(",")))
+    return chosen("--forms", text, FORMS)
 
 
 def _options(args: argparse.Namespace) -> Options:
-    bounds = {"steps": 1, "warmup": 0, "batch": 1, "vocab": 40, "threads": 1, "seed": 0}
-    for name, least in bounds.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name} is {value}, but must be at least {least}")
-    if args.gain is not None and not args.gain > 0:
-        raise InputError(f"--gain is {args.gain}, but must be above 0")
-    if args.lam is not None and not args.lam >= 0:
-        raise InputError(f"--lam is {args.lam}, but must be 0 or more")
-    if args.jac_freq is not None and not 0 <= args.jac_freq <= 1:
-        raise InputError(f"--jac-freq is {args.jac_freq}, but must be between 0 and 1")
+    gain, lam, freq = args.gain, args.lam, args.jac_freq
+    check(gain is None or gain > 0, "--gain", gain, "above 0")
+    check(lam is None or lam >= 0, "--lam", lam, "0 or more")
+    check(freq is None or 0 <= freq <= 1, "--jac-freq", freq, "between 0 and 1")
     size: Size = SIZES[args.size or ("full" if args.device.type == "cuda" else "small")]
     return Options(
         size=size,
         device=args.device,
         plain=args.plain,
         seed=args.seed,
-        gain=args.gain,
-        lam=args.lam,
-        jac_freq=args.jac_freq,
+        gain=gain,
+        lam=lam,
+        jac_freq=freq,
         batch=args.batch,
         vocab=args.vocab or size.vocab,
     )

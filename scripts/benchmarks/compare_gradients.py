@@ -15,7 +15,6 @@ the spectral radius at the fixed point.
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -26,12 +25,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from helpers.arguments import Parser
+from helpers.arguments import Parser, write_json
 from helpers.comparison import FIGURE, TASKS, Plan, Variant, make_start, run_variant
 from helpers.comparison_figures import COSTS_FILE, CURVES_FILE, draw
 from helpers.measure import describe_machine, table
 
-from lib.errors import InputError
+from lib.errors import InputError, check
 from lib.runs.command_line import exit_code
 from lib.runs.solver_figures import PASSES
 
@@ -92,8 +91,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     for name in ("steps", "stacked", "seconds", "rate"):
         value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:  # also refuses NaN
-            raise InputError(f"--{name} is {value}, but must be above 0 and finite")
+        fits = value is None or 0 < value < math.inf  # also refuses NaN
+        check(fits, f"--{name}", value, "above 0 and finite")
     options.variants = [
         (variant, regularised)
         for regularised, variants in ((False, VARIANTS), (True, REGULARISED))
@@ -137,12 +136,11 @@ def run(options: argparse.Namespace) -> None:
     found["minutes"] = (time.perf_counter() - begin) / 60
     text = report(found)
     (options.out / TABLE_FILE).write_text(text + "\n", encoding="utf-8")
-    (options.out / JSON_FILE).write_text(json.dumps(found, indent=1) + "\n")
+    for path in (options.out / JSON_FILE, options.json):
+        write_json(path, found)
     draw(found, options.out)
     names = TABLE_FILE, JSON_FILE, COSTS_FILE, CURVES_FILE
     print(f"\n{text}\n\n{options.out}: {', '.join(names)}")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def _plan(task: str, options: argparse.Namespace) -> Plan:

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from helpers.arguments import Parser
+from helpers.arguments import Parser, write_json
 from helpers.measure import describe_machine, in_new_process, table
 
 from deq_sequence import DEQTransformerLM
@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="compare_ties.py", description=__doc__.splitlines()[0])
+    description = __doc__.splitlines()[0]
+    parser = Parser(prog="compare_ties.py", description=description, least={"steps": LAST})
     add = parser.add_argument
     add("--only", nargs="+", choices=PLANS, default=list(PLANS), help="what to train")
     add("--modes", nargs="+", choices=TIE_PROJ_MODES, default=list(TIE_PROJ_MODES), help="modes")
@@ -67,8 +68,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, help="steps in all, a quarter of them stacked; default: the plan's")
     add("--out", type=Path, default=Path("ties"), help="folder of text, runs and table")
     options = parser.parse_args(argv)
-    if options.steps is not None and options.steps < LAST:
-        raise InputError(f"--steps is {options.steps}, but must be {LAST} or more")
     for name in ("only", "modes", "seeds"):  # list each run once
         setattr(options, name, list(dict.fromkeys(getattr(options, name))))
     return options
@@ -95,8 +94,8 @@ def run(options: argparse.Namespace) -> None:
     found = {"machine": machine, "runs": rows, "loading": loading()}
     text = report(found)
     (options.out / TABLE_FILE).write_text(text + "\n", encoding="utf-8")
-    for path in filter(None, [options.out / JSON_FILE, options.json]):
-        path.write_text(json.dumps(found, indent=1) + "\n")
+    for path in (options.out / JSON_FILE, options.json):
+        write_json(path, found)
     print(f"\n{text}\n\n{options.out}: {TABLE_FILE}, {JSON_FILE}")
 
 

@@ -16,9 +16,7 @@ import compare_gradients
 import compare_ties
 from helpers import comparison_figures
 from helpers.comparison import TASKS
-from helpers.measure import table
-
-from lib.errors import InputError
+from helpers.measure import fill, table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -44,15 +42,6 @@ SHOWN = {
     "ties.json": ("benchmarks.md", of_ties),
     "own_layer.json": ("own-layer.md", of_own_layer),
 }
-
-
-def fill(page: str, name: str, body: str) -> str:
-    """Return the page with ``body`` between the two comments of this name."""
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
-    if page.count(begin) != 1 or page.count(end) != 1:
-        raise InputError(f"a page needs the two lines {begin!r} and {end!r}, once each")
-    before, rest = page.split(begin)
-    return f"{before}{begin}\n\n{body}\n\n{end}{rest.split(end)[1]}"
 
 
 def pages(docs: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from helpers.arguments import Parser
+from helpers.arguments import Parser, write_json
 from helpers.cluster import (
     Hardware,
     Measured,
@@ -31,15 +31,14 @@ from helpers.cluster import (
     useful,
     utilisation_of,
 )
-from helpers.measure import table
+from helpers.measure import fill, table
 from helpers.settings import LANGUAGE, chosen_settings
 from helpers.work import Work, count
 
-from lib.errors import InputError
+from lib.errors import InputError, naming
 from lib.runs.command_line import exit_code
 
 SIZES = (4, 32, 256)
-BEGIN, END = "<!-- scaling_estimate.py: begin -->", "<!-- scaling_estimate.py: end -->"
 ASSUMED_UTILISATION = 0.5  # used without --train
 
 
@@ -64,7 +63,8 @@ def run(argv: list[str] | None = None) -> str:
     args = build_parser().parse_args(argv)
     names = chosen_settings(args.settings)
     train, scaling = _records(args.train, "setting"), _records(args.scaling, "trainer")
-    page = None if args.page is None else _split(args.page)
+    if args.page is not None:  # before the work
+        _fill(args.page, "")
     works = {name: count(name, "tiny" if args.tiny else "full") for name in names}
     measured = {name: _measured(work, train, scaling) for name, work in works.items()}
     text = "\n\n".join(
@@ -78,10 +78,9 @@ def run(argv: list[str] | None = None) -> str:
         ]
     )
     print(text, flush=True)
-    if page is not None:
-        args.page.write_text(f"{page[0]}{BEGIN}\n\n{text}\n\n{END}{page[1]}", encoding="utf-8")
-    if args.json is not None:
-        args.json.write_text(json.dumps(_figures(works, measured), indent=1) + "\n")
+    if args.page is not None:
+        args.page.write_text(_fill(args.page, text), encoding="utf-8")
+    write_json(args.json, _figures(works, measured))
     return text
 
 
@@ -247,12 +246,10 @@ def _records(path: Path | None, key: str) -> dict[str, dict]:
         raise InputError(f"{path} is not the --json of the right benchmark: {error}") from error
 
 
-def _split(path: Path) -> tuple[str, str]:
-    """Split the page into the text before and the text after its tables."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise InputError(f"--page: {path} has no lines {BEGIN!r} and {END!r} around its tables")
-    return text.split(BEGIN)[0], text.split(END)[1]
+def _fill(path: Path, tables: str) -> str:
+    page = path.read_text(encoding="utf-8") if path.is_file() else ""
+    with naming(f"--page {path}"):
+        return fill(page, "scaling_estimate.py", tables)
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def test_what_is_wrong_decides_the_exit_code(tmp_path, monkeypatch, capsys):
     assert gpu_check.main(["--out", str(out)]) == 1
     assert out.read_text().endswith("wrong: nccl\n")
     assert gpu_check.main(["--sections", "digit", "--out", str(out)]) == 2
-    assert "no section 'digit': choose from machine, digits" in capsys.readouterr().err
+    assert "--sections: unknown 'digit': did you mean digits?" in capsys.readouterr().err
 
 
 @pytest.mark.slow

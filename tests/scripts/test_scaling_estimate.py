@@ -21,7 +21,6 @@ from helpers.cluster import (
 )
 from helpers.settings import chosen_settings
 from helpers.work import Cost, buckets, count, counted, most_evaluations
-from scaling_estimate import BEGIN, END
 from torch import nn
 
 from lib.solvers import SOLVERS
@@ -149,7 +148,8 @@ def test_command_with_measurements_and_a_page(tmp_path, capsys):
     figures = {"forms": {"fast": fast}}
     train.write_text(json.dumps([{"setting": CIFAR, **figures}]))
     scaling.write_text(json.dumps([record_of("digits", [[[7, 10]], [[21, 10]]])]))
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    begin, end = (f"<!-- scaling_estimate.py: {which} -->" for which in ("begin", "end"))
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     flags = ["--tiny", "--settings", CIFAR, "--train", str(train), "--scaling", str(scaling)]
     assert scaling_estimate.main([*flags, "--page", str(page), "--json", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -158,7 +158,7 @@ def test_command_with_measurements_and_a_page(tmp_path, capsys):
     assert "| 0.50 / 1.00 " in printed
     assert "| 1.25 / 1.00 " in printed
     assert "ends at 128" in printed
-    assert page.read_text() == f"before\n{BEGIN}\n\n{printed.strip()}\n\n{END}\nafter\n"
+    assert page.read_text() == f"before\n{begin}\n\n{printed.strip()}\n\n{end}\nafter\n"
     (found,) = json.loads(out.read_text())
     assert found["utilisation"] == 0.25
     assert list(found["gpu_hours"]["bf16"]) == ["4", "32"]
@@ -176,7 +176,7 @@ def test_without_measurements_it_says_so(capsys):
     [
         (["--settings", "cifar/cls_mdeq_TINI"], "did you mean cifar/cls_mdeq_TINY"),
         (["--train", "no-such-file"], "no-such-file"),
-        (["--page", "README.md"], "no lines"),
+        (["--page", "README.md"], "needs the two lines"),
     ],
 )
 def test_bad_arguments_are_one_line(flags, said, capsys, monkeypatch):

@@ -1,20 +1,26 @@
 """What the command lines of the benchmarks share."""
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 
-from lib.errors import InputError
+from lib.errors import InputError, check
 from lib.runs import command_line
 
 
 class Parser(command_line.Parser):
-    """The parser of all commands, with the flags that every benchmark has."""
+    """The parser of all commands, with the flags that every benchmark has.
 
-    def __init__(self, **options):
+    Args:
+        least: the least value of a number, by the name of its flag. None is always accepted.
+    """
+
+    def __init__(self, *, least: dict[str, int] | None = None, **options):
         formatter = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(formatter_class=formatter, **options)
+        self._least = least or {}
         self.add_argument(
             "--device", choices=("cpu", "cuda"), help="default: the GPU, if there is one"
         )
@@ -29,4 +35,13 @@ class Parser(command_line.Parser):
         found.device = torch.device(found.device or ("cuda" if there else "cpu"))
         if found.json is not None and not found.json.parent.is_dir():
             raise InputError(f"--json: there is no folder {found.json.parent}")
+        for name, least in self._least.items():
+            value = getattr(found, name)
+            check(value is None or value >= least, f"--{name}", value, f"at least {least}")
         return found
+
+
+def write_json(path: Path | None, figures) -> None:
+    """Write figures to a file; without a path write nothing."""
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Time, memory and the machine, for the benchmarks."""
+"""Time, memory, the machine, and tables in markdown, for the benchmarks."""
 
 import multiprocessing
 import os
@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from lib.errors import InputError
+
 
 def seconds(action: Callable[[], object], device: torch.device) -> float:
     """Wall-clock time of ``action``, to the end of what it started on a GPU."""
@@ -23,6 +25,17 @@ def seconds(action: Callable[[], object], device: torch.device) -> float:
     action()
     synchronize(device)
     return time.perf_counter() - start
+
+
+class Counted:
+    """A function of one argument; ``count`` is the number of its calls."""
+
+    def __init__(self, function: Callable):
+        self._function, self.count = function, 0
+
+    def __call__(self, argument):
+        self.count += 1
+        return self._function(argument)
 
 
 def synchronize(device: torch.device) -> None:
@@ -117,3 +130,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in [head, ["-" * w for w in widths], *rows]
     ]
     return "\n".join(f"| {line} |" for line in lines)
+
+
+def fill(page: str, name: str, body: str) -> str:
+    """Return the page with ``body`` between the two comments of this name."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise InputError(f"a page needs the two lines {begin!r} and {end!r}, once each")
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n\n{body}\n\n{end}{rest.split(end)[1]}"

@@ -9,10 +9,10 @@ they run once per step.
 from collections.abc import Callable
 from math import prod
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.layer_utils import list2vec, vec2list
 from mdeq_vision import MDEQClsNet, MDEQSegNet
 from mdeq_vision.layer import branch_sizes
 
@@ -35,14 +35,14 @@ class _PlainForward:
         shapes = [(c, *size) for c, size in zip(self.channels, sizes, strict=True)]
         f = plain_layer(self.fullstage, injection, shapes)
         found = self.deq(
-            lambda z: _pack(f(_unpack(z, shapes))),
+            lambda z: list2vec(f(vec2list(z, shapes))),
             injection.new_zeros(len(x), sum(map(prod, shapes)), 1),
             f_thres=self.f_thres if f_thres is None else f_thres,
             b_thres=self.b_thres if b_thres is None else b_thres,
             training=self.training,
             jac_vecs=2 if compute_jac_loss and self.training else 0,
         )
-        output = self.head(_unpack(found.z, shapes))
+        output = self.head(vec2list(found.z, shapes))
         return output, found.jac_loss.view(1, 1), found.sradius
 
 
@@ -114,13 +114,3 @@ def plain_layer(
 
 def _norm(module: nn.GroupNorm, x: Tensor) -> Tensor:
     return F.group_norm(x, module.num_groups, module.weight, module.bias, module.eps)
-
-
-def _pack(z: list[Tensor]) -> Tensor:
-    """(B, sum C H W, 1)"""
-    return torch.cat([t.reshape(len(t), -1, 1) for t in z], dim=1)
-
-
-def _unpack(z: Tensor, shapes: list[tuple[int, int, int]]) -> list[Tensor]:
-    parts = z.squeeze(2).split([prod(shape) for shape in shapes], dim=1)
-    return [part.reshape(len(z), *shape) for part, shape in zip(parts, shapes, strict=True)]

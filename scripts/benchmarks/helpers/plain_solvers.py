@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from helpers.measure import Counted
 from lib.errors import InputError
 
 
@@ -169,13 +170,7 @@ def torchdeq_solver(name: str) -> Callable[..., dict]:
 
     @torch.no_grad()
     def solve(f, x0, threshold=50, eps=1e-3, stop_mode="rel") -> dict:
-        nfe = 0
-
-        def counted(z: Tensor) -> Tensor:
-            nonlocal nfe
-            nfe += 1
-            return f(z)
-
+        counted = Counted(f)
         result, _, info = method(counted, x0, max_iter=threshold, tol=eps, stop_mode=stop_mode)
         # One entry: the residual of the returned point over the batch (the worst sample's, rel).
         return {
@@ -185,7 +180,7 @@ def torchdeq_solver(name: str) -> Callable[..., dict]:
             "prot_break": False,
             "abs_trace": [info["abs_lowest"].norm().item()],
             "rel_trace": [info["rel_lowest"].max().item()],
-            "nfe": nfe,
+            "nfe": counted.count,
             "eps": eps,
             "threshold": threshold,
         }

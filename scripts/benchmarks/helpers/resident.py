@@ -76,7 +76,7 @@ class Watch:
 
 
 @contextmanager
-def watched(watch: Watch, steps: int) -> Iterator[None]:
+def watched(watch: Watch, steps: int) -> Iterator[Watch]:
     """Let ``watch`` look after every step of any trainer within the block."""
     update = Trainer.update
     # So that it does not itself grow.
@@ -90,7 +90,7 @@ def watched(watch: Watch, steps: int) -> Iterator[None]:
 
     Trainer.update = update_and_look
     try:
-        yield
+        yield watch
     finally:
         Trainer.update = update
 
@@ -111,11 +111,3 @@ def growth(
     last) to that of ``late``."""
     before, after = (of(resident[first - 1 : last]) for first, last in (early, late))
     return after / before - 1
-
-
-def watch_command(command: Callable[[], object], steps: int, at: frozenset[int]) -> Watch:
-    """Run a training command and watch its steps."""
-    watch = Watch(at)
-    with watched(watch, steps):
-        command()
-    return watch

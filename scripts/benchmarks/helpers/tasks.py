@@ -35,6 +35,7 @@ from helpers.plain_language import PlainTransformerLM
 from helpers.plain_solvers import PLAIN, torchdeq_solver
 from helpers.settings import LANGUAGE, Form, Options, image_config, language_arguments
 from lib.jacobian import jac_loss_weight_at
+from lib.runs.optimizers import fused_if_possible
 from lib.solvers import SOLVERS
 from lib.solvers.precision import autocast
 from mdeq_vision import MDEQClsNet, MDEQSegNet
@@ -140,12 +141,8 @@ class LanguageTask(Task):
         self.set_solvers(args.f_solver, args.b_solver)
         if form.compile:
             model.func.compile_evaluations()
-        if form.plain:
-            self.optimizer = getattr(torch.optim, args.optim)(
-                model.parameters(), lr=args.lr, weight_decay=args.weight_decay
-            )
-        else:
-            self.optimizer = word_schedules.make_optimizer(args, model)
+        build = unfused if form.plain else fused_if_possible
+        self.optimizer = word_schedules.make_optimizer(args, model, build)
         self.learning_rate = word_schedules.LearningRate(args, self.optimizer)
         self.mems: list[Tensor] = []
         self.b_thres = args.b_thres
@@ -201,8 +198,8 @@ class ImageTask(Task):
         damp(model, options.gain or IMAGE_GAINS.get(name, IMAGE_GAIN))
         super().__init__(form, options, model)
         self.set_solvers(cfg.DEQ.F_SOLVER, cfg.DEQ.B_SOLVER)
-        make = _default_optimizer if form.plain else image_schedules.make_optimizer
-        self.optimizer = make(cfg, model)
+        build = unfused if form.plain else fused_if_possible
+        self.optimizer = image_schedules.make_optimizer(cfg, model, build)
         self.units, size = cfg.TRAIN.BATCH_SIZE_PER_GPU, cfg.MODEL.IMAGE_SIZE
         self.width, self.height = cfg.TRAIN.IMAGE_SIZE if self.segments else size
         self.b_thres = cfg.DEQ.B_THRES
@@ -260,6 +257,11 @@ class ImageTask(Task):
         self.optimizer.step()
 
 
+def unfused(kind: type[torch.optim.Optimizer], model: nn.Module, **options):
+    """An optimiser with PyTorch's own choice of implementation."""
+    return kind(model.parameters(), **options)
+
+
 def set_rate(optimizer: torch.optim.Optimizer, published: float) -> None:
     """Give the optimiser the published rate times :data:`RATE`."""
     for group in optimizer.param_groups:
@@ -273,17 +275,6 @@ def damp(model: nn.Module, gain: float) -> None:
         if isinstance(module, nn.GroupNorm) and module.weight is not None:
             module.weight.fill_(gain)
             module.bias.normal_(std=(1 - gain**2) ** 0.5)
-
-
-def _default_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
-    """TRAIN.OPTIMIZER with PyTorch's own choice of implementation."""
-    train, parameters = cfg.TRAIN, model.parameters()
-    if train.OPTIMIZER == "adam":
-        return torch.optim.Adam(parameters, lr=train.LR, weight_decay=train.WD)
-    options = {"lr": train.LR, "weight_decay": train.WD, "momentum": train.MOMENTUM}
-    if train.OPTIMIZER == "sgd":
-        return torch.optim.SGD(parameters, nesterov=train.NESTEROV, **options)
-    return torch.optim.RMSprop(parameters, **options)
 
 
 def make_task(name: str, form: Form, options: Options) -> Task:
