@@ -43,11 +43,7 @@ class BlockTensors(NamedTuple):
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm that also accepts a single value per group; it then returns its bias.
-
-    nn.GroupNorm refuses a single value per group if the batch is one image. But a model must take
-    images of any size in any number.
-    """
+    """nn.GroupNorm that also accepts a single value per group, as of one small image."""
 
     def prepare(self) -> Held:
         return [self.weight, self.bias]
@@ -85,8 +81,7 @@ class ResidualBlock(nn.Module):
         channels: C of the branch.
         inner: channels between the convolutions.
         big_kernels: 0, 1 or 2; the first ``big_kernels`` convolutions are 5x5 instead of 3x3.
-        groups: groups of each GroupNorm.
-        affine: whether each GroupNorm has a weight and a bias.
+        groups, affine: of each GroupNorm.
         dropout: dropout probability; one mask value per sample and channel.
         wnorm: whether the convolutions are weight-normalised.
     """

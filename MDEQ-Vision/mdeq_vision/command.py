@@ -37,30 +37,6 @@ PREDICTIONS = "predictions"  # seg_test's pictures, in the run's folder
 _Log = Callable[[str], None]
 
 
-def cls_train(argv: list[str] | None = None) -> int:
-    """Run tools/cls_train.py; return its exit code."""
-    return _run("cls_train.py", "Train an image classification model.", train_classifier, argv)
-
-
-def cls_valid(argv: list[str] | None = None) -> int:
-    """Run tools/cls_valid.py; return its exit code."""
-    return _run(
-        "cls_valid.py", "Evaluate an image classification model.", validate_classifier, argv
-    )
-
-
-def seg_train(argv: list[str] | None = None) -> int:
-    """Run tools/seg_train.py; return its exit code."""
-    return _run("seg_train.py", "Train a segmentation model.", train_segmenter, argv)
-
-
-def seg_test(argv: list[str] | None = None) -> int:
-    """Run tools/seg_test.py; return its exit code."""
-    return _run(
-        "seg_test.py", "Predict, and evaluate where there are labels.", predict_segmentation, argv
-    )
-
-
 def extract(argv: list[str] | None = None) -> int:
     """Run tools/extract_pretrained.py; return its exit code."""
 
@@ -108,16 +84,6 @@ def load_config(args: argparse.Namespace) -> CfgNode:
     return cfg
 
 
-def _run(program: str, description: str, action: Callable, argv: list[str] | None) -> int:
-    def go():
-        args = experiment_parser(program, description).parse_intermixed_args(argv)
-        cfg = load_config(args)
-        with Processes.joined() as processes:
-            action(cfg, Path(args.cfg), processes)
-
-    return exit_code(program, go, RESUME)
-
-
 def _devices(cfg: CfgNode, processes: Processes) -> tuple[torch.device, list[int]]:
     """Apply SEED, CUDNN and TF32; return the first device of this process, and its GPUs.
 
@@ -145,15 +111,7 @@ def _devices(cfg: CfgNode, processes: Processes) -> tuple[torch.device, list[int
 def train_classifier(
     cfg: CfgNode, cfg_file: Path, processes: Processes, resume: str = RESUME
 ) -> Path | None:
-    """Train a classification model as the configuration says.
-
-    Args:
-        resume: what a user adds to continue a run, for messages.
-
-    Returns:
-        The run's folder; None if this process writes none.
-    """
-
+    """Train a classification model as the configuration says; arguments as for :func:`_train`."""
     _refuse_other_task(cfg, "classification")
 
     def build(anew: bool, log: _Log):
@@ -173,15 +131,7 @@ def train_classifier(
 def train_segmenter(
     cfg: CfgNode, cfg_file: Path, processes: Processes, resume: str = RESUME
 ) -> Path | None:
-    """Train a segmentation model as the configuration says.
-
-    Args:
-        resume: what a user adds to continue a run, for messages.
-
-    Returns:
-        The run's folder; None if this process writes none.
-    """
-
+    """Train a segmentation model as the configuration says; arguments as for :func:`_train`."""
     _refuse_other_task(cfg, "segmentation")
 
     def build(anew: bool, log: _Log):
@@ -213,6 +163,10 @@ def _train(
         build: ``build(anew, log)`` returns the model, the training set, the validation set, and
             with a second stage its data set. ``anew`` is False when a checkpoint is resumed.
         image_size: (width, height) for the summary of the model.
+        resume: what a user adds to continue a run, for messages.
+
+    Returns:
+        The run's folder; None if this process writes none.
     """
     stopping = Stopping(cfg.MAX_TIME)
     folder = run_folder(cfg, cfg_file)
@@ -247,7 +201,7 @@ def _train(
             f"{len(train_set)} training and {len(valid_set)} validation images"
         )
         settings = Settings(flat(cfg), CONFIG, cfg.dump(), _read_settings, _FREE)
-        return Job(trainer, settings, title, notes, lambda run: _log_best(trainer, run))
+        return Job(trainer, settings, title, notes, lambda run: _log_best(trainer.best, run))
 
     inner = folder.relative_to(folder.parents[1])
     plan = Plan(
@@ -275,12 +229,10 @@ def _idle_settings(cfg: CfgNode, model: MDEQNet) -> list[str]:
     return lines
 
 
-def _log_best(trainer: ImageTrainer, run: Run) -> None:
-    if best := trainer.best:
-        run.log(
-            f"best {best['name']} {100 * best['score']:.2f}% at step {best['step']} "
-            f"({best['phase']})"
-        )
+def _log_best(best: dict, run: Run) -> None:
+    if best:
+        score = f"{best['name']} {100 * best['score']:.2f}%"
+        run.log(f"best {score} at step {best['step']} ({best['phase']})")
 
 
 def _class_lines(cfg: CfgNode, dataset) -> list[str]:
@@ -387,13 +339,8 @@ def predict_segmentation(cfg: CfgNode, cfg_file: Path, processes: Processes) -> 
     folder = run_folder(cfg, cfg_file) / PREDICTIONS
 
     def save(index: int, train_ids: torch.Tensor) -> None:
-        save_prediction(
-            folder,
-            dataset.name(index),
-            dataset.picture(index),
-            train_ids.numpy(),
-            dataset.facts,
-        )
+        name, picture = dataset.name(index), dataset.picture(index)
+        save_prediction(folder, name, picture, train_ids.numpy(), dataset.facts)
 
     found = evaluate_segmentation(
         cfg,
@@ -424,3 +371,29 @@ def _trained(
     with naming("TEST.MODEL_FILE" if cfg.TEST.MODEL_FILE else "the best weights of the run"):
         load_weights(model, path)
     return model.to(device), path
+
+
+# ---- commands ----------------------------------------------------------------------------------
+
+
+def _command(program: str, description: str, action: Callable) -> Callable:
+    """The function that runs a tool on the words of a command line and returns its exit code."""
+
+    def run(argv: list[str] | None = None) -> int:
+        def go():
+            args = experiment_parser(program, description).parse_intermixed_args(argv)
+            cfg = load_config(args)
+            with Processes.joined() as processes:
+                action(cfg, Path(args.cfg), processes)
+
+        return exit_code(program, go, RESUME)
+
+    return run
+
+
+cls_train = _command("cls_train.py", "Train an image classification model.", train_classifier)
+cls_valid = _command("cls_valid.py", "Evaluate an image classification model.", validate_classifier)
+seg_train = _command("seg_train.py", "Train a segmentation model.", train_segmenter)
+seg_test = _command(
+    "seg_test.py", "Predict, and evaluate where there are labels.", predict_segmentation
+)

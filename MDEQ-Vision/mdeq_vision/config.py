@@ -9,7 +9,7 @@ MODEL.EXTRA takes new keys.
 
 import ast
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
@@ -294,64 +294,51 @@ def _integers(values: list, least: int) -> bool:
     return all(type(v) is int and v >= least for v in values)
 
 
-# (key, test, words for the accepted values). Models and data sets check their further needs.
-_RANGES = [
-    ("PERCENT", lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    ("PRINT_FREQ", lambda v: v >= 1, "at least 1"),
-    ("SAVE_FREQ", lambda v: v >= 0, "0 or more"),
-    ("KEEP_CHECKPOINTS", lambda v: v >= 1, "at least 1"),
-    ("MAX_TIME", lambda v: v >= 0, "0 or more"),
-    ("SEED", lambda v: 0 <= v < 2**63, "between 0 and 2**63 - 1"),
-    ("WORKERS", lambda v: v >= 0, "0 or more"),
-    ("DEQ.F_THRES", lambda v: v >= 1, "at least 1"),
-    ("DEQ.B_THRES", lambda v: v >= 1, "at least 1"),
-    ("DEQ.RAND_F_THRES_DELTA", lambda v: v >= 0, "0 or more"),
-    ("LOSS.JAC_LOSS_FREQ", lambda v: 0 <= v <= 1, "between 0 and 1"),
-    ("LOSS.JAC_LOSS_WEIGHT", lambda v: v >= 0, "0 or more"),
-    ("LOSS.PRETRAIN_JAC_LOSS_WEIGHT", lambda v: v >= 0, "0 or more"),
-    ("LOSS.OHEMTHRES", lambda v: 0 < v <= 1, "above 0 and at most 1"),
-    ("LOSS.OHEMKEEP", lambda v: v >= 0, "0 or more"),
-    ("AMP", lambda v: v in AMP, " or ".join(AMP)),
-    ("GPUS", lambda v: v and _integers(v, 0), "numbers of GPUs, such as (0,1)"),
-    ("MODEL.NAME", lambda v: v == "mdeq", "mdeq"),
-    ("MODEL.DROPOUT", lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    ("MODEL.EXPANSION_FACTOR", lambda v: v > 0, "above 0"),
-    ("TRAIN.WD", lambda v: v >= 0, "0 or more"),
-    ("TRAIN.MOMENTUM", lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    ("TRAIN.LR_FACTOR", lambda v: v > 0, "above 0"),
-    ("TRAIN.LR_STEP", lambda v: _integers(v, 0), "a list of epochs"),
-    ("TRAIN.BEGIN_EPOCH", lambda v: v >= 0, "0 or more"),
-    ("TRAIN.END_EPOCH", lambda v: v >= 0, "0 or more"),
-    ("TRAIN.EXTRA_EPOCH", lambda v: v >= 0, "0 or more"),
-    ("TRAIN.OPTIMIZER", lambda v: v in ("adam", "sgd", "rmsprop"), "adam, sgd or rmsprop"),
-    ("TRAIN.LR_SCHEDULER", lambda v: v in ("step", "cosine", "poly"), "step, cosine or poly"),
-    ("TRAIN.LR", lambda v: v > 0, "above 0"),
-    ("TRAIN.EXTRA_LR", lambda v: v > 0, "above 0"),
-    ("TRAIN.BATCH_SIZE", lambda v: v >= 0, "0 or more"),
-    ("TRAIN.BATCH_SIZE_PER_GPU", lambda v: v >= 1, "at least 1"),
-    ("TRAIN.BATCH_CHUNK", lambda v: v >= 1, "at least 1"),
-    ("TRAIN.MAX_SKIPPED", lambda v: v >= 1, "at least 1"),
-    ("TRAIN.PRETRAIN_STEPS", lambda v: v >= 0, "0 or more"),
-    ("TRAIN.SCALE_FACTOR", lambda v: v >= 0, "0 or more"),
-    ("TEST.BATCH_SIZE_PER_GPU", lambda v: v >= 1, "at least 1"),
-    ("TEST.NUM_SAMPLES", lambda v: v >= 0, "0 or more"),
-    ("TEST.SCALE_LIST", lambda v: v and all(0 < s < math.inf for s in v), "numbers above 0"),
-    *(
-        (key, lambda v: len(v) == 2 and _integers(v, 1), "two sizes, such as [1024, 512]")
-        for key in ("MODEL.IMAGE_SIZE", "TRAIN.IMAGE_SIZE", "TEST.IMAGE_SIZE")
+# The accepted values in words, their test, and the keys. Models and data sets check more.
+_RANGES: list[tuple[str, Callable, str]] = [
+    (
+        "at least 1",
+        lambda v: v >= 1,
+        "PRINT_FREQ KEEP_CHECKPOINTS DEQ.F_THRES DEQ.B_THRES TRAIN.BATCH_SIZE_PER_GPU "
+        "TRAIN.BATCH_CHUNK TRAIN.MAX_SKIPPED TEST.BATCH_SIZE_PER_GPU",
     ),
+    (
+        "0 or more",
+        lambda v: v >= 0,
+        "SAVE_FREQ MAX_TIME WORKERS DEQ.RAND_F_THRES_DELTA LOSS.JAC_LOSS_WEIGHT "
+        "LOSS.PRETRAIN_JAC_LOSS_WEIGHT LOSS.OHEMKEEP TRAIN.WD TRAIN.BEGIN_EPOCH TRAIN.END_EPOCH "
+        "TRAIN.EXTRA_EPOCH TRAIN.BATCH_SIZE TRAIN.PRETRAIN_STEPS TRAIN.SCALE_FACTOR "
+        "TEST.NUM_SAMPLES",
+    ),
+    ("above 0", lambda v: v > 0, "MODEL.EXPANSION_FACTOR TRAIN.LR_FACTOR TRAIN.LR TRAIN.EXTRA_LR"),
+    ("above 0 and at most 1", lambda v: 0 < v <= 1, "PERCENT LOSS.OHEMTHRES"),
+    ("between 0 and 1", lambda v: 0 <= v <= 1, "LOSS.JAC_LOSS_FREQ"),
+    ("at least 0 and below 1", lambda v: 0 <= v < 1, "MODEL.DROPOUT TRAIN.MOMENTUM"),
+    ("between 0 and 2**63 - 1", lambda v: 0 <= v < 2**63, "SEED"),
+    ("numbers of GPUs, such as (0,1)", lambda v: v and _integers(v, 0), "GPUS"),
+    ("a list of epochs", lambda v: _integers(v, 0), "TRAIN.LR_STEP"),
+    ("numbers above 0", lambda v: v and all(0 < s < math.inf for s in v), "TEST.SCALE_LIST"),
+    (
+        "two sizes, such as [1024, 512]",
+        lambda v: len(v) == 2 and _integers(v, 1),
+        "MODEL.IMAGE_SIZE TRAIN.IMAGE_SIZE TEST.IMAGE_SIZE",
+    ),
+    (" or ".join(AMP), lambda v: v in AMP, "AMP"),
+    ("mdeq", lambda v: v == "mdeq", "MODEL.NAME"),
+    ("adam, sgd or rmsprop", lambda v: v in ("adam", "sgd", "rmsprop"), "TRAIN.OPTIMIZER"),
+    ("step, cosine or poly", lambda v: v in ("step", "cosine", "poly"), "TRAIN.LR_SCHEDULER"),
 ]
 
 
 def _check_values(cfg: CfgNode) -> None:
     values = flat(cfg)
-    for key, accepts, what in _RANGES:
-        value = values[key]
-        try:
-            good = accepts(value)
-        except TypeError:
-            good = False
-        check(good, key, value, what)
+    for what, accepts, keys in _RANGES:
+        for key in keys.split():
+            try:
+                good = accepts(values[key])
+            except TypeError:
+                good = False
+            check(good, key, values[key], what)
     make_deq(cfg)
     train = cfg.TRAIN
     if train.OPTIMIZER == "sgd" and train.NESTEROV and train.MOMENTUM == 0:

@@ -22,9 +22,6 @@ class Curriculum:
     """END_EPOCH epochs over ``train_set``, then EXTRA_EPOCH epochs over ``extra_set`` if given.
 
     Args:
-        cfg: the configuration.
-        train_set: data set of the first stage.
-        extra_set: data set of the second stage; None for no second stage.
         batch_size: samples per step over all devices.
         drop_last: leave out a last batch that is not full.
 
@@ -60,16 +57,9 @@ class Curriculum:
         return in_first * self.first.n_batches + (epoch - in_first) * self.last.n_batches
 
     def check_place(self, step: int, epoch: int, position: int, n_batches: int) -> None:
-        """Refuse a checkpoint whose place in the data does not fit these stages.
+        """Refuse a checkpoint after ``step`` updates whose place does not fit these stages.
 
-        Args:
-            step: updates done.
-            epoch: the checkpoint's epoch.
-            position: batches done in this epoch.
-            n_batches: batches of this epoch in the run that saved the checkpoint.
-
-        Raises:
-            InputError: with these stages, the checkpoint's step lies elsewhere.
+        It was saved after ``position`` of ``n_batches`` batches of ``epoch``.
         """
         moved = step != self.steps_before(epoch) + position
         # At position 0 no image of the epoch is used yet, so its data set may change.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def evaluate_classification(
     Raises:
         EvaluationStopped: ``stop`` returned True in some process; raised in all processes.
     """
-    forward = _Forward(model, cfg, device, train_step)
+    forward = partial(_forward, model, cfg, device, train_step)
 
     def measure(batch: list[Tensor]) -> dict:
         images, target = batch
@@ -106,7 +107,7 @@ def evaluate_segmentation(
     confusion = ConfusionMatrix(cfg.DATASET.NUM_CLASSES, cfg.TRAIN.IGNORE_LABEL)
     cropped = cfg.TEST.CENTER_CROP_TEST
     scales = cfg.TEST.SCALE_LIST if cfg.TEST.MULTI_SCALE else [1.0]
-    forward = _Forward(model, cfg, device, train_step)
+    forward = partial(_forward, model, cfg, device, train_step)
 
     def measure(batch: list[Tensor]) -> dict:
         indices, images, label = batch
@@ -148,28 +149,23 @@ def evaluate_segmentation(
     return Evaluation("mIoU", int(sums["images"]), figures, confusion)
 
 
-class _Forward:
-    """A forward pass in evaluation: images (B, 3, H, W) -> the output, and sums of radii.
+def _forward(
+    model: MDEQNet, cfg: CfgNode, device: torch.device, train_step: int, images: Tensor
+) -> tuple[Tensor, dict]:
+    """The model's output for images (B, 3, H, W), and sums of spectral radii.
 
-    With DEQ.SPECTRAL_RADIUS_MODE the sums are "radius", the sum of the spectral radii of these
-    images, and "radii", their number; otherwise there are none.
+    With DEQ.SPECTRAL_RADIUS_MODE the sums are "radius", and "radii", their number; else none.
     """
-
-    def __init__(self, model: MDEQNet, cfg: CfgNode, device: torch.device, train_step: int):
-        self.model, self.cfg, self.device, self.train_step = model, cfg, device, train_step
-
-    def __call__(self, images: Tensor) -> tuple[Tensor, dict]:
-        radius_too = self.cfg.DEQ.SPECTRAL_RADIUS_MODE
-        with autocast(self.cfg.AMP, self.device):
-            output, _, sradius = self.model(
-                images,
-                train_step=self.train_step,
-                compute_jac_loss=False,
-                spectral_radius_mode=radius_too,
-            )
-        if not radius_too:
-            return output, {}
-        return output, {"radius": sradius.double().sum(), "radii": sradius.numel()}
+    radius_too = cfg.DEQ.SPECTRAL_RADIUS_MODE
+    with autocast(cfg.AMP, device):
+        output, _, sradius = model(
+            images,
+            train_step=train_step,
+            compute_jac_loss=False,
+            spectral_radius_mode=radius_too,
+        )
+    sums = {"radius": sradius.double().sum(), "radii": sradius.numel()}
+    return output, sums if radius_too else {}
 
 
 def _solver_figures(sums: dict[str, float], means: dict[str, float]) -> dict[str, float]:

@@ -50,13 +50,9 @@ class ImageTrainer(Trainer):
     statistics over all processes, and losses are divided by the weight of the whole batch.
 
     Args:
-        cfg: the configuration.
-        model: the model, on ``device``.
-        train_set, valid_set: data sets for training and validation.
         device: the model's device; with several ``gpus``, the first of them.
         gpus: the GPUs of this process. More than one makes the model data parallel, unless the
             run has several processes.
-        processes: the processes of the run.
         extra_set: data set of a second stage: TRAIN.EXTRA_EPOCH epochs after the first stage.
         resume: what a user adds to continue a run, for messages.
         stopping: collects requests to stop; None makes one with the limit MAX_TIME.
@@ -126,10 +122,7 @@ class ImageTrainer(Trainer):
     # ---- what subclasses define ----------------------------------------------------------------
 
     def weight(self, target: Tensor) -> Tensor | None:
-        """The number that divides the summed loss of these labels, 0-dim.
-
-        None if it depends on the predictions.
-        """
+        """What divides the summed loss of these labels, 0-dim; None: it depends on predictions."""
         raise NotImplementedError
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -101,10 +101,8 @@ class MultiscaleLayer(nn.Module):
         Calls with autograd stay eager: the backward of compiled code would compute the weights'
         gradients in every vector-Jacobian product, and has no second derivatives.
 
-        ``f.select(rows)`` is f for the samples ``rows`` alone, (n,) int64 on f's device. Called on
-        the z_i[rows], it gives the rows of f(z), up to rounding. It has a ``select`` itself. Its
-        first call in a dtype copies the tensors with an entry per sample (masks and injection);
-        it shares all others with f.
+        f has ``select`` (:mod:`lib.solvers.maps`); the first call of a selection in a dtype copies
+        the tensors with an entry per sample (masks and injection), and shares all others with f.
 
         Args:
             injection: x of branch 0, (B, C_0, H, W); the other branches have no injection.
@@ -129,13 +127,10 @@ class MultiscaleLayer(nn.Module):
         low: torch.dtype | None,
         rows: Tensor | None = None,
     ) -> Callable[[list[Tensor]], list[Tensor]]:
-        """Return f for the samples ``rows``; None takes all.
+        """Return f for the samples ``rows``, (n,) int64; None takes all.
 
-        Args:
-            whole: the prepared tensors of the whole batch: in full precision under the key None,
-                and under autocast also in its dtype under the key ``low``.
-            low: autocast's dtype; None if autocast was off in ``prepare``.
-            rows: sample indices (n,) int64, or None.
+        ``whole`` has the prepared tensors of the whole batch: in full precision under the key None,
+        and under autocast also in its dtype ``low``.
         """
 
         @cache
@@ -213,12 +208,6 @@ def _autocast_dtype(kind: str) -> torch.dtype | None:
 
 @cache
 def _compiled(kind: str) -> Callable:
-    """``MultiscaleLayer.forward``, compiled, for any layer.
-
-    A module function, not an attribute of the layer, so that models stay copyable.
-
-    Raises:
-        InputError: torch.compile does not work here.
-    """
+    """``MultiscaleLayer.forward``, compiled. Not kept in the layer: models stay copyable."""
     with naming("COMPILE"):
         return compiled(MultiscaleLayer.forward, kind)

@@ -94,10 +94,7 @@ class SegmentationLoss:
         return torch.where(kept, loss, 0.0).sum(), kept.sum().to(nll.dtype)
 
     def weight(self, label: Tensor) -> Tensor | None:
-        """The weight of a batch from its labels alone, 0-dim.
-
-        None with hard example mining, because the weight then depends on the logits.
-        """
+        """The weight of a batch from its labels alone, 0-dim; None if it depends on the logits."""
         if self.ohem:
             return None
         labelled = label != self.ignore_label
@@ -144,10 +141,5 @@ class SegmentationLoss:
 
 
 def mean_loss(total: Tensor, weight: Tensor) -> Tensor:
-    """total / weight, 0-dim. For zero weight: zero with zero gradients, not NaN.
-
-    Args:
-        total: summed loss, 0-dim, as ``SegmentationLoss`` returns it.
-        weight: the divisor, 0-dim; several processes pass the sum of their weights.
-    """
+    """total / weight, 0-dim. For zero weight: zero with zero gradients, not NaN."""
     return total / torch.where(weight > 0, weight, 1.0)

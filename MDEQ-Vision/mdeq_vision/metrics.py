@@ -82,10 +82,7 @@ class ConfusionMatrix:
         self.matrix = self.matrix.to(counts.device) + counts[:cells].view(self.n_classes, -1)
 
     def reduce(self) -> "ConfusionMatrix":
-        """Replace the counts by their sum over all processes; return self.
-
-        Every process must call this method once, at the end: a second call would sum the sums.
-        """
+        """Replace the counts by their sum over all processes, once, at the end; return self."""
         if dist.is_available() and dist.is_initialized():
             # NCCL needs GPU tensors; the matrix of a process that counted nothing is on the CPU.
             device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -96,11 +93,7 @@ class ConfusionMatrix:
 
     @property
     def iou(self) -> Tensor:
-        """Intersection over union per class, (n,), float64, on the CPU.
-
-        Number of pixels where both label and prediction are the class, divided by the number of
-        pixels where at least one is. NaN for a class that occurs in neither.
-        """
+        """Intersection over union per class, (n,), float64; NaN for a class that never occurs."""
         matrix = self._counts()
         hits = matrix.diagonal()
         return hits / (matrix.sum(1) + matrix.sum(0) - hits)

@@ -101,9 +101,8 @@ def save_prediction(
     Args:
         folder: parent of these three folders, which are created if absent.
         name: the image's name without extension; it may contain folders.
-        picture: the input, uint8 (H, W, 3).
-        prediction: classes, (H, W), integers in [0, n).
-        facts: SegmentationFacts of the data set, for ``palette`` and ``label_ids``.
+        picture, prediction: uint8 (H, W, 3), and classes (H, W), integers in [0, n).
+        facts: the SegmentationFacts of the data set.
 
     Raises:
         InputError: ``name`` leads out of ``folder``, or the arrays do not fit together.

@@ -13,11 +13,7 @@ def model_summary(cfg: CfgNode, model: MDEQNet, size: tuple[int, int]) -> str:
 
     Multiply-adds count convolutions and matrix products, for one image and one application of f.
     The counts come from a copy on the meta device: no memory, no arithmetic, no random numbers.
-
-    Args:
-        cfg: the configuration of ``model``.
-        model: any MDEQ; only its class is used.
-        size: (height, width) of the image.
+    ``size`` is (height, width) of the image.
     """
     with torch.device("meta"):
         copy = type(model)(cfg).eval()

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 from yacs.config import CfgNode
 
 from lib.errors import InputError, naming
@@ -16,10 +16,6 @@ BACKBONE = ("downsample.", "stage0.", "fullstage.")
 
 def extract_pretrained(checkpoint: str | Path, output: str | Path) -> list[str]:
     """Write the backbone's weights of a classification checkpoint, for MODEL.PRETRAINED.
-
-    Args:
-        checkpoint: a state dict or checkpoint file, ours or a published one.
-        output: the file to write: a plain state dict.
 
     Returns:
         The names of the written tensors.
@@ -58,9 +54,10 @@ def load_pretrained(
     }
     if not any(key.startswith("fullstage.") for key in taken):
         example = next((k for k in own if k.startswith("fullstage.")), "")
+        found = f", and finds {tuple(state[example].shape)}" if example in state else ""
         raise InputError(
             f"no weight of f in {path} fits this model by name and shape (it needs, for one, "
-            f"{example} {tuple(own[example].shape)}{_found(state, example)}): extract it from a "
+            f"{example} {tuple(own[example].shape)}{found}): extract it from a "
             "classification run of the same MODEL settings with tools/extract_pretrained.py"
         )
     if bad := not_finite(taken):
@@ -68,10 +65,6 @@ def load_pretrained(
     model.load_state_dict(taken, strict=False)
     if log is not None:
         _report(log, path, taken, state, own)
-
-
-def _found(state: dict[str, Tensor], key: str) -> str:
-    return f", and finds {tuple(state[key].shape)}" if key in state else ""
 
 
 def _report(log, path, taken: dict, state: dict, own: dict) -> None:

@@ -75,13 +75,7 @@ def get_seg_dataset(cfg: Any, split: str) -> SegmentationDataset:
     return _build(SEGMENTATION, cfg, split, "segmentation", ("train", "extra", "test"))
 
 
-def _build(
-    builders: dict[str, Any],
-    cfg: Any,
-    split: str,
-    task: str,
-    splits: tuple[str, ...] = ("train", "test"),
-) -> Any:
+def _build(builders: dict, cfg: Any, split: str, task: str, splits=("train", "test")) -> Any:
     name = cfg.DATASET.DATASET
     if split not in splits:
         raise InputError(f"split {split!r}: choose {' or '.join(map(repr, splits))}")

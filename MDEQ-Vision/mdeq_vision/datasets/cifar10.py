@@ -28,9 +28,6 @@ class Cifar10(Dataset):
         image_size: (width, height) to which the 32x32 images are resized.
         augment: pad the image by 4, crop 32x32 at random, and mirror with probability 1/2.
 
-    Attributes:
-        classes: the ten class names.
-
     Raises:
         InputError: a file is missing or is not a CIFAR-10 batch.
     """

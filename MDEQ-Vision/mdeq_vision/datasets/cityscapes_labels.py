@@ -19,6 +19,10 @@ N_LABEL_IDS = 34
 N_TRAIN_IDS = len(CITYSCAPES.class_names)
 OFFICIAL = "use the files *_labelIds.png, or *_labelTrainIds.png"
 
+# Train id or IGNORE per label id 0..33; entry 255 is label id -1 (licence plates).
+TRAIN_IDS = np.full(256, IGNORE, np.uint8)
+TRAIN_IDS[list(CITYSCAPES.label_ids)] = np.arange(N_TRAIN_IDS)
+
 # Patterns for the lower-case stem of a file name. Other data sets with these classes write
 # train_id.
 _LABEL_IDS = re.compile(r"_labelids$")
@@ -105,13 +109,3 @@ def _refuse_above(labels: np.ndarray, n: int, path: Path, what: str) -> None:
             f"labels {path} have the {what} {labels[unknown][0]}: Cityscapes has -1 to {n - 1} "
             f"({OFFICIAL})"
         )
-
-
-def _train_id_table() -> np.ndarray:
-    """Train id or IGNORE per label id 0..33; entry 255 is label id -1 (licence plates)."""
-    table = np.full(256, IGNORE, np.uint8)
-    table[list(CITYSCAPES.label_ids)] = np.arange(N_TRAIN_IDS)
-    return table
-
-
-TRAIN_IDS = _train_id_table()

@@ -56,9 +56,6 @@ class DigitImages(Dataset):
         split: 'train' or 'test'.
         image_size: (width, height) to which the 8x8 image is resized bilinearly.
         augment: shift, turn and zoom the image at random.
-
-    Attributes:
-        classes: "0" to "9".
     """
 
     def __init__(self, split: str, *, image_size: tuple[int, int], augment: bool):

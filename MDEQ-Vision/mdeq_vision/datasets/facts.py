@@ -5,75 +5,46 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SegmentationFacts:
-    """Facts about a segmentation data set with n classes. Train ids are 0..n-1.
-
-    Attributes:
-        class_names: a name per train id.
-        palette: an (R, G, B) colour per train id, 0..255;
-            ``np.asarray(palette, np.uint8)`` is the (n, 3) table.
-        mean, std: one number per channel, for images in [0, 1]; they normalise the input.
-        class_weights: weight of each class in the loss, or None for equal weights.
-        label_ids: the official label id per train id, for submission files.
-    """
+    """Facts about a segmentation data set with n classes. Train ids are 0..n-1."""
 
     class_names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
-    mean: tuple[float, float, float]
+    palette: tuple[tuple[int, int, int], ...]  # (R, G, B) of each class, 0..255
+    mean: tuple[float, float, float]  # per channel, of images in [0, 1], like std
     std: tuple[float, float, float]
-    class_weights: tuple[float, ...] | None
-    label_ids: tuple[int, ...]
+    class_weights: tuple[float, ...] | None  # in the loss; None for equal weights
+    label_ids: tuple[int, ...]  # the official label id per train id, for submission files
 
 
+# By train id: name, colour, official label id, weight in the loss.
+_CITYSCAPES = (
+    ("road", (128, 64, 128), 7, 0.8373),
+    ("sidewalk", (244, 35, 232), 8, 0.918),
+    ("building", (70, 70, 70), 11, 0.866),
+    ("wall", (102, 102, 156), 12, 1.0345),
+    ("fence", (190, 153, 153), 13, 1.0166),
+    ("pole", (153, 153, 153), 17, 0.9969),
+    ("traffic_light", (250, 170, 30), 19, 0.9754),
+    ("traffic_sign", (220, 220, 0), 20, 1.0489),
+    ("vegetation", (107, 142, 35), 21, 0.8786),
+    ("terrain", (152, 251, 152), 22, 1.0023),
+    ("sky", (70, 130, 180), 23, 0.9539),
+    ("person", (220, 20, 60), 24, 0.9843),
+    ("rider", (255, 0, 0), 25, 1.1116),
+    ("car", (0, 0, 142), 26, 0.9037),
+    ("truck", (0, 0, 70), 27, 1.0865),
+    ("bus", (0, 60, 100), 28, 1.0955),
+    ("train", (0, 80, 100), 31, 1.0865),
+    ("motorcycle", (0, 0, 230), 32, 1.1529),
+    ("bicycle", (119, 11, 32), 33, 1.0507),
+)
+_NAMES, _PALETTE, _LABEL_IDS, _WEIGHTS = zip(*_CITYSCAPES, strict=True)
 CITYSCAPES = SegmentationFacts(
-    class_names=(
-        "road",
-        "sidewalk",
-        "building",
-        "wall",
-        "fence",
-        "pole",
-        "traffic_light",
-        "traffic_sign",
-        "vegetation",
-        "terrain",
-        "sky",
-        "person",
-        "rider",
-        "car",
-        "truck",
-        "bus",
-        "train",
-        "motorcycle",
-        "bicycle",
-    ),
-    palette=(
-        (128, 64, 128),
-        (244, 35, 232),
-        (70, 70, 70),
-        (102, 102, 156),
-        (190, 153, 153),
-        (153, 153, 153),
-        (250, 170, 30),
-        (220, 220, 0),
-        (107, 142, 35),
-        (152, 251, 152),
-        (70, 130, 180),
-        (220, 20, 60),
-        (255, 0, 0),
-        (0, 0, 142),
-        (0, 0, 70),
-        (0, 60, 100),
-        (0, 80, 100),
-        (0, 0, 230),
-        (119, 11, 32),
-    ),
+    class_names=_NAMES,
+    palette=_PALETTE,
     mean=(0.485, 0.456, 0.406),
     std=(0.229, 0.224, 0.225),
-    class_weights=(
-        *(0.8373, 0.918, 0.866, 1.0345, 1.0166, 0.9969, 0.9754, 1.0489, 0.8786, 1.0023),
-        *(0.9539, 0.9843, 1.1116, 0.9037, 1.0865, 1.0955, 1.0865, 1.1529, 1.0507),
-    ),
-    label_ids=(7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33),
+    class_weights=_WEIGHTS,
+    label_ids=_LABEL_IDS,
 )
 
 # Background is train id 0, as in most data sets with a background; digit d is train id d + 1.

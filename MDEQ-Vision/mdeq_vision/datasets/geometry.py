@@ -44,9 +44,7 @@ class TrainingGeometry:
         # The far corner may leave the image by a rounding error, which resize() refuses.
         box = (*box[:2], min(box[2], image.width), min(box[3], image.height))
         pixels = np.asarray(image.resize(seen, Image.Resampling.BILINEAR, box))
-        labels = Image.fromarray(labels).resize(seen, Image.Resampling.NEAREST, box)
-        labels = np.asarray(labels)
-
+        labels = _nearest(labels, seen, box)
         right, bottom = self.crop[0] - seen[0], self.crop[1] - seen[1]
         pixels = np.pad(pixels, ((0, bottom), (0, right), (0, 0)))
         labels = np.pad(labels, ((0, bottom), (0, right)), constant_values=IGNORE)
@@ -81,9 +79,7 @@ class CentreCrop:
             channels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float()
             channels = F.interpolate(channels, (height, width), mode="bilinear")
             pixels = channels[0].permute(1, 2, 0).round().byte().numpy()
-            labels = np.asarray(
-                Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
-            )
+            labels = _nearest(labels, (width, height))
         left, top = (
             max(round((side - crop) / 2), 0)
             for side, crop in zip((width, height), self.crop, strict=True)
@@ -97,8 +93,12 @@ def resize_labels(labels: np.ndarray, factor: float) -> np.ndarray:
     if factor == 1:
         return labels
     height, width = (max(1, int(side * factor + 0.5)) for side in labels.shape)
-    resized = Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST)
-    return np.asarray(resized)
+    return _nearest(labels, (width, height))
+
+
+def _nearest(labels: np.ndarray, size: tuple[int, int], box=None) -> np.ndarray:
+    """The part ``box`` of labels, at ``size`` (width, height)."""
+    return np.asarray(Image.fromarray(labels).resize(size, Image.Resampling.NEAREST, box))
 
 
 def _with_long_side(size: tuple[int, int], long_side: int) -> tuple[int, int]:

@@ -27,11 +27,9 @@ def read_rgb(path: str | Path) -> Image.Image:
 
 
 def read_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read a file with one integer label per pixel.
+    """Read the labels (H, W) of a file in its own integer type, and its palette.
 
-    Returns:
-        The labels (H, W) in the file's own integer type; and the palette's colours (n, 3) uint8
-        of the labels 0 to n - 1, or None if the file has no palette.
+    The palette is the colours (n, 3) uint8 of the labels 0 to n - 1, or None.
 
     Raises:
         InputError: the file does not exist, is no image, is truncated, has several channels, or

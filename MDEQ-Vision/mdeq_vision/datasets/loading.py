@@ -43,10 +43,7 @@ def n_batches(n: int, batch_size: int, *, drop_last: bool, percent: float = 1.0)
 
 
 class Loader:
-    """The batches of one epoch from batch ``start`` on. A second iteration gives the same batches.
-
-    ``len()`` is the number of batches that an iteration yields.
-    """
+    """The batches of one epoch from batch ``start`` on; every iteration gives the same."""
 
     def __init__(self, loader: DataLoader):
         self._loader = loader
@@ -168,8 +165,7 @@ def _arrived(batch: list[Tensor], copied: torch.cuda.Event) -> list[Tensor]:
 def _outlive_signals(worker: int) -> None:
     """Let a worker ignore signals to the process group, and end with the trainer.
 
-    Terminals and clusters signal a whole group of processes. The trainer then finishes its step,
-    and still needs its workers.
+    At a signal to the whole group, the trainer finishes its step and still needs its workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS

@@ -87,15 +87,10 @@ class SegmentationDataset(Dataset):
             pixels, labels = self._geometry(image, labels)
         else:
             pixels = np.asarray(image)
-        return self._normalise(pixels), self._to_items_labels(labels)
-
-    def _normalise(self, pixels: np.ndarray) -> Tensor:
-        channels_first = np.ascontiguousarray(pixels.transpose(2, 0, 1))
-        return (torch.from_numpy(channels_first).float() / 255 - self._mean) / self._std
-
-    def _to_items_labels(self, labels: np.ndarray) -> Tensor:
+        channels_first = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
         wide = torch.from_numpy(labels.astype(np.int64))
-        return wide.masked_fill_(wide == IGNORE, self._ignore_label)
+        normalised = (channels_first.float() / 255 - self._mean) / self._std
+        return normalised, wide.masked_fill_(wide == IGNORE, self._ignore_label)
 
 
 def training_geometry(cfg: Any) -> TrainingGeometry:

@@ -35,26 +35,18 @@ def import_torchvision() -> ModuleType:
         if not any(name in str(error) for name in MISSING_OPERATORS):
             raise
         for name, schema in MISSING_OPERATORS.items():
-            if not _is_declared(name):
+            namespace, operator = name.split("::")
+            if not hasattr(getattr(torch.ops, namespace), operator):
                 torch.library.define(name, schema)
         import torchvision
     return torchvision
 
 
-def _is_declared(name: str) -> bool:
-    namespace, operator = name.split("::")
-    return hasattr(getattr(torch.ops, namespace), operator)
-
-
 class LazyTransform:
     """A chain of torchvision transforms that is built at its first call.
 
-    Only ``build`` and its arguments are pickled. So a data set with a LazyTransform can be sent to
-    a process that cannot import torchvision by itself.
-
-    Args:
-        build: a module-level function, ``build(*arguments)`` -> transform.
-        arguments: the arguments of ``build``.
+    Only ``build``, a module-level function, and its arguments are pickled. So a data set with a
+    LazyTransform can be sent to a process that cannot import torchvision by itself.
     """
 
     def __init__(self, build: Callable[..., Callable], *arguments: Any):
