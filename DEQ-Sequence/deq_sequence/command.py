@@ -41,6 +41,16 @@ _FREE = (
     "--num_threads", "--eval_batch_size", "--max_eval_steps",
 )  # fmt: skip
 
+# Flags of the same name and meaning as an argument of DEQTransformerLM, and of initialize().
+_OF_MODEL = (
+    "n_layer", "eval_n_layer", "n_head", "d_model", "d_head", "d_inner", "dropout", "dropatt",
+    "d_embed", "div_val", "pre_lnorm", "wnorm", "tgt_len", "mem_len", "local_size",
+    "pretrain_steps", "f_solver", "stop_mode", "grad", "tie_proj_mode",
+)  # fmt: skip
+_OF_INITIALIZATION = (
+    "init", "init_std", "init_range", "emb_init", "emb_init_range", "proj_init_std",
+)  # fmt: skip
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run train_transformer.py and return its exit code."""
@@ -65,40 +75,13 @@ def build_model(args: argparse.Namespace, corpus: Corpus, device: torch.device):
     tie_projs = [args.adaptive and i > 0 for i in range(len(cutoffs) + 1)]
     model = DEQTransformerLM(
         n_token,
-        args.n_layer,
-        args.eval_n_layer,
-        args.n_head,
-        args.d_model,
-        args.d_head,
-        args.d_inner,
-        args.dropout,
-        args.dropatt,
         tie_weights=not args.not_tied,
-        d_embed=args.d_embed,
-        div_val=args.div_val,
         tie_projs=tie_projs,
-        pre_lnorm=args.pre_lnorm,
-        wnorm=args.wnorm,
-        tgt_len=args.tgt_len,
-        mem_len=args.mem_len,
-        local_size=args.local_size,
-        pretrain_steps=args.pretrain_steps,
         cutoffs=cutoffs,
-        f_solver=args.f_solver,
         b_solver=own_b_solver(args),
-        stop_mode=args.stop_mode,
-        grad=args.grad,
-        tie_proj_mode=args.tie_proj_mode,
+        **{name: getattr(args, name) for name in _OF_MODEL},
     )
-    initialize(
-        model,
-        init=args.init,
-        init_std=args.init_std,
-        init_range=args.init_range,
-        emb_init=args.emb_init,
-        emb_init_range=args.emb_init_range,
-        proj_init_std=args.proj_init_std,
-    )
+    initialize(model, **{name: getattr(args, name) for name in _OF_INITIALIZATION})
     model.to(device)
     if args.compile:
         model.func.compile_evaluations()

@@ -44,10 +44,9 @@ def cluster_of(ids: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
 
 
 def rows_by_cluster(cluster: Tensor, n_clusters: int) -> list[Tensor]:
-    """The indices at which ``cluster`` (N,) is i, for i = 0, ..., n_clusters - 1.
+    """For each i below n_clusters, the indices at which ``cluster`` (N,) is i, increasing.
 
-    The result is a list of increasing LongTensors. All their lengths are read from the device
-    together, so a GPU synchronises once, not once per cluster.
+    All lengths are read from the device together: a GPU synchronises once, not once per cluster.
     """
     counts = torch.stack([(cluster == i).sum() for i in range(n_clusters)]).tolist()
     return list(cluster.argsort(stable=True).split(counts))
@@ -60,12 +59,8 @@ class AdaptiveEmbedding(nn.Module):
     ``d_embed`` differs from ``d_proj``. With a larger ``div_val`` cluster i has its own table of
     width d_embed // div_val^i and its own projection.
 
-    Args:
-        n_token: vocabulary size.
-        d_embed: width of the first cluster.
-        d_proj: width of the output.
-        cutoffs: first id of every cluster except the first.
-        div_val: factor by which the width falls from one cluster to the next.
+    ``d_proj`` is the width of the output; the other arguments are those of
+    :class:`deq_sequence.DEQTransformerLM`.
     """
 
     def __init__(
@@ -127,10 +122,7 @@ class PositionalEmbedding(nn.Module):
 
 
 def check_ids(ids: Tensor, n_token: int) -> None:
-    """Raise an InputError for ids outside the vocabulary.
-
-    CPU tensors only: on a GPU this check would synchronise, and CUDA's own assertion finds bad ids.
-    """
+    """Refuse ids outside the vocabulary, on a CPU: on a GPU, CUDA asserts, and this would wait."""
     if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < n_token:
         raise InputError(
             f"token ids run from {ids.min()} to {ids.max()}, but the vocabulary has {n_token} words"

@@ -87,8 +87,7 @@ def evaluate(
         train_step: selects the phase, as in the model's forward; -1 is equilibrium.
         max_steps: maximal number of segments; -1 means all.
         spectral_radius: also compute the spectral radius (150 Jacobian products per segment).
-        processes: the processes of the run; all must call this function with the same arguments.
-        stop: called before each segment; True interrupts the evaluation.
+        processes, stop: as for :func:`lib.runs.evaluation_loop.evaluate_batches`.
 
     Raises:
         EvaluationStopped: raised in all processes if ``stop`` returned True in one of them.

@@ -294,11 +294,10 @@ class TransformerLayer(nn.Module):
         self._compiled: Callable | None = None
 
     def compile_evaluations(self) -> None:
-        """Use torch.compile for all further evaluations of f without autograd.
+        """Use torch.compile for all further evaluations of f without autograd, as in a solver.
 
-        These are all evaluations in a solver. With autograd, f is not compiled: the adjoint needs
-        many vector-Jacobian products with df/dz alone, but the backward pass of a compiled
-        function always computes the gradients of all weights as well.
+        With autograd, f stays eager: the backward pass of a compiled function would compute the
+        gradients of all weights in every vector-Jacobian product of the adjoint.
 
         Raises:
             InputError: torch.compile does not work here.
@@ -310,14 +309,9 @@ class TransformerLayer(nn.Module):
 
         Under autocast, f multiplies matrices in autocast's dtype, with weights that are cast once
         per forward pass. Within ``torch.autocast(..., enabled=False)`` the same f computes in the
-        dtype of z. The result always has the dtype of z.
-
-        ``f.plain`` is the same map, made of operations that all have second derivatives.
-
-        ``f.select(rows)`` is the same map for the samples ``rows`` only, with its own ``plain``
-        and ``select``: f.select(rows)(z[rows]) = f(z)[rows] to rounding, for rows (n,) int64 on
-        f's device. Its first evaluation in a dtype copies the tensors that differ between
-        samples. It shares all other tensors with f.
+        dtype of z. The result always has the dtype of z. f has ``plain`` and ``select``
+        (:mod:`lib.solvers.maps`); the first evaluation of a selection in a dtype copies the tensors
+        that differ between samples, and shares all others with f.
 
         Args:
             us: injected input, (B, K, 3d), the memory's part on the left.

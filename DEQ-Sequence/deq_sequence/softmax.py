@@ -55,15 +55,7 @@ class ProjectedAdaptiveLogSoftmax(nn.Module):
             self.out_projs.extend(nn.Linear(width, d_proj, bias=False) for width in widths)
 
     def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """Compute -log p(target), in the order of the tokens.
-
-        Args:
-            hidden: (N, d_proj).
-            target: (N,) word ids.
-
-        Returns:
-            (N,) in nats.
-        """
+        """-log p(target) in nats: hidden (N, d_proj), word ids (N,) -> (N,)."""
         if len(hidden) != len(target):
             raise InputError(f"{len(hidden)} hidden states for {len(target)} targets")
         check_ids(target, self.n_token)

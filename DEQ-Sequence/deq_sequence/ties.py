@@ -52,11 +52,7 @@ class TiedWeights(nn.Module):
 
     @torch.no_grad()
     def start_equal(self) -> None:
-        """Make the two parameters of every tie equal, after an initialisation that drew both.
-
-        All modes then start from the same weights, those that were drawn last: a shared array
-        keeps the last values, too.
-        """
+        """Make the two parameters of every tie equal, in all modes to those drawn last."""
         self._join()
         for tie in self.ties:
             self.get_parameter(tie.source).copy_(self.get_parameter(tie.ours))
@@ -108,8 +104,6 @@ def ties_between(
     """List the ties of a model whose ``word_emb`` and ``crit`` have the same sizes.
 
     Args:
-        embedding: an :class:`deq_sequence.embedding.AdaptiveEmbedding`.
-        softmax: a :class:`deq_sequence.softmax.ProjectedAdaptiveLogSoftmax`.
         weights: tie every output table to its embedding table, always in the mode 'shared'.
         projections: entry i ties projection i; missing entries are False. With ``div_val`` 1 all
             are tied to the embedding's single projection, if it has one.

@@ -14,18 +14,11 @@ from lib.errors import InputError
 
 @dataclass(frozen=True)
 class Dataset:
-    """The properties of a data set.
+    """The properties of a data set."""
 
-    Attributes:
-        counted: the splits whose symbols form the vocabulary, in the order of counting.
-        lower_case: words are lower-cased.
-        characters: symbols are bytes, and losses are reported in bits per character instead of
-            perplexity.
-    """
-
-    counted: tuple[str, ...] = ("train",)
+    counted: tuple[str, ...] = ("train",)  # splits whose symbols form the vocabulary, in order
     lower_case: bool = False
-    characters: bool = False
+    characters: bool = False  # symbols are bytes; bits per character instead of perplexity
 
 
 # As in Transformer-XL: the published results use its vocabularies.
@@ -39,29 +32,18 @@ DATASETS = {
 }
 
 
+@dataclass(eq=False)
 class Corpus:
-    """A data set as token ids.
+    """A data set as token ids: 1-d LongTensors, in the order of the text."""
 
-    Attributes:
-        dataset: name of the data set, a key of ``DATASETS``.
-        vocab: the vocabulary of the ids, a ``Vocab`` (``ByteVocab`` for characters).
-        train, valid, test: 1-d LongTensors of ids, in the order of the text.
-    """
-
-    def __init__(
-        self,
-        dataset: str,
-        vocab: Vocab,
-        train: torch.Tensor,
-        valid: torch.Tensor,
-        test: torch.Tensor,
-    ):
-        self.dataset, self.vocab = dataset, vocab
-        self.train, self.valid, self.test = train, valid, test
+    dataset: str  # a key of DATASETS
+    vocab: Vocab  # ByteVocab for characters
+    train: torch.Tensor
+    valid: torch.Tensor
+    test: torch.Tensor
 
     @property
     def characters(self) -> bool:
-        """Whether symbols are characters: losses are then reported in bits per character."""
         return DATASETS[self.dataset].characters
 
 

@@ -16,21 +16,13 @@ def cache_path(datadir: Path, dataset: str) -> Path:
 
 
 def cache_key(dataset: str, rules: tuple, sources: list[Path]) -> list:
-    """Everything that the validity of a cache depends on.
-
-    This is the format version, the data set, the rules by which its symbols get ids, and the name,
-    size and modification time of each file.
-    """
+    """What a cache depends on: ``rules`` are those by which the symbols of a data set get ids."""
     files = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sources]
     return [FORMAT_VERSION, dataset, rules, files]
 
 
 def load(path: Path, key: list) -> tuple[list[str], dict[str, torch.Tensor]] | None:
-    """The symbols and the ids per split (1-d LongTensors), or None without a valid cache.
-
-    A cache is valid if it can be read and was saved with the same ``key``. It is read with
-    ``weights_only``, so a foreign file cannot run code.
-    """
+    """The symbols and the ids per split (1-d LongTensors); None without a cache of this ``key``."""
     try:
         stored = torch.load(path, weights_only=True)
         if stored["key"] != key:

@@ -53,9 +53,8 @@ def build_demo_corpus(datadir: str | Path) -> dict:
 
     Returns:
         The manifest, also saved as ``demo_corpus.json``: ``format``, ``python`` (the version of
-        the documentation), ``types`` (size of the vocabulary of train with ``<eos>``) and
-        ``splits``. For each split the latter has the file size in ``bytes``, the number of
-        ``tokens`` with one ``<eos>`` per line, and ``unk_share``, the share of ``<unk>`` in them.
+        the documentation), ``types`` (size of the vocabulary of train with ``<eos>``), and per
+        split the ``bytes`` of the file, ``tokens`` with one ``<eos>`` per line, and ``unk_share``.
 
     Raises:
         InputError: the folder cannot be written to; it holds text that this function did not make
@@ -90,10 +89,7 @@ def build_demo_corpus(datadir: str | Path) -> dict:
 
 
 def demo_texts(min_count: int | None = None) -> dict[str, str]:
-    """The text of each split, with rare words replaced by ``<unk>``.
-
-    Args:
-        min_count: a word that occurs less often than this in train is rare; None: ``MIN_COUNT``.
+    """The text of each split; words below ``min_count`` (MIN_COUNT) in train become ``<unk>``.
 
     Raises:
         InputError: this Python has no sources of the standard library.

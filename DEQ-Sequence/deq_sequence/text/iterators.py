@@ -93,11 +93,8 @@ class LMOrderedIterator:
     def iterate(self, start: int = 0) -> Iterator[Batch]:
         """Yield batches of fixed length from row ``start`` to the end of the text.
 
-        A pass that has read r rows continues with ``iterate(r)``. At the end of the text this
-        yields nothing.
-
-        Raises:
-            InputError: ``start`` is outside the text.
+        A pass that has read r rows continues with ``iterate(r)``, at the end with nothing. A start
+        outside the text raises an InputError.
         """
         self._check_start(start)
         return (self.get_batch(i) for i in range(start, self.rows - 1, self.bptt))
@@ -111,13 +108,8 @@ class LMOrderedIterator:
         deviation 5 is added, and the result is clipped to [5, bptt + 15]. The last batch has the
         rest of the text.
 
-        Args:
-            start: first data row.
-            generator: random generator of the lengths; a checkpoint should hold its state. None
-                creates one with seed 0, so a pass without this argument is repeatable, too.
-
-        Raises:
-            InputError: ``start`` is outside the text.
+        ``generator`` draws the lengths (a checkpoint should hold its state); None makes one with
+        seed 0. A start outside the text raises an InputError.
         """
         self._check_start(start)
         return self._walk_varlen(start, generator or random.Random(0))

@@ -18,13 +18,8 @@ UNIGRAM_SMOOTHING = 0.01  # added to each count, so that an unseen word has a pr
 def unigram_perplexity(train: torch.Tensor, test: torch.Tensor, n_token: int) -> float:
     """Perplexity of word frequencies on ``test[1:]``: p(w) = (c(w) + 0.01) / (N + 0.01 n_token).
 
-    The constant hardly changes the maximum-likelihood estimate, and gives words that do not occur
-    in training a probability above zero.
-
-    Args:
-        train: 1-d LongTensor of ids below ``n_token``; N is its length, c(w) the count of w in it.
-        test: 1-d LongTensor of at least two ids; ``test[1:]`` is predicted.
-        n_token: size of the vocabulary.
+    ``train`` and ``test`` are 1-d LongTensors of ids below ``n_token``, the size of the vocabulary;
+    N is the length of ``train``, and c(w) the count of w in it.
 
     Raises:
         InputError: an id is outside the vocabulary, or a text has fewer than two tokens.
@@ -97,14 +92,7 @@ class KneserNeyBigram:
         self._continuation /= len(pairs)
 
     def probability(self, history: np.ndarray, word: np.ndarray) -> np.ndarray:
-        """p(word | history), element by element.
-
-        Args:
-            history, word: int64 arrays of ids below ``n_token``, of the same shape (n,).
-
-        Returns:
-            float64 array (n,).
-        """
+        """p(word | history), element by element: int64 arrays (n,) -> float64 (n,)."""
         pair = history * self.n_token + word
         place = np.minimum(np.searchsorted(self._pairs, pair), len(self._pairs) - 1)
         pair_count = np.where(self._pairs[place] == pair, self._pair_counts[place], 0)

@@ -32,9 +32,8 @@ def read_lines(path: Path) -> Iterator[str]:
 def read_bytes(path: Path) -> bytes:
     """Read the bytes of a file of a character data set.
 
-    The file has one of two formats, decided by its first 4 KiB: the bytes themselves, or the
-    format of Transformer-XL. The latter has bytes as decimal numbers separated by spaces, except
-    for newlines, which are themselves.
+    The first 4 KiB decide its format: the bytes themselves, or that of Transformer-XL, in which
+    bytes are decimal numbers separated by spaces, and newlines are themselves.
 
     Raises:
         InputError: the file begins with numbers but does not continue with numbers from 0 to 255.

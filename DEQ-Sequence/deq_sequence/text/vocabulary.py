@@ -59,13 +59,9 @@ class Vocab:
 
         A word outside the vocabulary becomes ``<unk>`` if the vocabulary contains ``<unk>``.
 
-        Args:
-            lines: the text, line by line (a file of any size is streamed).
-            source: origin of the text, for the error message.
-
         Raises:
             InputError: a word is unknown and there is no ``<unk>``; the message names the word,
-                the source and the line.
+                the ``source`` and the line.
         """
         ids = array("i")  # 4 bytes per token; a list needs 36, and WikiText-103 has 103 million
         lookup, unk = self.sym2idx, self.sym2idx.get(UNK)
@@ -117,20 +113,17 @@ class ByteVocab(Vocab):
     """
 
     def count(self, blocks: Iterable[bytes]) -> None:
-        """Add the bytes of ``blocks`` to the counts; ids change only at the next ``build``."""
         for block in blocks:
             self.counter.update(block)
 
     def build(self) -> None:
-        """Assign ids according to the counts so far."""
         self._set_symbols([chr(byte) for byte, _ in self.counter.most_common()])
 
     def encode(self, blocks: Iterable[bytes], source: str = "text") -> torch.Tensor:
         """Token ids of ``blocks``, a 1-d LongTensor with one id per byte.
 
         Raises:
-            InputError: a byte is not in the vocabulary; the message names the byte, the source and
-                the position.
+            InputError: a byte is not in the vocabulary.
         """
         raw = b"".join(blocks)
         table = np.full(256, -1, dtype=np.int64)
