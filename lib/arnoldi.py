@@ -29,11 +29,10 @@ def arnoldi(
 ) -> Iterator[Tensor]:
     """Hessenberg matrices (B, m + 1, m) of ``product`` in the Krylov space of v (B, D).
 
-    Yields one matrix for every m from 1 to ``steps``. Its last row holds only h, the component out
-    of the space. If the space of a sample is exhausted (the rest is rounding alone), h is 0 and the
-    further columns of the sample are zero: a further direction would be noise, with Ritz values
-    that may exceed the spectral radius. With ``renew`` the sample instead continues from a random
-    direction orthogonal to the space.
+    Yields one matrix for every m from 1 to ``steps``. Its last row holds only h. If the space of a
+    sample is exhausted (the rest is rounding alone), h and the further columns are zero: noise
+    would have Ritz values that may exceed the spectral radius. With ``renew`` the sample instead
+    continues from a random direction orthogonal to the space.
     """
     batch, size = v.shape
     basis = v.new_zeros(batch, steps + 1, size)

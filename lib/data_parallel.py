@@ -34,12 +34,10 @@ class BalancedDataParallel(DataParallel):
 
     Args:
         module: the model; its tensor arguments are split along ``dim``.
-        first: number of samples on device 0. -1 splits the batch evenly; with 0, device 0 only
-            holds the outputs.
+        first: number of samples on device 0; -1 splits the batch evenly.
         dim: batch dimension of all inputs.
-        output_dims: batch dimension of each output in the model's list. None is for an output that
-            is a mean over samples: its parts are averaged with the numbers of samples as weights,
-            which gives the mean over the whole batch.
+        output_dims: batch dimension of each output in the model's list. None is for a mean over
+            samples: its parts are averaged with the numbers of samples as weights.
         device_ids: numbers of the GPUs; None means all.
     """
 

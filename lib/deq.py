@@ -22,14 +22,10 @@ Example (a layer defined in a notebook)::
     >>> deq.stats.backward.last["rel_residual"] < 1e-3
     True
 
-Under autocast f runs in bfloat16 (or half) precision, and the rounding of f is a floor for the
-residual. A solve with a smaller tolerance first descends to that floor, then finishes with f in
-float32 (see :func:`~lib.solvers.precision.solve_in_stages`). States and residuals are always
-float32.
+Under autocast f runs in half precision, states and residuals stay float32, and a solve may finish
+with f in float32: see :func:`~lib.solvers.precision.solve_in_stages`.
 
-A state may consist of several tensors. Either pass ``deq(f, list2vec(z0_list))``, with an f that
-begins with ``vec2list`` and ends with ``list2vec``. Or pass the list itself: then f maps a list to
-a list, and the result is a list.
+A state may be a list of tensors: then f maps a list to a list, and the result is a list.
 """
 
 from collections.abc import Callable, Sequence
@@ -404,10 +400,9 @@ def _as_lists(found: Equilibrium, shapes: list[tuple[int, ...]]) -> Equilibrium:
 
 
 def _watched(f: Map, indexing: Sequence[int]) -> tuple[Map, dict[int, Tensor]]:
-    """f with a recorder, and the dict that the recorder fills: evaluation number -> point.
+    """f with a recorder, and the dict that it fills: number of an evaluation, from 0 -> point.
 
-    Evaluations count from 0; only the numbers in ``indexing`` are recorded. The returned f does not
-    offer ``select``: a selection would evaluate, and so record, only a part of the batch.
+    The returned f offers no ``select``: it would evaluate, and so record, a part of the batch.
     """
     visited: dict[int, Tensor] = {}
     count = 0
@@ -443,12 +438,11 @@ def _of_deq(name: str) -> property:
 
 
 class SolverAttributes:
-    """Mixin for models: ``f_solver``, ``b_solver`` and ``grad`` forward to ``self.deq``.
+    """Mixin for models: ``f_solver``, ``b_solver`` and ``grad`` are those of ``self.deq``.
 
-    A solver may be set at any time, as a name or a callable. An unknown name, or a solver that does
-    not fit the gradient, is refused. ``b_solver = None`` means the forward solver, as in the
-    published models. If ``b_solver`` is set to another solver, the gradient has the tolerance of
-    that solver: a smaller tolerance of ``f_solver`` alone does not improve the gradient.
+    They may be set at any time. ``b_solver = None`` means the forward solver, as in the published
+    models. Another ``b_solver`` has its own tolerance: a smaller tolerance of ``f_solver`` alone
+    does not improve the gradient.
     """
 
     deq: DEQ

@@ -15,10 +15,7 @@ class MissingExtra(InputError, ImportError):
 
 @contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """A context for imports of packages that an extra installs.
-
-    Args:
-        extra: a name in pyproject.toml's optional-dependencies, such as 'images'.
+    """A context for imports of packages of an ``extra`` in pyproject.toml, such as 'images'.
 
     Raises:
         MissingExtra: a package is not installed. An import of our own that fails is a bug and

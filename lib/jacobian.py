@@ -1,7 +1,8 @@
 """Estimates of the Jacobian J = df/dz of an equilibrium layer, from products with J alone.
 
-All functions take a pair (f0, z0), where f0 = f(z0) is computed from a z0 that requires grad. So
-they work on any layer. Every sample (dimension 0) has its own Jacobian.
+All functions take a pair (f0, z0): z0 requires grad, and f0 = f(z0) has the same shape (B, ...). So
+they work on any layer. Another pair raises an :class:`~lib.errors.InputError`, as does an argument
+out of range. Every sample (dimension 0) has its own Jacobian, of D = z0[0].numel() columns.
 
 Example (a rotation, shrunk: eigenvalues 0.8 e^(+-i pi/2), spectral norm 0.8)::
 
@@ -67,8 +68,6 @@ def jac_loss_estimate(
     equation 7).
 
     Args:
-        f0: f(z0), any shape (B, ...).
-        z0: the point, of the same shape, requiring grad.
         vecs: number of random vectors, at least 1.
         create_graph: build the graph of the loss, so that the loss can be trained on.
         vectors: "gaussian", as in the paper, or "rademacher", which has a lower variance (see
@@ -101,16 +100,11 @@ def squared_frobenius_norm(
     Rademacher vectors never have the higher variance, and they are exact if G is diagonal.
 
     Args:
-        f0: f(z0), any shape (B, ...).
-        z0: the point, of the same shape, requiring grad.
         vecs: number of random vectors, at least 2.
         vectors: "rademacher" or "gaussian".
 
     Returns:
         Estimate and standard error, each (B,), in the dtype of ``z0``, at least float32.
-
-    Raises:
-        InputError: too few vectors, an unknown kind of vectors, or no valid pair (f0, z0).
     """
     _check_pair(f0, z0)
     check_count("vecs", vecs, 2)
@@ -150,8 +144,6 @@ def power_method(f0: Tensor, z0: Tensor, n_iters: int = 200) -> tuple[Tensor, Te
     chapter 6).
 
     Args:
-        f0: f(z0), (B, ...).
-        z0: the point, of the same shape, requiring grad.
         n_iters: total number of products with J', at least 1.
 
     Returns:
@@ -176,22 +168,17 @@ def leading_eigenvalues(
 ) -> Eigenvalues:
     """The k eigenvalues of J of largest modulus per sample, including complex ones.
 
-    Arnoldi's process with J' starts from a random vector: J'V = V H + h w e_m', where (V, w) has
-    orthonormal columns and H has size m. The eigenvalues t of H approach those of J, the outermost
-    first. For H y = t y with ||y|| = 1, the vector x = V y has the residual
-    ``||J'x - t x|| = |h| |y_m|``. So t is an eigenvalue of J + E for some E with ||E||_2 of that
-    size. If J is normal, the error of t is at most the residual; otherwise it is up to about the
-    residual times the condition number of the eigenvalue (Saad, Numerical Methods for Large
-    Eigenvalue Problems, chapters 3 and 6). Products are rounded, so a residual below the rounding
-    error of J shows only that the error of t is of the size of that rounding error.
+    Arnoldi's process with J' (:mod:`lib.arnoldi`) starts from a random vector. A value t is an
+    eigenvalue of J + E for some E with ||E||_2 equal to its residual. If J is normal, the error of
+    t is at most the residual; otherwise it is up to about the residual times the condition number
+    of the eigenvalue (Saad, Numerical Methods for Large Eigenvalue Problems, chapters 3 and 6). A
+    residual below the rounding error of J shows only an error of that size.
 
     A sample whose Krylov space is exhausted continues from a new random vector. So small, zero and
     scaled identity Jacobians give all their k eigenvalues. If the space is not exhausted, copies of
     a multiple eigenvalue may be missing.
 
     Args:
-        f0: f(z0), (B, ...).
-        z0: the point, of the same shape, requiring grad; D numbers per sample.
         k: number of eigenvalues, from 1 to D. The last one may be half of a conjugate pair.
         steps: the largest number of products with J', at least k; the process makes at most D. It
             keeps all its vectors: steps * D numbers per sample. The default is 100, or 4 k if that
@@ -202,9 +189,6 @@ def leading_eigenvalues(
         Values, (B, k) complex, and residuals, (B, k), in the precision of ``z0``, at least float32.
         In a conjugate pair the value above the real axis comes first. A sample whose Jacobian is
         not finite has NaN and does not affect the other samples.
-
-    Raises:
-        InputError: k or steps out of range, or no valid pair (f0, z0).
     """
     _check_pair(f0, z0)
     size = z0.shape[1:].numel()
@@ -232,8 +216,6 @@ def contraction_bound(f0: Tensor, z0: Tensor, steps: int = 50) -> Tensor:
     The products J v are derivatives of u -> J'u, so the backward of f must be differentiable.
 
     Args:
-        f0: f(z0), (B, ...).
-        z0: the point, of the same shape, requiring grad; D numbers per sample.
         steps: number of products with J, and as many with J'; at least 1, and at most D are made.
 
     Returns:
@@ -241,7 +223,7 @@ def contraction_bound(f0: Tensor, z0: Tensor, steps: int = 50) -> Tensor:
         finite.
 
     Raises:
-        InputError: f has no double backward, steps is below 1, or no valid pair (f0, z0).
+        InputError: f has no double backward.
     """
     _check_pair(f0, z0)
     check_count("steps", steps, 1)

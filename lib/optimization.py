@@ -30,10 +30,9 @@ class WeightNorm:
         )
 
     def reset(self, module: nn.Module) -> None:
-        """Compute the weights and hold them until the next call. Call this once per forward pass.
+        """Compute the weights and hold them until the next call: once per forward pass.
 
-        Without this call, or after g or v has changed (an optimiser step, load_state_dict, .to()),
-        every access computes the weight. So the weight is never stale.
+        Without this call, or after g or v has changed, every access computes the weight.
         """
         module.__dict__[_HELD] = {
             name: (self._version(module, name), self.compute(module, name)) for name in self.names

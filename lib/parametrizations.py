@@ -14,12 +14,10 @@ Apply them to the part of a model that acts on z, not to a whole model: a bounde
 loses accuracy for nothing.
 
 While a solver of :class:`lib.deq.DEQ` runs, each weight is computed once and held, without a
-graph. The evaluation of f that carries the gradient computes the weight again, with its graph. So
-a training step computes a weight twice, however many evaluations the solver makes. Backward frees
-the graph as usual. (``torch.nn.utils.parametrize.cached()`` does not fit around a DEQ: the solver
-would fill its cache with weights that have no graph, and a module and its deepcopy share an entry.)
-The gradients ``unroll`` and ``reversible`` differentiate each evaluation, and compute the weight at
-each one.
+graph. The evaluation of f that carries the gradient computes it again, with its graph: twice per
+training step. (``torch.nn.utils.parametrize.cached()`` does not fit around a DEQ: the solver would
+fill its cache with weights that have no graph, and a module and its deepcopy share an entry.) The
+gradients ``unroll`` and ``reversible`` compute the weight at each evaluation.
 """
 
 import threading
@@ -158,12 +156,10 @@ def _unit(vector: Tensor, otherwise: Tensor) -> Tensor:
 def spectral_norm(module: nn.Module, bound: float = 0.9) -> nn.Module:
     """Hold the spectral norm of each weight at or below ``bound``: w = v / max(1, ||v||_2 / bound).
 
-    With f(z) = tanh(W z + u) and a bound below 1, f is a contraction: the slope of tanh is at most
-    1, so ||df/dz||_2 <= ||W||_2. Power iteration estimates the norm (Miyato et al. 2018, arXiv
-    1802.05957): 100 iterations at the start, then 5 in training mode after each change of the
-    weight. The estimate comes from below, so the norm may exceed the bound a little: by less than
-    1 % at the start in our tests, and by less than 0.1 % after some steps of training. Evaluation
-    changes no buffer.
+    Power iteration estimates the norm (Miyato et al. 2018, arXiv 1802.05957): 100 iterations at the
+    start, then 5 in training mode after each change of the weight. The estimate comes from below,
+    so the norm may exceed the bound a little: by less than 1 % at the start in our tests, and by
+    less than 0.1 % after some steps of training. Evaluation changes no buffer.
 
     The norm of a convolution is that of the operator itself: the circular convolution of stride 1
     on an image of side 16, or of the side of the kernel if that is larger. Other strides and zero

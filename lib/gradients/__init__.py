@@ -72,10 +72,7 @@ class Gradient:
         """Accept any threshold: only some iterations limit it."""
 
     def attach(self, solved: Solved) -> Tensor:
-        """The output state: a value at the fixed point, with this gradient if autograd records.
-
-        The tensor is new: it shares no memory with ``solved``.
-        """
+        """The output state, a new tensor, with this gradient if autograd records."""
         raise NotImplementedError
 
     def tangent(self, tangents: Tangents) -> Tensor:

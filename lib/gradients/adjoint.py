@@ -89,7 +89,6 @@ class LinearSolve:
 
         Args:
             product: v -> A v, for each sample separately.
-            b: the right-hand side.
             start: initial guess; None is y = 0.
             threshold: replaces the default threshold of this object.
             make_precise: returns the product in float32, if ``product`` is in half precision.
@@ -123,10 +122,7 @@ class LinearSolve:
         return self._judged(solution, product, b, norms)
 
     def _scale(self, norms: np.ndarray) -> np.ndarray:
-        """The power of two, per sample (B,), by which b is multiplied.
-
-        All samples have the same power unless the solver stops per sample.
-        """
+        """The powers of two (B,) that scale b: all the same unless the solver stops per sample."""
         finite = np.where(np.isfinite(norms), norms, 0.0)
         alone = unwrapped(self._solver)[1].get("stop") == "sample"
         sizes = finite if alone else np.full_like(finite, math.hypot(*finite))
@@ -172,10 +168,7 @@ class LinearSolve:
 
 
 def _rises(solution: dict) -> bool:
-    """Whether the solve ended at its threshold with a rising residual.
-
-    The small residual of its best point says little then.
-    """
+    """Whether the solve ended with a rising residual: that of its best point says little then."""
     last = solution.get("abs_trace", [])[-_RISING:]
     grows = all(a < b for a, b in pairwise(last))
     return solution.get("reason") == "threshold" and len(last) == _RISING and grows
@@ -265,10 +258,7 @@ class Adjoint:
     def solve(
         self, grad: Tensor, start: Tensor | None = None, threshold: int | None = None
     ) -> Tensor:
-        """Solve y = J'y + grad from ``start`` (default 0) in at most ``threshold`` steps.
-
-        The default threshold is that of the linear solve.
-        """
+        """Solve y = J'y + grad; ``start`` and ``threshold`` as for :class:`LinearSolve`."""
         again = self._again
         make_precise = None if again is None else lambda: self._in_float32(again)
         y = self._solve(

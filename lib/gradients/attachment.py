@@ -79,11 +79,9 @@ def _refuse_compiled() -> None:
 
 
 def refuse_derivative(value: Tensor, *anchors: Tensor) -> Tensor:
-    """Return ``value``, such that differentiating it raises an error.
+    """The result of a solver, such that differentiating it raises an error.
 
-    Args:
-        value: the result of a solver, which autograd would treat as a constant.
-        anchors: tensors that the value depends on; at least one has a graph.
+    It depends on the ``anchors``, at least one of which has a graph.
     """
     return _Refuse.apply(value, *anchors)
 
@@ -126,10 +124,7 @@ class _Linear(torch.autograd.Function):
 
 
 def with_tangent(value: Tensor, tangent: Tensor) -> Tensor:
-    """The dual tensor of a value and its forward-mode tangent.
-
-    Differentiating the tangent itself raises.
-    """
+    """The dual tensor of a value and its forward-mode tangent, which cannot be differentiated."""
     if value.requires_grad and torch.is_grad_enabled():
         tangent = refuse_derivative(tangent, value)
     return forward_ad.make_dual(value, tangent)
@@ -155,11 +150,9 @@ def _same(value: Tensor) -> Tensor:
 def recording_for(what: str) -> Iterator[None]:
     """A context in which autograd records, even inside no_grad and inference_mode.
 
-    Args:
-        what: the quantity that needs the gradient of f, for the error message.
-
     Raises:
-        InputError: f saves a tensor made in inference mode for its gradient; autograd refuses this.
+        InputError: f saves a tensor made in inference mode for its gradient; the message names
+            ``what``, the quantity that needs it.
     """
     try:
         with torch.inference_mode(False), torch.enable_grad():

@@ -40,26 +40,17 @@ class Iteration:
     def refuse_threshold(self, evaluations: int, name: str = "f_thres", more: int = 0) -> None:
         """Raise an InputError if ``evaluations + more`` evaluations are too many to differentiate.
 
-        Args:
-            evaluations: the threshold.
-            name: the name of the threshold, for the error message.
-            more: evaluations beyond the threshold.
+        ``name`` is what the message calls the threshold ``evaluations``.
         """
 
     def run(
         self, f: Map, z0: Tensor, evaluations: int, indexing: Collection[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor], dict]:
-        """Run the iteration from z0.
-
-        Args:
-            f: the layer.
-            z0: the initial state, (B, ...).
-            evaluations: number of evaluations of f.
-            indexing: numbers of evaluations after which the state is returned as well.
+        """Run the iteration from z0 (B, ...), with so many ``evaluations`` of f.
 
         Returns:
-            The last state; the states that ``indexing`` requests, by number; a dict like a
-            solver's.
+            The last state; the states after the numbers of evaluations in ``indexing``, by number;
+            a dict like a solver's.
         """
         raise NotImplementedError
 
@@ -197,11 +188,10 @@ def _roles(i: int) -> tuple[int, int]:
 class _History:
     """The state of a reversible iteration for backward: the last pair, and the way back from it.
 
-    In the forward pass, the tensors that autograd would save within f are only counted. In
-    backward, autograd asks for the saved tensors of the evaluations in falling order. At the first
-    request for an evaluation, f is evaluated again at the recovered point. The new saved tensors
-    answer the requests, and the value of f takes the pair one evaluation further back. So each
-    evaluation is repeated once.
+    In the forward pass, the tensors that autograd would save within f are only counted. Backward
+    asks for them evaluation by evaluation, in falling order. At the first request, f is evaluated
+    again at the recovered point: its saved tensors answer the requests, and its value takes the
+    pair one evaluation further back. So each evaluation is repeated once.
     """
 
     def __init__(self, f: Map, z0: Tensor, damping: float):

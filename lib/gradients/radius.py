@@ -18,11 +18,10 @@ class RadiusWatch:
     are, and a few unstable samples are enough to stop solves early.
 
     At every 100th backward pass, 20 products with J' start from the incoming gradient. The growth
-    of the last 10 estimates the spectral radius per sample. The estimate uses no random numbers and
-    leaves the gradient as it is. It never exceeds ||J||_2, so a contraction stays silent. It is
-    right if the leading eigenvalues stand out after 10 products and the incoming gradient has a
-    part along them. It is rough if many eigenvalues have nearly the largest modulus, or if J is far
-    from normal. :func:`lib.jacobian.power_method` is more exact.
+    of the last 10 estimates the spectral radius per sample, without random numbers. The estimate
+    never exceeds ||J||_2, so a contraction stays silent. It is rough if many eigenvalues have
+    nearly the largest modulus, or if J is far from normal; :func:`lib.jacobian.power_method` is
+    more exact.
 
     There is no estimate if several processes train together: their backward passes may
     communicate, and the estimate would have to run in all of them alike.

@@ -25,10 +25,7 @@ def atomic_write(path: Path, before_rename: Callable[[], None] | None = None) ->
     The data goes to a temporary file in the same folder, which is flushed to the disk and then
     renamed to ``path``. A reader sees the old file or the whole new one, also after a crash.
 
-    Args:
-        path: the file to write.
-        before_rename: called after the flush and before the rename, when lack of space can no
-            longer cause a failure.
+    ``before_rename`` is called after the flush, when lack of space can no longer be an error.
 
     Raises:
         OSError: the folder cannot be written to, or the disk is full; ``path`` is unchanged.

@@ -171,11 +171,8 @@ def odd_tensors(state: dict[str, Tensor]) -> list[str]:
     """
     return [
         key
-        for key, value in state.items()
-        if value.layout is not torch.strided
-        or value.is_quantized
-        or value.is_complex()
-        or value.is_meta
+        for key, v in state.items()
+        if v.layout is not torch.strided or v.is_quantized or v.is_complex() or v.is_meta
     ]
 
 
@@ -221,13 +218,10 @@ def strip_wrappers(state: dict[str, Tensor], model: nn.Module | None = None) -> 
 
 def not_finite(state: dict[str, Tensor]) -> list[str]:
     """Names of the tensors that hold NaN or Inf."""
-    return [
-        key
-        for key, value in state.items()
-        if value.is_floating_point() and not value.is_meta and not _is_finite(value)
-    ]
 
+    def finite(value: Tensor) -> bool:
+        # torch.isfinite does not support all 8-bit floating-point dtypes.
+        return bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all())
 
-def _is_finite(value: Tensor) -> bool:
-    # torch.isfinite does not support all 8-bit floating-point dtypes.
-    return bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all())
+    checked = {k: v for k, v in state.items() if v.is_floating_point() and not v.is_meta}
+    return [key for key, value in checked.items() if not finite(value)]

@@ -61,10 +61,7 @@ def exit_code(program: str, action: Callable[[], object], resume: str) -> int:
     130. Any other error is raised. With several processes this function does not return: it ends
     the process by :func:`end_at_once`.
 
-    Args:
-        program: the command's name, at the beginning of the line.
-        action: what the command does.
-        resume: the option that continues an interrupted run, such as '--restart'.
+    The line begins with ``program``; ``resume`` is the option that continues an interrupted run.
     """
     try:
         action()

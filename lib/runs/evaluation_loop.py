@@ -45,7 +45,7 @@ def evaluate_batches(
     """Call ``measure`` on each batch, and sum what it returns over batches and processes.
 
     Args:
-        model: the model that ``measure`` calls, here in eval mode and without gradients.
+        model: the model that ``measure`` calls.
         batches: the batches of this process; there may be none.
         measure: returns numbers or 0-dim tensors by name, the same names for each batch. They are
             summed in float64, without waiting for the GPU.

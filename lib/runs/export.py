@@ -35,14 +35,9 @@ def export_weights(state: dict[str, Tensor], path: str | Path) -> None:
 
 
 def export_file(source: str | Path, target: str | Path) -> list[str]:
-    """Write the weights in one file to another file by :func:`export_weights`.
+    """Write the weights in a file to another one by :func:`export_weights`; return their names.
 
-    Args:
-        source: model.pt, a checkpoint of either trainer, published weights, or .safetensors.
-        target: the file to write; its folder is created if absent.
-
-    Returns:
-        The names of the tensors that were written.
+    The source may be any file of weights or checkpoint; the target's folder is created if absent.
 
     Raises:
         InputError: the source is unreadable or has no weights, the weights are not finite, or the

@@ -59,11 +59,8 @@ def _solved(records: list[dict], which: str) -> list[dict]:
 def draw_curves(records: list[dict], border: int, path: Path, draw: Callable) -> None:
     """Draw a figure of two panels over the steps: the training curves and the residuals.
 
-    Args:
-        records: the records of metrics.jsonl.
-        border: the first step at equilibrium, marked by a vertical line.
-        path: the PNG file to write.
-        draw: a function that draws the training curves on the matplotlib axes it is given.
+    A line marks ``border``, the first step at equilibrium. ``draw`` draws the training curves on
+    the matplotlib axes it is given. ``path`` is the PNG file to write.
     """
     # Imported here: matplotlib is optional for training, and its import is slow.
     with needs("runs"):

@@ -27,10 +27,9 @@ def fused_if_possible(
 
 
 def _groups(parameters: list[nn.Parameter]) -> list[dict]:
-    """Split parameters into groups; no two parameters of a group share the same memory.
+    """Split parameters into groups in which no two share memory.
 
-    An optimiser updates groups one after another, but one kernel may update all parameters of a
-    group at once. Of two simultaneous updates of the same memory one would be lost.
+    One kernel may update a whole group: of two updates of the same memory one would be lost.
     """
     groups: list[dict] = []
     seen: Counter = Counter()

@@ -39,9 +39,8 @@ class Processes:
         GPU tensors are sent by NCCL, all others by gloo.
 
         A process gives up after waiting $DEQ_TIMEOUT minutes (default 15) for another, as a
-        machine without power or network sends no error. The longest normal waits are for the
-        first process: it reads a corpus (WikiText-103: half a minute) or a list of images for the
-        first time, or writes a checkpoint to a slow disk.
+        machine without power or network sends no error. The longest normal waits are for files
+        that the first process reads or writes (WikiText-103: half a minute).
 
         The block does not destroy the process group. After an error it ends at once, otherwise
         when all processes have reached its end. A process that joined must therefore exit with
@@ -93,10 +92,7 @@ class Processes:
         return torch.device("cuda", torch.cuda.current_device())
 
     def part(self, n: int) -> slice:
-        """This process's contiguous share of ``n`` items.
-
-        Shares differ by at most one item; the first processes have the larger shares.
-        """
+        """This process's contiguous share of ``n`` items: the first processes may have one more."""
         each, over = divmod(n, self.world_size)
         first = self.rank * each + min(self.rank, over)
         return slice(first, first + each + (self.rank < over))
@@ -149,10 +145,9 @@ class Processes:
         return kept[0] if kept else None
 
     def in_turn(self, action: Callable[[], _T]) -> _T:
-        """Run ``action`` in every process, first in the process of local rank 0 on each machine.
+        """Run ``action`` in every process, on each machine first in that of local rank 0.
 
-        Use this if the action leaves a cache file that makes the next call cheaper. An error is
-        raised only in the process in which it occurs.
+        For an action that leaves a cache file. An error is raised only where it occurs.
         """
         if self.world_size == 1:
             return action()
@@ -187,11 +182,10 @@ class Processes:
 def _settle_buckets(parallel: DistributedDataParallel) -> None:
     """Fix the buckets in which DistributedDataParallel sends gradients.
 
-    DistributedDataParallel rebuilds its buckets once, in the order in which gradients first become
-    ready. With more than two processes, an element's place in its bucket decides the order of its
-    sum over processes, and so its rounding. Gradients become ready in different orders in the two
-    phases of training: a run resumed at equilibrium would round differently from one that began
-    stacked. So the buckets are rebuilt here, by a backward pass through the sum of all parameters.
+    It rebuilds them once, in the order in which gradients first become ready. With more than two
+    processes, an element's place in its bucket decides the rounding of its sum. The order differs
+    between the two phases of training, so a run resumed at equilibrium would round differently. So
+    the buckets are rebuilt here, by a backward pass through the sum of all parameters.
     """
     model = parallel.module
     model.forward = lambda: sum(p.sum() for p in model.parameters() if p.requires_grad)
@@ -231,11 +225,9 @@ def lost_contact(error: BaseException) -> str:
 def end_at_once(code: int) -> None:
     """End this process, if it is one of several, without destroying the process group.
 
-    After an error this must happen while the exception, and so its traceback's frames, are still
-    referenced. Tensors may still be on their way to a process that is gone. Dropping the last
-    reference to the process group, such as the traceback's to DistributedDataParallel, waits for
-    these tensors while holding Python's lock (GIL). gloo's threads need the same lock to release
-    the tensors (torch 2.13), so the wait would never end.
+    After an error this must happen while the exception's traceback still refers to the process
+    group. Dropping the last reference waits, with Python's lock (GIL), for tensors on their way to
+    a process that is gone; gloo's threads need the lock to release them (torch 2.13): for ever.
 
     Without an error too, Python's normal exit is not safe. It destroys gloo in an order that
     aborts one process in some hundreds ("terminate called without an active exception"), which

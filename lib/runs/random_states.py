@@ -7,12 +7,7 @@ import torch
 
 
 def random_states(rng: random.Random, gpus: Sequence[int]) -> dict:
-    """The states of all random generators that a step uses, for a checkpoint.
-
-    Args:
-        rng: the generator of :meth:`~lib.runs.task.Task.draw`.
-        gpus: numbers of the GPUs that this process computes on; empty on the CPU.
-    """
+    """The states of all generators that a step uses: ``rng``, PyTorch's, and those of ``gpus``."""
     return {
         "random": rng.getstate(),
         "torch_random": torch.get_rng_state(),

@@ -26,8 +26,7 @@ def save_newest(content, path: str | Path, keep: int) -> None:
 
     Args:
         content: tensors and plain containers.
-        path: path of the newest checkpoint, such as checkpoint.pt; the previous one is then
-            checkpoint.1.pt.
+        path: path of the newest checkpoint, such as checkpoint.pt.
         keep: number of checkpoints to keep, including the newest.
 
     Raises:
@@ -43,10 +42,7 @@ def save_newest(content, path: str | Path, keep: int) -> None:
 
 
 def versions(path: str | Path) -> list[Path]:
-    """The existing checkpoints, newest first: ``path``, then its predecessors by number.
-
-    Any of them may be missing, also ``path``.
-    """
+    """The existing checkpoints, newest first; ``path`` itself may be missing."""
     path = Path(path)
     newest = [path] if path.is_file() else []
     return newest + list(_predecessors(path).values())
@@ -129,10 +125,7 @@ def _predecessors(path: Path) -> dict[int, Path]:
 
 
 def _rotate(path: Path, keep: int) -> None:
-    """Shift the numbers of the older checkpoints by one, and link ``path`` to number 1.
-
-    ``path`` itself stays until the new file replaces it (exception: see :func:`save_newest`).
-    """
+    """Shift the numbers of the older checkpoints by one, and link ``path`` to number 1."""
     older = _predecessors(path)
     if keep == 1 or not path.is_file():
         return

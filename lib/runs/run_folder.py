@@ -92,8 +92,7 @@ class Run:
         folder: the run's folder, created if absent; None writes no file (a debug run).
         settings: name and content of the file that holds the resolved settings.
         resume_step: None for a new run, else the step to continue from. Records of later steps
-            and of the end (kinds "final_..." and "summary") are dropped: the resumed run writes
-            them again.
+            and of the end are dropped: the resumed run writes them again.
         events: folder of the TensorBoard events; None means ``folder``.
         quiet: print nothing.
 

@@ -16,42 +16,25 @@ from lib.runs.trainer import Trainer
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training command decides before it builds a model.
-
-    Attributes:
-        trainer: the trainer's class.
-        folder: the folder of the run.
-        checkpoint: the newest checkpoint of the run to continue; None begins a new run.
-        named_by: the option that chose ``checkpoint``, for messages.
-        debug: write nothing.
-        events: folder of the TensorBoard events; None means ``folder``.
-    """
+    """What a training command decides before it builds a model."""
 
     trainer: type[Trainer]
-    folder: Path
-    checkpoint: Path | None
-    named_by: str
-    debug: bool = False
-    events: Path | None = None
+    folder: Path  # of the run
+    checkpoint: Path | None  # the newest one of the run to continue; None begins a new run
+    named_by: str  # the option that chose ``checkpoint``, for messages
+    debug: bool = False  # write nothing
+    events: Path | None = None  # folder of the TensorBoard events; None means ``folder``
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run, and how they are kept in a file of its folder.
-
-    Attributes:
-        values: all settings by name.
-        file: name of the file.
-        content: content of the file.
-        read: reads the settings in such a file; raises an InputError if they are unreadable.
-        free: names, or beginnings of names, that a resumed run may change without a note.
-    """
+    """The settings of a run by name, and how they are kept in a file of its folder."""
 
     values: dict
     file: str
     content: str
-    read: Callable[[Path], dict]
-    free: tuple[str, ...]
+    read: Callable[[Path], dict]  # reads such a file; raises an InputError if it is unreadable
+    free: tuple[str, ...]  # (beginnings of) names that a resumed run may change without a note
 
     def changes(self, path: Path) -> list[str]:
         """One line per setting that differs from the settings in ``path``."""
@@ -67,31 +50,20 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """What a training command has built.
+    """What a training command has built."""
 
-    Attributes:
-        trainer: the trainer, in its initial state.
-        settings: the resolved settings.
-        title: the first lines of the log: the data and the model.
-        notes: further lines.
-        finish: called with the run after the last step.
-    """
-
-    trainer: Trainer
+    trainer: Trainer  # in its initial state
     settings: Settings
-    title: str
-    notes: list[str] = field(default_factory=list)
-    finish: Callable[[Run], None] = lambda run: None
+    title: str  # the first lines of the log: the data and the model
+    notes: list[str] = field(default_factory=list)  # further lines
+    finish: Callable[[Run], None] = lambda run: None  # called after the last step
 
 
 def run_training(plan: Plan, build: Callable[[bool], Job], processes: Processes) -> Path | None:
     """Train in a new run, or continue the run of a checkpoint.
 
-    Args:
-        plan: see :class:`Plan`.
-        build: ``build(anew)`` builds the model and its trainer. ``anew`` is False if a checkpoint
-            will replace the weights.
-        processes: the processes of the run; every process makes this call.
+    Every process of the run makes this call. ``build(anew)`` builds the model and its trainer;
+    ``anew`` is False if a checkpoint will replace the weights.
 
     Returns:
         The run's folder; None in a debug run and in all processes except the first.
@@ -149,12 +121,9 @@ def _begin(plan: Plan, settings: Settings, source: Path | None, step: int | None
 def read_checkpoint(
     path: Path, trainer: type[Trainer], processes: Processes
 ) -> tuple[dict, Path, list[str]]:
-    """Read the newest good checkpoint of a run.
+    """Read the newest good checkpoint of a run: its content, its file, and lines for the log.
 
     The first process chooses the file, so that all processes continue from the same one.
-
-    Returns:
-        The content, the file that was read, and lines for the log.
 
     Raises:
         InputError: there is no good checkpoint, or another process cannot read the file.

@@ -21,8 +21,7 @@ _CHECKSUM, _VALUE = "tensors.sha256", "sha256 of the tensors: "
 def is_safetensors(head: bytes, size: int) -> bool:
     """Whether a file of ``size`` bytes that begins with ``head`` (9 bytes) has this format.
 
-    A safetensors file begins with the length of its header (8 bytes, little-endian), followed by
-    the header, a JSON object.
+    It begins with the length of its header (8 bytes, little-endian); the header is a JSON object.
     """
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
 

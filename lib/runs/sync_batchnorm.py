@@ -73,12 +73,8 @@ def convert_sync_batchnorm(
     """Replace every batch norm of a model by one over all processes, in place.
 
     A model on a GPU gets PyTorch's ``nn.SyncBatchNorm``, any other model ``SyncBatchNorm2d``. So
-    move the model to its device first. Parameters and buffers stay the same objects, so an
-    existing optimiser stays valid. Training mode, momentum and state-dict keys are kept, too.
-
-    Args:
-        model: the module; may itself be a batch norm.
-        process_group: the processes that share statistics; None for all.
+    move the model to its device first. Parameters and buffers stay the same objects; training mode,
+    momentum and state-dict keys are kept. ``process_group`` None means all processes.
 
     Returns:
         The model, or its replacement if the model itself is a batch norm.
@@ -143,15 +139,10 @@ def _converted(name: str, norm: _BatchNorm, process_group) -> SyncBatchNorm2d:
 
 
 def _statistics(x: Tensor, group) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics of x (B, C, H, W) over all processes.
+    """Count per channel, mean (C,), squared deviations (C,) of x (B, C, H, W) of all processes.
 
-    Every process centres its own values, and the results are merged by the formula of Chan,
-    Golub and LeVeque (1983). Plain sums of squares would lose digits by cancellation if the mean
-    is large.
-
-    Returns:
-        The number of values per channel, the mean (C,), and the sum of squared deviations from
-        the mean (C,).
+    Every process centres its own values, and the results are merged by the formula of Chan, Golub
+    and LeVeque (1983): plain sums of squares would lose digits if the mean is large.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     count = x.new_tensor([x.numel() // x.shape[1]])
@@ -168,11 +159,7 @@ def _statistics(x: Tensor, group) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Normalise(torch.autograd.Function):
-    """(x - mean) * inv_std * weight + bias.
-
-    The backward pass takes into account that mean and inv_std depend on x of all processes. The
-    function saves x and vectors of C elements.
-    """
+    """(x - mean) * inv_std * weight + bias, where mean and inv_std depend on x of all processes."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, inv_std, count, group):

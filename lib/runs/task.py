@@ -9,36 +9,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Care:
-    """How a run is protected against divergence and interruption.
+    """How a run is protected against divergence and interruption."""
 
-    Attributes:
-        keep: number of checkpoints kept, including the newest.
-        max_skipped: the run ends after this many non-finite steps in a row.
-        clip: largest gradient norm; 0 or less turns clipping off.
-        weight_decay: the optimiser's weight decay, also after a resume.
-        resume: the option that continues a run, such as '--restart', for messages.
-        way_out: advice against non-finite numbers, for messages.
-    """
-
-    keep: int
-    max_skipped: int
-    clip: float
-    weight_decay: float
-    resume: str
-    way_out: str
+    keep: int  # number of checkpoints kept, including the newest
+    max_skipped: int  # the run ends after this many non-finite steps in a row
+    clip: float  # largest gradient norm; 0 or less turns clipping off
+    weight_decay: float  # of the optimiser, also after a resume
+    resume: str  # the option that continues a run, such as '--restart', for messages
+    way_out: str  # advice against non-finite numbers, for messages
 
 
 @dataclass(frozen=True)
 class Choices:
-    """The random choices of a step, the same in all processes.
+    """The random choices of a step, the same in all processes."""
 
-    Attributes:
-        f_thres: threshold of the forward solver.
-        jac_weight: weight of the Jacobian loss; None: the step does not compute this loss.
-    """
-
-    f_thres: int
-    jac_weight: float | None = None
+    f_thres: int  # threshold of the forward solver
+    jac_weight: float | None = None  # of the Jacobian loss; None: not computed in this step
 
 
 class Summands(NamedTuple):

@@ -42,9 +42,7 @@ class _Events(NamedTuple):
 
 
 def _comparable(score: float) -> float:
-    """The score to compare. One that is not finite is the lowest: its weights are kept until a
-    number comes.
-    """
+    """The score, or the lowest one if it is not finite: such weights are kept until a number."""
     return score if math.isfinite(score) else -math.inf
 
 
@@ -57,13 +55,10 @@ class Trainer(Task):
     :func:`~lib.runs.determinism.deterministic`; without it the two runs agree to rounding.
 
     Args:
-        model: the model, on ``device``.
-        optimizer: the optimiser of all parameters of ``model``.
-        device: the device of this process.
+        model, optimizer: the model, on ``device``, and the optimiser of all its parameters.
         processes: the processes of the run; they share every batch and take every step together.
         seed: seed of :meth:`draw`, the choices made outside the model.
-        care: see :class:`~lib.runs.task.Care`.
-        stopping: collects the requests to stop.
+        care, stopping: how the run is protected; the requests to stop.
     """
 
     def __init__(
@@ -133,7 +128,7 @@ class Trainer(Task):
         parts = self.split(batch)
         sums = torch.zeros(2 + len(self.extra_sums), dtype=torch.float64, device=self.device)
         for i, part in enumerate(parts):
-            with self._gradients_stay(i < len(parts) - 1):
+            with self._gradients_stay(i < len(parts) - 1):  # reduced once, with the last part
                 loss, jac_loss, extra = self.part(i, part, choices)
                 total = loss
                 if choices.jac_weight is not None:
@@ -148,13 +143,8 @@ class Trainer(Task):
     ) -> tuple[dict[str, float], _Events, float]:
         """Sum over all processes, in one call: the sums, the wishes to stop, the diverged solves.
 
-        Then read the results and the gradient norm. This is the only host-device synchronisation
-        of a step, apart from those in the solvers.
-
-        Args:
-            sums: as :meth:`_forward_and_backward` returns them.
-            broken: diverged solves before the step, of either pass.
-            norm: the norm of all gradients, which all processes share.
+        ``broken`` counts the diverged solves before the step. Then read the results and ``norm``:
+        the only host-device synchronisation of a step, apart from those in the solvers.
         """
         # A failed log write: stop; sync() raises it in all processes at the next save.
         stop = self.stopping.check() or self.run.failure is not None
@@ -195,10 +185,7 @@ class Trainer(Task):
         self.model.deq.stats.reset()
 
     def _gradients_stay(self, stay: bool):
-        """If ``stay``, a context that does not reduce gradients over processes, else no effect.
-
-        Gradients are reduced once per step, in the backward pass of the last part.
-        """
+        """If ``stay``, a context that does not reduce gradients over processes, else no effect."""
         if stay and isinstance(self.parallel, DistributedDataParallel):
             return self.parallel.no_sync()
         return contextlib.nullcontext()

@@ -165,10 +165,9 @@ class _AndersonWindow:
     def _weights(self, newest: int) -> Tensor:
         """Weights a (B, 1, m) that sum to one and minimise a' (G + ridge) a; G is the Gram matrix.
 
-        The accuracy of a Cholesky factorisation does not depend on how much the lengths of the
-        residuals differ. The factorisation fails for a sample if an absolute ridge is too small, or
-        if float64 does not hold the squares. That sample takes the plain step from the newest
-        point.
+        A Cholesky factorisation is accurate however much the lengths of the residuals differ. It
+        fails for a sample if an absolute ridge is too small, or if float64 does not hold the
+        squares: that sample takes the plain step from the newest point.
         """
         system = self._gram * self._scale if self._shift is None else self._gram + self._shift
         factor, failed = torch.linalg.cholesky_ex(system)

@@ -177,15 +177,11 @@ class BroydenInverse:
         return self.direction
 
     def return_to(self, residual: Tensor, length: float) -> Tensor:
-        """-H g, (B, D), at the point before the last step.
+        """-H g, (B, D), for g = ``residual`` at the point before the last step, of length t.
 
         H has learnt from that step, but the step is not taken. Since H y = s, the direction there
         is d+ + t d, where d+ = -H g+ is the direction at the end of the step. The factor of that
         update becomes one with t = 0.
-
-        Args:
-            residual: g at the point before the last step.
-            length: t of the last step.
         """
         before = list(self._filled())[-1][-1]
         self.shortfall[-1] = 1.0
@@ -230,10 +226,7 @@ class BroydenInverse:
         self.shortfall.append(1 - length)
 
     def _coefficients(self, wide: bool) -> Tensor:
-        """Extend the triangular system by one row; return c of the class's docstring.
-
-        c is (B, k) in float64.
-        """
+        """Extend the triangular system by one row; return c of the class's docstring, float64."""
         k = self.count - 1
         if k == self.triangle.shape[1]:
             self.triangle = F.pad(self.triangle, (0, k, 0, k))
@@ -361,14 +354,12 @@ def _line_search(
 ) -> _Trial | None:
     """Shorten t from 1 until ||g(x + t d)|| <= (1 + eta - 1e-4 t^2) ||g(x)||.
 
-    This is the rule of Li and Fukushima (2000). Their ||t d||^2 is replaced by t^2 ||g(x)||, so
-    that nothing depends on the scale of z. The rule needs no slope: Broyden's direction need not be
-    a descent direction. eta = 1 / (step + 1)^2 lets the residual rise, by a factor of at most 3.7
-    over all steps.
+    This is the rule of Li and Fukushima (2000), with t^2 ||g(x)|| for their ||t d||^2, so that
+    nothing depends on the scale of z. It needs no slope: Broyden's direction need not be a descent
+    direction. eta = 1 / (step + 1)^2 lets the residual rise, by at most 3.7 over all steps.
 
     Returns:
-        The first trial that meets the rule, else the shortest trial; None if f was not finite at
-        any trial.
+        The first trial that meets the rule, else the shortest; None if f was finite at none.
     """
     length, last = 1.0, None
     for left in reversed(range(_TRIALS)):

@@ -130,7 +130,8 @@ def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[
         right[:, j] = np.where(active, c * rest, 0.0)
         rest = np.where(active, -s * rest, rest)
 
-        weights = _solve_triangular(triangle[:, :n, :n], right[:, :n])
+        small = (torch.from_numpy(part) for part in (triangle[:, :n, :n], right[:, :n, None]))
+        weights = torch.linalg.solve_triangular(*small, upper=True)[:, :, 0].numpy()  # (B, n)
         squares = square + (weights * (weights + 2 * along[:, :n])).sum(1)
         value = np.sqrt(np.maximum(squares, 0.0))
         better = best.offer(active, np.abs(rest), np.linalg.norm(weights, axis=1), value)
@@ -140,13 +141,6 @@ def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[
             break
     weights = to_device(chosen[:, None, :n], basis)  # (B, 1, n)
     return torch.bmm(weights, basis[:n].transpose(0, 1))[:, 0], best.improved
-
-
-def _solve_triangular(systems: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Solutions (B, n) of upper triangular systems (B, n, n)."""
-    columns = torch.from_numpy(right)[:, :, None]
-    solved = torch.linalg.solve_triangular(torch.from_numpy(systems), columns, upper=True)
-    return solved[:, :, 0].numpy()
 
 
 class _Best:
@@ -165,11 +159,9 @@ class _Best:
     def offer(
         self, samples: np.ndarray, residual: np.ndarray, length: np.ndarray, value: np.ndarray
     ) -> np.ndarray:
-        """Offer one point per sample; return the samples that accept it. All are (B,).
+        """Offer ``samples`` a point each; return the samples that accept it. All are (B,).
 
-        Args:
-            samples: the samples that may accept.
-            residual, length, value: of the point: ||g||, ||correction||, ||x + correction||.
+        ``residual``, ``length`` and ``value`` are ||g||, ||correction||, ||x + correction||.
         """
         halved = residual < 0.5 * self._level
         better = samples & (np.maximum(residual, self.rounding * length) < self.residual)
@@ -298,10 +290,9 @@ class System:
         self.x, self.fx, self.g = self.solve.evaluate(self.solve.x0)
 
     def move(self, correction: Tensor, improved: np.ndarray) -> None:
-        """Move to x + correction, and evaluate the true residual there.
+        """Move the samples ``improved`` (B,) to x + correction; evaluate the true residual there.
 
-        Only the samples ``improved`` (B,) move: the recursion predicts that the correction lowers
-        their residual. Samples whose true residual does not fall are noted as stalled.
+        Samples whose true residual does not fall are noted as stalled.
         """
         if improved.any() and not self.solve.resting.all():
             before, moves = norms(self.g), rows(improved, correction)
@@ -328,11 +319,8 @@ class System:
     def enough(self, residual: np.ndarray, value: np.ndarray) -> np.ndarray:
         """The samples (B,) that need no further step in this cycle.
 
-        With stop='batch' these are all samples, or only those with a residual of zero.
-
-        Args:
-            residual: ||g|| at the best point of the cycle, (B,).
-            value: ||x|| there, (B,), in place of ||f(x)|| = ||x + g||.
+        With stop='batch' these are all samples, or only those with a residual of zero. ``residual``
+        and ``value`` (B,) are ||g|| and ||x|| at the best point, for ||f(x)|| = ||x + g||.
         """
         if self.solve.control.stop == "sample":
             return self._small(residual, value)

@@ -24,10 +24,7 @@ def lockstep(f: Map, point: Tensor, group: "dist.ProcessGroup | None") -> Iterat
     evaluations. The block computes the same values as in a single process. Each evaluation costs
     one more all-reduce, of a single number.
 
-    Args:
-        f: the map.
-        point: any argument that f accepts.
-        group: the processes. None: there is one process, and the context gives ``f`` itself.
+    Without a group there is one process, and the context gives ``f`` itself.
     """
     if group is None:
         yield f

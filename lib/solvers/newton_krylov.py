@@ -86,8 +86,10 @@ def newton_krylov(
         options = {"shrinks": False, "heeds_check_every": False}
         solve = start(linearised, x0, threshold, eps, stop_mode, control, **options)
         iterate = _Iterate(solve, warmup, damping)
-        while not solve.stopped and iterate.affords_more():
+        while not solve.stopped:
             newton = iterate.takes_a_step
+            if not solve.affords(1 + bool(newton.any())):  # an evaluation, and perhaps a product
+                break
             if newton.any():
                 goal = inner_eps * iterate.size
                 size = min(inner, solve.left - 1, iterate.x.shape[1])
@@ -96,7 +98,7 @@ def newton_krylov(
                 if solve.resting.all():
                     break
                 # Without improvement J has the eigenvalue 1: take a plain step.
-                iterate.propose(torch.where(rows(improved, step), step, iterate.gx))
+                iterate.step = torch.where(rows(improved, step), step, iterate.gx)
             iterate.evaluate()
         return solve.result()
 
@@ -117,7 +119,8 @@ class _Iterate:
         self._solve, self._damping = solve, damping
         self._set(*solve.evaluate(solve.x0))
         batch = len(self.x)
-        self._low_x, self._low_step, self._step = self.x, self.gx, self.gx
+        # ``step`` (B, D) is the next Newton step; samples that take none ignore theirs.
+        self._low_x, self._low_step, self.step = self.x, self.gx, self.gx
         self._low, self._after = np.full((2, batch), np.inf)  # residual at _low_x; one step later
         self._fresh = np.ones(batch, dtype=bool)  # take the current point as the lowest
         self._plain = np.full(batch, warmup)  # plain steps left
@@ -133,14 +136,6 @@ class _Iterate:
         """The samples whose next step is a Newton step."""
         return ~(self._solve.resting | self._returns | (self._plain > 0))
 
-    def affords_more(self) -> bool:
-        """Whether the budget allows one evaluation, plus a product if any sample needs one."""
-        return self._solve.affords(1 + bool(self.takes_a_step.any()))
-
-    def propose(self, step: Tensor) -> None:
-        """Set the steps (B, D); samples that take no Newton step ignore theirs."""
-        self._step = step
-
     def evaluate(self) -> None:
         """Move all samples to their next points and evaluate f there."""
         newton, plain, returns = self.takes_a_step, self._plain > 0, self._returns.copy()
@@ -148,12 +143,12 @@ class _Iterate:
         if lower.any():
             mask = rows(lower, self.x)
             self._low_x = torch.where(mask, self.x, self._low_x)
-            self._low_step = torch.where(mask, self._step, self._low_step)
+            self._low_step = torch.where(mask, self.step, self._low_step)
             self._low, self._vain = (
                 np.where(lower, new, old) for new, old in ((self.size, self._low), (0, self._vain))
             )
             self._fresh &= ~lower
-        point = self.x + self._damping * self._step
+        point = self.x + self._damping * self.step
         if plain.any():
             point = torch.where(rows(plain, point), self.fx, point)
         if returns.any():
@@ -191,10 +186,9 @@ class _Iterate:
         self._lengths = np.where(self._returns, shorter, self._lengths)
 
     def _shorter(self, size: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """The length that minimises a parabola, kept within 0.1 to 0.5 of ``lengths``.
+        """The minimum of the parabola through the squared residuals at 0 and at ``lengths``.
 
-        The parabola fits the squared residuals at lengths 0 and ``lengths``, with the slope of a
-        Newton step at 0.
+        Its slope at 0 is that of a Newton step. The minimum is kept within 0.1 to 0.5 ``lengths``.
         """
         with np.errstate(over="ignore"):
             share = (size / np.maximum(self._low, 1e-300)) ** 2
@@ -205,8 +199,7 @@ class _Iterate:
 class _Step:
     """The linear system of one Newton step, for :func:`~lib.solvers.krylov.gmres_cycle`.
 
-    Each sample ends by its own residual, whatever ``stop`` says. Otherwise its step would depend on
-    the other samples of the batch.
+    Each sample ends by its own residual, whatever ``stop`` says: its step depends on no other.
     """
 
     def __init__(self, solve: Solve, linearised: "_Linearised", goal: np.ndarray):

@@ -32,11 +32,7 @@ def least_norm(vectors: Tensor) -> float:
 def corrected_norms(
     found: np.ndarray, vectors: Tensor, counts: np.ndarray | None = None
 ) -> np.ndarray:
-    """``found``, norms (B,) of vectors (B, D), with norms out of range recomputed.
-
-    Args:
-        counts: (B,) the samples to recompute if needed; all if None.
-    """
+    """``found``, norms (B,) of vectors (B, D), recomputed where out of range and in ``counts``."""
     fails = ~(np.isfinite(found) & (found >= least_norm(vectors)))
     if counts is not None:
         fails &= counts

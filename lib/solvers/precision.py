@@ -89,12 +89,10 @@ def solve_in_stages(
     from the result of the first. A solver without an argument ``floor`` runs the first stage only.
 
     Args:
-        solver: has the signature of :mod:`lib.solvers`.
         f: the map in half precision, on float32 states.
         make_precise: makes the map in float32; called only if the second stage runs.
-        z0, threshold, stop_mode: as for the solver; the threshold is for both stages together.
-        **options: further options of the solver. If ``solver`` is a partial that sets a budget, the
-            budget applies to each stage.
+        solver, z0, threshold, stop_mode, options: as in :mod:`lib.solvers`. The threshold is for
+            both stages together; a budget that a partial sets is for each.
 
     Returns:
         The solver's dict. The traces (with ``nstep``), the counts of evaluations and products, and

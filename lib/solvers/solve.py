@@ -151,11 +151,7 @@ class Solve:
         return point
 
     def trial(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """As :meth:`evaluate`, for a trial of a line search: if f is not finite, lose no sample.
-
-        Returns:
-            None if f is not finite at x.
-        """
+        """As :meth:`evaluate`, but if f is not finite, lose no sample and return None."""
         return self._evaluate(x, None, forgive=True)
 
     def _evaluate(
@@ -191,9 +187,8 @@ class Solve:
     def _check(self, forgive: bool = False, newest: tuple[Tensor, Tensor] | None = None) -> bool:
         """Judge the points evaluated since the last check; False if a trial is not finite.
 
-        Args:
-            newest: g and f at the last point, to recompute norms that are out of range. At earlier
-                points such norms are only bounded from below, so that no point counts as solved.
+        ``newest`` is g and f at the last point, to recompute norms that are out of range. Those of
+        earlier points are only bounded from below, so that no point counts as solved.
         """
         points, self._pending = self._pending, []
         # This is the only synchronisation with the device.
@@ -359,9 +354,7 @@ def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
 def out_of_range(residual: np.ndarray, least: float) -> bool:
     """Whether inner products of residuals with these norms may leave the range of the format.
 
-    Args:
-        residual: norms of the residuals.
-        least: :func:`~lib.solvers.norms.least_norm`, the lower limit. Its inverse is the upper one.
+    The limits are ``least``, a :func:`~lib.solvers.norms.least_norm`, and its inverse.
     """
     return bool(((residual < least) & (residual > 0) | (residual > 1 / least)).any())
 
