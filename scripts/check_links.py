@@ -39,18 +39,14 @@ def check(site: Path) -> tuple[int, set[str], list[str]]:
                 continue
             if parts.scheme or parts.netloc:
                 outside.add(link)
-                problem = "" if _is_web_address(link) else "is not a web address"
+                web = parts.scheme in ("http", "https") and "." in (parts.hostname or "")
+                problem = "" if web else "is not a web address"
             else:
                 inside += 1
                 problem = _problem(site, path, unquote(parts.path), unquote(parts.fragment), pages)
             if problem:
                 broken.append(f"{path.relative_to(site)}: {link} {problem}")
     return inside, outside, broken
-
-
-def _is_web_address(link: str) -> bool:
-    parts = urlsplit(link)
-    return parts.scheme in ("http", "https") and "." in (parts.hostname or "")
 
 
 def _problem(site: Path, page: Path, to: str, anchor: str, pages: dict[Path, Page]) -> str:

@@ -66,7 +66,8 @@ def _section(name: str, args: argparse.Namespace, seconds: float, tell) -> bool:
     """Run one section; return whether it failed. A timeout or a missing package is no failure."""
     if name == "tests":
         command = ["-m", "pytest", "-m", "gpu", "-q", "-rs", "--tb=short", "-p", "no:cacheprovider"]
-        marked = [str(path) for path in ROOT.glob("tests/**/*.py") if _is_marked(path)]
+        tests = ROOT.glob("tests/**/test_*.py")
+        marked = [str(p) for p in tests if "pytest.mark.gpu" in p.read_text(encoding="utf-8")]
         command += ["--continue-on-collection-errors", *sorted(marked)]
     else:
         command = ["-m", "helpers.gpu", name, "--seconds", f"{seconds:.0f}"]
@@ -93,10 +94,6 @@ def _section(name: str, args: argparse.Namespace, seconds: float, tell) -> bool:
         tell(f"left out, all or in part: {missing[-1]}")
         return False
     return process.returncode not in (0, 5)  # pytest's 5: no test was chosen
-
-
-def _is_marked(path: Path) -> bool:
-    return path.name.startswith("test_") and "pytest.mark.gpu" in path.read_text(encoding="utf-8")
 
 
 class _Timer:

@@ -303,15 +303,14 @@ def held_after_forward(grad: str, solver: str, iterations: int) -> int:
     weight, x = torch.nn.Parameter(torch.rand(size)), torch.randn(4, size)
     deq = DEQ(f"{solver}{',' if ':' in solver else ':'}eps=0.0", grad=grad)
 
+    def f(z: Tensor) -> Tensor:
+        return torch.tanh(0.9 * weight * z + x)
+
     def forward() -> Tensor:
-        return loss(deq(_layer(weight, x), torch.zeros_like(x), f_thres=iterations).z)
+        return loss(deq(f, torch.zeros_like(x), f_thres=iterations).z)
 
     forward()
     return held_bytes(forward)
-
-
-def _layer(weight: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda z: torch.tanh(0.9 * weight * z + x)
 
 
 def memory_section(options) -> list[dict]:

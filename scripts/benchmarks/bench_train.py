@@ -145,7 +145,10 @@ def measure(name: str, forms: list[str], options: Options, count: int, warmup: i
             "flops": flops.get(form),
             "floor": work / rates[_dtype(task)] + inside.solver_bytes / copy,
             "peak_bytes": steps.peak_bytes(task, extra + 2),
-            "loss_difference": _difference(times.losses, log[forms[0]].losses),
+            "loss_difference": max(
+                abs(loss - true) / abs(true)
+                for loss, true in zip(times.losses, log[forms[0]].losses, strict=True)
+            ),
         }
     record["regularised_steps"] = sum(
         first.is_regularised(index) for index in range(warmup, warmup + count)
@@ -194,11 +197,6 @@ def report(record: dict) -> str:
 
 def _dtype(task: Task) -> str:
     return "bfloat16" if task.form.amp == "bf16" else "float32"
-
-
-def _difference(losses: list[float], reference: list[float]) -> float:
-    pairs = zip(losses, reference, strict=True)
-    return max(abs(loss - true) / abs(true) for loss, true in pairs)
 
 
 def _forms(text: str | None, device: torch.device) -> list[str]:

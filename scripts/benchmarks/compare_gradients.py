@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> None:
             outcomes = []
             for (variant, _), job in zip(options.variants, jobs, strict=True):
                 outcomes.append({"name": variant.name, **job.get()})
-                print(f"{task}: {_line(task, outcomes[-1])}", flush=True)
+                print(f"{task}: {' | '.join(filter(None, _row(task, outcomes[-1])))}", flush=True)
             pool.close()
             pool.join()
         found[task] = {"plan": vars(plan), "start": start, "outcomes": outcomes}
@@ -215,10 +215,6 @@ def _figures(task: str, figures: dict) -> str:
 def _shown(task: str, figures: dict) -> str:
     value = figures[FIGURE[task]]
     return f"{value:.1f}" if task == "words" else f"{100 * value:.1f} %"
-
-
-def _line(task: str, outcome: dict) -> str:
-    return " | ".join(cell for cell in _row(task, outcome) if cell)
 
 
 if __name__ == "__main__":

@@ -184,23 +184,16 @@ def steps(args) -> int:
     from helpers.settings import chosen_settings
 
     allow_tf32(False)
-    names = chosen_settings(args.settings) if args.settings else _in_order(chosen_settings("all"))
+    names = chosen_settings(args.settings or "all")
+    if not args.settings:
+        names = [*SETTINGS, *(name for name in names if name not in SETTINGS)]
     deadline, wrong = time.monotonic() + args.seconds - 5, False
     print(
         "Sizes are the published ones of one GPU.\n"
         if args.device.type == "cuda"
         else "Tiny sizes.\n"
     )
-    head = [
-        "setting",
-        "form",
-        "step ms",
-        "per second",
-        "ratio",
-        "peak MiB",
-        "nfe f / b",
-        "loss diff",
-    ]
+    head = "setting,form,step ms,per second,ratio,peak MiB,nfe f / b,loss diff".split(",")
     print(table(head, []), flush=True)
     for name in names:
         first = None
@@ -223,10 +216,6 @@ def steps(args) -> int:
             if args.device.type == "cuda":
                 torch.cuda.empty_cache()
     return int(wrong)
-
-
-def _in_order(names: list[str]) -> list[str]:
-    return [*SETTINGS, *(name for name in names if name not in SETTINGS)]
 
 
 def _task(name: str, form: str, device: torch.device):
@@ -295,15 +284,10 @@ def profile(args) -> int:
         events = [(e.key, e.count, _own_time(e, gpu)) for e in found.key_averages()]
         events.sort(key=lambda event: -event[2])
         total = sum(event[2] for event in events)
-        rows = [
-            [
-                key[:70].replace("|", "/"),
-                count,
-                f"{own / 1e3:.2f}",
-                f"{100 * own / (total or 1):.1f}",
-            ]
-            for key, count, own in events[:12]
-        ]
+        rows = []
+        for key, count, own in events[:12]:
+            share = 100 * own / (total or 1)
+            rows.append([key[:70].replace("|", "/"), count, f"{own / 1e3:.2f}", f"{share:.1f}"])
         busy = f"; the GPU is busy for {total / 1e3:.0f} ms of a profiled step" if gpu else ""
         print(f"{name}: a step takes {1e3 * whole:.0f} ms{busy}\n")
         print(
