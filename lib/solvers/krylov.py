@@ -71,9 +71,8 @@ def gmres(
 def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[Tensor, np.ndarray]:
     """One cycle of GMRES, of at most ``size`` products.
 
-    The small least-squares problems are solved on the host, in float64; one transfer per step
-    brings a column of H. A sample that takes no further part gets columns of the identity and a
-    right-hand side of zero.
+    The small least-squares problems are solved on the host; one transfer per step brings a column
+    of H.
 
     Args:
         system: has ``product`` (v -> J v, both (B, D)), ``enough`` (the samples that need no
@@ -87,12 +86,10 @@ def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[
     """
     batch, length = g.shape
     first = norms(g)  # (B,)
-    rest, active = first.copy(), (first > 0) & ~system.solve.resting  # rest: signed residual
-    triangle, right = np.zeros((batch, size, size)), np.zeros((batch, size))
+    active, small = (first > 0) & ~system.solve.resting, _LeastSquares(first, size)
     along, chosen = np.zeros((2, batch, size))  # V'x; c of the correction to return
     square = np.zeros(batch) if x is None else norms(x) ** 2
     best = _Best(first, np.sqrt(square), g)
-    rotations: list[tuple[np.ndarray, np.ndarray]] = []
     basis = g.new_empty(min(size + 1, 16), batch, length)
     basis[0] = _unit(g, np.where(active, first, 0.0))
     n = 0  # products so far
@@ -118,29 +115,54 @@ def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[
 
         column = -column  # from J to I - J
         column[:, j] += 1.0
-        for i, (c, s) in enumerate(rotations):
-            upper, lower = column[:, i], column[:, i + 1]
-            column[:, i], column[:, i + 1] = c * upper + s * lower, c * lower - s * upper
-        radius = np.hypot(column[:, j], column[:, n])
-        active &= radius > TINY  # else I - J is singular on the Krylov space
-        c, s = (column[:, i] / np.where(active, radius, 1.0) for i in (j, n))
-        rotations.append((c, s))
-        column[:, j] = radius
-        triangle[:, :n, j] = np.where(active[:, None], column[:, :n], np.eye(n)[j])
-        right[:, j] = np.where(active, c * rest, 0.0)
-        rest = np.where(active, -s * rest, rest)
-
-        small = (torch.from_numpy(part) for part in (triangle[:, :n, :n], right[:, :n, None]))
-        weights = torch.linalg.solve_triangular(*small, upper=True)[:, :, 0].numpy()  # (B, n)
+        weights, active = small.add(column, active)
         squares = square + (weights * (weights + 2 * along[:, :n])).sum(1)
         value = np.sqrt(np.maximum(squares, 0.0))
-        better = best.offer(active, np.abs(rest), np.linalg.norm(weights, axis=1), value)
+        better = best.offer(active, np.abs(small.rest), np.linalg.norm(weights, axis=1), value)
         chosen[better, :n] = weights[better]
         active &= ~exhausted & ~system.enough(best.residual, best.value)
         if not active.any() or system.solve.stopped:
             break
     weights = to_device(chosen[:, None, :n], basis)  # (B, 1, n)
     return torch.bmm(weights, basis[:n].transpose(0, 1))[:, 0], best.improved
+
+
+class _LeastSquares:
+    """min ||r_0 - (I - J) V c|| for each sample, in float64, by Givens rotations.
+
+    A sample that takes no further part gets columns of the identity and a right-hand side of zero.
+    """
+
+    def __init__(self, first: np.ndarray, size: int):
+        self.rest = first.copy()  # the least residual so far, with a sign, (B,)
+        self._triangle = np.zeros((len(first), size, size))
+        self._right = np.zeros((len(first), size))
+        self._rotations: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, column: np.ndarray, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Add a column (B, n + 1) of V'(I - J)V, which is overwritten.
+
+        Returns:
+            c (B, n), and those of the ``active`` samples whose I - J is not singular on the space.
+        """
+        n = column.shape[1] - 1
+        j = n - 1
+        for i, (c, s) in enumerate(self._rotations):
+            upper, lower = column[:, i], column[:, i + 1]
+            column[:, i], column[:, i + 1] = c * upper + s * lower, c * lower - s * upper
+        radius = np.hypot(column[:, j], column[:, n])
+        active = active & (radius > TINY)
+        c, s = (column[:, i] / np.where(active, radius, 1.0) for i in (j, n))
+        self._rotations.append((c, s))
+        column[:, j] = radius
+        self._triangle[:, :n, j] = np.where(active[:, None], column[:, :n], np.eye(n)[j])
+        self._right[:, j] = np.where(active, c * self.rest, 0.0)
+        self.rest = np.where(active, -s * self.rest, self.rest)
+        triangle, right = self._triangle[:, :n, :n], self._right[:, :n, None]
+        found = torch.linalg.solve_triangular(
+            torch.from_numpy(triangle), torch.from_numpy(right), upper=True
+        )
+        return found[:, :, 0].numpy(), active
 
 
 class _Best:
