@@ -21,6 +21,8 @@ from lib.runs.checkpoint import load_weights
 from lib.solvers import anderson
 from lib.solvers.stats import scalars_to
 
+JAC_VECS = 1  # random vectors of the Jacobian loss, as in the published runs
+
 
 @dataclass
 class _Segment:
@@ -179,7 +181,7 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
             train_step,
             f_thres=f_thres,
             b_thres=b_thres,
-            jac_vecs=int(compute_jac_loss),
+            jac_vecs=JAC_VECS * compute_jac_loss,
             sradius_iters=SRADIUS_ITERS * spectral_radius_mode,
             on_solve=None if writer is None else scalars_to(writer, train_step),
         )

@@ -15,6 +15,7 @@ from mdeq_vision.heads import classification_modules, segmentation_layer, to_hig
 from mdeq_vision.layer import MultiscaleLayer, branch_sizes
 from mdeq_vision.stage import check_integer, full_stage
 
+JAC_VECS = 2  # random vectors of the Jacobian loss, as in the published runs
 _INIT_STD = 0.01
 
 
@@ -132,7 +133,7 @@ class MDEQNet(SolverAttributes, nn.Module):
             for width, size in zip(self.channels, sizes, strict=True)
         ]
         f = self.fullstage.prepare(injection, z0)
-        jac_vecs = 2 if compute_jac_loss and self.training else 0
+        jac_vecs = JAC_VECS if compute_jac_loss and self.training else 0
 
         if 0 <= train_step < self.pretrain_steps:
             z = stacked(f, z0, self.n_layer)

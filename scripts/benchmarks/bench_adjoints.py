@@ -26,7 +26,7 @@ RADII = (0.9, 1.3, 1.6, 1.9, 3.0)
 
 @dataclass
 class Count:
-    """Counts for one radius, solver and stop mode."""
+    """Counts of systems for one radius, solver and stop mode."""
 
     wrong: int = 0  # systems with a relative error above 100 %
     silent: int = 0  # of these, systems without a warning

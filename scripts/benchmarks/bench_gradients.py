@@ -223,7 +223,8 @@ class MixedBatch:
         self.matrices, self.shift, self.rows = matrices, shift, 0
 
     @classmethod
-    def drawn(cls, batch: int = 16, size: int = 60) -> "MixedBatch":
+    def drawn(cls) -> "MixedBatch":
+        batch, size = 16, 60
         generator = torch.Generator().manual_seed(0)
         draw = partial(torch.randn, generator=generator, dtype=torch.float64)
         matrices = draw(batch, size, size)

@@ -16,7 +16,7 @@ import warnings
 
 import torch
 from helpers.arguments import Parser, write_json
-from helpers.measure import describe_machine, seconds, table
+from helpers.measure import describe_machine, in_turns, seconds, table
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
@@ -83,8 +83,10 @@ def compiled(rounds: int) -> list[list]:
     fast = torch.compile(model)
     first = step(fast, x)
     step(model, x)
-    times = [(step(model, x), step(fast, x)) for _ in range(rounds)]
-    eager, quick = (statistics.median(side) for side in zip(*times, strict=True))
+    forms, times = {"eager": model, "quick": fast}, {"eager": [], "quick": []}
+    for _, name in in_turns(forms, rounds):
+        times[name].append(step(forms[name], x))
+    eager, quick = map(statistics.median, times.values())
     return [[counter.frame_count, f"{first:.1f}", f"{eager:.4f}", f"{quick:.4f}",
              f"{quick / eager:.2f}"]]  # fmt: skip
 

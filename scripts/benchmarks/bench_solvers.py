@@ -22,6 +22,7 @@ from helpers.measure import (
     Counted,
     describe_machine,
     in_new_process,
+    in_turns,
     peak_extra_bytes,
     seconds,
     table,
@@ -118,12 +119,11 @@ def overhead(shape: tuple[int, ...], method: str, options, device: torch.device)
         memory = in_new_process(peak_bytes, name, method, shape, steps, device.type)
         row[name] = {"nfe": counted.count, "residual": residual, **memory}
         actions[name], times[name] = partial(solve, method, f, x0, steps), []
-    for _ in range(options.repeats):
-        for name, action in actions.items():
-            nfe = row[name]["nfe"]
-            whole = seconds(action, device)
-            own = seconds(partial(_evaluate, f, x0, nfe), device)
-            times[name].append((whole - own) / nfe)
+    for _, name in in_turns(actions, options.repeats):
+        nfe = row[name]["nfe"]
+        whole = seconds(actions[name], device)
+        own = seconds(partial(_evaluate, f, x0, nfe), device)
+        times[name].append((whole - own) / nfe)
     for name in LIBRARIES:
         row[name]["ms"] = 1000 * statistics.median(times[name])
     return row

@@ -23,42 +23,27 @@ _ELEMENT = 4  # bytes of a state's element: float32 in any number format
 
 @dataclass(frozen=True)
 class Hardware:
-    """A GPU and its links: rates of public data sheets, and times that are assumed.
-
-    Attributes:
-        peak: FLOP/s of dense matrix products, by number format.
-        memory: bytes/s of its memory.
-        near, far: bytes/s in one direction, between the GPUs of a machine and between machines.
-        per_machine: GPUs of a machine.
-        launch, wait, latency: seconds to start a kernel, to bring a number to the host, and for
-            one hop of a collective.
-    """
+    """A GPU and its links: rates of public data sheets, and times that are assumed."""
 
     name: str = "NVIDIA A100 80 GB SXM"
+    # FLOP/s of dense matrix products, by number format.
     peak: dict[str, float] = field(default_factory=lambda: {"bf16": 312e12, "tf32": 156e12})
-    memory: float = 2.039e12
-    near: float = 300e9  # NVLink 3: 600 GB/s in both directions together
-    far: float = 25e9  # one port of 200 Gb/s for a machine
-    per_machine: int = 8
-    launch: float = 5e-6
-    wait: float = 20e-6
-    latency: float = 10e-6
+    memory: float = 2.039e12  # bytes/s of its memory
+    near: float = 300e9  # bytes/s between the GPUs of a machine in one direction (NVLink 3)
+    far: float = 25e9  # between machines: one port of 200 Gb/s for each
+    per_machine: int = 8  # GPUs
+    launch: float = 5e-6  # seconds to start a kernel
+    wait: float = 20e-6  # to bring a number to the host
+    latency: float = 10e-6  # for one hop of a collective
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What this repository's benchmarks measured on a CPU.
+    """What this repository's benchmarks measured on a CPU; pairs are forward and backward."""
 
-    Attributes:
-        utilisation: floor of a step over its time.
-        filled: evaluations of a solve over those of one that runs to its threshold, forward and
-            backward.
-        spread: evaluations of the solves of many processes and steps over their mean, forward and
-            backward; empty takes all processes to need as many.
-    """
-
-    utilisation: float
-    filled: tuple[float, float] = (1.0, 1.0)
+    utilisation: float  # floor of a step over its time
+    filled: tuple[float, float] = (1.0, 1.0)  # evaluations over those of a solve to its threshold
+    # Evaluations of many processes and steps over their mean; empty: all need as many.
     spread: tuple[Sequence[float], Sequence[float]] = ((), ())
 
     def slowest(self, which: int, n: int) -> float:
@@ -156,12 +141,10 @@ def efficiency(work: Work, n: int, kind: str, gpu: Hardware, measured: Measured)
     return alone / (n * shared)
 
 
-def useful(work: Work, kind: str, gpu: Hardware, measured: Measured, least: float = 0.5) -> int:
-    """The most GPUs that share the published batch at an efficiency of ``least`` or more."""
-    found = [
-        n for n in range(1, work.batch + 1) if efficiency(work, n, kind, gpu, measured) >= least
-    ]
-    return max(found)
+def useful(work: Work, kind: str, gpu: Hardware, measured: Measured) -> int:
+    """The most GPUs that share the published batch at an efficiency of a half or more."""
+    counts = range(1, work.batch + 1)
+    return max(n for n in counts if efficiency(work, n, kind, gpu, measured) >= 0.5)
 
 
 def utilisation_of(record: dict) -> float:

@@ -5,7 +5,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +25,18 @@ def seconds(action: Callable[[], object], device: torch.device) -> float:
     action()
     synchronize(device)
     return time.perf_counter() - start
+
+
+def in_turns(names: Iterable[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """Yield (round, name) for all names in every round.
+
+    Who begins changes from round to round, so that no name always follows the same one.
+    """
+    names = list(names)
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            yield turn, name
 
 
 class Counted:

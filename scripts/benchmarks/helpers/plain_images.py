@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lib.layer_utils import list2vec, vec2list
-from mdeq_vision import MDEQClsNet, MDEQSegNet
 from mdeq_vision.layer import branch_sizes
+from mdeq_vision.model import JAC_VECS, MDEQClsNet, MDEQSegNet
 
 
 class _PlainForward:
@@ -40,7 +40,7 @@ class _PlainForward:
             f_thres=self.f_thres if f_thres is None else f_thres,
             b_thres=self.b_thres if b_thres is None else b_thres,
             training=self.training,
-            jac_vecs=2 if compute_jac_loss and self.training else 0,
+            jac_vecs=JAC_VECS * (compute_jac_loss and self.training),
         )
         output = self.head(vec2list(found.z, shapes))
         return output, found.jac_loss.view(1, 1), found.sradius

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deq_sequence import DEQTransformerLM
+from deq_sequence.model import JAC_VECS, DEQTransformerLM
 
 
 class PlainTransformerLM(DEQTransformerLM):
@@ -47,7 +47,7 @@ class PlainTransformerLM(DEQTransformerLM):
             f_thres=f_thres,
             b_thres=b_thres,
             training=self.training,
-            jac_vecs=int(compute_jac_loss and self.training),
+            jac_vecs=JAC_VECS * (compute_jac_loss and self.training),
         )
         hidden = self.variational_drop(found.z, self.dropout)[:, qlen - len(target) :]
         loss = self.crit(hidden.reshape(-1, self.d_model), target.t().reshape(-1))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from helpers.measure import in_turns
 from helpers.settings import Options
 from helpers.traffic import Traffic
 from helpers.trainers import (
@@ -26,19 +27,12 @@ ALONE = Processes()
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How the steps of a batch are shared.
+    """How the steps of a batch are shared."""
 
-    Attributes:
-        together: all processes take each step together; else a process takes its own steps.
-        everywhere: every process works; else the first one alone, while the others wait.
-        wide: with as many threads as there are processes, else one.
-        weak: the batch is multiplied by the number of processes.
-    """
-
-    together: bool = False
-    everywhere: bool = False
-    wide: bool = False
-    weak: bool = False
+    together: bool = False  # all processes take each step together; else each its own
+    everywhere: bool = False  # every process works; else the first alone, while the others wait
+    wide: bool = False  # with as many threads as there are processes, else one
+    weak: bool = False  # the batch is multiplied by the number of processes
 
     def describe(self, n: int) -> str:
         return f"{n if self.everywhere else 1} x {n if self.wide else 1}"
@@ -55,14 +49,10 @@ ARRANGEMENTS = {
 
 @dataclass
 class Measured:
-    """The counted steps of one arrangement in one process; an entry per step.
+    """The counted steps of one arrangement in one process; an entry per step."""
 
-    ``batch`` is that of all processes that take a step together, ``most`` the evaluations of a
-    forward and of a backward solve that run to their thresholds.
-    """
-
-    batch: int = 0
-    most: list[float] = field(default_factory=list)
+    batch: int = 0  # of all processes that take a step together
+    most: list[float] = field(default_factory=list)  # evaluations of solves to their thresholds
     seconds: list[float] = field(default_factory=list)
     nfe: list[tuple[int, int]] = field(default_factory=list)  # forward, backward
     waits: list[list[float]] = field(default_factory=list)
@@ -149,7 +139,7 @@ def measure(
             lanes["strong"].run(lead)
             _give_weights(lanes["strong"].trainer, lanes)
         for kind_name in kinds:
-            _in_turn(lanes.get(kind_name), lambda lane: lane.run(plan.warmup))
+            _together(lanes.get(kind_name), lambda lane: lane.run(plan.warmup))
         found[phase] = _rounds(lanes, list(kinds), plan, processes)
     return found
 
@@ -164,17 +154,15 @@ def _give_weights(source: Trainer, lanes: dict[str, _Lane]) -> None:
 
 def _rounds(lanes: dict, names: list[str], plan: Plan, processes: Processes) -> dict:
     found = {name: Measured() for name in names}
-    for turn in range(plan.rounds):
-        first = turn % len(names)  # no arrangement always follows the same one
-        for name in names[first:] + names[:first]:
-            _in_turn(lanes.get(name), lambda lane, to=found[name]: lane.measure(plan.turn, to))
+    for _, name in in_turns(names, plan.rounds):
+        _together(lanes.get(name), lambda lane, to=found[name]: lane.measure(plan.turn, to))
     return {
         name: [one for one in processes.gather(measured) if one.seconds]
         for name, measured in found.items()
     }
 
 
-def _in_turn(lane: _Lane | None, action) -> None:
+def _together(lane: _Lane | None, action) -> None:
     """Let those that have the lane act, while the others wait without computing."""
     dist.barrier()
     if lane is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from helpers.measure import peak_extra_bytes, synchronize
+from helpers.measure import in_turns, peak_extra_bytes, synchronize
 from helpers.tasks import Task
 from lib.jacobian import power_method
 
@@ -56,41 +56,31 @@ def run_step(task: Task, index: int) -> tuple[list[float], float]:
 
 
 def interleaved(tasks: dict[str, Task], steps: int, warmup: int) -> dict[str, Steps]:
-    """``warmup`` and then ``steps`` timed steps of every form, the forms taking turns.
-
-    Who begins changes from step to step, so that no form always follows the same one.
-    """
-    found, names = {name: Steps() for name in tasks}, list(tasks)
-    for index in range(warmup + steps):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
-            task, log = tasks[name], found[name]
-            (forward, backward, optimizer), loss = run_step(task, index)
-            log.losses.append(loss)
-            if index < warmup:
-                continue
-            stats = task.model.deq.stats
-            log.forward.append(forward)
-            log.backward.append(backward)
-            log.optimizer.append(optimizer)
-            log.f_nfe.append(stats.forward.last["nfe"])
-            log.b_nfe.append(stats.backward.last["nfe"])
+    """``warmup`` and then ``steps`` timed steps of every form, the forms taking turns."""
+    found = {name: Steps() for name in tasks}
+    for index, name in in_turns(tasks, warmup + steps):
+        task, log = tasks[name], found[name]
+        (forward, backward, optimizer), loss = run_step(task, index)
+        log.losses.append(loss)
+        if index < warmup:
+            continue
+        stats = task.model.deq.stats
+        log.forward.append(forward)
+        log.backward.append(backward)
+        log.optimizer.append(optimizer)
+        log.f_nfe.append(stats.forward.last["nfe"])
+        log.b_nfe.append(stats.backward.last["nfe"])
     return found
 
 
 @dataclass
 class Shares:
-    """One step, measured from inside: with a GPU, waiting for it at every border.
+    """One step, measured from inside: with a GPU, waiting for it at every border."""
 
-    step: seconds of the whole; solves: of both solvers, their evaluations included; evaluations:
-    of those, f forward and products with its Jacobian backward; solver_bytes: what the solvers
-    must move at least (:func:`least_bytes`).
-    """
-
-    step: float = 0.0
-    solves: float = 0.0
-    evaluations: float = 0.0
-    solver_bytes: int = 0
+    step: float = 0.0  # seconds of the whole
+    solves: float = 0.0  # of both solvers, their evaluations included
+    evaluations: float = 0.0  # of those, f forward and products with its Jacobian backward
+    solver_bytes: int = 0  # what the solvers must move at least (least_bytes)
 
     @property
     def parts(self) -> tuple[float, float, float]:

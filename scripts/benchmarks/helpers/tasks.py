@@ -54,20 +54,13 @@ _STEPS_PER_EPOCH = 1000  # for schedules that count epochs
 
 
 class Task:
-    """The training step of one setting in one form.
+    """The training step of one setting in one form."""
 
-    Attributes:
-        model, optimizer: as their names say.
-        methods: names of the forward and the backward solver.
-        units, unit: tokens or images per step, and which of them.
-        gemm: (M, K, N) of a typical matrix product of f, for the measured matrix rate.
-        with_jac: whether the step that was begun has the Jacobian loss.
-    """
-
-    unit: str
-    units: int
-    gemm: tuple[int, int, int]
-    with_jac: bool
+    unit: str  # tokens or images
+    units: int  # of them per step
+    gemm: tuple[int, int, int]  # (M, K, N) of a typical product of f, for the matrix rate
+    with_jac: bool  # whether the step that was begun has the Jacobian loss
+    methods: tuple[str, str]  # names of the forward and the backward solver
 
     def __init__(self, form: Form, options: Options, model: nn.Module):
         self.form, self.options, self.device = form, options, options.device

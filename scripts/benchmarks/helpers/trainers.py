@@ -101,13 +101,7 @@ def make_trainer(
 ) -> Trainer:
     """A trainer on the CPU whose next ``stacked`` steps are stacked, and all after them solved.
 
-    Args:
-        name: one of ``chosen_trainers``.
-        processes: that take its steps together.
-        options: size and seed.
-        batch: samples of all processes together; None for the setting's own.
-        times: multiplies the batch.
-        stacked: number of stacked steps.
+    All ``processes`` together take ``times`` as many samples as ``batch``, or as the setting's own.
     """
     tiny = options.size.widths is not None
     torch.manual_seed(options.seed)  # the same weights in all processes

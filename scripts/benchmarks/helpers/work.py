@@ -51,41 +51,29 @@ class Cost:
 class Work:
     """One published setting. Costs are for one sample.
 
-    Attributes:
-        batch, gpus: as published, of all GPUs.
-        steps, stacked_steps: of the whole run, and those of them that are stacked.
-        f_evals, b_evals: evaluations of f and products with its Jacobian of solves that run to
-            their thresholds, the mean where those vary.
-        jac_share: share of the equilibrium's steps with the Jacobian loss.
-        parameters: distinct ones; a gradient of 4 bytes each is summed over all processes.
-        buckets: sums in which the gradients travel.
-        norms: batch norms, which communicate once forward and once backward.
-        state: elements of the state that the solvers iterate.
-        forward, backward, jacobian, rest, stacked: of one evaluation of f; of one product with its
-            Jacobian; of the Jacobian loss; of the step beside the solvers; of a stacked step.
-        solver_kernels: of the forward and of the backward solver, per evaluation.
+    Evaluations are those of solves that run to their thresholds, the mean where these vary.
     """
 
     name: str
-    batch: int
+    batch: int  # of all GPUs, as published
     gpus: int
-    steps: int
-    stacked_steps: int
+    steps: int  # of the whole run
+    stacked_steps: int  # of them
     f_solver: str
     b_solver: str
-    f_evals: float
-    b_evals: float
-    jac_share: float
-    parameters: int
-    buckets: int
-    norms: int
-    state: int
-    forward: Cost
-    backward: Cost
-    jacobian: Cost
-    rest: Cost
-    stacked: Cost
-    solver_kernels: tuple[float, float]
+    f_evals: float  # evaluations of f
+    b_evals: float  # products with its Jacobian
+    jac_share: float  # share of the equilibrium's steps with the Jacobian loss
+    parameters: int  # distinct ones; a gradient of 4 bytes each is summed over all processes
+    buckets: int  # sums in which the gradients travel
+    norms: int  # batch norms, which communicate once forward and once backward
+    state: int  # elements of the state that the solvers iterate
+    forward: Cost  # of one evaluation of f
+    backward: Cost  # of one product with its Jacobian
+    jacobian: Cost  # of the Jacobian loss
+    rest: Cost  # of the step beside the solvers
+    stacked: Cost  # of a stacked step
+    solver_kernels: tuple[float, float]  # forward and backward, per evaluation
 
     @property
     def gradient_bytes(self) -> int:
