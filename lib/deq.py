@@ -224,13 +224,7 @@ class DEQ:
             self._refuse_with_group(half_precision(z0), bool(indexing), jac_vecs)
         for number in indexing:
             check_count("a number in indexing", number)
-        grad = self._grad
-        if isinstance(grad, Iteration):
-            z, states, solution = grad.run(f, z0, f_thres, indexing)
-            z, states = z.clone(), {i: state.clone() for i, state in states.items()}
-        else:
-            solution, states = self._solve(grad, f, z0, f_thres, indexing)
-            z = solution["result"]
+        z, states, solution = self._solve(f, z0, f_thres, indexing)
         self._report("forward", solution, on_solve)
         if training and torch.is_grad_enabled():
             self._warn_once(solution)
@@ -240,7 +234,7 @@ class DEQ:
             with recording_for("the spectral radius"):
                 point = z_star.clone().requires_grad_()
                 sradius = power_method(f(point), point, n_iters=sradius_iters)[1]
-        recording = torch.is_grad_enabled()
+        grad, recording = self._grad, torch.is_grad_enabled()
         jac_vecs = jac_vecs if recording else 0
         if isinstance(grad, Iteration):
             if jac_vecs:
@@ -286,19 +280,22 @@ class DEQ:
             )
 
     def _solve(
-        self, grad: Gradient, f: Map, z0: Tensor, f_thres: int, indexing: Sequence[int]
-    ) -> tuple[dict, dict[int, Tensor]]:
-        """The forward solver's dict, and its iterates after ``indexing`` evaluations of f."""
+        self, f: Map, z0: Tensor, f_thres: int, indexing: Sequence[int]
+    ) -> tuple[Tensor, dict[int, Tensor], dict]:
+        """The last state, the states after ``indexing`` evaluations of f, and the solver's dict."""
+        if isinstance(self._grad, Iteration):
+            z, states, solution = self._grad.run(f, z0, f_thres, indexing)
+            return z.clone(), {i: state.clone() for i, state in states.items()}, solution
         options = {"threshold": f_thres, "stop_mode": self.stop_mode}
-        if grad.keeps_inverse and torch.is_grad_enabled():
+        if self._grad.keeps_inverse and torch.is_grad_enabled():
             options["keep_inverse"] = True
         with torch.no_grad(), weights_held(), lockstep(f, z0, self.group) as f:
             f, visited = _watched(f, indexing) if indexing else (f, {})
             if half_precision(z0):
-                return solve_in_stages(
-                    self.f_solver, f, lambda: in_float32(f), z0, **options
-                ), visited
-            return self.f_solver(f, z0, **options), visited
+                solution = solve_in_stages(self.f_solver, f, lambda: in_float32(f), z0, **options)
+            else:
+                solution = self.f_solver(f, z0, **options)
+        return solution["result"], visited, solution
 
     def _attach(
         self,
