@@ -252,9 +252,11 @@ class DEQ:
         else:
             z = z_star.clone()  # the user may change z in place; z_star must not change with it
         # Clone: a number may occur twice, or stand for z, and the user may change one in place.
-        ends = [*(states.get(number, z).clone() for number in indexing), z] if indexing else []
-        found = Equilibrium(z, z_star, jac_loss, sradius, solution, ends)
-        return found if shapes is None else _as_lists(found, shapes)
+        ends = [states.get(number, z).clone() for number in indexing]
+        state, star, *listed = (_parts(t, shapes) for t in (z, z_star, *ends))
+        return Equilibrium(
+            state, star, jac_loss, sradius, solution, [*listed, state] if indexing else []
+        )
 
     def _refuse_with_group(self, half: bool, indexing: bool, jac_vecs: int) -> None:
         """Refuse what lockstep cannot keep equal in all processes, and what shards forbid."""
@@ -368,9 +370,9 @@ def _gmres_like(f_solver: Callable) -> Callable:
     return partial(gmres, **{name: options[name] for name in options if name in common})
 
 
-def _parts(z: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
-    """The tensors of a stacked state, as copies: the user may change one in place."""
-    return [part.clone() for part in vec2list(z, shapes)]
+def _parts(z: Tensor, shapes: list[tuple[int, ...]] | None) -> Tensor | list[Tensor]:
+    """The tensors of a stacked state, as copies: the user may change one. None: z itself."""
+    return z if shapes is None else [part.clone() for part in vec2list(z, shapes)]
 
 
 def _flattened(shapes: list[tuple[int, ...]], f: Callable) -> Map:
@@ -378,7 +380,8 @@ def _flattened(shapes: list[tuple[int, ...]], f: Callable) -> Map:
 
     def flat_f(z: Tensor) -> Tensor:
         parts = f(vec2list(z, shapes))
-        gave = "one tensor" if isinstance(parts, Tensor) else [tuple(t.shape[1:]) for t in parts]
+        single = isinstance(parts, Tensor)
+        gave = "one tensor" if single else [tuple(t.shape[1:]) for t in parts]
         if gave != shapes:
             raise InputError(
                 f"f must map a list of the shapes {shapes} (without the batch) to the same, but "
@@ -387,13 +390,6 @@ def _flattened(shapes: list[tuple[int, ...]], f: Callable) -> Map:
         return list2vec(parts)
 
     return flat_f
-
-
-def _as_lists(found: Equilibrium, shapes: list[tuple[int, ...]]) -> Equilibrium:
-    found.z, found.z_star = _parts(found.z, shapes), _parts(found.z_star, shapes)
-    if found.states:
-        found.states = [*(_parts(state, shapes) for state in found.states[:-1]), found.z]
-    return found
 
 
 def _watched(f: Map, indexing: Sequence[int]) -> tuple[Map, dict[int, Tensor]]:

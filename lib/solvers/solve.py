@@ -30,14 +30,14 @@ class Best:
         x: the iterate, (B, D).
         residual: of each sample in ``stop_mode``, (B,).
         norms: of g = f(x) - x and of f(x), (2, B).
-        step: index in the traces, one number or (B,).
+        step: index in the traces, one for all or (B,).
         total: the residual over the whole batch, 'abs' and 'rel'.
     """
 
     x: Tensor
     residual: np.ndarray
     norms: np.ndarray
-    step: int | np.ndarray
+    step: np.ndarray
     total: tuple[float, float] = (math.inf, math.inf)
 
 
@@ -76,7 +76,7 @@ class Solve:
         self.abs_trace: list[float] = []
         self.rel_trace: list[float] = []
         unknown = np.full((3, len(x0)), math.inf)
-        self.best = Best(self.x0, unknown[0], unknown[1:], 0)
+        self.best = Best(self.x0, unknown[0], unknown[1:], np.asarray(0))
         # Each sample's best finite iterate: the sample falls back to it if f is not finite there.
         # With best='sample' it is the result.
         self.own = replace(self.best, step=np.zeros(len(x0), dtype=np.int64))
@@ -244,7 +244,8 @@ class Solve:
         newest = self.abs_trace[-1], self.rel_trace[-1]
         current = self._of_mode(newest)
         if current < self._of_mode(self.best.total):
-            self.best = Best(x, residual, np.stack([g, f]), len(self.abs_trace) - 1, newest)
+            step = np.asarray(len(self.abs_trace) - 1)
+            self.best = Best(x, residual, np.stack([g, f]), step, newest)
         self.converged |= current < self.eps or current == 0.0
         self.at_floor |= self.rel_trace[-1] < self.control.floor
         if self.nfe == 1:
@@ -289,8 +290,8 @@ class Solve:
         return self._solution(self._own_best() if own else self.best, sample_nfe, gave_up)
 
     def _own_best(self) -> Best:
-        """The samples' own best iterates, with the last of their steps."""
-        return replace(self.own, step=int(np.max(self.own.step)), total=totals(self.own.norms))
+        """The samples' own best iterates, with the residual over the whole batch."""
+        return replace(self.own, total=totals(self.own.norms))
 
     def _of_mode(self, total: tuple[float, float]) -> float:
         return total[self.stop_mode == "rel"]
@@ -308,7 +309,7 @@ class Solve:
             "lowest": self._of_mode(best.total),
             "abs_lowest": best.total[0],
             "rel_lowest": best.total[1],
-            "nstep": best.step,
+            "nstep": int(best.step.max()),
             "prot_break": gave_up,
             "abs_trace": self.abs_trace,
             "rel_trace": self.rel_trace,
