@@ -108,9 +108,7 @@ def train(name: str, args: argparse.Namespace) -> Watch:
             command = _words_command(args, folder)
         else:
             command = _image_command(name, args, folder)
-        # These steps also record malloc, tensors, objects: 200, 600, 1000, 1500, 2000 of 2000.
-        marked = frozenset(round(args.steps * share) for share in (0.1, 0.3, 0.5, 0.75, 1.0))
-        with watched(Watch(marked), args.steps) as watch:
+        with watched(Watch(_marked(args)), args.steps) as watch:
             command()
         return watch
 
@@ -151,6 +149,11 @@ def _windows(args: argparse.Namespace) -> dict[str, tuple[tuple[int, int], tuple
         "stacked": ((2 * border // 5, 2 * border // 5 + width), (border - width + 1, border)),
         "equilibrium": ((settled, settled + width), (steps - width + 1, steps)),
     }
+
+
+def _marked(args: argparse.Namespace) -> frozenset[int]:
+    """The steps that also record malloc, tensors, objects: 200, 600, 1000, 1500, 2000 of 2000."""
+    return frozenset(round(args.steps * share) for share in (0.1, 0.3, 0.5, 0.75, 1.0))
 
 
 def _record(name: str, watch: Watch, args: argparse.Namespace) -> dict:
