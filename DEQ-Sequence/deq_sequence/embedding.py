@@ -122,7 +122,7 @@ class PositionalEmbedding(nn.Module):
 
 
 def check_ids(ids: Tensor, n_token: int) -> None:
-    """Refuse ids outside the vocabulary, on a CPU: on a GPU, CUDA asserts, and this would wait."""
+    """Refuse ids outside the vocabulary, on the CPU. On a GPU this would wait, and CUDA asserts."""
     if ids.device.type == "cpu" and ids.numel() and not 0 <= ids.min() <= ids.max() < n_token:
         raise InputError(
             f"token ids run from {ids.min()} to {ids.max()}, but the vocabulary has {n_token} words"

@@ -122,7 +122,7 @@ class ImageTrainer(Trainer):
     # ---- what subclasses define ----------------------------------------------------------------
 
     def weight(self, target: Tensor) -> Tensor | None:
-        """What divides the summed loss of these labels, 0-dim; None: it depends on predictions."""
+        """What divides the summed loss of these labels, 0-dim; None if it needs predictions."""
         raise NotImplementedError
 
     def loss(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

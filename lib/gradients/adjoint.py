@@ -168,7 +168,7 @@ class LinearSolve:
 
 
 def _rises(solution: dict) -> bool:
-    """Whether the solve ended with a rising residual: that of its best point says little then."""
+    """Whether the residual rose to the threshold: that of the best point says little then."""
     last = solution.get("abs_trace", [])[-_RISING:]
     grows = all(a < b for a, b in pairwise(last))
     return solution.get("reason") == "threshold" and len(last) == _RISING and grows

@@ -42,7 +42,7 @@ class _Events(NamedTuple):
 
 
 def _comparable(score: float) -> float:
-    """The score, or the lowest one if it is not finite: such weights are kept until a number."""
+    """The score to compare: one that is not finite is below every number."""
     return score if math.isfinite(score) else -math.inf
 
 

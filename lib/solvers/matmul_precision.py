@@ -21,7 +21,10 @@ _solves, _callers = 0, _FULL[0]  # running solves; the setting before the first 
 
 @contextmanager
 def full_products():
-    """Set full precision; give what makes contexts with the caller's setting (None: the same)."""
+    """Set full precision; give a function that makes contexts with the caller's setting.
+
+    Give None if the caller's setting is full precision already.
+    """
     global _solves, _callers
     with _lock:
         if _solves == 0:

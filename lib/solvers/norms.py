@@ -32,7 +32,10 @@ def least_norm(vectors: Tensor) -> float:
 def corrected_norms(
     found: np.ndarray, vectors: Tensor, counts: np.ndarray | None = None
 ) -> np.ndarray:
-    """``found``, norms (B,) of vectors (B, D), recomputed where out of range and in ``counts``."""
+    """``found``, norms (B,) of vectors (B, D), recomputed where they are out of range.
+
+    ``counts`` (B,) are the samples to recompute if needed; None means all.
+    """
     fails = ~(np.isfinite(found) & (found >= least_norm(vectors)))
     if counts is not None:
         fails &= counts

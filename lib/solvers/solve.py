@@ -294,7 +294,8 @@ class Solve:
         return replace(self.own, total=totals(self.own.norms))
 
     def _of_mode(self, total: tuple[float, float]) -> float:
-        return total[self.stop_mode == "rel"]
+        absolute, ratio = total
+        return absolute if self.stop_mode == "abs" else ratio
 
     def _solution(self, best: Best, sample_nfe: np.ndarray, gave_up: bool) -> dict:
         per_sample = {

@@ -44,6 +44,7 @@ class Corpus:
 
     @property
     def characters(self) -> bool:
+        """Whether symbols are bytes."""
         return DATASETS[self.dataset].characters
 
 

@@ -93,8 +93,8 @@ class LMOrderedIterator:
     def iterate(self, start: int = 0) -> Iterator[Batch]:
         """Yield batches of fixed length from row ``start`` to the end of the text.
 
-        A pass that has read r rows continues with ``iterate(r)``, at the end with nothing. A start
-        outside the text raises an InputError.
+        A pass that has read r rows continues with ``iterate(r)``. At the end of the text this
+        yields nothing; a start outside of it raises an InputError.
         """
         self._check_start(start)
         return (self.get_batch(i) for i in range(start, self.rows - 1, self.bptt))
