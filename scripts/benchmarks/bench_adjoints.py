@@ -8,13 +8,14 @@ solve gives exactly. For each radius, backward solver and stop mode, the table c
 whose gradient has a relative error above 100 %, and those among them without a warning.
 """
 
+import argparse
 import sys
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 from helpers.arguments import Parser, write_json
-from helpers.measure import table
+from helpers.measure import describe_machine, table
 from torch import Tensor
 
 from lib.deq import DEQ
@@ -22,6 +23,8 @@ from lib.runs.command_line import exit_code
 from lib.solvers import ADJOINT_SOLVERS
 
 RADII = (0.9, 1.3, 1.6, 1.9, 3.0)
+MODES = ("rel", "abs")
+HEAD = ("radius", "solver", "off by > 100 %", "of them silent", "warned of", "worst error")
 
 
 @dataclass
@@ -69,35 +72,38 @@ def count(radius: float, solver: str, mode: str, systems: int, size: int, steps:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Print the table; return 1 if a gradient was wrong without a warning, else an exit code."""
-    silent: list[int] = []
-    code = exit_code("bench_adjoints.py", lambda: silent.append(run(argv)), "nothing")
-    return code or int(any(silent))
+    return exit_code("bench_adjoints.py", lambda: run(parse(argv)), "calling it again")
 
 
-def run(argv: list[str] | None = None) -> int:
-    """Print the table; return the number of gradients that were wrong without a warning."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
     defaults = {"systems": 20, "size": 30, "steps": 20}
     least = dict.fromkeys(defaults, 1)
     description = __doc__.partition("\n")[0]
     parser = Parser(prog="bench_adjoints.py", description=description, least=least)
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print the table."""
+    print(describe_machine(torch.device("cpu")))
     found = {
-        (radius, solver, mode): count(radius, solver, mode, args.systems, args.size, args.steps)
+        (radius, solver): [
+            count(radius, solver, mode, args.systems, args.size, args.steps) for mode in MODES
+        ]
         for radius in RADII
         for solver in ADJOINT_SOLVERS
-        for mode in ("rel", "abs")
     }
-    head = ("radius", "solver", "stop", "off by > 100 %", "of them silent", "warned of",
-            "worst error")  # fmt: skip
-    rows = [[*how, c.wrong, c.silent, c.warned, f"{c.worst:.2g}"] for how, c in found.items()]
-    silent = sum(c.silent for c in found.values())
-    print(table(head, rows))
-    print(f"\n{silent} gradients off by more than 100 % without a warning")
-    write_json(args.json, [[*how, asdict(c)] for how, c in found.items()])
-    return silent
+    rows = [
+        (*how, *(" / ".join(f"{getattr(c, f.name):.2g}" for c in counts) for f in fields(Count)))
+        for how, counts in found.items()
+    ]
+    silent = sum(c.silent for counts in found.values() for c in counts)
+    print(f"\nStop mode 'rel' / 'abs', {args.systems} systems, {args.steps} steps:\n")
+    print(table(HEAD, rows))
+    print(f"\n{silent} gradients are off by more than 100 % without a warning.")
+    write_json(args.json, [[*how, *map(asdict, counts)] for how, counts in found.items()])
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from lib import DEQ, ContractiveLayer, power_method, spectral_norm, weight_norm_all
+from lib.runs.command_line import exit_code
 
 WIDTH, STEPS, BATCH, TRAIN, RATE = 64, 300, 128, 1297, 3e-3
 
@@ -200,7 +201,11 @@ HEAD = ["f", "test accuracy", "residual", "evaluations", "training: forward + ba
         "radius: mean, largest", "CPU seconds", "warned"]  # fmt: skip
 
 
-def build_parser() -> argparse.ArgumentParser:
+def main(argv: list[str] | None = None) -> int:
+    return exit_code("bench_own_layer.py", lambda: run(parse(argv)), "calling it again")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     description = __doc__.split("\n\n")[0]
     parser = Parser(prog="bench_own_layer.py", description=description, least={"seeds": 1})
     parser.add_argument("--seeds", type=int, default=5, help="trainings per layer")
@@ -209,11 +214,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--only", nargs="+", choices=list(LAYERS), default=list(LAYERS), metavar="LAYER",
         help=f"the layers to train, of {names}",
     )  # fmt: skip
-    return parser
+    return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     machine, regression = describe_machine(torch.device("cpu")), logistic_regression()
     print(machine + "\n", flush=True)
@@ -230,8 +234,7 @@ def main(argv: list[str] | None = None) -> int:
         }
         write_json(args.json, figures)  # each time: an interrupted benchmark keeps its figures
     print(table(HEAD, rows))
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

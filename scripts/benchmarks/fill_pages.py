@@ -1,11 +1,10 @@
-"""Write the tables and figures of the pages from the files of the comparisons.
+"""Write the tables and figures of the pages from the files in docs/data.
 
     python scripts/benchmarks/fill_pages.py
 
-In docs/data, gradients.json is a result of compare_gradients.py, ties.json of compare_ties.py and
-own_layer.json of bench_own_layer.py. To show a new result, copy its file there and call this
-command. A table stands between two comments in its page, <!-- NAME: begin --> and
-<!-- NAME: end -->.
+A file in docs/data is either a result that a benchmark wrote (--json), or what a command printed
+(.txt). To show a new result, replace the file and call this command. A
+table stands between two comments in its page, <!-- NAME: begin --> and <!-- NAME: end -->.
 """
 
 import json
@@ -36,23 +35,56 @@ def of_own_layer(found: dict) -> dict[str, str]:
     return {"own layer": f"    {found['machine']}\n\n{body}"}
 
 
-# The file of data, the page that shows it, and what makes the text of each block by its name.
-SHOWN = {
-    "gradients.json": ("gradients.md", of_gradients),
-    "ties.json": ("benchmarks.md", of_ties),
-    "own_layer.json": ("own-layer.md", of_own_layer),
+def of_rate(found: dict) -> dict[str, str]:
+    head = (
+        "gradient, forward solver / backward solver", "Jacobian loss", "perplexity",
+        "worst adjoint residual", "worst cosine", "radius at the end",
+    )  # fmt: skip
+    rows = []
+    for outcome in sorted(found["words"]["outcomes"], key=lambda o: o["at_steps"]["perplexity"]):
+        probes = outcome["probes"]
+        adjoint = [p["backward_residual"] for p in probes if p["backward_residual"] is not None]
+        rows.append(
+            (
+                outcome["name"],
+                "yes" if outcome["regularised"] else "",
+                f"{outcome['at_steps']['perplexity']:.1f}",
+                f"{max(adjoint):.1g}" if adjoint else "",
+                f"{min(p['cosine'] for p in probes):.2f}",
+                f"{probes[-1]['spectral_radius']:.1f}",
+            )
+        )
+    return {"gradients, rate": table(head, rows)}
+
+
+# Files of figures: the page that shows each, and what makes the text of its blocks, by name.
+FIGURES = {
+    "gradients.json": ("gradients.md", of_gradients),  # compare_gradients.py
+    "rate.json": ("gradients.md", of_rate),  # compare_gradients.py --steps 400 --rate 0.003
+    "ties.json": ("benchmarks.md", of_ties),  # compare_ties.py
+    "own_layer.json": ("own-layer.md", of_own_layer),  # bench_own_layer.py
+}
+# Files of printed text: the page that shows each. The block has the name of the file.
+PRINTED = {
+    "bench_adjoints.txt": "benchmarks.md",
+    "bench_gradients.txt": "benchmarks.md",
+    "bench_roots.txt": "benchmarks.md",
 }
 
 
 def pages(docs: Path) -> dict[str, str]:
     """Return the filled text of each page whose data are there."""
-    filled = {}
-    for file in sorted((docs / "data").glob("*.json")):
-        page, blocks = SHOWN[file.name]
-        text = (docs / page).read_text(encoding="utf-8")
-        for name, body in blocks(json.loads(file.read_text(encoding="utf-8"))).items():
-            text = fill(text, name, body)
-        filled[page] = text
+    filled: dict[str, str] = {}
+    for file in sorted((docs / "data").iterdir()):
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".txt":
+            page, blocks = PRINTED[file.name], {file.stem: text.strip()}
+        else:
+            page, make = FIGURES[file.name]
+            blocks = make(json.loads(text))
+        for name, body in blocks.items():
+            before = filled.get(page) or (docs / page).read_text(encoding="utf-8")
+            filled[page] = fill(before, name, body)
     return filled
 
 

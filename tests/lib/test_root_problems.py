@@ -4,17 +4,16 @@ import json
 
 import pytest
 import torch
+from bench_roots import COUNTS, pairs, solve
+from helpers.root_problems import PROBLEMS
 
-from root_problems import PROBLEMS
-from root_table import DATA, pairs, solve
-
-COUNTS = json.loads(DATA.read_text())
+REACHED = json.loads(COUNTS.read_text())
 # Chaotic on their way, so that another order of summation may change their counts, or more.
 CHAOTIC = ("Wood", "Rosenbrock", "helical", "Powell", "variably", "steep")
 HELD = [
     (problem, name)
     for problem, name in pairs()
-    if COUNTS.get(problem.name, {}).get(name, 999) <= 60 and not problem.name.startswith(CHAOTIC)
+    if REACHED.get(problem.name, {}).get(name, 999) <= 60 and not problem.name.startswith(CHAOTIC)
 ]
 
 
@@ -33,7 +32,7 @@ def test_problems_are_what_they_say():
 @pytest.mark.parametrize(("problem", "name"), HELD, ids=[f"{p.name} by {name}" for p, name in HELD])
 def test_solved_within_the_count(problem, name):
     """The count of this machine, and a tenth and two more for another's rounding."""
-    most = COUNTS[problem.name][name]
+    most = REACHED[problem.name][name]
     count, wrong = solve(problem, name, max_nfe=most + most // 10 + 2)
     assert not wrong
     assert count is not None

@@ -10,6 +10,7 @@ import torch
 
 from export_weights import main
 from lib.runs.checkpoint import load_weights, read_state, save_atomic
+from lib.runs.export import export_weights
 from small_model import build
 from small_vision import MDEQClsNet, tiny_config
 
@@ -52,6 +53,18 @@ def test_weights_survive(tmp_path, capsys, trained, source, suffix):
     assert_same(model, other.state_dict())
     if suffix == ".safetensors":  # with the names of tied weights, for any reader of the format
         assert_same(model, safetensors.torch.load_file(target))
+
+
+def test_tied_weights_stay_tied(tmp_path, monkeypatch):
+    """In a .pt file, also if .cpu() copies, as it does on a GPU."""
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)
+    weight = torch.arange(6.0)
+    state = {"a": weight.detach(), "b": weight.detach(), "half": weight[:3], "own": weight.clone()}
+    export_weights(state, tmp_path / "new.pt")
+    found = torch.load(tmp_path / "new.pt", weights_only=True)
+    storage = {name: value.untyped_storage().data_ptr() for name, value in found.items()}
+    assert storage["a"] == storage["b"]
+    assert len({storage["a"], storage["half"], storage["own"]}) == 3
 
 
 @pytest.mark.parametrize(
