@@ -31,6 +31,9 @@ def messages() -> tuple[set[str], set[str]]:
                 name = getattr(node.func, "attr", getattr(node.func, "id", ""))
                 if name.endswith("Error") or name == "warn":
                     said.add(shown(node.args[0]))
+                if name == "check" and len(node.args) == 4:  # of lib.errors: it makes the message
+                    subject, accepted = (shown(node.args[i]) or BETWEEN for i in (1, 3))
+                    texts.add(f"{subject} is {BETWEEN}, but must be {accepted}")
     return {text for text in said if re.search(r"\w{3}", text)}, texts
 
 
