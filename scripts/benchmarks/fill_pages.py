@@ -35,32 +35,9 @@ def of_own_layer(found: dict) -> dict[str, str]:
     return {"own layer": f"    {found['machine']}\n\n{body}"}
 
 
-def of_rate(found: dict) -> dict[str, str]:
-    head = (
-        "gradient, forward solver / backward solver", "Jacobian loss", "perplexity",
-        "worst adjoint residual", "worst cosine", "radius at the end",
-    )  # fmt: skip
-    rows = []
-    for outcome in sorted(found["words"]["outcomes"], key=lambda o: o["at_steps"]["perplexity"]):
-        probes = outcome["probes"]
-        adjoint = [p["backward_residual"] for p in probes if p["backward_residual"] is not None]
-        rows.append(
-            (
-                outcome["name"],
-                "yes" if outcome["regularised"] else "",
-                f"{outcome['at_steps']['perplexity']:.1f}",
-                f"{max(adjoint):.1g}" if adjoint else "",
-                f"{min(p['cosine'] for p in probes):.2f}",
-                f"{probes[-1]['spectral_radius']:.1f}",
-            )
-        )
-    return {"gradients, rate": table(head, rows)}
-
-
 # Files of figures: the page that shows each, and what makes the text of its blocks, by name.
 FIGURES = {
     "gradients.json": ("gradients.md", of_gradients),  # compare_gradients.py
-    "rate.json": ("gradients.md", of_rate),  # compare_gradients.py --steps 400 --rate 0.003
     "ties.json": ("benchmarks.md", of_ties),  # compare_ties.py
     "own_layer.json": ("own-layer.md", of_own_layer),  # bench_own_layer.py
 }
