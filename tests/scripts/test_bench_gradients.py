@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import cache
 
 import bench_gradients
 import pytest
@@ -16,17 +17,22 @@ def same_threads(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
 
 
+@cache  # most of the time is spent on dense Jacobians
+def problem_of(layer, radius):
+    return equilibrium(layer, radius)
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("radius", [0.5, 0.99])
 def test_a_layer_has_its_fixed_point_and_radius(layer, radius):
-    problem = equilibrium(layer, radius)
+    problem = problem_of(layer, radius)
     assert (problem.f(problem.z_star) - problem.z_star).norm() < 1e-12
     jacobian = dense_jacobian(problem.f, problem.z_star)
     assert torch.linalg.eigvals(jacobian).abs().max().item() == pytest.approx(radius, rel=1e-9)
 
 
 def test_the_exact_gradient_is_that_of_many_steps():
-    problem = equilibrium("toy", 0.5)
+    problem = problem_of("toy", 0.5)
     z = problem.z_star
     for _ in range(80):
         z = problem.f(z)
@@ -37,7 +43,7 @@ def test_the_exact_gradient_is_that_of_many_steps():
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("radius", bench_gradients.RADII)
 def test_implicit_by_gmres_is_exact(layer, radius):
-    problem = equilibrium(layer, radius)
+    problem = problem_of(layer, radius)
     found = bench_gradients.gradient_by(problem, *bench_gradients.GRADIENTS["ift, gmres to 1e-12"])
     assert bench_gradients.compared(found, problem.exact())[1] <= 1e-8
 
@@ -45,7 +51,7 @@ def test_implicit_by_gmres_is_exact(layer, radius):
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("radius", [0.5, 0.9])
 def test_what_is_to_be_equal(layer, radius):
-    same = bench_gradients.identities(equilibrium(layer, radius))
+    same = bench_gradients.identities(problem_of(layer, radius))
     assert all(difference <= 1e-8 for difference in same.values()), same
 
 

@@ -2,20 +2,17 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from array import array
 from pathlib import Path
 from types import SimpleNamespace
 
 import bench_resident
 import pytest
-from helpers.resident import Watch, growth, heap_bytes, resident_bytes, slope, watched
+import torch
+from helpers.resident import Watch, growth, heap_bytes, resident_bytes, slope
 
 from lib.runs.memory import release_free_memory
-from lib.runs.trainer import Trainer
 
-SCRIPT = Path(__file__).parents[2] / "scripts/benchmarks/bench_resident.py"
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc"
 )
@@ -40,13 +37,6 @@ def test_growth_and_slope():
     assert slope([7, 7, *range(100, 160, 3)], first=3) == pytest.approx(3)
 
 
-def test_steps_that_are_compared_and_looked_at():
-    windows = bench_resident._windows(ARGS)
-    assert windows["stacked"] == ((200, 300), (401, 500))
-    assert windows["equilibrium"] == ((600, 700), (1901, 2000))
-    assert bench_resident._marked(ARGS) == {200, 600, 1000, 1500, 2000}
-
-
 def test_a_leak_is_seen_and_reported():
     """A byte in a hundred thousand per step is 1.25 % from step 650 to step 1950."""
     watch = Watch(frozenset(), array("q", [10**8 + 1000 * step for step in range(1, 2001)]))
@@ -64,38 +54,24 @@ def test_a_leak_is_seen_and_reported():
     )
 
 
-def test_every_step_is_watched(monkeypatch):
-    monkeypatch.setattr(Trainer, "update", lambda trainer, batch: batch == "last")
-    trainer, watch = SimpleNamespace(step=1), Watch(frozenset([2]))
-    update = Trainer.update
-    with watched(watch, steps=2):
-        assert not Trainer.update(trainer, "first")
-        trainer.step = 2
-        assert Trainer.update(trainer, "last")
-    assert Trainer.update is update
-    assert len(watch.resident) == 2
-    (mark,) = watch.marks
-    assert (mark.step, mark.resident) == (2, watch.resident[1])
-    assert mark.objects > 1000
-
-
 @pytest.mark.parametrize(
     "trainers", ["digits", pytest.param("words,scenes", marks=pytest.mark.slow)]
 )
-def test_command(trainers, tmp_path, request):
+def test_command(trainers, tmp_path, request, monkeypatch, capsys):
     out = tmp_path / "out.json"
     if "words" in trainers:
         shutil.copytree(request.getfixturevalue("demo_folder"), tmp_path / "demo")
+    # A new process takes seconds to begin; test_bench_solvers.py measures in one.
+    monkeypatch.setattr(bench_resident, "in_new_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)  # it is of the whole process
     flags = ["--tiny", "--trainers", trainers, "--steps", "40", "--border", "20", "--every", "10"]
-    flags += ["--data", str(tmp_path / "demo"), "--json", str(out)]
-    command = [sys.executable, str(SCRIPT), *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "ms/step" not in done.stdout  # the runs' own lines are left out
+    assert bench_resident.main([*flags, "--data", str(tmp_path / "demo"), "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "ms/step" not in printed  # the runs' own lines are left out
     records = json.loads(out.read_text())
     assert [record["trainer"] for record in records] == trainers.split(",")
     for record in records:
-        assert f"## {record['trainer']}" in done.stdout
+        assert f"## {record['trainer']}" in printed
         assert len(record["resident"]) == 40
         assert min(record["resident"]) > 50e6
         assert [mark["step"] for mark in record["marks"]] == [4, 12, 20, 30, 40]

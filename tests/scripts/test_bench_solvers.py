@@ -83,8 +83,8 @@ def test_peak_counts_what_is_held_at_once():
 
 def test_resident_memory_of_a_new_process():
     found = measure.in_new_process(
-        bench_solvers.peak_bytes, "ours", "anderson", (8, 10**6), 9, "cpu"
+        bench_solvers.peak_bytes, "ours", "anderson", (8, 500_000), 9, "cpu"
     )
-    # Six residuals, six mixed values, a few points: of 32 MB each.
-    assert 13 * 32e6 < found["tensors"] < 19 * 32e6
-    assert 13 * 32e6 < found["resident"] < 21 * 32e6
+    # Six residuals, six mixed values, a few points: of 16 MB each.
+    assert 13 * 16e6 < found["tensors"] < 19 * 16e6
+    assert 13 * 16e6 < found["resident"] < 21 * 16e6

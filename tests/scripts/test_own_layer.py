@@ -6,6 +6,7 @@ from pathlib import Path
 
 import bench_own_layer
 import pytest
+import torch
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_layer.py"
 
@@ -26,11 +27,19 @@ def test_example_beats_logistic_regression(capsys):
 def test_benchmark(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_own_layer, "STEPS", 2)
     out = tmp_path / "figures.json"
-    assert bench_own_layer.main(["--seeds", "1", "--json", str(out)]) == 0
+    only = ["half, jacobian 0.3", "spectral 0.9"]
+    assert bench_own_layer.main(["--seeds", "1", "--json", str(out), "--only", *only]) == 0
     figures = json.loads(out.read_text())
-    assert set(figures["runs"]) == set(bench_own_layer.LAYERS)
-    assert len(figures["table"]["rows"]) == 1 + len(bench_own_layer.LAYERS)
+    assert list(figures["runs"]) == only
+    assert len(figures["table"]["rows"]) == 1 + len(only)
     assert "logistic regression" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", bench_own_layer.LAYERS)
+def test_a_layer_is_a_map_of_the_state(name):
+    layer = bench_own_layer.LAYERS[name][0]()
+    u = layer.inject(torch.rand(3, 64))
+    assert layer(torch.zeros_like(u), u).shape == u.shape
 
 
 @pytest.mark.parametrize("arguments", [["--seeds", "0"], ["--only", "nothing"]])

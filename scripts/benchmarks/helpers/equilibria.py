@@ -57,7 +57,7 @@ def loss(z: Tensor) -> Tensor:
 
 def dense_jacobian(f: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     """df/dz of all samples together, (B D, B D)."""
-    jacobian = torch.autograd.functional.jacobian(f, z)
+    jacobian = torch.autograd.functional.jacobian(f, z, vectorize=True)
     return jacobian.reshape(z.numel(), z.numel())
 
 
