@@ -1,8 +1,6 @@
 """Bad input to the image tools: a place where it happens, and what has to follow."""
 
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -151,7 +149,7 @@ def cases():
         """``late``: it shows only when the files are read, when a run has begun."""
 
         def add(function):
-            found[title] = pytest.param((title, function, late), id=title)
+            found[title] = pytest.param((function, late), id=title)
             return function
 
         return add
@@ -167,9 +165,9 @@ def contents(folder):
     }
 
 
-def check(place, capfd, recwarn, record_property, case) -> None:
+def check(place, capfd, recwarn, case) -> None:
     """Run a case: exit code 2, one line that names the thing, nothing written."""
-    title, prepare, late = case
+    prepare, late = case
     place.monkeypatch.chdir(place.folder)
     name, argv, *named = prepare(place)
     before = contents(place.folder)
@@ -177,7 +175,6 @@ def check(place, capfd, recwarn, record_property, case) -> None:
     recwarn.clear()
     code = run_tool(name, *argv)
     captured = capfd.readouterr()  # of the descriptors: workers print there
-    record_property("row", (title, code, captured.err.strip().replace(str(place.folder), "...")))
     assert code == 2
     (line,) = captured.err.splitlines()
     assert line.startswith(f"{PROGRAMS.get(name, f'{name}.py')}: ")
@@ -195,11 +192,3 @@ def check(place, capfd, recwarn, record_property, case) -> None:
         assert new == set()
     assert {path: after[path] for path in before} == before
     assert not (place.folder / TRAP).exists()
-
-
-class Table:
-    """A pytest plugin that prints each case as it was answered."""
-
-    def pytest_runtest_logreport(self, report):
-        for _, (title, code, message) in report.user_properties if report.when == "call" else ():
-            print(f"{title} | {code} | {message.replace(os.linesep, ' // ')}", file=sys.__stdout__)

@@ -3,11 +3,9 @@
 The loss of an untrained model is a mean over pixels or samples, so its gradient at z* may be
 smaller than the absolute tolerance of 1e-3: y = 0 must not pass for a solution of y = J'y + g.
 The reference is the same equation solved to a residual of 1e-8 of ||g|| in float64, at the same
-z*. ``python tests/vision/test_absolute_adjoint.py`` prints what the published solver reaches.
+z*.
 """
 
-import sys
-import warnings
 from functools import partial
 
 import pytest
@@ -223,33 +221,3 @@ def test_after_some_steps_as_published(kind, train_step):
     product, g = case.equation()
     found = case.gradient()
     assert difference(found, reference(case, product, g)) < 0.01
-
-
-def print_table(size: str) -> None:
-    print("model | trained | adjoint | ||g|| | residual / ||g|| | ||gradient|| | difference")
-    for kind in FILES:
-        for steps, train_step in (("no", None), ("20 stacked", 0), ("20 at equilibrium", -1)):
-            case = Case(kind, size)
-            if train_step is not None:
-                case.train(train_step)
-            product, g = case.equation()
-            exact = reference(case, product, g)
-            rows = {
-                "exact": exact,
-                "published": case.gradient(),
-                "gmres, as many": case.gradient(gmres),
-                "gmres, enough": case.gradient(gmres, ENOUGH),
-                "y = g": case.gradient(grad="jfb"),
-            }
-            for name, found in rows.items():
-                print(
-                    f"{kind} | {steps} | {name} | {g.norm():.2e} | "
-                    f"{residual(product, g, found['y']):.1e} | {norm(found):.2e} | "
-                    f"{difference(found, exact):.2%}",
-                    flush=True,
-                )
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    print_table(sys.argv[1] if len(sys.argv) > 1 else "published")

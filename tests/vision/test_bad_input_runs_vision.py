@@ -271,5 +271,5 @@ def _(place):
 
 
 @pytest.mark.parametrize("case", CASES.values())
-def test_bad_input(place, capfd, recwarn, record_property, case):
-    check(place, capfd, recwarn, record_property, case)
+def test_bad_input(place, capfd, recwarn, case):
+    check(place, capfd, recwarn, case)

@@ -1,20 +1,16 @@
-"""Bad input to the image tools: one clear line that names the thing, exit code 2, nothing written.
-
-``python tests/vision/test_bad_input_vision.py`` runs these cases and prints them as a table.
-"""
+"""Bad input to the image tools: one line that names the thing, exit code 2, nothing written."""
 
 import pickle
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import refusals
-from refusals import STAGE, TRAP, Opens, Table, cases, check
+from refusals import STAGE, TRAP, Opens, cases, check
 from small_runs import ROOM, SCENES, run_tool
 
 finished, place, quick = refusals.finished, refusals.place, refusals.quick  # fixtures
@@ -35,20 +31,6 @@ def _(place):
     return "seg_test", ["--cfg", "experiments/nothing.yaml"], "experiments/nothing.yaml"
 
 
-@case("--cfg is not YAML")
-def _(place):
-    path = place.folder / "own.yaml"
-    path.write_text("MODEL: [1, 2\nTRAIN: {")
-    return "cls_valid", ["--cfg", str(path)], str(path)
-
-
-@case("--cfg holds no settings")
-def _(place):
-    path = place.folder / "own.yaml"
-    path.write_text("just a line")
-    return "seg_train", ["--cfg", str(path)], str(path)
-
-
 @case("unknown yaml key")
 def _(place):
     path = place.yaml(lambda s: s["TRAIN"].update(OPTIMISER="sgd"))
@@ -65,16 +47,6 @@ def _(place):
     return "cls_train", place.digits("TRAIN.LR", "fast"), "TRAIN.LR in the command line is 'fast'"
 
 
-@case("override of a section")
-def _(place):
-    return "cls_valid", place.digits("MODEL", "big"), "MODEL in the command line is 'big'"
-
-
-@case("override without a value")
-def _(place):
-    return "seg_test", place.scenes("TRAIN.LR"), "'TRAIN.LR' has no value"
-
-
 @case("unknown flag")
 def _(place):
     return "seg_train", place.scenes("--modeldir", "x"), "did you mean --modelDir?"
@@ -85,9 +57,7 @@ def _(place):
     return "extract", ["--ckpt", "a", "b"], "--ckpt"
 
 
-@case(
-    "unknown flag (lists)",
-)
+@case("unknown flag (lists)")
 def _(place):
     return "make_cityscapes_lists", ["--dataDir", "data"], "--dataDir"
 
@@ -97,24 +67,9 @@ def _(place):
     return "cls_train", [*place.digits(), "--percent", "0"], "--percent"
 
 
-@case("--percent nan")
-def _(place):
-    return "cls_train", [*place.digits(), "--percent", "nan"], "--percent"
-
-
 @case("--percent that is no number")
 def _(place):
     return "cls_train", [*place.digits(), "--percent", "half"], "--percent"
-
-
-@case("PERCENT out of range")
-def _(place):
-    return "cls_train", place.digits("PERCENT", "1.5"), "PERCENT is 1.5"
-
-
-@case("unknown optimiser")
-def _(place):
-    return "cls_train", place.digits("TRAIN.OPTIMIZER", "adamw"), "TRAIN.OPTIMIZER is 'adamw'"
 
 
 @case("negative weight decay")
@@ -122,37 +77,18 @@ def _(place):
     return "cls_train", place.digits("TRAIN.WD", "-0.1"), "TRAIN.WD"
 
 
-@case(
-    "NESTEROV without momentum",
-)
+@case("NESTEROV without momentum")
 def _(place):
     more = ["TRAIN.OPTIMIZER", "sgd", "TRAIN.NESTEROV", "True", "TRAIN.MOMENTUM", "0"]
     return "cls_train", place.digits(*more), "TRAIN.NESTEROV"
 
 
-@case("image size that is not whole")
-def _(place):
-    return "seg_train", place.scenes("TRAIN.IMAGE_SIZE", "[32.5,32]"), "TRAIN.IMAGE_SIZE"
-
-
-@case(
-    "OHEM threshold out of range",
-)
+@case("OHEM threshold out of range")
 def _(place):
     return "seg_train", place.scenes("LOSS.OHEMTHRES", "2"), "OHEMTHRES"
 
 
 # -- model
-
-
-@case("unknown solver")
-def _(place):
-    return "cls_train", place.digits("DEQ.F_SOLVER", "newton"), "'newton'"
-
-
-@case("NUM_GROUPS that does not divide")
-def _(place):
-    return "seg_train", place.scenes("MODEL.NUM_GROUPS", "3"), "MODEL.NUM_GROUPS"
 
 
 @case("NUM_GROUPS 1")
@@ -172,61 +108,18 @@ def _(place):
     return "cls_train", ["--cfg", path], "FULL_STAGE lacks NUM_CHANNELS"
 
 
-@case("a list shorter than NUM_BRANCHES")
-def _(place):
-    more = [f"{STAGE}.NUM_BLOCKS", "[1]"]
-    return "cls_train", place.digits(*more), f"{STAGE}.NUM_BLOCKS is [1]"
-
-
 @case("channels that are no numbers")
 def _(place):
     more = [f"{STAGE}.NUM_CHANNELS", "[8,'many']"]
     return "cls_train", place.digits(*more), f"{STAGE}.NUM_CHANNELS"
 
 
-@case("dropout out of range")
-def _(place):
-    return "cls_train", place.digits("MODEL.DROPOUT", "1.5"), "1.5"
-
-
 # -- data
-
-
-@case("unknown data set")
-def _(place):
-    return "cls_train", place.digits("DATASET.DATASET", "mnist"), "DATASET.DATASET 'mnist'"
 
 
 @case("data set of the other task")
 def _(place):
     return "seg_train", place.scenes("DATASET.DATASET", "cifar10"), "no segmentation data set"
-
-
-@case("too few classes")
-def _(place):
-    return "cls_train", place.digits("MODEL.NUM_CLASSES", "5"), "MODEL.NUM_CLASSES is 5"
-
-
-@case("wrong number of classes")
-def _(place):
-    return "seg_test", place.cityscapes("DATASET.NUM_CLASSES", "20"), "DATASET.NUM_CLASSES is 20"
-
-
-@case("IGNORE_LABEL is a class")
-def _(place):
-    return "seg_train", place.scenes("TRAIN.IGNORE_LABEL", "3"), "TRAIN.IGNORE_LABEL 3"
-
-
-@case("missing CIFAR-10")
-def _(place):
-    argv = place.digits("DATASET.DATASET", "cifar10", "DATASET.ROOT", str(place.data))
-    return "cls_train", argv, str(place.data / "cifar-10-batches-py")
-
-
-@case("truncated CIFAR-10 batch")
-def _(place):
-    argv = place.cifar10()
-    return "cls_train", argv, place.cut(place.file("data_batch_3"))
 
 
 @case("CIFAR-10 batch with code in it")
@@ -259,60 +152,15 @@ def _(place):
     return "cls_train", argv, "n01440764"
 
 
-@case("missing list")
-def _(place):
-    argv = place.cityscapes()
-    place.file("train.lst").unlink()
-    return "seg_train", argv, f"{place.data}/list/cityscapes/train.lst"
-
-
-@case("empty list")
-def _(place):
-    argv = place.cityscapes()
-    place.file("val.lst").write_text("\n")
-    return "seg_test", argv, f"{place.data}/list/cityscapes/val.lst is empty"
-
-
-@case("file of a list missing")
-def _(place):
-    argv = place.cityscapes()
-    names = place.file("train.lst").read_text().splitlines()[2].split()
-    missing = place.data / "cityscapes" / names[1]
-    missing.unlink()
-    return "seg_train", argv, f"train.lst, line 3: {missing} does not exist"
-
-
-@case("training list without labels")
-def _(place):
-    argv = place.cityscapes("DATASET.TRAIN_SET", "list/cityscapes/test.lst")
-    return "seg_train", argv, f"{place.data}/list/cityscapes/test.lst names no labels"
-
-
 @case("validation list without labels")
 def _(place):
     argv = place.cityscapes("DATASET.TEST_SET", "list/cityscapes/test.lst")
     return "seg_train", argv, "DATASET.TEST_SET list/cityscapes/test.lst"
 
 
-@case("list with and without labels")
-def _(place):
-    argv = place.cityscapes()
-    lines = place.file("val.lst").read_text().splitlines()
-    place.file("val.lst").write_text(f"{lines[0]}\n{lines[1].split()[0]}\n")
-    return "seg_test", argv, "val.lst, line 2"
-
-
 @case("training set smaller than a batch")
 def _(place):
     return "seg_train", place.cityscapes("TRAIN.BATCH_SIZE_PER_GPU", "5"), "4 samples, fewer than"
-
-
-@case("two test images of one name")
-def _(place):
-    argv = place.cityscapes()
-    line = place.file("val.lst").read_text().splitlines()[0]
-    place.file("val.lst").write_text(f"{line}\n{line}\n")
-    return "seg_test", argv, "frankfurt_000000_000019_leftImg8bit"
 
 
 def damaged_labels(edit, name):
@@ -402,8 +250,8 @@ def _(place):
 
 
 @pytest.mark.parametrize("case", CASES.values())
-def test_bad_input(place, capfd, recwarn, record_property, case):
-    check(place, capfd, recwarn, record_property, case)
+def test_bad_input(place, capfd, recwarn, case):
+    check(place, capfd, recwarn, case)
 
 
 @pytest.mark.parametrize(
@@ -430,9 +278,3 @@ def test_the_traps_work(tmp_path):
     """Unpickled without care, they do create the file."""
     pickle.loads(pickle.dumps(Opens(tmp_path / TRAP))).close()
     assert (tmp_path / TRAP).exists()
-
-
-if __name__ == "__main__":
-    print("case | exit code | message")
-    files = [__file__, str(Path(__file__).with_name("test_bad_input_runs_vision.py"))]
-    sys.exit(pytest.main([*files, "-p", "no:terminal"], plugins=[Table()]))

@@ -6,7 +6,7 @@ from math import inf, nan
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.errors import InputError
@@ -348,6 +348,7 @@ def test_saved_settings_can_be_used_again(write):
 TEXTS = st.text(st.characters(blacklist_categories=["Cs", "Cc"], max_codepoint=0x2FFF), max_size=12)
 
 
+@settings(max_examples=30)
 @given(
     lr=st.floats(1e-12, 1e6),
     root=TEXTS,
@@ -378,6 +379,7 @@ def test_any_values_survive_the_command_line_and_the_file(
     assert flat(again) == found
 
 
+@settings(max_examples=30)
 @given(key=st.text(max_size=20), value=st.text(max_size=20))
 def test_any_text_is_a_setting_or_an_input_error(key, value):
     with suppress(InputError):

@@ -1,20 +1,15 @@
 """Segmentation in two processes on the CPU (gloo) against one process with the doubled batch.
 
 Two processes run this file as a script and go through all cases of a few steps.
-``PYTHONPATH=tests python tests/vision/test_ddp_vision.py`` prints the largest differences.
 """
 
-import contextlib
 import sys
-import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import lib.deq
-import mdeq_vision.model
+from cases import the_same_vectors
 from groups import run_group, work
 from lib.runs.processes import Processes
 from mdeq_vision.evaluation import evaluate_segmentation
@@ -59,7 +54,8 @@ SETTINGS = {
     "TRAIN__LR": 0.05,
     "TRAIN__OPTIMIZER": "sgd",
 }
-QUICK = ("class weights", "one process without a label", "Jacobian loss")
+# scale/test_same_losses.py trains scenes with the Jacobian loss.
+QUICK = ("class weights", "one process without a label")
 REST = tuple(case for case in CASES if case not in QUICK)
 PHASES = {"stacked": STACKED, "equilibrium": EQUILIBRIUM}
 NORMS = ("synchronised", "eval")
@@ -90,12 +86,6 @@ def batch(step, ignored, n):
     shares = torch.tensor(ignored).repeat_interleave(n // len(ignored)).view(n, 1, 1)
     label[torch.rand(shape, generator=generator) < shares] = 255
     return images(SIDE, SIDE, batch=n, seed=step), label
-
-
-def ones_jac_loss(f0, z0, vecs=2, create_graph=True):
-    """The estimate with a vector of ones: the real one draws in each process what it likes."""
-    (product,) = torch.autograd.grad(f0.sum(), z0, create_graph=True)
-    return product.square().sum() / z0.numel()
 
 
 def make_trainer(case, phase, norm, processes):
@@ -149,14 +139,6 @@ def evaluation(processes):
         on_prediction=lambda index, _: seen.append(index),
     )
     return {"matrix": found.confusion.matrix, "figures": found.figures, "seen": seen}
-
-
-@contextlib.contextmanager
-def the_same_vectors():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lib.deq, "jac_loss_estimate", ones_jac_loss)
-        patch.setattr(mdeq_vision.model, "jac_loss_estimate", ones_jac_loss)
-        yield
 
 
 def all_cases(processes, cases):
@@ -252,22 +234,5 @@ def test_every_image_is_evaluated_once(measured):
         assert found["figures"]["loss"] == pytest.approx(expected["figures"]["loss"], abs=1e-12)
 
 
-# ---- as a script --------------------------------------------------------------------------------
-
-
-def print_differences():
-    with tempfile.TemporaryDirectory() as folder:
-        two = run_group(__file__, 2, Path(folder) / "found", *CASES)
-    one = all_cases(Processes(), CASES)
-    print("case | phase | batch norm | loss | gradient | state")
-    for key, expected in one.items():
-        parts = [largest(found["steps"][key], expected) for found in two]
-        worst = {name: max(part[name] for part in parts) for name in parts[0]}
-        print(" | ".join([*key, *(f"{value:.1e}" for value in worst.values())]))
-
-
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        work(found_by, sys.argv[1:])
-    else:
-        print_differences()
+    work(found_by, sys.argv[1:])

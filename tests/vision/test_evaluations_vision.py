@@ -231,7 +231,7 @@ def three_steps(model, amp="none", stats=None):
     return outputs, graphs
 
 
-@pytest.mark.parametrize("amp", ["none", "bf16"])
+@pytest.mark.parametrize("amp", [pytest.param("none", marks=pytest.mark.slow), "bf16"])
 def test_three_steps_need_one_compilation(traced, amp):
     expected, before = three_steps(small("seg"), amp)[0], traced["unique_graphs"]
     found, graphs = three_steps(small("seg", COMPILE=True), amp, traced)

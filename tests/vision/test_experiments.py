@@ -12,6 +12,7 @@ import pytest
 from image_files import write_cifar10, write_cityscapes, write_imagenet
 from lib.runs.checkpoint import load
 from lib.runs.run_folder import CHECKPOINT, WEIGHTS, read_metrics
+from mdeq_vision import command
 from mdeq_vision.command import CONFIG
 from mdeq_vision.config import config, merge_file
 from small_runs import EXPERIMENTS, ROOM, run_tool
@@ -21,7 +22,7 @@ SMALL = {
         TRAIN.BATCH_SIZE_PER_GPU 4 TEST.BATCH_SIZE_PER_GPU 5 PERCENT 0.12
     """,
     "imagenet": """
-        MODEL.IMAGE_SIZE [32,32] TRAIN.BATCH_SIZE_PER_GPU 4 TEST.BATCH_SIZE_PER_GPU 4
+        MODEL.IMAGE_SIZE [32,32] TRAIN.BATCH_SIZE_PER_GPU 4 TEST.BATCH_SIZE_PER_GPU 5
     """,
     "cityscapes": """
         TRAIN.IMAGE_SIZE [64,32] TRAIN.BASE_SIZE 64 TRAIN.BATCH_SIZE_PER_GPU 2
@@ -30,7 +31,7 @@ SMALL = {
 }
 COMMON = """
     TRAIN.PRETRAIN_STEPS 1 TRAIN.END_EPOCH 1 PRINT_FREQ 1 WORKERS 0
-    DEQ.F_THRES 3 DEQ.B_THRES 3 MODEL.NUM_LAYERS 2
+    DEQ.F_THRES 3 DEQ.B_THRES 3 MODEL.NUM_LAYERS 2 TEST.NUM_SAMPLES 5
 """
 
 
@@ -49,12 +50,13 @@ def data(tmp_path_factory):
 )
 @pytest.mark.parametrize("name", EXPERIMENTS)
 @pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")  # three iterations do not converge
-def test_three_steps_and_a_validation(name, narrow, data, tmp_path):
+def test_three_steps_and_a_validation(name, narrow, data, tmp_path, monkeypatch):
     kind = Path(name).parent.name
     tool = "seg_train" if kind == "cityscapes" else "cls_train"
     overrides = [*SMALL[kind].split(), *COMMON.split(), "LOG_DIR", str(tmp_path / "log")]
     file = ROOM / "experiments" / name
     if narrow:
+        monkeypatch.setattr(command, "model_summary", lambda *arguments: "")
         branches = config_of(file).MODEL.EXTRA.FULL_STAGE.NUM_BRANCHES
         overrides += ["MODEL.EXTRA.FULL_STAGE.NUM_CHANNELS", str([8, 16, 32, 64][:branches])]
     places = ["--dataDir", str(data), "--modelDir", str(tmp_path)]

@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from harness import differences
+from harness import assert_same_run, differences, records
 from image_files import write_cityscapes
 from lib.runs.checkpoint import load
 from lib.runs.interrupts import Stopping
-from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, read_metrics
+from lib.runs.run_folder import CHECKPOINT, LOG
 from mdeq_vision import command, image_trainer
 from mdeq_vision.config import config
 from mdeq_vision.curriculum import Curriculum
 from mdeq_vision.datasets import digit_scenes
 from mdeq_vision.schedules import learning_rate
+from small_digits import of_kind
 from small_runs import SCENES, TINY, run_tool
 from test_resume_vision import NARROW
 
@@ -59,20 +60,6 @@ def argv(city, tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     return lambda to="run": tmp_path / to / "cityscapes" / SCENES.stem
-
-
-def of_kind(folder, kind):
-    return [r for r in read_metrics(folder) if r["kind"] == kind]
-
-
-def records(folder):
-    return [{k: v for k, v in r.items() if k != "images_per_s"} for r in read_metrics(folder)]
-
-
-def assert_same_run(one, two):
-    assert records(one) == records(two)
-    for name in (WEIGHTS, CHECKPOINT):
-        assert list(differences(load(one / name), load(two / name))) == []
 
 
 @pytest.fixture(scope="module")

@@ -93,16 +93,6 @@ def test_ohem_is_that_of_a_loop(weights, thres, keep):
     torch.testing.assert_close(total.item(), expected, rtol=1e-12, atol=0)
 
 
-def test_ohem_after_resizing():
-    logits, label = batch(size=(9, 14), low=(3, 5))
-    loss = SegmentationLoss(ohem=True, ohem_thres=0.3, ohem_keep=20)
-    large = F.interpolate(logits, (9, 14), mode="bilinear", align_corners=True)
-    expected, kept = by_hand(large, label, [1.0] * N, 0.3, 20)
-    total, weight = loss(logits, label)
-    assert weight == kept
-    torch.testing.assert_close(total.item(), expected, rtol=1e-12, atol=0)
-
-
 def test_probability_at_the_threshold_is_not_hard():
     logits = torch.zeros(1, 4, 2, 3)  # p = 1/4 everywhere
     label = torch.zeros(1, 2, 3, dtype=torch.int64)

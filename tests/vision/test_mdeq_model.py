@@ -2,8 +2,6 @@
 
 import builtins
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -327,19 +325,6 @@ def test_meta_device(kind):
     assert output.is_meta
     assert output.shape == ((2, 5) if kind == "cls" else (2, 4, 9, 5))
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_importing_the_package_does_nothing():
-    """No thread, seed or default changes; no file is read but the modules."""
-    program = """
-import torch
-before = (torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_num_threads())
-import mdeq_vision, mdeq_vision.config, mdeq_vision.transfer, mdeq_vision.schedules
-after = (torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_num_threads())
-assert before == after
-assert mdeq_vision.config.config.MODEL.EXTRA == {}
-"""
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=180)
 
 
 # --- Bad input --------------------------------------------------------------------------------

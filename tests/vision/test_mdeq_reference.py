@@ -141,8 +141,7 @@ def test_stacked(kind, variant, training):
     unread = {k for k in state if not k.endswith("num_batches_tracked")} - reference.used
     assert not unread
     worst = max(errors, key=errors.get)
-    print(f"reference, stacked, {kind}, {variant}: largest error {errors[worst]:.1e} ({worst})")
-    assert errors[worst] < 1e-8
+    assert errors[worst] < 1e-8, worst
 
 
 # By default each variant with one of the two heads, which test_stacked checks with all of them.
@@ -179,14 +178,12 @@ def test_equilibrium(kind, variant):
         assert solution["rel_trace"][-1] < 1e-12
         expected = head_of(reference, kind)(vec2list(solution["result"], shapes))
     error = (output - expected).abs().max().item()
-    print(f"reference, equilibrium, {kind}, {variant}: largest error {error:.1e}")
     assert error < 1e-8
 
 
-@pytest.mark.parametrize("kind", ["cls", "seg"])
 @pytest.mark.parametrize(
-    ("branches", "settings"),
-    [(1, {}), (2, {"WNORM": True}), (4, {})],
+    ("kind", "branches", "settings"),
+    [("cls", 1, {}), ("seg", 2, {"WNORM": True}), ("cls", 4, {})],
     ids=["1 branch", "2 branches", "4 branches"],
 )
 def test_equilibrium_without_a_solver(kind, branches, settings):
@@ -198,7 +195,6 @@ def test_equilibrium_without_a_solver(kind, branches, settings):
         z, change = reference.iterate(image, 250)
         assert change < 1e-14
         error = (output - head_of(reference, kind)(z)).abs().max().item()
-    print(f"reference, plain iteration, {kind}, {branches} branches: largest error {error:.1e}")
     assert error < 1e-8
 
 

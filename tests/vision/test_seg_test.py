@@ -210,10 +210,6 @@ def test_predictions_are_those_of_the_equilibrium(argv, monkeypatch):
 def test_a_sample_of_the_images(argv, capsys):
     assert run_tool("seg_test", *argv, "TEST.NUM_SAMPLES", "2") == 0
     assert len(list((predictions(argv) / "labels").iterdir())) == 2
-
-
-def test_the_printed_number_of_images_is_the_evaluated_one(argv, capsys):
-    assert run_tool("seg_test", *argv, "TEST.NUM_SAMPLES", "2") == 0
     assert "| 2 images |" in capsys.readouterr().out
 
 

@@ -10,7 +10,7 @@ from lib.errors import InputError
 from lib.runs.checkpoint import load, save_atomic
 from mdeq_vision import MDEQClsNet, MDEQSegNet, get_seg_net
 from mdeq_vision.transfer import BACKBONE, extract_pretrained, load_pretrained
-from small_vision import build, fill, tiny_config
+from small_vision import build, tiny_config
 
 SETTINGS = {"WNORM": True, "DROPOUT": 0.1, "DOWNSAMPLE_TIMES": 2}
 
@@ -100,14 +100,6 @@ def test_segmentation_starts_from_it(source, write, tmp_path, style, extracted):
     else:
         assert {"classifier.weight", "incre_modules.0.0.conv1.weight"} <= set(left)
         assert any(name.startswith("fullstage_copy.") for name in left) == (style == "published")
-
-
-def test_without_a_file():
-    cfg = tiny_config(3, **SETTINGS)
-    torch.manual_seed(11)
-    model = get_seg_net(cfg)
-    for key, value in seg_net().state_dict().items():
-        assert torch.equal(model.state_dict()[key], value), key
 
 
 def test_classification_can_start_from_it_too(source, write):
@@ -238,20 +230,3 @@ def test_missing_and_damaged_files(source, write, tmp_path):
     save_atomic([1, 2], path)
     with pytest.raises(InputError, match="holds no state dict"):
         load_pretrained(seg_net(), path)
-
-
-def test_extractor_leaves_its_source_alone(source, write, tmp_path):
-    path = write(checkpoint_of(source, "ours"))
-    before = path.read_bytes()
-    extract_pretrained(path, tmp_path / "pretrained.pth")
-    assert path.read_bytes() == before
-
-
-def test_weights_are_copied(source, write):
-    """The model that is filled and the next one share no storage."""
-    path, one, two = write(source.state_dict()), seg_net(), seg_net()
-    load_pretrained(one, path)
-    load_pretrained(two, path)
-    fill(one, seed=8)
-    for key, value in backbone_of(source).items():
-        assert torch.equal(two.state_dict()[key], value), key

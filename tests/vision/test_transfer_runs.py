@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lib.runs.checkpoint import load
-from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, read_metrics
+from lib.runs.run_folder import LOG, WEIGHTS, read_metrics
 from mdeq_vision.datasets import digit_scenes
 from mdeq_vision.tasks import ClassificationTrainer, SegmentationTrainer
 from small_runs import DIGITS, SCENES, TINY, TINY_DIGITS, run_tool
@@ -72,21 +72,6 @@ def names_after(title, log):
     return [] if line == "none" else line.split(", ")
 
 
-def test_extracted_is_the_backbone(classifier, pretrained, capsys):
-    weights, found = load(classifier / WEIGHTS), load(pretrained)
-    assert list(found) == [key for key in weights if key.startswith(BACKBONE)]
-    assert all(torch.equal(found[key], weights[key]) for key in found)
-    assert len(found) < len(weights)
-
-
-def test_extracted_from_the_checkpoint(classifier, tmp_path, capsys):
-    path = tmp_path / "last.pth"
-    assert run_tool("extract", classifier / CHECKPOINT, path) == 0
-    assert f"{len(load(path))} tensors of {classifier / CHECKPOINT}" in capsys.readouterr().out
-    last = load(classifier / CHECKPOINT)["state_dict"]
-    assert all(torch.equal(value, last[key]) for key, value in load(path).items())
-
-
 def test_segmentation_starts_from_it(pretrained, tmp_path, started):
     assert seg_train(tmp_path, "MODEL.PRETRAINED", pretrained) == 0
     (state,), file = started, load(pretrained)
@@ -110,52 +95,6 @@ def test_training_goes_through(pretrained, tmp_path):
     assert "taken over" not in (run_of(tmp_path / "without") / LOG).read_text()
 
 
-def test_a_whole_checkpoint_will_do(classifier, tmp_path, started):
-    """Its head is left in the file, and the log says so."""
-    assert seg_train(tmp_path, "MODEL.PRETRAINED", classifier / CHECKPOINT) == 0
-    file = load(classifier / CHECKPOINT)["state_dict"]
-    (state,) = started
-    shared = [key for key in file if key.startswith(BACKBONE)]
-    assert all(torch.equal(state[key], file[key]) for key in shared)
-    left = names_after("not taken over (left in the file)", (run_of(tmp_path) / LOG).read_text())
-    assert left == [key for key in file if key not in shared]
-    assert "classifier.weight" in left
-
-
-def test_published_names(pretrained, tmp_path, started):
-    """Under 'state_dict', with wrappers' prefixes and a second copy of f."""
-    file = load(pretrained)
-    copies = {k.replace("fullstage.", "fullstage_copy."): v for k, v in file.items()}
-    published = {f"module.{k}": v for k, v in {**copies, **file}.items()}
-    torch.save({"state_dict": published}, tmp_path / "published.pth")
-    assert seg_train(tmp_path, "MODEL.PRETRAINED", tmp_path / "published.pth") == 0
-    (state,) = started
-    assert all(torch.equal(state[key], value) for key, value in file.items())
-    log = (run_of(tmp_path) / LOG).read_text()
-    left = names_after("not taken over (left in the file)", log)
-    assert left
-    assert all(key.startswith("fullstage_copy.") for key in left)
-
-
-def test_a_model_with_another_branch_takes_what_fits(pretrained, tmp_path, started):
-    more = f"""
-        {STAGE}.NUM_BRANCHES 3 {STAGE}.NUM_CHANNELS [8,8,16] {STAGE}.NUM_BLOCKS [1,1,1]
-        {STAGE}.BIG_KERNELS [0,0,0]
-    """.split()
-    assert seg_train(tmp_path, *more, "MODEL.PRETRAINED", pretrained) == 0
-    (state,), file = started, load(pretrained)
-    assert all(torch.equal(state[key], value) for key, value in file.items())
-    kept = names_after("not taken over (kept as initialised)", (run_of(tmp_path) / LOG).read_text())
-    assert "fullstage.branches.2.blocks.0.conv2.weight_v" in kept
-
-
-def test_classification_may_start_from_it_too(pretrained, tmp_path, started):
-    argv = ["--cfg", DIGITS, "--modelDir", tmp_path, *TINY_DIGITS, *MODEL]
-    assert run_tool("cls_train", *argv, "MODEL.PRETRAINED", pretrained) == 0
-    (state,) = started
-    assert all(torch.equal(state[key], value) for key, value in load(pretrained).items())
-
-
 @pytest.mark.parametrize(
     "more",
     [
@@ -169,11 +108,6 @@ def test_a_file_that_matches_nothing_is_refused(pretrained, tmp_path, capsys, mo
     (line,) = capsys.readouterr().err.splitlines()
     assert f"no weight of f in {pretrained} fits" in line
     assert not (tmp_path / "out").exists()
-
-
-def test_a_missing_file_is_refused(tmp_path, capsys):
-    assert seg_train(tmp_path / "out", "MODEL.PRETRAINED", tmp_path / "no.pth") == 2
-    assert str(tmp_path / "no.pth") in capsys.readouterr().err
 
 
 def test_extracting_over_a_file_replaces_it_whole(classifier, tmp_path):
