@@ -1,24 +1,18 @@
 """Whole runs that are resumed from corrupted checkpoints, through the commands of the trainers.
 
-    python tests/faults/corrupted_runs.py [--count 200] [--trainer language]
-
 A run of each trainer is stopped near its end; its newest checkpoint, every fourth time its
 predecessor too, is corrupted, and the command told to go on. Allowed is exit code 2 with one line,
 or a run that ends bit for bit as the undisturbed one did, from whichever checkpoint it went on.
-Prints a table; exit code 1 if anything else happened.
 """
 
-import argparse
 import shutil
 import signal
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from attempts import Attempt, ForkServer, run
-from corruptions import Corruption, corruptions, table
-from harness import SAVED_EVERY, STEPS, TRAINERS, differing_tensors, records
+from attempts import Attempt, ForkServer
+from corruptions import Corruption, corruptions
+from harness import SAVED_EVERY, STEPS, differing_tensors, records
 from lib.runs.run_folder import CHECKPOINT
 
 TO = "run"
@@ -77,30 +71,3 @@ def judged(
     judge = CorruptedRun(trainer, parent, whole, server)
     for corruption in corruptions(count, seed):
         yield corruption, *judge.outcome(corruption)
-
-
-def main() -> int:
-    """Judge so many of each trainer's runs and print a table of each."""
-    parser = argparse.ArgumentParser(description="Resume runs from corrupted checkpoints.")
-    parser.add_argument("--count", type=int, default=200, help="corruptions of each trainer's run")
-    parser.add_argument("--trainer", choices=[*TRAINERS, "all"], default="all")
-    args = parser.parse_args()
-    bad = 0
-    for name in TRAINERS if args.trainer == "all" else [args.trainer]:
-        trainer = TRAINERS[name]
-        with tempfile.TemporaryDirectory() as folder, ForkServer() as server:
-            parent = Path(folder)
-            assert run(trainer.start(parent, "whole"), server=server) == (0, "")
-            found = []
-            whole = trainer.folder(parent, "whole")
-            for corruption, outcome, said in judged(trainer, parent, whole, server, args.count):
-                found.append((corruption, outcome))
-                if outcome not in ("refused", "fell back", "loaded unharmed"):
-                    bad += 1
-                    print(f"{corruption}: {outcome}: {said}", flush=True)
-        print(f"\n{name}\n{table(found)}", flush=True)
-    return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

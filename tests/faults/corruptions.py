@@ -1,7 +1,5 @@
 """Seeded corruptions of a checkpoint, and what becomes of each.
 
-    python tests/faults/corruptions.py          # 200 of them; a table; exit code 1 if one gets by
-
 Each is applied to the newest checkpoint of a run, every fourth to its predecessor too. Allowed is
 a refusal in one line, the predecessor with a line that says so, or the very content that was saved
 (the damage hit bytes that mean nothing). Never a traceback, never code out of the file, never
@@ -14,11 +12,8 @@ import os
 import pickle
 import random
 import struct
-import sys
 import tarfile
-import tempfile
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +25,6 @@ from lib.errors import InputError
 from lib.runs.export import export_weights
 from lib.runs.retention import load_newest, save_newest
 
-COUNT = 200
 OUTCOMES = ("refused", "fell back", "loaded unharmed", "traceback", "code run", "silent wrong")
 ALLOWED = OUTCOMES[:3]
 
@@ -408,37 +402,3 @@ class Judge:
         if source != self.path and told and "\n" not in lines[0] and same(content, self.before):
             return "fell back", lines[0]
         return "silent wrong", "\n".join(lines)
-
-
-def table(outcomes: list[tuple[Corruption, str]]) -> str:
-    """Kinds by outcomes, counted, with a line of totals."""
-    counts = Counter((corruption.kind, outcome) for corruption, outcome in outcomes)
-    rows = [["kind", "count", *OUTCOMES]]
-    for kind in KINDS:
-        found = [counts[kind, outcome] for outcome in OUTCOMES]
-        rows.append([kind, sum(found), *found])
-    rows.append(["all", *(sum(column) for column in list(zip(*rows[1:], strict=True))[1:])])
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        " | ".join(
-            str(cell).ljust(width) if i == 0 else str(cell).rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
-
-
-def main() -> int:
-    """Judge COUNT corruptions and print the table; 1 if one of them got by."""
-    with tempfile.TemporaryDirectory() as folder:
-        judge = Judge(Path(folder))
-        found = [(corruption, judge.outcome(corruption)[0]) for corruption in corruptions(COUNT)]
-    print(table(found))
-    bad = [f"{corruption}: {outcome}" for corruption, outcome in found if outcome not in ALLOWED]
-    for line in bad:
-        print(line)
-    return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

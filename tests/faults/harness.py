@@ -1,6 +1,6 @@
 """The three trainers on small models, for tests that stop them by force, and what to compare.
 
-A run takes a second or two: sixty steps through both phases, with everything switched on that
+A run takes a second or two: 36 steps through both phases, with everything switched on that
 draws random numbers or carries state from step to step, recorded every step, saved every third.
 """
 
@@ -17,7 +17,7 @@ from lib.runs.checkpoint import load
 from lib.runs.run_folder import CHECKPOINT, WEIGHTS, read_metrics
 
 ROOT = Path(__file__).parents[2]
-STEPS, BORDER, SAVED_EVERY = 60, 27, 3
+STEPS, BORDER, SAVED_EVERY = 36, 17, 3
 
 _LANGUAGE = f"""
     --dataset ptb --d_model 16 --n_head 2 --d_head 8 --d_inner 32 --n_layer 2 --eval_n_layer 2
@@ -34,14 +34,14 @@ _IMAGES = f"""
     {_STAGE}.NUM_BLOCKS [1,1] {_STAGE}.BIG_KERNELS [0,0] MODEL.NUM_LAYERS 2 MODEL.DROPOUT 0.1
     DEQ.F_THRES 4 DEQ.B_THRES 4 DEQ.RAND_F_THRES_DELTA 2 DEQ.SPECTRAL_RADIUS_MODE False
     LOSS.JAC_LOSS_FREQ 0.5 TRAIN.BATCH_SIZE_PER_GPU 4 TRAIN.END_EPOCH 3
-    TRAIN.PRETRAIN_STEPS {BORDER} SAVE_FREQ {SAVED_EVERY} PRINT_FREQ 1 TEST.NUM_SAMPLES 32
+    TRAIN.PRETRAIN_STEPS {BORDER} SAVE_FREQ {SAVED_EVERY} PRINT_FREQ 1 TEST.NUM_SAMPLES 16
     TEST.BATCH_SIZE_PER_GPU 2
 """
 # Loading in a process of its own in one of the two, so that a signal to the group meets it too.
-_DIGITS = "MODEL.IMAGE_SIZE [8,8] PERCENT 0.056 WORKERS 1"
+_DIGITS = "MODEL.IMAGE_SIZE [8,8] PERCENT 0.035 WORKERS 1"
 _SCENES = """
     TRAIN.IMAGE_SIZE [32,32] TRAIN.BASE_SIZE 32 TRAIN.FLIP True TRAIN.MULTI_SCALE True
-    PERCENT 0.08 WORKERS 0
+    PERCENT 0.05 WORKERS 0
 """
 
 
@@ -50,7 +50,7 @@ class Language:
     """train_transformer.py on a text of a few hundred words; runs lie in folders of ``parent``."""
 
     name: str = "language"
-    validated: tuple[int, ...] = (10, 20, BORDER, 30, 40, 50, STEPS)  # after these steps
+    validated: tuple[int, ...] = (10, BORDER, 20, 30, STEPS)  # after these steps
 
     def start(self, parent: Path, to: str) -> list[str]:
         """The command line of a run from its beginning, without the interpreter."""
@@ -76,7 +76,7 @@ class Vision:
     tool: str
     experiment: str  # dataset/file
     overrides: str
-    validated: tuple[int, ...] = (20, BORDER, 40, STEPS)  # epochs of 20 steps
+    validated: tuple[int, ...] = (12, BORDER, 24, STEPS)  # epochs of 12 steps
 
     def start(self, parent: Path, to: str) -> list[str]:
         """The command line of a run from its beginning, without the interpreter."""

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from corruptions import ALLOWED, KINDS, OUTCOMES, Corruption, Judge, corruptions, table
+from corruptions import ALLOWED, KINDS, Corruption, Judge, corruptions
 
 
 @pytest.mark.parametrize("corruption", list(corruptions(2 * len(KINDS))), ids=lambda c: c.kind)
@@ -48,11 +48,3 @@ def test_same_seed_same_corruption(tmp_path):
     assert found[0] == found[1]
     assert list(corruptions(40, seed=1)) == list(corruptions(40, seed=1))
     assert list(corruptions(40, seed=1)) != list(corruptions(40, seed=2))
-
-
-def test_table():
-    found = [(Corruption("empty", 0, False), "fell back"), (Corruption("text", 0, True), "refused")]
-    head, *rows = [[cell.strip() for cell in line.split("|")] for line in table(found).split("\n")]
-    assert head == ["kind", "count", *OUTCOMES]
-    assert ["empty", "1", "0", "1", "0", "0", "0", "0"] in rows
-    assert rows[-1] == ["all", "2", "1", "1", "0", "0", "0", "0"]

@@ -1,12 +1,15 @@
 """A run that is killed by SIGKILL at any moment goes on as if nothing had been."""
 
 import random
+import shutil
 
 import pytest
+import torch
 
-from attempts import run
-from harness import TRAINERS, assert_same_run
+from harness import STEPS, TRAINERS, assert_same_run
 from kills import kill_and_resume, main
+from lib.runs.checkpoint import load, save_atomic
+from lib.runs.run_folder import CHECKPOINT, METRICS, WEIGHTS
 from parameters import slow_but
 
 
@@ -32,10 +35,27 @@ def test_many_kills(trainer, seed, capsys):
     assert int(writing) >= 10
 
 
-def test_another_run_is_told_apart(server, whole, tmp_path):
-    """The comparison would notice: a run of one other setting has other records and weights."""
-    trainer = TRAINERS["language"]
-    command = [*trainer.start(tmp_path, "other"), "--lr", "0.0100001"]
-    assert run(command, server=server) == (0, "")
-    with pytest.raises(AssertionError):
-        assert_same_run(trainer.folder(tmp_path, "other"), whole(trainer))
+def test_another_run_is_told_apart(whole, tmp_path):
+    """The comparison notices one other number in the records, the weights or the checkpoint."""
+    folder = whole(TRAINERS["language"])
+
+    def changed(name, change):
+        other = shutil.copytree(folder, tmp_path / name)
+        change(other / name)
+        with pytest.raises(AssertionError):
+            assert_same_run(other, folder)
+
+    def records(path):
+        *rest, last = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(rest) + last.replace(f'"step": {STEPS}', '"step": 1'))
+
+    def tensor(path):
+        state = load(path)
+        tensors = state if path.name == WEIGHTS else state["optimizer"]["state"][0]
+        value = next(t for t in tensors.values() if t.is_floating_point() and t.dim())
+        value.view(-1)[0] = torch.nextafter(value.view(-1)[0], torch.tensor(torch.inf))
+        save_atomic(state, path)
+
+    changed(METRICS, records)
+    changed(WEIGHTS, tensor)
+    changed(CHECKPOINT, tensor)
