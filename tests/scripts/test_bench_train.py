@@ -162,7 +162,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.json"
     settings, forms = "wt103_deq_transformer_reg,cifar/cls_mdeq_TINY", "plain,fast-bf16"
     flags = ["--settings", settings, "--forms", forms, "--jac-freq", "1", "--json", str(out)]
-    flags += ["--tiny", "--steps", "2", "--warmup", "1", "--threads", "1"]
+    flags += ["--tiny", "--steps", "1", "--warmup", "1", "--threads", "1"]
     assert main(flags) == 0
     printed = capsys.readouterr().out
     records = json.loads(out.read_text())
@@ -171,9 +171,9 @@ def test_command(tmp_path, monkeypatch, capsys):
         assert f"## {record['setting']}" in printed
         assert list(record["forms"]) == forms.split(",")
         for found in record["forms"].values():
-            assert len(found["steps"]) == 2
+            assert len(found["steps"]) == 1
             assert found["floor"] > 0
-    assert [record["regularised_steps"] for record in records] == [2, 0]
+    assert [record["regularised_steps"] for record in records] == [1, 0]
     rows = [line for line in printed.splitlines() if line.startswith("| fast-bf16")]
     assert len(rows) == 2
 

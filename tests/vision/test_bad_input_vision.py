@@ -11,7 +11,7 @@ from PIL import Image
 
 import refusals
 from refusals import STAGE, TRAP, Opens, cases, check
-from small_runs import ROOM, SCENES, run_tool
+from small_runs import DIGITS, ROOM, run_tool
 
 finished, place, quick = refusals.finished, refusals.place, refusals.quick  # fixtures
 # So few iterations do not converge.
@@ -255,14 +255,14 @@ def test_bad_input(place, capfd, recwarn, case):
 
 
 @pytest.mark.parametrize(
-    "program", ["seg_train", pytest.param("extract_pretrained", marks=pytest.mark.slow)]
+    "program", ["cls_train", pytest.param("extract_pretrained", marks=pytest.mark.slow)]
 )
 def test_in_a_process_of_its_own(tmp_path, program):
     """Nothing else on the error stream, not even from the imports."""
     command = [sys.executable, str(ROOM / "tools" / f"{program}.py")]
     command += (
-        ["--cfg", str(SCENES), "MODEL.PRETRAINED", "no.pth"]
-        if program == "seg_train"
+        ["--cfg", str(DIGITS), "MODEL.PRETRAINED", "no.pth"]
+        if program == "cls_train"
         else ["no.pth", "out.pth"]
     )
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
