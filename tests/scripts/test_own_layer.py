@@ -37,7 +37,8 @@ def test_benchmark(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", bench_own_layer.LAYERS)
 def test_a_layer_is_a_map_of_the_state(name):
-    layer = bench_own_layer.LAYERS[name][0]()
+    _, make, _ = bench_own_layer.LAYERS[name]
+    layer = make()
     u = layer.inject(torch.rand(3, 64))
     assert layer(torch.zeros_like(u), u).shape == u.shape
 
