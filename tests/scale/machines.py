@@ -101,25 +101,6 @@ class Machine:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
 
-    @property
-    def frozen(self) -> bool:
-        """Whether processes run on it, and all are stopped."""
-        states = []
-        for pid in self.processes():
-            with contextlib.suppress(OSError):  # gone by now
-                stat = Path(f"/proc/{pid}/stat").read_text()
-                states.append(stat.rpartition(")")[2].split()[0])
-        return set(states) == {"T"}
-
-    def freeze(self) -> None:
-        """Stop all processes, to be killed later."""
-
-        def still() -> bool:  # also what is being started meanwhile; a busy machine takes a while
-            self.signal(signal.SIGSTOP)
-            return self.frozen
-
-        wait_until(still, 60, "SIGSTOP")
-
     def power_off(self) -> None:
         """End all processes at once."""
 

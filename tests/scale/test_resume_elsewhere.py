@@ -14,7 +14,7 @@ from lib.runs.checkpoint import load, save_atomic
 from lib.runs.interrupts import Stopped
 from lib.runs.processes import Processes
 
-BEFORE, AFTER = 10, 8  # steps of the first part, which ends just beyond the border, and the second
+BEFORE, AFTER = 4, 2  # steps of the first part, which ends just beyond the border, and the second
 # Losses, the position in the data, the memory and the optimiser's moments all matter.
 CASES = {
     "words": Case("words", steps=BEFORE + AFTER, more=("--varlen", "--scheduler", "inv_sqrt")),

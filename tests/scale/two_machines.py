@@ -1,15 +1,7 @@
-"""What becomes of a run on two machines when one is lost, silent, stopped or full.
-
-    python tests/scale/two_machines.py [segmentation]
-
-prints how long each took to be noticed, and whether the run that survived it all is, bit for bit,
-the one that nothing happened to. In network namespaces, which take root's rights.
-"""
+"""What becomes of a run on two machines when one is lost, silent, stopped or full."""
 
 import resource
 import signal
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +12,7 @@ import torch
 
 from lib.runs.checkpoint import load
 from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, read_metrics
-from machines import Launch, Pair, two_machines, wait_until
+from machines import Launch, Pair, wait_until
 
 PATIENCE = 180.0  # seconds for what takes a few on an idle machine
 BORDER, LAST = 150, 300  # steps
@@ -52,7 +44,7 @@ PICTURES = f"""
 class Trial:
     """Runs of one training command on a pair of machines, in ``folder``."""
 
-    pair: Pair
+    pair: Pair | None  # for `words` alone
     folder: Path
     pictures: bool = False
 
@@ -65,14 +57,17 @@ class Trial:
             return self.folder / name / "digit_scenes" / Path(SCENES).stem
         return self.folder / "runs-wt103" / name
 
+    def words(self, name: str) -> list[str]:
+        """The command line of the run ``name``."""
+        if self.pictures:
+            return [*PICTURES, "OUTPUT_DIR", str(self.folder / name)]
+        places = ["--data", self._text(), "--work_dir", str(self.folder / "runs")]
+        return [*WORDS, *places, "--name", name]
+
     def start(self, name: str, *more: str, **variables: str) -> list[Launch]:
         """Begin or continue the run ``name`` on both machines, on which nothing else runs then."""
         self.pair.power_off()
-        if self.pictures:
-            words = [*PICTURES, "OUTPUT_DIR", str(self.folder / name), *more]
-        else:
-            places = ["--data", self._text(), "--work_dir", str(self.folder / "runs")]
-            words = [*WORDS, *places, "--name", name, *more]
+        words = [*self.words(name), *more]
         files = self.folder / f"{name}-{time.monotonic_ns()}"
         return self.pair.launch(words, files, **({"AUTO_RESTART": "1"} | variables))
 
@@ -155,32 +150,30 @@ def little_space(size: int) -> Iterator[None]:
 # ---- what happens to a run ---------------------------------------------------------------------
 
 
-def lose(trial: Trial, name: str, step: int, lost: int, **variables: str) -> float:
-    """Let the run reach ``step`` and cut one machine's power; seconds until the other has ended."""
-    launches = trial.start(name, **variables)
+def lose(trial: Trial, name: str, step: int, lost: int) -> None:
+    """Let the run reach ``step`` and cut one machine's power: the other has to end."""
+    launches = trial.start(name)
     trial.reach(name, step, launches)
     trial.pair.machines[lost].power_off()
-    began, other = time.monotonic(), launches[1 - lost]
+    other = launches[1 - lost]
     assert other.ended(PATIENCE) == 1
     assert "lost the other processes (" in trial.said(other)
     assert (trial.last_step(name) < BORDER) == (step < BORDER), "the kill came too late"
-    return time.monotonic() - began
 
 
 def fall_silent(trial: Trial, name: str, step: int, silence, minutes: float) -> list[float]:
     """Let ``silence`` part the machines at ``step``; seconds until each training process said so,
-    and until the first machine's launch file ended."""
+    and until each launch file ended."""
     launches = trial.start(name, DEQ_TIMEOUT=str(minutes))
     trial.reach(name, step, launches)
     began, seconds = time.monotonic(), []
     silence()
-    awake = [i for i, machine in enumerate(trial.pair.machines) if not machine.frozen]
-    for i in awake:
-        wait_until(lambda i=i: trial.program + ":" in launches[i].err, PATIENCE, "a line")
+    for launch in launches:
+        wait_until(lambda launch=launch: trial.program + ":" in launch.err, PATIENCE, "a line")
         seconds.append(time.monotonic() - began)
-        assert "lost the other processes (" in trial.said(launches[i])
-    for i in awake:
-        assert launches[i].ended(PATIENCE) == 1
+        assert "lost the other processes (" in trial.said(launch)
+    for launch in launches:
+        assert launch.ended(PATIENCE) == 1
         seconds.append(time.monotonic() - began)
     return seconds
 
@@ -204,29 +197,3 @@ def stop(trial: Trial, name: str, step: int, send) -> int:
 def terminate(pair: Pair, machine: int):
     """Sends SIGTERM to a machine's training process alone."""
     return lambda launches: pair.machines[machine].signal(signal.SIGTERM, workers=True)
-
-
-def main(argv: list[str]) -> None:
-    """Print what happens; the language model's run, or the segmentation's."""
-    print(f"torch {torch.__version__}, gloo, two processes on this machine's CPU")
-    with two_machines() as pair, tempfile.TemporaryDirectory() as folder:
-        trial = Trial(pair, Path(folder), pictures=argv == ["segmentation"])
-        trial.finish("whole")
-        last = read_metrics(trial.run_folder("whole"))[-1]
-        print(f"uninterrupted: {trial.last_step('whole')} steps, last record {last}")
-        seconds = lose(trial, "run", 20, lost=1)
-        print(f"power cut of machine 2, stacked: machine 1 ended after {seconds:.1f} s")
-        seconds = lose(trial, "run", BORDER + 20, lost=0)
-        print(f"power cut of machine 1, at equilibrium: machine 2 ended after {seconds:.1f} s")
-        trial.finish("run")
-        print(f"restarted twice: differences {trial.differences('run', 'whole')}")
-        one, two, *ends = fall_silent(trial, "cut", 20, lambda: pair.cable("down"), 0.05)
-        print(f"cable cut, waiting 3 s: said after {one:.1f} and {two:.1f} s; torchruns ended "
-              f"after {ends[0]:.1f} and {ends[1]:.1f} s")  # fmt: skip
-        pair.cable("up")
-        trial.finish("cut")
-        print(f"mended and restarted: differences {trial.differences('cut', 'whole')}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
