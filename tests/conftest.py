@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 
 from attempts import ForkServer
-from deq_sequence.text.demo_corpus import build_demo_corpus
+from deq_sequence.text.corpus import get_lm_corpus
 from lib.runs.run_folder import Run
 
 settings.register_profile("untimed", deadline=None)  # machines are shared
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory):
-    """The embedded corpus, built once (some seconds). Do not write to it: copy it."""
+    """The embedded corpus, built once (ten seconds). Do not write to it: copy it."""
     place = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         place = place.parent  # of all of pytest's processes
@@ -32,7 +32,7 @@ def demo_folder(tmp_path_factory):
     with (place / "demo.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
-            build_demo_corpus(folder)
+            get_lm_corpus(folder, "demo")
     return folder
 
 

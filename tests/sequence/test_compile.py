@@ -47,8 +47,9 @@ def steps(model, n, seed=0, amp=False):
     return losses
 
 
-@pytest.mark.parametrize("settings", [{"dropout": 0.2}, {"dropatt": 0.2, "pre_lnorm": True}])
-@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "amp"), [({"dropout": 0.2}, False), ({"dropatt": 0.2, "pre_lnorm": True}, True)]
+)
 def test_no_forward_compiles_again(without_code, settings, amp):
     model = build(wnorm=True, **settings)
     model.func.compile_evaluations()

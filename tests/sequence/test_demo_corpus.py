@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 
 import pytest
 
@@ -17,14 +16,8 @@ SPLITS = ("train", "valid", "test")
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """The folder and the corpus, built once through the front door."""
-    before = set(sys.modules)
-    folder = tmp_path_factory.mktemp("demo") / "data"
-    corpus = get_lm_corpus(folder, "demo")
-    assert "turtle" not in set(sys.modules) - before  # sources are read, not imported
-    assert "antigravity" not in sys.modules  # this one opens a browser
-    return folder, corpus
+def demo(demo_folder):
+    return demo_folder, get_lm_corpus(demo_folder, "demo")
 
 
 def lines(folder, split):

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 
 from deq_sequence.command import main
 from lib.runs.checkpoint import load
+from lib.runs.retention import versions
 from lib.runs.run_folder import CHECKPOINT, LOG, METRICS, SETTINGS, WEIGHTS, read_metrics
 from parameters import slow_but
 
@@ -131,12 +133,23 @@ def undisturbed(tmp_path_factory):
     return get
 
 
-AROUND = [("", stop) for stop in (8, 10, 11, 12, 15)]  # the border is 10; 7 and 14 are saved
+# Each of OTHERS, several at a time.
+TOGETHER = [
+    "--varlen --tgt_len 100 --optim RAdam --jac_incremental 2",
+    "--optim RMSprop --amp bf16 --pre_lnorm --mem_len 0",
+    "--scheduler dev_perf --decay_rate 0.9 --eval-interval 2 --optim SGD --clip_nonemb "
+    "--adaptive --div_val 2 --tie_proj_mode storage",
+    "--adaptive --div_val 2 --optim Adagrad --not_tied --save-interval 1",
+]
+AROUND = [("", stop) for stop in (8, 10, 11, 15)]  # the border is 10; 7, 10 and 14 are saved
 
 
 @pytest.mark.parametrize(
     ("more", "stop"),
-    slow_but([*AROUND, *((other, 17) for other in OTHERS)], [*AROUND, *product(OTHERS, (9, 17))]),
+    slow_but(
+        [*AROUND, *((more, 17) for more in TOGETHER)],
+        [*AROUND, *((more, 17) for more in TOGETHER), *product(OTHERS, (9, 17))],
+    ),
 )
 def test_stopped_and_restarted(flags, run_folder, undisturbed, stop_at, more, stop):
     flags = [*flags, *STATEFUL, "--max_step", "18", "--pretrain_steps", "10", *more.split()]
@@ -151,11 +164,11 @@ def test_stopped_and_restarted(flags, run_folder, undisturbed, stop_at, more, st
 
 def test_means_of_the_log_survive(flags, run_folder, stop_at):
     """A log line that covers steps before and after the restart is the uninterrupted one's."""
-    flags = [*flags, *STATEFUL, "--max_step", "18", "--log-interval", "5"]
+    flags = [*flags, *STATEFUL, "--max_step", "12", "--log-interval", "5"]
     assert main([*flags, "--name", "whole"]) == 0
-    stop_at(15)
+    stop_at(10)
     assert main(flags) == 130
-    assert load(run_folder / CHECKPOINT)["step"] == 14
+    assert load(run_folder / CHECKPOINT)["step"] == 7
     assert main([*flags, "--restart"]) == 0
     found, expected = (
         [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in read_metrics(folder)]
@@ -164,27 +177,32 @@ def test_means_of_the_log_survive(flags, run_folder, stop_at):
     assert found == expected
 
 
-def test_cut_off_last_line(flags, run_folder, stop_at):
-    flags = [*flags, *STATEFUL, "--max_step", "18"]
-    assert main([*flags, "--name", "whole"]) == 0
+def test_cut_off_last_line(flags, run_folder, undisturbed, stop_at):
+    flags = [*flags, *STATEFUL, "--max_step", "18", "--pretrain_steps", "10"]
+    whole = undisturbed(flags)
     stop_at(12)
     assert main(flags) == 130
     with open(run_folder / METRICS, "a") as file:
         file.write('{"kind": "train", "st')
     assert main([*flags, "--restart"]) == 0
-    assert_same_run(run_folder, run_folder.parent / "whole")
+    assert_same_run(run_folder, whole)
 
 
 # ---- going on --------------------------------------------------------------------------------
 
 
-def test_a_finished_run_is_only_evaluated(flags, run_folder, capsys):
-    assert main(flags) == 0
+@pytest.fixture
+def finished(flags, run_folder, undisturbed):
+    """The command line of a finished run."""
+    shutil.copytree(undisturbed(flags), run_folder)
+    return flags
+
+
+def test_a_finished_run_is_only_evaluated(finished, run_folder, capsys):
     weights = load(run_folder / WEIGHTS)
     trained = [r for r in losses(run_folder) if r[0] in ("train", "valid")]
     finals = {r for r in losses(run_folder) if r[0].startswith("final")}
-    capsys.readouterr()
-    assert main([*flags, "--restart"]) == 0
+    assert main([*finished, "--restart"]) == 0
     assert f"continuing {run_folder / CHECKPOINT} at step 6" in capsys.readouterr().out
     assert [r for r in losses(run_folder) if r[0] in ("train", "valid")] == trained
     assert {r for r in losses(run_folder) if r[0].startswith("final")} == finals
@@ -192,9 +210,8 @@ def test_a_finished_run_is_only_evaluated(flags, run_folder, capsys):
     assert all(torch.equal(weights[key], again[key]) for key in weights)
 
 
-def test_a_finished_run_has_one_final_record_of_each_text(flags, run_folder):
-    assert main(flags) == 0
-    assert main([*flags, "--restart", "--max_step", "8"]) == 0
+def test_a_finished_run_has_one_final_record_of_each_text(finished, run_folder):
+    assert main([*finished, "--restart", "--max_step", "8"]) == 0
     assert [r["kind"] for r in read_metrics(run_folder) if r["kind"].startswith("final")] == [
         "final_valid",
         "final_test",
@@ -214,18 +231,16 @@ def test_more_steps(flags, run_folder, capsys):
     assert run == whole
 
 
-def test_restart_dir(flags, run_folder, capsys):
-    assert main(flags) == 0
+def test_restart_dir(finished, run_folder, capsys):
     moved = run_folder.rename(run_folder.parent / "moved")
     arguments = ["--name", "N/A", "--restart", "--restart_dir", str(moved), "--max_step", "7"]
-    assert main([*flags, *arguments]) == 0
+    assert main([*finished, *arguments]) == 0
     assert [step for kind, step, _ in losses(moved) if kind == "train"] == list(range(1, 8))
     assert os.listdir(run_folder.parent) == ["moved"]
 
 
-def test_changed_settings_are_named_and_saved(flags, run_folder, capsys):
-    assert main(flags) == 0
-    assert main([*flags, "--restart", "--lr", "0.004", "--max_step", "7"]) == 0
+def test_changed_settings_are_named_and_saved(finished, run_folder, capsys):
+    assert main([*finished, "--restart", "--lr", "0.004", "--max_step", "7"]) == 0
     assert "changed since the checkpoint: --lr from 0.01 to 0.004" in capsys.readouterr().out
     assert "--lr from 0.01 to 0.004" in (run_folder / LOG).read_text()
     assert json.loads((run_folder / SETTINGS).read_text())["lr"] == 0.004
@@ -234,9 +249,8 @@ def test_changed_settings_are_named_and_saved(flags, run_folder, capsys):
     ]
 
 
-def test_changed_rounding_is_named(flags, capsys):
-    assert main(flags) == 0
-    assert main([*flags, "--restart", "--tf32", "--amp", "bf16", "--max_step", "7"]) == 0
+def test_changed_rounding_is_named(finished, capsys):
+    assert main([*finished, "--restart", "--tf32", "--amp", "bf16", "--max_step", "7"]) == 0
     found = capsys.readouterr().out
     assert "changed since the checkpoint: --tf32 from False to True" in found
     assert "changed since the checkpoint: --amp from 'none' to 'bf16'" in found
@@ -250,9 +264,8 @@ def test_changed_cutoffs_are_named(flags, capsys):
     assert "--cutoffs from [20, 40] to [20, 50]" in capsys.readouterr().out
 
 
-def test_a_changed_weight_decay_takes_effect(flags, run_folder):
-    assert main(flags) == 0
-    assert main([*flags, "--restart", "--weight_decay", "0.5", "--max_step", "7"]) == 0
+def test_a_changed_weight_decay_takes_effect(finished, run_folder):
+    assert main([*finished, "--restart", "--weight_decay", "0.5", "--max_step", "7"]) == 0
     (group,) = load(run_folder / CHECKPOINT)["optimizer"]["param_groups"]
     assert group["weight_decay"] == 0.5
 
@@ -287,8 +300,7 @@ def refused(flags, run_folder, capsys):
         ("--optim SGD", "--optim"),
     ],
 )
-def test_settings_that_a_restart_cannot_change(flags, refused, more, named):
-    assert main(flags) == 0
+def test_settings_that_a_restart_cannot_change(finished, refused, more, named):
     assert named in refused(*more.split())
 
 
@@ -297,35 +309,36 @@ def test_restart_without_a_checkpoint(refused, run_folder):
     assert not run_folder.exists()
 
 
-# With a checkpoint before it, the run would go on from that one (tests/faults).
-ALONE = ["--keep_checkpoints", "1"]
+@pytest.fixture
+def alone(finished, run_folder):
+    """With a checkpoint before it, the run would go on from that one (tests/faults)."""
+    for older in versions(run_folder / CHECKPOINT)[1:]:
+        older.unlink()
 
 
-def test_restart_of_other_weights(flags, refused, run_folder):
+@pytest.mark.usefixtures("alone")
+def test_restart_of_other_weights(refused, run_folder):
     """model.pt in the place of checkpoint.pt."""
-    assert main([*flags, *ALONE]) == 0
     (run_folder / CHECKPOINT).write_bytes((run_folder / WEIGHTS).read_bytes())
     assert "not a checkpoint of this trainer" in refused()
 
 
 @pytest.mark.parametrize("entry", ["fixed", "mems", "window", "random_states", "model"])
-def test_restart_of_a_checkpoint_that_lacks_an_entry(flags, refused, run_folder, entry):
+@pytest.mark.usefixtures("alone")
+def test_restart_of_a_checkpoint_that_lacks_an_entry(refused, run_folder, entry):
     """Such as one of an earlier version under the same format number."""
-    assert main([*flags, *ALONE]) == 0
     state = load(run_folder / CHECKPOINT)
     del state[entry]
     torch.save(state, run_folder / CHECKPOINT)
     assert str(run_folder / CHECKPOINT) in refused()
 
 
-def test_restart_with_damaged_settings(flags, refused, run_folder):
-    assert main(flags) == 0
+def test_restart_with_damaged_settings(finished, refused, run_folder):
     (run_folder / SETTINGS).write_text("{")
     assert str(run_folder / SETTINGS) in refused()
 
 
-def test_restart_with_another_text(flags, refused, tmp_path, corpus_folder):
-    assert main(flags) == 0
+def test_restart_with_another_text(finished, refused, tmp_path, corpus_folder):
     short = tmp_path / "short"
     short.mkdir()
     for name in ("train.txt", "valid.txt", "test.txt"):
