@@ -32,10 +32,9 @@ def affine(matrices: Tensor, shape, seed: int = 0) -> Problem:
     solution = torch.linalg.solve(torch.eye(size, dtype=torch.float64) - matrices, shift)
 
     def f(z: Tensor) -> Tensor:
-        flat = z.reshape(len(z), -1).double()
-        rows = range(len(z))  # a smaller batch uses the first matrices
-        out = [matrices[i] @ flat[i] + shift[i] for i in rows]
-        return torch.stack(out).to(z.dtype).reshape(z.shape)
+        n = len(z)  # a smaller batch uses the first matrices
+        out = torch.bmm(matrices[:n], z.reshape(n, -1, 1).double())[:, :, 0] + shift[:n]
+        return out.to(z.dtype).reshape(z.shape)
 
     x0 = torch.zeros(shape, dtype=torch.float64)
     return Problem(f, x0, solution.reshape(shape), matrices)
@@ -85,9 +84,9 @@ def tanh_layer(shape=SHAPES[2], gain: float = 0.9, seed: int = 0) -> Problem:
     matrices = linear.jacobian
 
     def f(z: Tensor) -> Tensor:
-        flat = z.reshape(len(z), -1).double()
-        out = [torch.tanh(matrices[i] @ flat[i]) + shift[i] for i in range(len(z))]
-        return torch.stack(out).to(z.dtype).reshape(z.shape)
+        n = len(z)
+        out = torch.bmm(matrices[:n], z.reshape(n, -1, 1).double())[:, :, 0].tanh() + shift[:n]
+        return out.to(z.dtype).reshape(z.shape)
 
     z, eye = shift.clone(), torch.eye(size, dtype=torch.float64)
     for _ in range(50):

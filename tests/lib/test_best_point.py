@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from lib.deq import DEQ
 from lib.errors import InputError
 from lib.solvers import ADJOINT_SOLVERS, SOLVERS, broyden, fixed_point_iteration, get_solver
+from parameters import slow_but
 from problems import SHAPES, NanFrom, Recorder, affine, tanh_layer
 
 EVERY = SOLVERS | ADJOINT_SOLVERS | {
@@ -17,7 +19,6 @@ EVERY = SOLVERS | ADJOINT_SOLVERS | {
     "broyden with line search": partial(broyden, ls=True),
 }  # fmt: skip
 by_name = pytest.mark.parametrize("name", EVERY)
-by_mode = pytest.mark.parametrize("stop_mode", ["abs", "rel"])
 LINEAR = ("gmres", "bicgstab")
 
 
@@ -40,9 +41,13 @@ def mixed(name, shape=SHAPES[2]):
 
 
 @by_name
-@by_mode
-@pytest.mark.parametrize("rank", SHAPES)
-@pytest.mark.parametrize("check_every", [1, 4])
+@pytest.mark.parametrize(
+    ("stop_mode", "rank", "check_every"),
+    slow_but(
+        [("abs", 2, 1), ("rel", 3, 4), ("abs", 4, 4), ("rel", 2, 1)],
+        product(("abs", "rel"), SHAPES, (1, 4)),
+    ),
+)
 def test_each_sample_gets_its_own_best_point(name, stop_mode, rank, check_every):
     f, x0 = mixed(name, SHAPES[rank])
     recorder = Recorder(f)

@@ -177,7 +177,7 @@ def test_shine_falls_back_per_sample():
 
     one, shared = of_x("jfb"), of_x(Shine(math.inf))
     fell_before, seen = [True] * 3, set()
-    for limit in torch.linspace(0.9, 1.6, 150).tolist():
+    for limit in torch.linspace(0.9, 1.6, 50).tolist():
         some = of_x(Shine(limit))
         fell = [torch.allclose(some[b], one[b], rtol=0, atol=1e-12) for b in range(3)]
         kept = [torch.allclose(some[b], shared[b], rtol=0, atol=1e-12) for b in range(3)]

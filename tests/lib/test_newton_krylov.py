@@ -188,7 +188,7 @@ def test_counts(jvp, stop, inner):
     """nfe and products are what they say, and within the threshold or the budget."""
     f, _, _ = batched_tanh()
     x0 = torch.zeros(3, 12, dtype=torch.float64)
-    for threshold in [*range(1, 13), 40]:
+    for threshold in (1, 2, 3, 4, 5, 7, 8, 12, 40):
         calls = []
 
         def counted(z, calls=calls):

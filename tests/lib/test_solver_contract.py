@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lib.solvers import (
     get_solver,
     newton_krylov,
 )
+from parameters import slow_but
 from problems import SHAPES, NanFrom, Problem, Recorder, contraction, rotation
 
 ALL = {**SOLVERS, "broyden with line search": partial(broyden, ls=True)}
@@ -27,8 +29,13 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 EPS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 by_solver = pytest.mark.parametrize("solver", ALL.values(), ids=ALL)
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 by_rank = pytest.mark.parametrize("rank", SHAPES)
+# Neither has to do with the other.
+by_form = pytest.mark.parametrize(
+    ("dtype", "rank"),
+    slow_but(zip(DTYPES, SHAPES, strict=True), product(DTYPES, SHAPES)),
+    ids=str,
+)
 by_mode = pytest.mark.parametrize("stop_mode", ["abs", "rel"])
 
 
@@ -90,8 +97,7 @@ def check(solution: dict, recorder: Recorder, x0) -> None:
 
 
 @by_solver
-@by_dtype
-@by_rank
+@by_form
 @by_mode
 def test_contraction(solver, dtype, rank, stop_mode):
     problem = contraction(SHAPES[rank])
@@ -110,8 +116,7 @@ def test_contraction(solver, dtype, rank, stop_mode):
     assert error < 2.5 * eps * max(scale, 1.0) * 1.1 * problem.solution.norm()
 
 
-@by_dtype
-@by_rank
+@by_form
 @by_mode
 @pytest.mark.parametrize("name", ACCELERATED)
 def test_rotation_that_plain_iteration_cannot_solve(name, dtype, rank, stop_mode):
@@ -124,8 +129,7 @@ def test_rotation_that_plain_iteration_cannot_solve(name, dtype, rank, stop_mode
     assert not solution["prot_break"]
 
 
-@by_dtype
-@by_rank
+@by_form
 @by_mode
 def test_plain_iteration_reports_divergence(dtype, rank, stop_mode):
     problem = rotation(SHAPES[rank])
@@ -138,8 +142,7 @@ def test_plain_iteration_reports_divergence(dtype, rank, stop_mode):
 
 
 @by_solver
-@by_dtype
-@by_rank
+@by_form
 @by_mode
 @pytest.mark.parametrize("call", [0, 1, 2, 3])
 def test_one_nan_sample(solver, dtype, rank, stop_mode, call):
@@ -170,8 +173,7 @@ def test_one_nan_sample(solver, dtype, rank, stop_mode, call):
 
 
 @by_solver
-@by_dtype
-@by_rank
+@by_form
 def test_every_sample_nan(solver, dtype, rank):
     x0 = torch.randn(SHAPES[rank], generator=torch.Generator().manual_seed(0)).to(dtype)
     solution, _ = solve(
@@ -184,8 +186,7 @@ def test_every_sample_nan(solver, dtype, rank):
 
 
 @by_solver
-@by_dtype
-@by_rank
+@by_form
 @by_mode
 @pytest.mark.parametrize("start", ["zero", "random"])
 def test_identity(solver, dtype, rank, stop_mode, start):
@@ -201,8 +202,7 @@ def test_identity(solver, dtype, rank, stop_mode, start):
 
 
 @by_solver
-@by_dtype
-@by_rank
+@by_form
 def test_start_at_the_fixed_point(solver, dtype, rank):
     problem = rotation(SHAPES[rank])
     solution, _ = solve(solver, problem, dtype, x0=problem.solution, threshold=20, eps=EPS[dtype])
@@ -226,8 +226,7 @@ def test_goes_on_at_the_fixed_point(solver, rank):
 
 
 @by_solver
-@by_dtype
-@by_rank
+@by_form
 @pytest.mark.parametrize("threshold", [1, 2, 3])
 def test_small_thresholds(solver, dtype, rank, threshold):
     solution, _ = solve(solver, contraction(SHAPES[rank]), dtype, threshold=threshold, eps=0.0)

@@ -326,10 +326,11 @@ def test_a_single_large_step_ends_nothing(name, stop, far):
         calls += 1
         return far * problem.f(z) if calls == 2 else problem.f(z)
 
-    solution = SOLVERS[name](f, problem.x0, threshold=200, eps=1e-9, stop=stop)
-    assert solution["abs_trace"][1] > 1e6 * solution["abs_trace"][0]
     # Broyden's method goes on by what the wrong value taught it, Anderson's with a small beta.
     slow = name in ("broyden", "anderson")
+    threshold = 60 if slow else 200
+    solution = SOLVERS[name](f, problem.x0, threshold=threshold, eps=1e-9, stop=stop)
+    assert solution["abs_trace"][1] > 1e6 * solution["abs_trace"][0]
     assert solution["reason"] in (("eps", "threshold") if slow else ("eps",))
     assert not solution["prot_break"]
 
