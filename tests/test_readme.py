@@ -1,9 +1,8 @@
 """Every command and every code block of the README and of the pages, on tiny data."""
 
-import os
 import re
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,13 @@ TINY_WORDS = """
     --b_thres 3 --pretrain_steps 2 --max_step 4 --batch_size 4 --tgt_len 8 --mem_len 8
     --eval_tgt_len 8 --max_eval_steps 2 --log-interval 1 --num_threads 1
 """.split()
-TINY_IMAGES = """
+STAGE = "MODEL.EXTRA.FULL_STAGE"
+TINY_IMAGES = f"""
     MODEL.NUM_LAYERS 2 DEQ.F_THRES 3 DEQ.B_THRES 3 TRAIN.PRETRAIN_STEPS 2 TRAIN.END_EPOCH 1
     TRAIN.BATCH_SIZE_PER_GPU 4 PERCENT 0.02 TEST.NUM_SAMPLES 4
     MODEL.IMAGE_SIZE [8,8] TRAIN.IMAGE_SIZE [32,32]
+    {STAGE}.NUM_BRANCHES 2 {STAGE}.NUM_CHANNELS [8,8] {STAGE}.HEAD_CHANNELS [4,4]
+    {STAGE}.NUM_BLOCKS [1,1] {STAGE}.BIG_KERNELS [0,0]
 """.split()
 
 # Commands that run here, in this order, each in the folder that the page names.
@@ -108,37 +110,43 @@ def test_the_readme_is_short():
 
 
 def with_tiny_sizes(command, data, folder):
-    """The command, or both halves of it, on little data and with its runs in ``folder``."""
+    """The command, or all that it starts, on little data and with its runs in ``folder``."""
     words = [*TINY_WORDS, "--data", str(data), "--work_dir", str(folder / "runs")]
     if "quickstart.sh" in command:
-        if Path(sys.prefix) != ROOT / ".venv":
-            return []  # it would install another environment: run the tests by scripts/test.sh
         images = [*TINY_IMAGES, "OUTPUT_DIR", str(folder / "quickstart")]
-        return [[*command.split(), "--words", *words], [*command.split(), "--images", *images]]
+        copy = folder / "copy"
+        return [*started(copy, "--words", *words), *started(copy, "--images", *images)]
     if "--cfg" in command:
         return [[*command.split(), *TINY_IMAGES, "OUTPUT_DIR", str(folder / "output")]]
     return [[*command.split(), *words]]
 
 
+def started(folder, *arguments):
+    """The commands that quickstart.sh starts: those of a copy whose Python only prints them."""
+    python, setup = folder / ".venv/bin/python", folder / "scripts/setup_env.sh"
+    for file, text in ((python, '#!/bin/sh\necho "$@"\n'), (setup, "[ $1 = requirements.txt ]\n")):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    python.chmod(0o755)
+    script = shutil.copy(ROOT / "scripts/quickstart.sh", folder / "scripts")
+    done = subprocess.run(["bash", script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.replace(str(folder), str(ROOT)).splitlines()
+    assert lines
+    return [["python", *line.split()] for line in lines]
+
+
 @pytest.mark.parametrize("room", ["DEQ-Sequence", "MDEQ-Vision", "."])
-def test_commands_run(room, demo_folder, server, tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+def test_commands_run(room, demo_folder, server, tmp_path):
     for command in (command for command, folder in RUN.items() if folder == room):
         for words in with_tiny_sizes(command, demo_folder, tmp_path):
-            code, printed, errors = run(words, ROOT / room, server)
-            assert code == 0, f"{command}: {errors}"
+            assert words[0] == "python"
+            with Attempt(words[1:], server=server, folder=ROOT / room) as attempt:
+                assert attempt.wait() == 0, f"{command}: {attempt.errors()}"
             assert re.search(
-                r"test .* ppl \d|test / unigram|top1 \d|mIoU \d|test accuracy", printed
-            ), printed
-
-
-def run(words, folder, server):
-    """Exit code, output and errors of a command; the imports of ``python`` are done already."""
-    if words[0] == "python":
-        with Attempt(words[1:], server=server, folder=folder) as attempt:
-            return attempt.wait(), "\n".join(attempt.lines), attempt.errors()
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=300)
-    return done.returncode, done.stdout, done.stderr
+                r"test .* ppl \d|test / unigram|top1 \d|mIoU \d|test accuracy",
+                "\n".join(attempt.lines),
+            ), attempt.lines
 
 
 @pytest.mark.parametrize(
