@@ -1,6 +1,7 @@
 """The package: its wheel, an install of the core alone, declared imports, types."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,31 +18,6 @@ from lib.extras import needs
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("matplotlib", "PIL", "safetensors", "sklearn", "tensorboardX", "torchvision", "yacs")
-# The own layer of a newcomer, on data that needs no download.
-OWN_LAYER = """
-import torch
-from torch import nn
-from lib import DEQ
-
-torch.manual_seed(0)
-x = torch.randn(64, 16)
-y = (x[:, 0] * x[:, 1] > 0).long()
-inject, w, head = nn.Linear(16, 32), nn.Linear(32, 32, bias=False), nn.Linear(32, 2)
-deq = DEQ()
-params = [*inject.parameters(), *w.parameters(), *head.parameters()]
-optimizer = torch.optim.Adam(params, lr=3e-3)
-losses = []
-for _ in range(40):
-    u = inject(x)
-    out = deq(lambda z: torch.tanh(w(z) / 2 + u), torch.zeros(64, 32))
-    loss = nn.functional.cross_entropy(head(out.z), y)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    losses.append(loss.item())
-assert losses[-1] < losses[0], losses
-print("trained")
-"""
 
 
 def run(*command, **options):
@@ -66,9 +42,9 @@ def wheel(tmp_path_factory):
     return built
 
 
-def core_packages() -> set[str]:
-    """The distributions that torch and numpy need, with themselves, in this environment."""
-    found, todo = set(), ["torch", "numpy"]
+def with_needs(*names: str) -> set[str]:
+    """These distributions, and those that they need, in this environment."""
+    found, todo = set(), list(names)
     while todo:
         name = canonicalize_name(todo.pop())
         if name in found:
@@ -81,22 +57,24 @@ def core_packages() -> set[str]:
     return found
 
 
+def link(names: set[str], packages: Path) -> None:
+    """Make links to the distributions of this environment: nothing is fetched or copied."""
+    for name in names:
+        for file in files(name):
+            top = file.parts[0]
+            if top != ".." and top != "__pycache__" and not (packages / top).exists():
+                (packages / top).symlink_to(Path(file.locate()).parents[len(file.parts) - 1] / top)
+
+
 @pytest.fixture(scope="module")
 def core_python(tmp_path_factory, wheel):
-    """The Python of an environment with the wheel, torch, numpy, and what these two need.
-
-    Torch and numpy are links to the running environment's: nothing is fetched or copied.
-    """
+    """The Python of an environment with the wheel, torch, numpy, and what these two need."""
     folder = tmp_path_factory.mktemp("core")
     venv.create(folder / "venv")
     python = folder / "venv/bin/python"
     done = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")
     packages = Path(done.stdout.strip())
-    for name in core_packages():
-        for file in files(name):
-            top = file.parts[0]
-            if top != ".." and top != "__pycache__" and not (packages / top).exists():
-                (packages / top).symlink_to(Path(file.locate()).parents[len(file.parts) - 1] / top)
+    link(with_needs("torch", "numpy"), packages)
     with zipfile.ZipFile(wheel) as archive:  # a wheel of Python files alone is installed so
         archive.extractall(packages)
     return python
@@ -118,7 +96,11 @@ def test_wheel_is_small_and_holds_lib_alone(wheel):
 
 
 def test_the_core_works_with_torch_and_numpy_alone(core_python, tmp_path):
-    """All of lib except lib.runs is imported, and an own layer trains."""
+    """All of lib except lib.runs is imported; then the README's layer trains on its digits."""
+    (beside := tmp_path / "beside").mkdir()
+    link(with_needs("scikit-learn"), beside)
+    readme = (ROOT / "README.md").read_text("utf-8")
+    (layer,) = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
     code = f"""
 import importlib, pkgutil, sys
 from importlib.util import find_spec
@@ -130,9 +112,15 @@ assert not found, found  # otherwise the imports below show nothing
 for module in pkgutil.walk_packages(lib.__path__, "lib.", onerror=print):
     if not module.name.startswith("lib.runs"):
         importlib.import_module(module.name)
-{OWN_LAYER}"""
+
+sys.path.append({str(beside)!r})
+{layer}
+with torch.no_grad():
+    print((model(x[1297:]).argmax(1) == y[1297:]).double().mean().item())
+"""
     done = in_core(core_python, code, tmp_path)
-    assert (done.returncode, done.stdout) == (0, "trained\n"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0.9
 
 
 @pytest.mark.parametrize(
