@@ -114,13 +114,13 @@ for module in pkgutil.walk_packages(lib.__path__, "lib.", onerror=print):
         importlib.import_module(module.name)
 
 sys.path.append({str(beside)!r})
-{layer}
+{layer.replace("range(300)", "range(60)")}
 with torch.no_grad():
     print((model(x[1297:]).argmax(1) == y[1297:]).double().mean().item())
 """
     done = in_core(core_python, code, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) > 0.9
+    assert float(done.stdout) > 0.7  # one in ten by chance
 
 
 @pytest.mark.parametrize(
