@@ -1,5 +1,6 @@
 """Several processes train as one does: two of them on a few steps, or the whole table."""
 
+import math
 import subprocess
 import sys
 
@@ -38,6 +39,8 @@ def test_two_processes_compute_what_one_does(both, case):
     found, expected = two[case], one[reference(case, 2)]
     assert len(expected.losses) == STEPS
     assert expected.residual < 1e-10  # or nothing below means anything
+    assert expected.jac_loss > 1e-6
+    assert math.isfinite(expected.jac_loss) == case.jacobian
     row = comparison(found, expected, STEPS // 2)
     assert equal(row), row
     assert row["weights"] < 1e-6
