@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib.deq import DEQ, DEQWarning, SolverAttributes
+from lib.deq import DEQ, DEQWarning
 from lib.errors import InputError
 from lib.solvers import anderson, broyden, fixed_point_iteration, gmres
 from problems import largest_relative_error
@@ -109,24 +109,6 @@ def test_adjoint_is_solved_by_gmres_to_the_forward_tolerance():
 
     deq.f_solver = own  # its tolerance is not known
     assert deq.b_solver is own
-
-
-def test_solver_attributes_of_a_model():
-    class Model(SolverAttributes, nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.deq = DEQ("anderson")
-
-    model = Model()
-    model.f_solver = "broyden"
-    model.b_solver = own = partial(anderson, m=2)
-    assert model.deq.f_solver is model.f_solver is broyden
-    assert model.deq.b_solver is model.b_solver is own
-    with pytest.raises(InputError, match="unknown"):
-        model.f_solver = "unknown"
-    assert model.f_solver is broyden
-    model.b_solver = None  # as forward, like the published models
-    assert model.b_solver is broyden
 
 
 def test_own_solver_with_the_fewest_keys():

@@ -132,15 +132,6 @@ def test_a_full_disk_is_an_error_of_sync(folder, loss, lines):
     assert 10 < len(steps) < 1000
 
 
-def test_floats_survive_bit_for_bit(folder):
-    run = Run(folder, SAVED)
-    values = [0.1, 1 / 3, 1e-300, 5.588427543640137]
-    for step, value in enumerate(values):
-        run.record("train", step, loss=value)
-    run.close()
-    assert [record["loss"] for record in read_metrics(folder)] == values
-
-
 def test_a_debug_run_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = Run(None, SAVED)
@@ -191,15 +182,6 @@ def test_a_restart_from_step_0_keeps_the_log(folder):
     Run(folder, SAVED, resume_step=0).close()
     assert read_metrics(folder) == []
     assert (folder / LOG).read_text() == "first\n"
-
-
-def test_a_restart_drops_the_final_evaluation(folder):
-    run = Run(folder, SAVED)
-    for kind in ("train", "valid", "final_valid", "final_test"):
-        run.record(kind, 5, loss=1.0)
-    run.close()
-    Run(folder, SAVED, resume_step=5).close()
-    assert [record["kind"] for record in read_metrics(folder)] == ["train", "valid"]
 
 
 def test_a_new_run_begins_with_empty_files(folder):

@@ -119,8 +119,9 @@ def variance_of_a_draw(matrices, vectors):
     return 2 * total
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("vectors", ["gaussian", "rademacher"])
+@pytest.mark.parametrize(
+    ("dtype", "vectors"), [(torch.float64, "gaussian"), (torch.float32, "rademacher")]
+)
 def test_frobenius_norm_and_its_standard_error(vectors, dtype):
     torch.manual_seed(0)
     matrices = gaussian(3, 8) * torch.tensor([1.0, 2.0, 0.1]).double()[:, None, None]

@@ -199,7 +199,7 @@ def test_kill_while_saving_without_end(path):
     assert set(names(path)) <= {"checkpoint.pt", "checkpoint.1.pt", "checkpoint.2.pt"}
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(st.lists(st.tuples(st.integers(1, 4), st.none() | st.integers(0, 9)), max_size=6))
 def test_any_history_of_saves_and_kills(tmp_path_factory, history):
     path = tmp_path_factory.mktemp("run") / "checkpoint.pt"

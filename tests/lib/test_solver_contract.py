@@ -13,7 +13,6 @@ from lib.solvers import (
     anderson,
     broyden,
     fixed_point_iteration,
-    get_solver,
     newton_krylov,
 )
 from parameters import slow_but
@@ -284,30 +283,10 @@ def test_misuse_is_named(name, options, named):
     assert isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [({"m": 0}, "m"), ({"m": 1.5}, "m"), ({"lam": -1.0}, "lam"), ({"beta": 0.0}, "beta")],
-    ids=str,
-)
-def test_misuse_of_anderson_is_named(options, named):
-    with pytest.raises(InputError, match=rf"^{named} is "):
-        anderson(torch.cos, torch.zeros(1, 2), **options)
-
-
 @pytest.mark.parametrize("name", SOLVERS)
 def test_unknown_keyword(name):
     with pytest.raises(TypeError, match="stopmode"):
         SOLVERS[name](torch.cos, torch.zeros(1, 2), threshold=5, stopmode="rel")
-
-
-def test_solvers_by_name():
-    for name, solver in SOLVERS.items():
-        assert get_solver(name) is solver
-    own = partial(broyden, eps=1e-9)
-    assert get_solver(own) is own
-    with pytest.raises(InputError, match="andersen") as caught:
-        get_solver("andersen")
-    assert all(name in str(caught.value) for name in SOLVERS)
 
 
 def test_name_is_handed_back():

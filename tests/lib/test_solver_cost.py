@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib.solvers import SOLVERS, anderson, broyden, inner_products
 from lib.solvers.stats import all_finite, solve_figures
-from problems import NanFrom, contraction, rotation, symmetric, tanh_layer, visited
+from problems import NanFrom, symmetric, tanh_layer
 
 # Newton's method waits for its inner solves.
 by_name = pytest.mark.parametrize("name", [n for n in SOLVERS if n != "newton_krylov"])
@@ -184,55 +184,6 @@ def test_chunks_divide():
 
 
 # --- Iterates in float32 and float64 against what they replace ----------------------------------
-
-
-def uv_broyden(f, x0, updates: int) -> torch.Tensor:
-    """Broyden's method as first published for DEQs: two stored vectors per update, H = -I + U V'.
-
-    In the dtype of x0; the points, (updates + 1, B, D).
-    """
-    shape, x = x0.shape, x0.flatten(1)
-    us, vs, points = [], [], [x]
-
-    def apply(left, right, y):  # (-I + sum left right') y
-        out = -y
-        for a, b in zip(left, right, strict=True):
-            out = out + a * (b * y).sum(1, keepdim=True)
-        return out
-
-    g = f(x.view(shape)).flatten(1) - x
-    step = g
-    for _ in range(updates):
-        new = x + step
-        g_new = f(new.view(shape)).flatten(1) - new
-        dx, dg = new - x, g_new - g
-        v = apply(vs, us, dx)  # H' dx
-        u = (dx - apply(us, vs, dg)) / (v * dg).sum(1, keepdim=True)
-        us.append(u)
-        vs.append(v)
-        x, g = new, g_new
-        points.append(x)
-        step = -apply(us, vs, g)
-    return torch.stack(points)
-
-
-@pytest.mark.parametrize(
-    ("problem", "updates"),
-    [(contraction(), 10), (tanh_layer(), 10), (rotation(radius=0.9), 3), (symmetric(), 12)],
-    ids=["contraction", "tanh", "rotation", "radius 0.99"],
-)
-@pytest.mark.parametrize(
-    ("dtype", "close"), [(torch.float64, 1e-9), (torch.float32, 1e-2)], ids=str
-)
-def test_broyden_visits_the_points_of_the_two_vector_form(problem, updates, dtype, close):
-    """To rounding, which quasi-Newton steps amplify: relative to the distance still to go."""
-    x0 = problem.x0.to(dtype)
-    expected = uv_broyden(problem.f, x0, updates).double()
-    found = visited(broyden, problem.f, x0, threshold=updates, eps=0.0).double()[: len(expected)]
-    solution = problem.solution.flatten(1)
-    for ours, theirs in zip(found, expected, strict=True):
-        to_go = (theirs - solution).norm().clamp_min(1e-4)
-        assert (ours - theirs).norm() <= close * to_go
 
 
 @pytest.mark.parametrize("solver", [anderson, broyden])

@@ -318,6 +318,12 @@ def test_misuse_of_numbers(name, options, expected):
         (fixed_point_iteration, {"damping": "half"}, "damping is 'half'"),
         (gmres, {"restart": 0}, "restart is 0"),
         (gmres, {"restart": True}, "restart is True"),
+        (anderson, {"lam": -1.0}, "lam is -1.0"),
+        (newton_krylov, {"inner": 2.5}, "inner is 2.5"),
+        (newton_krylov, {"inner_eps": 0.0}, "inner_eps is 0.0"),
+        (newton_krylov, {"inner_eps": 1}, "inner_eps is 1"),
+        (newton_krylov, {"damping": 0.0}, "damping is 0.0"),
+        (newton_krylov, {"jvp": None}, "jvp is None"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

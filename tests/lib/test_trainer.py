@@ -198,8 +198,10 @@ def assert_whole(folder, whole):
     assert list(differences(load(folder / CHECKPOINT), state)) == []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("step", [1, 3, 5])
+@pytest.mark.parametrize(
+    ("number", "code", "step"),
+    [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 3), (signal.SIGTERM, 143, 5)],
+)
 def test_a_signal_saves_and_stops(start, whole, number, code, step):
     """After the step; at 3 a validation is due as well, which the resumed run makes up for."""
     trainer = ToyTrainer()

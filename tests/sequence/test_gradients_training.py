@@ -326,13 +326,6 @@ FORWARD_ONLY = [
 EVALUATED = {"rel_residual": 0.05, "nfe": 9.0}
 
 
-def test_rows_of_forward_solves_alone():
-    assert solver_rows(FORWARD_ONLY, 1, EVALUATED)[1:] == [
-        ("forward, training mean", "2.00e-01", "7.0"),
-        ("forward, evaluation mean", "5.00e-02", "9.0"),
-    ]
-
-
 def test_rows_of_a_stacked_run():
     """No solve, no figures."""
     nothing = {"rel_residual": 0.0, "nfe": 0.0}

@@ -240,15 +240,6 @@ def test_deepcopy_after_forward(wnorm):
     assert not torch.equal(twin(data, target, [])[0], model(data, target, [])[0])
 
 
-def test_same_seed_same_run():
-    losses = []
-    for _ in range(2):
-        model = build(dropout=0.2, dropatt=0.2)
-        losses.append(model(*words(), [])[0])
-    assert torch.equal(*losses)
-    assert not torch.equal(losses[0], model(*words(), [])[0])  # other masks
-
-
 def test_dropout_mask_is_constant_over_positions():
     """After the equilibrium: one mask per sample and channel, the same at all positions."""
     model = build(dropout=0.5)
@@ -261,20 +252,6 @@ def test_dropout_mask_is_constant_over_positions():
 
 
 # --- Ties and initialisation ------------------------------------------------------------------
-
-
-def test_tables_are_one_parameter():
-    model = build()
-    for i in range(3):
-        assert model.crit.out_layers[i].weight is model.word_emb.emb_layers[i].weight
-    assert model.crit.out_projs[0].weight is not model.word_emb.emb_projs[0].weight
-    assert {"crit.out_layers.1.weight", "word_emb.emb_layers.1.weight"} <= set(model.state_dict())
-
-
-def test_ties_with_one_projection():
-    model = build(div_val=1, d_embed=6, tie_projs=[False, True], tie_proj_mode="shared")
-    only = model.word_emb.emb_projs[0].weight
-    assert [p.weight is only for p in model.crit.out_projs] == [False, True, False]
 
 
 def test_no_ties():

@@ -7,15 +7,12 @@ once.
 """
 
 import json
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from deq_sequence import DEQTransformerLM
-from deq_sequence.schedules import make_optimizer
 from lib.errors import InputError
 from lib.runs.checkpoint import load_state, load_weights, save_atomic
 
@@ -34,23 +31,6 @@ def test_keys_and_shapes(setting):
     state = model.state_dict()
     assert {key: list(value.shape) for key, value in state.items()} == setting["state_dict"]
     assert all(value.is_meta and value.dtype == torch.float32 for value in state.values())
-
-
-@by_setting
-@pytest.mark.parametrize(
-    ("mode", "key", "number"),
-    [
-        ("apart", "parameters", 97_851_488),
-        ("storage", "parameters", 97_851_488),
-        ("shared", "distinct_parameters", 97_691_888),
-    ],
-)
-def test_number_of_parameters(setting, mode, key, number):
-    model = on_meta(setting, tie_proj_mode=mode)
-    optimizer = make_optimizer(Namespace(optim="SGD", lr=0.1, weight_decay=0.0), model)
-    listed = [p for group in optimizer.param_groups for p in group["params"]]
-    assert sum(p.numel() for p in listed) == setting[key] == number
-    assert sum(p.numel() for p in model.parameters()) == number
 
 
 @by_setting
@@ -152,12 +132,6 @@ def test_loaded_model_computes_the_same(published, tmp_path, prefix, how):
     data, target = words[:-1], words[1:]
     assert torch.equal(model(data, target, [])[0], published(data, target, [])[0])
     assert not torch.equal(model.crit.out_projs[1].weight, model.word_emb.emb_projs[1].weight)
-
-
-def test_wrapped_model_saves_what_loads(published, tmp_path):
-    wrapped = nn.DataParallel(published)  # keys with "module."
-    save_atomic(wrapped.state_dict(), tmp_path / "weights.pt")
-    load_weights(small(), tmp_path / "weights.pt")
 
 
 def test_constructor_refuses_other_weights(published, tmp_path):

@@ -9,8 +9,6 @@ import pytest
 
 from deq_sequence.options import build_parser, cutoffs_for, parse
 from lib.errors import InputError
-from lib.gradients import GRADIENTS
-from lib.solvers import ADJOINT_SOLVERS, SOLVERS
 
 CONTRACT = json.loads((Path(__file__).parents[1] / "data" / "lm_flags.json").read_text())["flags"]
 ADDED = {
@@ -51,17 +49,6 @@ def test_no_other_flags():
     assert set(ACTIONS) - {"-h"} == {entry["flag"] for entry in CONTRACT} | ADDED
 
 
-def test_choices():
-    assert set(ACTIONS["--dataset"].choices) == {"wt103", "wt2", "ptb", "enwik8", "text8", "demo"}
-    assert set(ACTIONS["--f_solver"].choices) == set(SOLVERS)
-    assert set(ACTIONS["--b_solver"].choices) == {*ADJOINT_SOLVERS, "None"}
-    assert set(ACTIONS["--grad"].choices) == set(GRADIENTS)
-    assert set(ACTIONS["--amp"].choices) == {"none", "bf16"}
-    assert list(ACTIONS["--attn_type"].choices) == [0]
-    for flag in ("--init", "--emb_init"):
-        assert set(ACTIONS[flag].choices) == {"normal", "uniform"}
-
-
 def test_every_flag_is_explained(capsys):
     with pytest.raises(SystemExit) as stopped:
         parse(["--help"])
@@ -97,15 +84,8 @@ def test_unknown_flag_that_is_near_nothing():
     assert "--help" in message
 
 
-@pytest.mark.parametrize(
-    ("flag", "value"),
-    [
-        *(("--optim", "adam"), ("--scheduler", "linear"), ("--f_solver", "newton")),
-        *(("--stop_mode", "max"), ("--attn_type", "1"), ("--dataset", "wiki")),
-        *(("--lr", "fast"), ("--n_layer", "2.5"), ("--amp", "fp16")),
-    ],
-)
-def test_unknown_value_names_flag_and_value(flag, value):
+@pytest.mark.parametrize(("flag", "value"), [("--lr", "fast"), ("--n_layer", "2.5")])
+def test_value_of_another_type_names_flag_and_value(flag, value):
     message = refusal(flag, value)
     assert flag in message
     assert value in message
@@ -113,7 +93,9 @@ def test_unknown_value_names_flag_and_value(flag, value):
 
 @pytest.mark.parametrize("flag", sorted(flag for flag, a in ACTIONS.items() if a.choices))
 def test_unknown_value_lists_the_choices(flag):
-    message = refusal(flag, "0815")
+    message = refusal(flag, "815")
+    assert flag in message
+    assert "815" in message
     assert all(str(choice) in message for choice in ACTIONS[flag].choices)
 
 

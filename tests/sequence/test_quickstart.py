@@ -68,14 +68,6 @@ def rows(text):
     return {line[0]: line[1:] for line in lines if len(line) > 1}
 
 
-def test_settings_are_accepted():
-    args = parse(SETTINGS.split())
-    assert args.dataset == "demo"
-    assert 0 < args.pretrain_steps < args.max_step
-    assert args.jac_loss_weight > 0
-    assert args.jac_loss_freq > 0
-
-
 def test_report(trained, small_corpus):
     folder, args = trained
     table = rows((folder / "report.txt").read_text())
@@ -174,17 +166,6 @@ def test_report_of_runs_of_one_phase(room, more, capsys):
 def test_without_a_run_there_is_no_report(room, trained, more, capsys):
     assert quickstart(room, "--max_step", "2", *more) == 0
     assert "a few words" not in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_on_the_demo_corpus(demo_folder, tmp_path, capsys):
-    """As a user runs it, but small: the embedded text is made below the room."""
-    assert (
-        main(["--data", str(demo_folder), *TINY.split(), "--max_eval_steps", "20"], tmp_path) == 0
-    )
-    table = rows(capsys.readouterr().out)
-    assert 200 < float(table["unigram"][0]) < 600
-    assert (tmp_path / "LM-TFM-demo" / "quickstart" / "curves.png").exists()
 
 
 # ---- evaluation ------------------------------------------------------------------------------

@@ -1,15 +1,11 @@
-"""A run that was killed and restarted is, bit for bit, the one that was not."""
+"""A run that was stopped and restarted is, bit for bit, the one that was not.
+
+Runs that are killed: tests/faults/test_kills.py.
+"""
 
 import json
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,10 +13,7 @@ import torch
 from deq_sequence.command import main
 from lib.runs.checkpoint import load
 from lib.runs.retention import versions
-from lib.runs.run_folder import CHECKPOINT, LOG, METRICS, SETTINGS, WEIGHTS, read_metrics
-from parameters import slow_but
-
-TRAIN = Path(__file__).parents[2] / "DEQ-Sequence" / "train_transformer.py"
+from lib.runs.run_folder import CHECKPOINT, LOG, SETTINGS, WEIGHTS, read_metrics
 
 # Everything that draws random numbers or carries state from step to step.
 STATEFUL = """
@@ -48,72 +41,7 @@ def assert_same_run(one, two):
         assert [key for key in a if not torch.equal(a[key], b[key])] == []
 
 
-# ---- killed ----------------------------------------------------------------------------------
-
-
-def kill_at(command, folder, step):
-    """Run ``command`` and SIGKILL it as soon as metrics.jsonl shows ``step``; the last record."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    try:
-        deadline = time.monotonic() + 120
-        while not any(r["step"] >= step for r in read_metrics(folder)):
-            assert process.poll() is None, process.stderr.read().decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
-    return read_metrics(folder)[-1]["step"]
-
-
-def killed_run(flags, run_folder, steps, border, kills, *more):
-    """Train uninterrupted; then again, killed at ``kills`` and restarted each time."""
-    flags = [*flags, *STATEFUL, "--max_step", str(steps), "--pretrain_steps", str(border), *more]
-    assert main([*flags, "--name", "whole"]) == 0
-    command = [sys.executable, str(TRAIN), *flags]
-    for kill in kills:
-        died = kill_at(command, run_folder, kill)
-        assert kill <= died < steps, "the kill came too late to mean anything"
-        assert (died < border) == (kill < border)
-        assert load(run_folder / CHECKPOINT)["step"] <= died
-        if command[-1] != "--restart":
-            command.append("--restart")
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "continuing " in done.stdout
-    assert_same_run(run_folder, run_folder.parent / "whole")
-
-
-@pytest.mark.slow  # faults/test_kills.py kills runs by default
-def test_killed_on_both_sides_of_the_border(flags, run_folder):
-    rng = random.Random(0)
-    kills = (rng.randrange(10, 70), rng.randrange(130, 170))
-    killed_run(flags, run_folder, 200, 120, kills)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("more", ["", "--varlen --optim RAdam", "--pre_lnorm --scheduler dev_perf"])
-def test_killed_at_other_steps(flags, run_folder, seed, more):
-    rng = random.Random(seed)
-    kills = (rng.randrange(10, 80), rng.randrange(125, 150), rng.randrange(150, 170))
-    killed_run(flags, run_folder, 200, 120, kills, "--eval-interval", "13", *more.split())
-
-
 # ---- stopped within the process, which is cheaper than a kill and as abrupt -------------------
-
-
-OTHERS = [
-    "--varlen --tgt_len 100 --optim RAdam",  # two passes over the text
-    "--tgt_len 130 --optim RMSprop",
-    "--scheduler dev_perf --decay_rate 0.9 --eval-interval 2 --optim SGD",
-    "--adaptive --div_val 2 --optim Adagrad --not_tied",
-    "--adaptive --div_val 2 --tie_proj_mode storage --clip_nonemb",
-    "--amp bf16 --pre_lnorm --mem_len 0",
-    "--save-interval 1 --clip_nonemb --jac_incremental 2",
-]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +61,7 @@ def undisturbed(tmp_path_factory):
     return get
 
 
-# Each of OTHERS, several at a time.
+# Options that do not exclude each other, several at a time.
 TOGETHER = [
     "--varlen --tgt_len 100 --optim RAdam --jac_incremental 2",
     "--optim RMSprop --amp bf16 --pre_lnorm --mem_len 0",
@@ -144,13 +72,7 @@ TOGETHER = [
 AROUND = [("", stop) for stop in (8, 10, 11, 15)]  # the border is 10; 7, 10 and 14 are saved
 
 
-@pytest.mark.parametrize(
-    ("more", "stop"),
-    slow_but(
-        [*AROUND, *((more, 17) for more in TOGETHER)],
-        [*AROUND, *((more, 17) for more in TOGETHER), *product(OTHERS, (9, 17))],
-    ),
-)
+@pytest.mark.parametrize(("more", "stop"), [*AROUND, *((more, 17) for more in TOGETHER)])
 def test_stopped_and_restarted(flags, run_folder, undisturbed, stop_at, more, stop):
     flags = [*flags, *STATEFUL, "--max_step", "18", "--pretrain_steps", "10", *more.split()]
     whole = undisturbed(flags)
@@ -175,17 +97,6 @@ def test_means_of_the_log_survive(flags, run_folder, stop_at):
         for folder in (run_folder, run_folder.parent / "whole")
     )
     assert found == expected
-
-
-def test_cut_off_last_line(flags, run_folder, undisturbed, stop_at):
-    flags = [*flags, *STATEFUL, "--max_step", "18", "--pretrain_steps", "10"]
-    whole = undisturbed(flags)
-    stop_at(12)
-    assert main(flags) == 130
-    with open(run_folder / METRICS, "a") as file:
-        file.write('{"kind": "train", "st')
-    assert main([*flags, "--restart"]) == 0
-    assert_same_run(run_folder, whole)
 
 
 # ---- going on --------------------------------------------------------------------------------

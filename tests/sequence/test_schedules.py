@@ -115,23 +115,6 @@ def test_dev_perf_counts_from_the_first_evaluation_after_the_warm_up(warm_up):
     assert found[warm_up:] == pytest.approx([LR, LR / 2, LR / 4, LR / 4])
 
 
-# Before, at and after the border of a warm-up of 4, and of none, at 20 steps in all.
-BORDER = {
-    "cosine": ([0.375, 0.5, 0.4522542486, 0.4267766953], [0.5, 0.4969220851]),
-    "inv_sqrt": ([0.375, 0.5, 0.4472135955, 0.4082482905], [0.5, 0.3535533906]),
-    "dev_perf": ([0.375, 0.5, 0.5, 0.5], [0.5, 0.5]),
-    "constant": ([0.375, 0.5, 0.5, 0.5], [0.5, 0.5]),
-}
-
-
-@pytest.mark.parametrize("scheduler", BORDER)
-def test_rates_at_the_border_of_the_warm_up(scheduler):
-    flags = ("--scheduler", scheduler, "--max_step", 20)
-    with_warm_up, without = BORDER[scheduler]
-    assert rates(6, *flags, "--warmup_step", 4)[2:] == pytest.approx(with_warm_up, rel=1e-9)
-    assert rates(2, *flags) == pytest.approx(without, rel=1e-9)
-
-
 def test_dev_perf_state_round_trip():
     flags = ("--scheduler", "dev_perf", "--patience", 1)
     one, optimizer = make(*flags)
@@ -214,20 +197,3 @@ def test_a_saved_state_goes_on_with_the_kernels_of_this_machine(name, saved_fuse
     found, expected = updates(optimizer, twin), updates(saved, model)
     exact = {"rtol": 0, "atol": 0} if saved_fused else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(found, expected, **exact)
-
-
-@pytest.mark.parametrize("name", OPTIMISERS)
-def test_the_first_update_is_taken_at_the_warm_up_rate(name):
-    """Not at the full one: then it would be ten times as large."""
-    moved = []
-    for warm_up in (0, 10):
-        torch.manual_seed(0)
-        args = parse(["--optim", name, "--lr", "0.1", "--warmup_step", str(warm_up)])
-        model = nn.Linear(3, 2)
-        optimizer = make_optimizer(args, model)
-        before = model.weight.detach().clone()
-        model(torch.ones(1, 3)).sum().backward()
-        LearningRate(args, optimizer).set(0)
-        optimizer.step()
-        moved.append((model.weight - before).norm().item())
-    assert moved[1] == pytest.approx(moved[0] / 10, rel=1e-4)

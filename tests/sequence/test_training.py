@@ -282,12 +282,6 @@ def test_rand_f_thres_delta(spy, f_thres, delta, expected):
     assert {call["b_thres"] for call in calls} == {6}
 
 
-def test_f_thres_without_delta(spy):
-    _, calls = spy()
-    assert {call["f_thres"] for call in calls} == {6}
-    assert [call["train_step"] for call in calls] == [0, 1, 2, 3, 4, 5]
-
-
 # ---- gradients -------------------------------------------------------------------------------
 
 
