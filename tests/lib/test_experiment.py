@@ -132,17 +132,6 @@ def test_a_full_disk_is_an_error_of_sync(folder, loss, lines):
     assert 10 < len(steps) < 1000
 
 
-def test_a_debug_run_writes_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    run = Run(None, SAVED)
-    run.log("a line")
-    run.record("train", 1, loss=1.0)
-    run.progress(total=3, initial=0).update()
-    run.close()
-    assert os.listdir(tmp_path) == []
-    assert capsys.readouterr().out == "a line\n"
-
-
 def test_no_bar_without_a_terminal(capsys):
     run = Run(None, SAVED)
     with run.progress(total=3, initial=1) as bar:

@@ -13,7 +13,7 @@ from lib.runs.checkpoint import load
 from lib.runs.interrupts import Stopped, TrainingError
 from lib.runs.retention import versions
 from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, Run, read_metrics
-from lib.runs.trainer import FORMAT, Trainer
+from lib.runs.trainer import FORMAT
 from toy_trainer import ToyTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
@@ -307,9 +307,3 @@ def test_a_disk_that_is_full_leaves_what_was_there(start, tmp_path, monkeypatch)
     with pytest.raises((InputError, OSError), match="No space left"):
         start(trainer)
     assert load(tmp_path / "run" / CHECKPOINT)["step"] == 2
-
-
-def test_a_base_without_a_task_does_nothing():
-    """Every part that a task has to define says so."""
-    with pytest.raises(NotImplementedError):
-        Trainer.draw(ToyTrainer())

@@ -11,7 +11,6 @@ from deq_sequence.text.corpus import DATASETS, get_lm_corpus
 from deq_sequence.text.text_files import read_bytes
 from deq_sequence.text.vocabulary import Vocab
 from lib.errors import InputError
-from lib.runs.atomic_files import atomic_write
 
 TEXTS = {"train": "b a <unk>\na B\n", "valid": "c c c\n\n", "test": "d a\n"}
 SPLITS = ("train", "valid", "test")
@@ -121,21 +120,6 @@ def test_folder_that_cannot_be_written_to_is_no_error(datadir, monkeypatch):
     monkeypatch.setattr(os, "replace", refuse)
     assert get_lm_corpus(datadir, "wt103").train.numel() == 7
     assert sorted(p.name for p in datadir.iterdir()) == ["test.txt", "train.txt", "valid.txt"]
-
-
-def test_atomic_write_leaves_the_old_file_when_the_block_fails(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def fail_half_way():
-        with atomic_write(path) as file:
-            file.write(b"new")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail_half_way()
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("dataset", ["enwik8", "text8"])
