@@ -33,7 +33,7 @@ ATTEMPTS = 30  # tries to place a digit, then again at the smallest size; then i
 class DigitScenes(SegmentationDataset):
     """Scenes of size TRAIN.IMAGE_SIZE (width, height). See SegmentationDataset for the items.
 
-    All scenes are rendered at construction. DATASET.ROOT is not used.
+    A scene is rendered when it is first read, then kept. DATASET.ROOT is not used.
 
     Raises:
         InputError: scenes are smaller than 32 pixels, or a setting does not fit.
@@ -49,23 +49,25 @@ class DigitScenes(SegmentationDataset):
                 f"TRAIN.IMAGE_SIZE {[width, height]}: digit scenes need at least "
                 f"{MIN_SIDE}x{MIN_SIDE} pixels"
             )
-        n = N_SCENES[split]
-        self.images = np.empty((n, height, width, 3), np.uint8)
-        self.labels = np.empty((n, height, width), np.uint8)
-        for i in range(n):
-            self.images[i], self.labels[i] = render_scene(split, i, (width, height))
+        self._size = width, height
+        self._scenes: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
-        return len(self.images)
+        return N_SCENES[self.split]
 
     def name(self, index: int) -> str:
         return f"{self.split}_{index:04d}"
 
+    def _scene(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        if index not in self._scenes:
+            self._scenes[index] = render_scene(self.split, index, self._size)
+        return self._scenes[index]
+
     def _read_image(self, index: int) -> Image.Image:
-        return Image.fromarray(self.images[index])
+        return Image.fromarray(self._scene(index)[0])
 
     def _read_train_ids(self, index: int, image: Image.Image) -> np.ndarray:
-        return self.labels[index]
+        return self._scene(index)[1]
 
 
 def render_scene(split: str, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
