@@ -3,8 +3,8 @@
     python scripts/benchmarks/fill_pages.py
 
 A file in docs/data is either a result that a benchmark wrote (--json), or what a command printed
-(.txt). To show a new result, replace the file and call this command. A
-table stands between two comments in its page, <!-- NAME: begin --> and <!-- NAME: end -->.
+(.txt). To show a new result, replace the file and call this command. A table stands between two
+comments in its page, <!-- NAME: begin --> and <!-- NAME: end -->.
 """
 
 import json
