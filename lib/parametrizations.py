@@ -31,6 +31,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrize
 
 from lib.errors import InputError, check
+from lib.optimization import norm_except, normalised
 
 _FIRST, _NEXT = 100, 5  # power iterations at the start, and after each change of the weight
 _GRID = 16  # side of the image on which a convolution is measured
@@ -73,12 +74,10 @@ class WeightNorm(_Parametrization):
         self.dim = dim
 
     def compute(self, g: Tensor, v: Tensor) -> Tensor:
-        return torch._weight_norm(  # pyright: ignore[reportPrivateImportUsage]
-            v, g, self.dim
-        )
+        return normalised(v, g, self.dim)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.norm_except_dim(weight, 2, self.dim), weight
+        return norm_except(weight, self.dim), weight
 
 
 class SpectralNorm(_Parametrization):

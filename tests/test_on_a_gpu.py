@@ -17,6 +17,7 @@ import small_model
 import small_vision
 from lib.deq import DEQ
 from lib.jacobian import contraction_bound, jac_loss_estimate, leading_eigenvalues, power_method
+from lib.optimization import normalised
 from lib.solvers import SOLVERS
 from lib.solvers.krylov import bicgstab, gmres
 from lib.solvers.maps import Affine
@@ -204,6 +205,22 @@ def test_jacobian_tools(both):
 
 def test_leading_eigenvalues(both):
     both(lambda device: [*leading_eigenvalues(*at_a_point(device), 3)], exact=False)
+
+
+def test_weight_norm_in_float64(both):
+    """PyTorch's fused kernel of a GPU takes the norms in float32."""
+
+    def run(device):
+        torch.manual_seed(0)
+        v, g = torch.randn(5, 3, 2).double(), torch.randn(5, 1, 1).double()
+        v, g = (t.to(device).requires_grad_() for t in (v, g))
+        w = normalised(v, g, 0)
+        return [w, *torch.autograd.grad(w.square().sum(), (v, g))]
+
+    both(run, exact=False)
+    v, g = torch.randn(5, 3).double(), torch.ones(5, 1).double()
+    expected = v / v.square().sum(1, keepdim=True).sqrt()
+    torch.testing.assert_close(normalised(v, g, 0), expected, rtol=1e-14, atol=0)
 
 
 # ---- models --------------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ PRINTED = {
     "bench_adjoints.txt": "benchmarks.md",
     "bench_gradients.txt": "benchmarks.md",
     "bench_roots.txt": "benchmarks.md",
+    "gpu_check_steps.txt": "benchmarks.md",
 }
 
 
@@ -55,7 +56,7 @@ def pages(docs: Path) -> dict[str, str]:
     for file in sorted((docs / "data").iterdir()):
         text = file.read_text(encoding="utf-8")
         if file.suffix == ".txt":
-            page, blocks = PRINTED[file.name], {file.stem: text.strip()}
+            page, blocks = PRINTED[file.name], {file.stem: text.strip("\n")}
         else:
             page, make = FIGURES[file.name]
             blocks = make(json.loads(text))

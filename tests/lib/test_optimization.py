@@ -94,6 +94,16 @@ def test_dim(dim):
     torch.testing.assert_close(module.weight.detach(), expected)
 
 
+def test_a_weight_of_one_dimension():
+    layer = nn.LayerNorm(3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([1.0, -2.0, 3.0]))
+    expected = layer.weight.clone()
+    layer, _ = weight_norm(layer, ["weight"])
+    assert layer.weight_g.tolist() == [1, 2, 3]
+    torch.testing.assert_close(layer.weight, expected)
+
+
 def test_several_names():
     cell = nn.RNNCell(3, 3).double()
     before = {name: p.detach().clone() for name, p in cell.named_parameters()}

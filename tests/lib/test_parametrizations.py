@@ -222,6 +222,12 @@ def test_weight_norm_equals_torch():
         torch.testing.assert_close(part.weight, torchs.weight)
 
 
+def test_weight_norm_counts_dimensions_from_the_end_too():
+    layer = weight_norm_all(linear(), dim=-1)
+    g = layer.parametrizations.weight.original0
+    torch.testing.assert_close(g[0], layer.weight.norm(dim=0))
+
+
 @pytest.mark.parametrize("kind", NORMS)
 def test_whole_module_in_one_call(kind):
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Conv1d(4, 4, 1), nn.LayerNorm(4)))
