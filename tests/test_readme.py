@@ -115,7 +115,9 @@ def with_tiny_sizes(command, data, folder):
     if "quickstart.sh" in command:
         images = [*TINY_IMAGES, "OUTPUT_DIR", str(folder / "quickstart")]
         copy = folder / "copy"
-        return [*started(copy, "--words", *words), *started(copy, "--images", *images)]
+        bits = ["--steps", "1", "--longest", "32"]
+        parts = {"--bits": bits, "--words": words, "--images": images}
+        return [line for part, flags in parts.items() for line in started(copy, part, *flags)]
     if "--cfg" in command:
         return [[*command.split(), *TINY_IMAGES, "OUTPUT_DIR", str(folder / "output")]]
     return [[*command.split(), *words]]
@@ -136,6 +138,12 @@ def started(folder, *arguments):
     return [["python", *line.split()] for line in lines]
 
 
+def test_the_quickstart_begins_with_bits(tmp_path):
+    names = [Path(line[1]).name for line in started(tmp_path)]
+    assert names == ["prefix_sums.py", *["quickstart.py"] * 3]
+    assert [Path(line[1]).name for line in started(tmp_path, "--restart")] == names[1:]
+
+
 @pytest.mark.parametrize("room", ["DEQ-Sequence", "MDEQ-Vision", "."])
 def test_commands_run(room, demo_folder, server, tmp_path):
     for command in (command for command, folder in RUN.items() if folder == room):
@@ -144,7 +152,7 @@ def test_commands_run(room, demo_folder, server, tmp_path):
             with Attempt(words[1:], server=server, folder=ROOT / room) as attempt:
                 assert attempt.wait() == 0, f"{command}: {attempt.errors()}"
             assert re.search(
-                r"test .* ppl \d|test / unigram|top1 \d|mIoU \d|test accuracy",
+                r"test .* ppl \d|test / unigram|top1 \d|mIoU \d|test accuracy|plain iteration +\d",
                 "\n".join(attempt.lines),
             ), attempt.lines
 
