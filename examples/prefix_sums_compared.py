@@ -134,10 +134,11 @@ def draw(found: dict, file: Path) -> None:
         left.plot(*curve(found, "equilibrium", PLAIN, "exact"), "o-", color=BLUE, lw=3)
         left.set(title="strings right in every bit", ylim=(-0.06, 1.16), yticks=[0, 0.5, 1])
         left.axvspan(7, TRAINED, color="#eeeeee", zorder=0)
-        left.text(15, 0.1, "trained", ha="center", color=INK)
+        left.text(15, 1.06, "training", ha="center", color=INK)
         left.text(300, 1.06, "equilibrium", ha="center", color=BLUE, weight="bold")
         left.text(50, 0.5, "40 layers", color=RED, weight="bold")
-        left.text(9, 0.5, "12", color=ORANGE, weight="bold")
+        left.text(13.5, 0.45, "12\nlayers", color=ORANGE, weight="bold")
+        left.text(2048, 0.07, "dashed: untied", ha="right", color=INK)
 
         right.plot(*curve(found, "equilibrium", PLAIN, "evaluations"), "o-", color=BLUE, lw=3)
         right.plot(*curve(found, "equilibrium", WINDOWS, "evaluations"), "^-", color=GREEN, lw=3)

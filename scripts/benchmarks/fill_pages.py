@@ -13,7 +13,7 @@ from pathlib import Path
 
 import compare_gradients
 import compare_ties
-from helpers import comparison_figures
+from helpers import comparison_figures, prefix_sums_tables
 from helpers.comparison import TASKS
 from helpers.measure import fill, table
 
@@ -40,6 +40,10 @@ FIGURES = {
     "gradients.json": ("gradients.md", of_gradients),  # compare_gradients.py
     "ties.json": ("benchmarks.md", of_ties),  # compare_ties.py
     "own_layer.json": ("own-layer.md", of_own_layer),  # bench_own_layer.py
+    "prefix_sums.json": (
+        "larger-problems.md",
+        prefix_sums_tables.blocks,
+    ),  # prefix_sums_compared.py
 }
 # Files of printed text: the page that shows each. The block has the name of the file.
 PRINTED = {

@@ -99,6 +99,13 @@ def test_the_comparison(figures, capsys):
     assert picture.read_bytes().startswith(PNG)
 
 
+def test_the_picture_is_that_of_the_data(tmp_path):
+    picture = tmp_path / "prefix_sums.png"
+    compared.main(["--from", str(DOCS / "data/prefix_sums.json"), "--figure", str(picture)])
+    assert picture.read_bytes() == (DOCS / "figures/prefix_sums.png").read_bytes()
+    assert picture.stat().st_size < 80_000
+
+
 @pytest.mark.parametrize(
     ("command", "arguments", "named"),
     [
