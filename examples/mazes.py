@@ -146,10 +146,13 @@ class PathFinder(nn.Module):
     def start(self, sides: Tensor) -> Tensor:
         return sides.new_zeros(*sides.shape[:-1], self.width)
 
+    def limit(self, sides: Tensor) -> int:
+        """Evaluations at most: no way is longer than all cells."""
+        return sides[0, 0].numel() + 2
+
     def forward(self, sides: Tensor, ends: Tensor) -> Tensor:
-        longest = ends[0, ..., 0].numel() + 2
-        z = self.deq(self.layer(sides, ends), self.start(sides), f_thres=longest).z
-        return self.read(z, sides, ends)
+        f, z0 = self.layer(sides, ends), self.start(sides)
+        return self.read(self.deq(f, z0, f_thres=self.limit(sides)).z, sides, ends)
 
 
 class Stack(nn.Module):
@@ -168,10 +171,26 @@ class Stack(nn.Module):
         return self.read(z, sides, ends)
 
 
+def lesson(
+    rng: random.Random, largest: int = LARGEST, branching: float = 0.5, hide: float = 0.2
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mazes for one step of training.
+
+    An end is left out with the chance ``hide``. With one end, or none, there is no path: so a cell
+    that has not heard of both ends yet has a right answer as well, "no".
+    """
+    sides, ends, path = mazes(BATCH, rng.randint(3, largest), rng, branching)
+    hidden = torch.rand(BATCH, 1, 1, 2) < hide
+    return sides, ends * ~hidden, path * ~hidden.any(-1)
+
+
 def train(
-    seed: int = 0, steps: int = STEPS, make: Callable[[], nn.Module] = PathFinder
+    seed: int = 0,
+    steps: int = STEPS,
+    make: Callable[[], nn.Module] = PathFinder,
+    draw: Callable[[random.Random], tuple[Tensor, Tensor, Tensor]] = lesson,
 ) -> tuple[nn.Module, list[float]]:
-    """A model trained on mazes of 3 x 3 to 6 x 6 cells, and the loss of each step."""
+    """A trained model, and the loss of each step."""
     torch.manual_seed(seed)
     rng, model, losses = random.Random(seed), make(), []
     adam = torch.optim.AdamW(model.parameters(), lr=8e-3, weight_decay=0.0)
@@ -179,11 +198,7 @@ def train(
         adam, lambda step: min(1, (step + 1) / 30, 2 * (1 - step / steps))
     )
     for _ in range(steps):
-        sides, ends, path = mazes(BATCH, rng.randint(3, LARGEST), rng, branching=0.5)
-        # With one end, or none, there is no path. So a cell that has not heard of both ends yet
-        # has a right answer as well: "no".
-        hide = torch.rand(BATCH, 1, 1, 2) < 0.2
-        ends, path = ends * ~hide, path * ~hide.any(-1)
+        sides, ends, path = draw(rng)
         loss = binary_cross_entropy_with_logits(model(sides, ends), path)
         adam.zero_grad()
         loss.backward()
@@ -207,7 +222,7 @@ def solve(model: PathFinder, sides: Tensor, ends: Tensor, path: Tensor) -> dict[
     """
     f, z = model.layer(sides, ends), model.start(sides)
     deq = DEQ("fixed_point_iteration:stop=sample,eps=1e-3")
-    found = deq(f, z, f_thres=path[0].numel() + 2, training=False)
+    found = deq(f, z, f_thres=model.limit(sides), training=False)
     evaluations = torch.as_tensor(found.solution["sample_nfe"])
     right_from = torch.ones_like(evaluations)
     for step in range(1, int(evaluations.max()) + 1):
