@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from mazes import STEPS, Messages, PathFinder, heard, lesson, solve, tests, train
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
 from lib import DEQ
 from lib.errors import check
 from lib.runs.command_line import Parser, exit_code
+from mazes import STEPS, Messages, PathFinder, heard, lesson, solve, tests, train
 
 TESTS = {
     "9": (9, 0.0, 100),

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from mazes import PathFinder, heard
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from mazes import PathFinder, heard
 
 FRAMES = 60  # of the animation, at equal distances
 STRIP = (0, 4, 16, 64, 256)  # evaluations; the last state follows
@@ -79,7 +80,10 @@ def draw(model: PathFinder, sides: Tensor, ends: Tensor, name: Path) -> None:
     """Write the animation NAME.gif and the strip NAME.png of one maze (sides and ends: B = 1)."""
     found = moments(model, sides, ends)
     last = len(found) - 1
-    film = [paint(found[round(i)], sides, ends, 10) for i in np.linspace(0, last, FRAMES)]
+    film = [
+        paint(found[round(i)], sides, ends, 10)
+        for i in np.linspace(0, last, min(FRAMES, len(found)))
+    ]
     film = [image.quantize(64) for image in film]
     film[0].save(
         name.with_suffix(".gif"), save_all=True, append_images=film[1:], loop=0,

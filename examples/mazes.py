@@ -287,7 +287,7 @@ def run(args: argparse.Namespace) -> None:
         if seed == 0 and args.picture:
             from maze_pictures import draw  # which needs pillow
 
-            draw(model, *mazes(1, 33, random.Random(1))[:2], args.picture)
+            draw(model, *mazes(1, max(args.sizes), random.Random(1))[:2], args.picture)
         kinds = itertools.product(args.sizes, (0.0, 0.5))
         tested = [measure(model, n, args.mazes, branching) for n, branching in kinds]
         figures["equilibria"].append({**cost, "tests": tested})
@@ -321,7 +321,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--mazes", type=int, default=100, help="mazes of each size and kind, in the tests")
     add("--stacked", type=int, nargs="?", const=1, default=0, metavar="SEEDS",
         help="train stacks of the same f, too, with so many seeds each")  # fmt: skip
-    add("--picture", type=Path, help="draw a solve, to PICTURE.gif and PICTURE.png")
+    add("--picture", type=Path, help="draw a maze of the largest size, to PICTURE.gif and .png")
     add("--save", type=Path, help="write the weights of the first seed here")
     add("--out", type=Path, help="write all figures here (JSON)")
     args = parser.parse_args(argv)
