@@ -21,12 +21,7 @@ from lib.errors import check
 from lib.runs.command_line import Parser, exit_code
 from mazes import STEPS, Messages, PathFinder, heard, lesson, solve, tests, train
 
-TESTS = {
-    "9": (9, 0.0, 100),
-    "17": (17, 0.0, 50),
-    "33": (33, 0.0, 10),
-    "17, junctions": (17, 0.5, 50),
-}
+TESTS = {"9 x 9": (9, 0.0, 100), "17 x 17": (17, 0.0, 50), "17 x 17, junctions": (17, 0.5, 50)}
 
 
 class Mixing(Messages):
@@ -132,14 +127,12 @@ VARIANTS: dict[str, tuple[Callable, Callable]] = {
     "ends never left out": (PathFinder, lambda steps: partial(lesson, hide=0.0)),
     "corridors only": (PathFinder, lambda steps: partial(lesson, branching=0.0)),
     "sizes that grow": (PathFinder, Growing),
-    "up to 4 x 4": (PathFinder, lambda steps: partial(lesson, largest=4)),
     "n to 2 n evaluations": (RandomLimit, lambda steps: lesson),
     "z0 ~ N(0, 1)": (RandomStart, lambda steps: lesson),
     "noise on the state": (Noise, lambda steps: lesson),
     "Jacobian loss": (JacobianLoss, lambda steps: lesson),
     "jfb": (partial(with_gradient, "jfb"), lambda steps: lesson),
     "ift": (partial(with_gradient, "ift"), lambda steps: lesson),
-    "messages of 8 numbers": (partial(PathFinder, 8), lambda steps: lesson),
 }
 
 

@@ -87,6 +87,7 @@ ELSEWHERE = {
     "--out docs/data/prefix_sums.json": "scripts/test_prefix_sums.py",
     "python examples/prefix_sums_compared.py --from docs/data/prefix_sums.json "
     "--figure docs/figures/prefix_sums.png": "scripts/test_prefix_sums.py",
+    "python examples/mazes.py": "scripts/test_mazes.py",
     # What made the environment that these tests run in: its result is tested.
     "pip install -r requirements.txt": "test_house.py",
     "bash scripts/test.sh": "test_house.py",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import compare_gradients
 import compare_ties
-from helpers import comparison_figures, prefix_sums_tables
+from helpers import comparison_figures, maze_tables, prefix_sums_tables
 from helpers.comparison import TASKS
 from helpers.measure import fill, table
 
@@ -40,10 +40,10 @@ FIGURES = {
     "gradients.json": ("gradients.md", of_gradients),  # compare_gradients.py
     "ties.json": ("benchmarks.md", of_ties),  # compare_ties.py
     "own_layer.json": ("own-layer.md", of_own_layer),  # bench_own_layer.py
-    "prefix_sums.json": (
-        "larger-problems.md",
-        prefix_sums_tables.blocks,
-    ),  # prefix_sums_compared.py
+    # examples/prefix_sums_compared.py, mazes.py and maze_ablations.py
+    "prefix_sums.json": ("larger-problems.md", prefix_sums_tables.blocks),
+    "mazes.json": ("larger-problems.md", maze_tables.blocks),
+    "maze_ablations.json": ("larger-problems.md", maze_tables.ablations),
 }
 # Files of printed text: the page that shows each. The block has the name of the file.
 PRINTED = {
@@ -72,8 +72,9 @@ def pages(docs: Path) -> dict[str, str]:
 
 def figures(docs: Path, folder: Path) -> None:
     """Draw the figures into ``folder``."""
-    found = json.loads((docs / "data/gradients.json").read_text(encoding="utf-8"))
-    comparison_figures.draw(found, folder)
+    drawings = {"gradients.json": comparison_figures.draw, "mazes.json": maze_tables.draw}
+    for name, draw in drawings.items():
+        draw(json.loads((docs / "data" / name).read_text(encoding="utf-8")), folder)
 
 
 def main() -> int:

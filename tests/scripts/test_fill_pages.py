@@ -19,7 +19,7 @@ def test_the_tables_are_those_of_the_data():
 def test_the_figures_are_those_of_the_data(tmp_path):
     fill_pages.figures(DOCS, tmp_path)
     drawn = sorted(tmp_path.iterdir())
-    assert len(drawn) == 2
+    assert len(drawn) == 3
     for path in drawn:
         assert (DOCS / "figures" / path.name).read_bytes() == path.read_bytes(), AGAIN
 
