@@ -5,6 +5,7 @@ Most programs need only the names below. The modules have more (:mod:`lib.solver
 training runs: records, checkpoints, processes. Nothing in this package depends on text or images.
 """
 
+from lib.auditing import audit
 from lib.contractive import ContractiveLayer
 from lib.deq import DEQ, Equilibrium
 from lib.errors import DEQWarning, InputError
@@ -40,6 +41,7 @@ __all__ = [
     "VariationalHidDropout",
     "VariationalHidDropout2d",
     "anderson",
+    "audit",
     "bicgstab",
     "broyden",
     "fixed_point_iteration",
