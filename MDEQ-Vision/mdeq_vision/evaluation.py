@@ -69,7 +69,7 @@ def evaluate_classification(
         hits = topk_correct(output, target)
         return {"images": len(images), "loss": loss, "top1": hits[1], "top5": hits[5], **radius}
 
-    batches = _batches(cfg, dataset, device, processes)
+    batches = evaluation_batches(cfg, dataset, device, processes)
     sums, means = evaluate_batches(model, batches, measure, processes=processes, stop=stop)
     figures = {name: sums[name] / sums["images"] for name in ("loss", "top1", "top5")}
     return Evaluation("top1", int(sums["images"]), figures | _solver_figures(sums, means))
@@ -136,7 +136,7 @@ def evaluate_segmentation(
         sums = {"images": len(images), "loss": loss, "weight": weight}
         return sums | {name: sum(radius[name] for radius in radii) for name in radii[0]}
 
-    batches = _batches(cfg, _Numbered(dataset), device, processes)
+    batches = evaluation_batches(cfg, _Numbered(dataset), device, processes)
     sums, means = evaluate_batches(model, batches, measure, processes=processes, stop=stop)
     confusion.reduce()
     figures = {
@@ -189,7 +189,10 @@ class _Numbered(torch.utils.data.Dataset):
         return index, *self.dataset[index]
 
 
-def _batches(cfg: CfgNode, dataset, device, processes: Processes) -> Iterator[list[Tensor]]:
+def evaluation_batches(
+    cfg: CfgNode, dataset, device: torch.device, processes: Processes
+) -> Iterator[list[Tensor]]:
+    """The batches of this process of ``dataset``, or of its first TEST.NUM_SAMPLES items."""
     if cfg.TEST.NUM_SAMPLES:
         dataset = Subset(dataset, range(min(cfg.TEST.NUM_SAMPLES, len(dataset))))
     loader = make_loader(

@@ -22,12 +22,13 @@ from lib.runs.retention import clean_temporaries, versions
 with needs("runs"):
     from tqdm import tqdm
 
-LOG, METRICS, SETTINGS, CHECKPOINT, WEIGHTS = (
+LOG, METRICS, SETTINGS, CHECKPOINT, WEIGHTS, AUDIT = (
     "log.txt",
     "metrics.jsonl",
     "settings.json",
     "checkpoint.pt",
     "model.pt",
+    "audit.json",  # what scripts/audit.py found
 )
 _OF_THE_END = ("final_", "summary")  # prefixes of the record kinds written at the end of a run
 

@@ -1,0 +1,108 @@
+"""The audit of a language model: is its hidden state a fixed point? See :mod:`lib.auditing`."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from deq_sequence.command import build_model
+from deq_sequence.model import DEQTransformerLM
+from deq_sequence.options import build_parser
+from deq_sequence.text.corpus import Corpus, get_lm_corpus
+from deq_sequence.text.iterators import LMOrderedIterator
+from deq_sequence.text.ngram import UNIGRAM_SMOOTHING
+from lib.auditing import Audit, audit
+from lib.errors import InputError
+from lib.runs.checkpoint import load_weights
+from lib.runs.run_folder import SETTINGS, WEIGHTS
+
+MEASURE = "log-likelihood"  # of a word, in nats
+
+
+def audit_run(folder: Path, samples: int, device: torch.device) -> Audit:
+    """Audit the best weights of a run on its test text, with the run's own settings.
+
+    A sample is a segment of --eval_tgt_len words, with the memory that the model itself has kept.
+    Its score is the mean log-likelihood of its words. Its difficulty is how rare they are: their
+    mean -log frequency in the training text. All arithmetic is float32.
+
+    Raises:
+        InputError: the folder holds no such run, or its text is too short.
+    """
+    args = read_settings(folder / SETTINGS)
+    corpus = get_lm_corpus(args.data, args.dataset)
+    model = build_model(args, corpus, device)
+    load_weights(model, folder / WEIGHTS)
+    model.eval()
+    model.reset_length(args.eval_tgt_len, args.mem_len)
+    batch = segments(model, corpus.test, args, samples, device)
+    rarity = -_log_frequencies(corpus).to(device)
+
+    def forward(inputs: tuple[Tensor, Tensor, list[Tensor]]) -> Tensor:
+        return model(*inputs, f_thres=args.f_thres, compute_jac_loss=False)[0]  # (L, B)
+
+    return audit(
+        model,
+        [(batch, batch[1])],
+        correct=lambda loss, words: -loss.mean(dim=0),
+        difficulty=lambda loss, words: rarity[words].mean(dim=0),
+        forward=forward,
+        measure=MEASURE,
+    )
+
+
+def read_settings(path: Path) -> argparse.Namespace:
+    """The settings of a run; flags that are newer than the run have their defaults.
+
+    Raises:
+        InputError: the file is not readable JSON.
+    """
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not readable JSON ({error}): restore it") from error
+    # Compiling takes longer than an audit.
+    return argparse.Namespace(**vars(build_parser().parse_args([])) | saved | {"compile": False})
+
+
+@torch.no_grad()
+def segments(
+    model: DEQTransformerLM, text: Tensor, args: argparse.Namespace, samples: int, device
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Words (L, B), the words after them (L, B), and memory, of at least ``samples`` segments.
+
+    The segments follow those that fill the memory.
+
+    Raises:
+        InputError: the text has fewer segments.
+    """
+    length, bsz = args.eval_tgt_len, args.eval_batch_size
+    before = -(-model.mem_len // length)
+    wanted = before + -(-samples // bsz)
+    mems: list[Tensor] = []
+    found: list[tuple[Tensor, Tensor, list[Tensor]]] = []
+    for number, (data, target, seq_len) in enumerate(
+        LMOrderedIterator(text, bsz, length, device=device)
+    ):
+        if number == wanted or seq_len < length:
+            break
+        if number >= before:
+            found.append((data, target, mems))
+        *_, z_mem, u_mem = model(data, target, mems, f_thres=args.f_thres, compute_jac_loss=False)
+        mems = [z_mem, u_mem]
+    if len(found) < wanted - before:
+        raise InputError(
+            f"the text has {len(found) * bsz} segments of {length} words with a memory, but "
+            f"{samples} samples are asked for"
+        )
+    data, target, mems = zip(*found, strict=True)
+    memory = [torch.cat(parts, dim=1) for parts in zip(*mems, strict=True)] if before else []
+    return torch.cat(data, dim=1), torch.cat(target, dim=1), memory
+
+
+def _log_frequencies(corpus: Corpus) -> Tensor:
+    """log p(w) of each word in the training text, smoothed as the unigram model is."""
+    counts = torch.bincount(corpus.train, minlength=len(corpus.vocab)) + UNIGRAM_SMOOTHING
+    return (counts / counts.sum()).log().float()

@@ -1,0 +1,63 @@
+"""Is the model of a run an equilibrium? Five findings and a verdict.
+
+    python scripts/audit.py RUN_FOLDER
+
+The run may be of words or images. Its own settings and best weights are read, and its test data.
+The report is printed, and written to audit.json in the run's folder (--out: elsewhere).
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from lib.errors import InputError, check_count
+from lib.extras import needs
+from lib.runs.atomic_files import atomic_write
+from lib.runs.command_line import Parser, exit_code
+from lib.runs.run_folder import AUDIT, SETTINGS
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return exit_code("audit.py", lambda: run(argv), "calling it again")
+
+
+def run(argv: list[str] | None = None) -> None:
+    """Audit the run that the command line names."""
+    parser = Parser(prog="audit.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="where a run's files lie")
+    parser.add_argument("--samples", type=int, default=100, help="segments, or images (100)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="in place of audit.json there")
+    args = parser.parse_args(argv)
+    check_count("--samples", args.samples)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report = _auditor(args.folder)(args.folder, args.samples, device)
+    print(report)
+    out = args.out or args.folder / AUDIT
+    with atomic_write(out) as file:
+        file.write(f"{json.dumps(report.as_dict(), indent=1)}\n".encode())
+    print(f"\n{out}")
+
+
+def _auditor(folder: Path):
+    """The audit of the run's kind; its package is imported only now."""
+    if (folder / SETTINGS).is_file():
+        with needs("words"):
+            from deq_sequence.audits import audit_run
+
+            return audit_run
+    if (folder / "config.yaml").is_file():
+        with needs("images"):
+            from mdeq_vision.audits import audit_run
+
+            return audit_run
+    raise InputError(
+        f"{folder} holds no run: expected a folder with settings.json or config.yaml, as training "
+        "leaves it"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
