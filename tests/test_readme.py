@@ -80,6 +80,8 @@ ELSEWHERE = {
     "python scripts/export_weights.py DEQ-Sequence/LM-TFM-demo/try/model.pt words.safetensors": (
         "scripts/test_export_weights.py"
     ),
+    "python scripts/audit.py DEQ-Sequence/LM-TFM-demo/quickstart": "sequence/test_audits.py",
+    "python scripts/benchmarks/bench_audits.py": "scripts/test_bench_audits.py",
     "python examples/own_layer.py": "scripts/test_own_layer.py",
     "python scripts/benchmarks/bench_own_layer.py": "scripts/test_own_layer.py",
     "python examples/prefix_sums.py": "scripts/test_prefix_sums.py",

@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+import bench_audits
 import compare_gradients
 import compare_ties
 from helpers import comparison_figures, maze_tables, prefix_sums_tables
@@ -35,6 +36,11 @@ def of_own_layer(found: dict) -> dict[str, str]:
     return {"own layer": f"    {found['machine']}\n\n{body}"}
 
 
+def of_audits(found: dict) -> dict[str, str]:
+    text = f"    {found['machine']}\n\n{bench_audits.report(found)}"
+    return {"audits": text, "audits, correctness": bench_audits.findings(found)}
+
+
 # Files of figures: the page that shows each, and what makes the text of its blocks, by name.
 FIGURES = {
     "gradients.json": ("gradients.md", of_gradients),  # compare_gradients.py
@@ -44,6 +50,7 @@ FIGURES = {
     "prefix_sums.json": ("larger-problems.md", prefix_sums_tables.blocks),
     "mazes.json": ("larger-problems.md", maze_tables.blocks),
     "maze_ablations.json": ("larger-problems.md", maze_tables.ablations),
+    "audits.json": ("larger-problems.md", of_audits),  # bench_audits.py
 }
 # Files of printed text: the page that shows each. The block has the name of the file.
 PRINTED = {
