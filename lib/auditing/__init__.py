@@ -225,6 +225,7 @@ def _report(parts: list[dict[Any, _Pass]], starts: list, measure: str, rules: Ru
         figures = radii.mean(), radii.max(), (radii < 1).mean()
         radius |= dict(zip(radius, map(float, figures), strict=False))
     patient = float(of("patient", "settled").mean())
+    spent = of("patient", "evaluations")
     counted = all(part["patient"].counted for part in parts)
     hard = None if parts[0][OWN].hard is None else of(OWN, "hard")
     verdict, reason = judge(scores, cuts, others, radius, patient, rules)
@@ -241,7 +242,7 @@ def _report(parts: list[dict[Any, _Pass]], starts: list, measure: str, rules: Ru
         cuts=cuts,
         starts=others,
         correctness=correctness(of(OWN, "residual"), scores[OWN], rules),
-        effort=effort(of("patient", "evaluations") if counted else None, hard, rules),
+        effort=effort(spent if counted else None, hard, of("patient", "settled"), rules),
         radius=radius,
         rules=rules,
     )

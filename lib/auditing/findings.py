@@ -192,13 +192,21 @@ def correctness(residual: np.ndarray, score: np.ndarray, rules: Rules) -> dict:
     return found | {"auc": auc, "said": said}
 
 
-def effort(evaluations: np.ndarray | None, hard: np.ndarray | None, rules: Rules) -> dict:
-    """Finding 4, from the evaluations and the difficulty of each sample (N,)."""
+def effort(
+    evaluations: np.ndarray | None, hard: np.ndarray | None, settled: np.ndarray, rules: Rules
+) -> dict:
+    """Finding 4, from the evaluations and the difficulty of each sample (N,).
+
+    A sample that has not settled has spent its budget, which says nothing of its difficulty.
+    """
     found = {"correlation": None, "auc": None, "low": None, "high": None}
     if hard is None:
         return found | {"said": "unknown: no difficulty is given"}
     if evaluations is None:
         return found | {"said": "unknown: the solver does not count evaluations per sample"}
+    if settled.mean() < rules.share:
+        return found | {"said": f"cannot be told: {settled.mean():.0%} of the samples settle"}
+    evaluations, hard = evaluations[settled], hard[settled]
     n, rank = len(hard), rank_correlation(evaluations, hard)
     if n < rules.samples or rank is None:
         why = f"from {n} samples" if n < rules.samples else "from figures that are all the same"
@@ -265,5 +273,5 @@ def judge(
         return "local equilibrium", returns
     radii = f"the spectral radius is at most {radius['largest']:.3f}"
     if radius["below_one"] < rules.share:
-        return "unstable equilibrium", radii
+        return "unstable equilibrium", f"{radii}, and below 1 for {radius['below_one']:.0%}"
     return "equilibrium", f"{patient:.0%} of the samples settle; {returns}; {radii}"

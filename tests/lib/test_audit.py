@@ -385,7 +385,17 @@ def test_unclear_whether_the_solve_matters():
     ],
 )
 def test_effort_in_words(evaluations, difficulty, said):
-    assert effort(evaluations, difficulty, Rules())["said"].startswith(said)
+    settled = np.ones(len(evaluations), dtype=bool)
+    assert effort(evaluations, difficulty, settled, Rules())["said"].startswith(said)
+
+
+def test_effort_of_samples_that_do_not_settle():
+    """They have spent their budget. A few of them are left out."""
+    evaluations, settled = np.r_[np.arange(39.0), 1000], np.arange(40) < 39
+    assert effort(evaluations, np.arange(40.0)[::-1], settled, Rules())["correlation"] == -1
+    found = effort(evaluations, np.arange(40.0), settled[::-1] & (evaluations > 9), Rules())
+    assert found["said"] == "cannot be told: 75% of the samples settle"
+    assert found["correlation"] is None
 
 
 @pytest.mark.parametrize(
