@@ -71,7 +71,7 @@ class ToyTrainer(Trainer):
     def set_learning_rate(self):
         self.optimizer.param_groups[0]["lr"] = 0.1 / (1 + self.step)
 
-    def advance(self, batch):
+    def advance(self, batch, loss):
         self.place += len(batch)
 
     def due(self):

@@ -1,9 +1,9 @@
 """The command train_transformer.py: set up, then train or evaluate."""
 
 import argparse
-import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,6 +12,10 @@ from deq_sequence.evaluation import evaluate, settings_from
 from deq_sequence.initialization import initialize
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.options import cutoffs_for, flag_of, own_b_solver, parse
+from deq_sequence.sequence_trainer import SequenceTrainer
+from deq_sequence.state.evaluation import FACTORS, evaluate_states
+from deq_sequence.state.strings import StateStrings, get_state_strings, is_state
+from deq_sequence.state.trainer import StateTrainer
 from deq_sequence.text.corpus import Corpus, get_lm_corpus
 from deq_sequence.text_trainer import LMTrainer
 from deq_sequence.ties import TIE_PROJ_MODES
@@ -45,7 +49,7 @@ _FREE = (
 _OF_MODEL = (
     "n_layer", "eval_n_layer", "n_head", "d_model", "d_head", "d_inner", "dropout", "dropatt",
     "d_embed", "div_val", "pre_lnorm", "wnorm", "tgt_len", "mem_len", "local_size",
-    "pretrain_steps", "f_solver", "stop_mode", "grad", "tie_proj_mode",
+    "pretrain_steps", "f_solver", "stop_mode", "grad", "tie_proj_mode", "inject", "start_std",
 )  # fmt: skip
 _OF_INITIALIZATION = (
     "init", "init_std", "init_range", "emb_init", "emb_init_range", "proj_init_std",
@@ -67,7 +71,7 @@ def run_command(args: argparse.Namespace) -> Path | None:
         return train_command(args, device, processes, stopping)
 
 
-def build_model(args: argparse.Namespace, corpus: Corpus, device: torch.device):
+def build_model(args: argparse.Namespace, corpus: Corpus | StateStrings, device: torch.device):
     """Build and initialise the model that the arguments describe."""
     n_token = len(corpus.vocab)
     cutoffs = cutoffs_for(args, n_token)
@@ -102,24 +106,31 @@ def train_command(
     if not restart and not args.debug:
         check_unused(folder, "add --restart to continue it, or choose another --name")
 
+    kind = StateTrainer if is_state(args.dataset) else LMTrainer
+
     def build(anew: bool) -> Job:
-        corpus = processes.in_turn(lambda: get_lm_corpus(args.data, args.dataset))
-        model = build_model(args, corpus, device)
+        data = _data(args, processes)
+        model = build_model(args, data, device)
         processes.vary_seed(args.seed)
-        trainer = LMTrainer(args, model, corpus, device, processes, stopping)
+        trainer = kind(args, model, data, device, processes, stopping)
         if anew and args.load:
             load_weights(model, args.load)
-        n_token = len(corpus.vocab)
         return Job(
             trainer,
-            _settings(vars(args) | {"cutoffs": cutoffs_for(args, n_token)}),
-            f"{args.dataset}: {len(corpus.train)} training tokens, {n_token} types",
+            _settings(vars(args) | {"cutoffs": cutoffs_for(args, len(data.vocab))}),
+            f"{args.dataset}: {data.description}",
             _notes(args, model),
             lambda run: _final_evaluation(trainer, run, folder),
         )
 
-    plan = Plan(LMTrainer, folder, file if restart else None, "--restart", debug=args.debug)
+    plan = Plan(kind, folder, file if restart else None, "--restart", debug=args.debug)
     return run_training(plan, build, processes)
+
+
+def _data(args: argparse.Namespace, processes: Processes) -> Corpus | StateStrings:
+    if is_state(args.dataset):
+        return get_state_strings(args.dataset, args.seed)
+    return processes.in_turn(lambda: get_lm_corpus(args.data, args.dataset))
 
 
 def _settings(values: dict) -> Settings:
@@ -147,28 +158,42 @@ def _notes(args: argparse.Namespace, model: DEQTransformerLM) -> list[str]:
     return notes
 
 
-def _final_evaluation(trainer: LMTrainer, run: Run, folder: Path) -> None:
-    """Evaluate the last phase's best weights (in a debug run the current ones) on both texts."""
+def _final_evaluation(trainer: SequenceTrainer, run: Run, folder: Path) -> None:
+    """Evaluate the last phase's best weights (in a debug run the current ones)."""
     if trainer.processes.lead(lambda: run.folder is not None and (folder / WEIGHTS).exists()):
         load_weights(trainer.model, folder / WEIGHTS)
-    for split in ("valid", "test"):
-        found = trainer.evaluate_text(getattr(trainer.corpus, split))
-        run.log(f"end of training | {split} | {found.text(trainer.corpus.characters)}")
-        values = {k: v for k, v in dataclasses.asdict(found).items() if v is not None}
-        run.record(f"final_{split}", trainer.step, **values)
+    for name, text, values in trainer.final_figures():
+        run.log(f"end of training | {name} | {text}")
+        run.record(f"final_{name}", trainer.step, **values)
 
 
 def evaluate_command(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
     """Print the loss and perplexity of saved weights at equilibrium."""
-    corpus = processes.in_turn(lambda: get_lm_corpus(args.data, args.dataset))
-    model = build_model(args, corpus, device)
+    data = _data(args, processes)
+    model = build_model(args, data, device)
     path = Path(args.load) if args.load else _folder(args) / WEIGHTS
     load_weights(model, path)
-    for split in ("valid", "test"):
-        data = getattr(corpus, split)
-        found = evaluate(model, data, processes=processes, **settings_from(args))
+    for name, text in _evaluations(args, model, data, processes):
         if processes.leads:
-            print(f"{path} | {split} | {found.text(corpus.characters)}", flush=True)
+            print(f"{path} | {name} | {text}", flush=True)
+
+
+def _evaluations(
+    args: argparse.Namespace,
+    model: DEQTransformerLM,
+    data: Corpus | StateStrings,
+    processes: Processes,
+) -> Iterator[tuple[str, str]]:
+    """The name of each part of the data that an evaluation takes, and what is found there."""
+    if isinstance(data, StateStrings):
+        for length in (factor * args.tgt_len for factor in FACTORS):
+            found = evaluate_states(model, data, args, "test", length, processes=processes)
+            yield f"test_{length}", found.text()
+        return
+    for split in ("valid", "test"):
+        text = getattr(data, split)
+        found = evaluate(model, text, processes=processes, **settings_from(args))
+        yield split, found.text(data.characters)
 
 
 def _set_up(args: argparse.Namespace, processes: Processes) -> torch.device:
@@ -195,4 +220,4 @@ def _set_up(args: argparse.Namespace, processes: Processes) -> torch.device:
 def _folder(args: argparse.Namespace) -> Path:
     if args.restart_dir:
         return Path(args.restart_dir)
-    return run_folder(args.work_dir, args.dataset, args.name)
+    return run_folder(args.work_dir, args.dataset.replace(":", "-"), args.name)

@@ -22,6 +22,8 @@ from lib.linear import linear
 from lib.optimization import VariationalAttnDropout, VariationalHidDropout, weight_norm
 from lib.runs.compiling import compiled
 
+INJECTIONS = ("all", "own")  # see RelativeAttention
+
 
 def layer_norm(x: Tensor) -> Tensor:
     """LayerNorm over channels without affine parameters, eps 1e-5."""
@@ -70,6 +72,7 @@ class AttentionTensors(NamedTuple):
     out_bias: Tensor  # (d,)
     drop: Tensor | None  # (B, 1, d)
     dropatt: Tensor | None  # (h, B, L, K)
+    own: Tensor | None = None  # (B, L, d), added to the block's output
 
     def select(self, rows: Tensor) -> "AttentionTensors":
         """The tensors for the samples ``rows`` only; tensors shared by samples are not copied."""
@@ -80,6 +83,7 @@ class AttentionTensors(NamedTuple):
             memory_v=_select(self.memory_v, 1, rows),
             drop=_select(self.drop, 0, rows),
             dropatt=_select(self.dropatt, 1, rows),
+            own=_select(self.own, 0, rows),
         )
 
 
@@ -144,6 +148,7 @@ def attend(y: Tensor, t: AttentionTensors, fused: bool) -> Tensor:
         out = (weights.flatten(0, 1) @ v).view(h, bsz, qlen, d_head)
     out = out.permute(1, 2, 0, 3).reshape(bsz, qlen, d)
     out = linear(out, t.out_weight, t.out_bias)
+    out = out if t.own is None else out + t.own
     return out if t.drop is None else out * t.drop
 
 
@@ -164,7 +169,8 @@ class RelativeAttention(nn.Module):
 
         score(i, j) = [(q_i + r_w_bias) . k_j + (q_i + r_r_bias) . r_{i+M-j}] / sqrt(d_head)
 
-    with q, k, v = qkv_net(c) + us for c = [memory, z], and r = r_net(positions).
+    with q, k, v = qkv_net(c) + us for c = [memory, z], and r = r_net(positions). With ``inject``
+    'own' the first third of us is added to q and the last third to the block's output.
     """
 
     def __init__(
@@ -177,6 +183,7 @@ class RelativeAttention(nn.Module):
         pre_lnorm: bool,
         wnorm: bool,
         local_size: int,
+        inject: str = "all",
     ):
         super().__init__()
         if n_head * d_head != d_model:
@@ -184,7 +191,7 @@ class RelativeAttention(nn.Module):
                 f"n_head * d_head must equal d_model, but {n_head} * {d_head} is not {d_model}"
             )
         self.n_head, self.d_model, self.d_head = n_head, d_model, d_head
-        self.pre_lnorm, self.local_size = pre_lnorm, local_size
+        self.pre_lnorm, self.local_size, self.inject = pre_lnorm, local_size, inject
         self.qkv_net = nn.Conv1d(d_model, 3 * d_model, 1, bias=False)
         self.r_net = nn.Conv1d(d_model, d_model, 1, bias=False)
         self.o_net = nn.Conv1d(d_model, d_model, 1)
@@ -225,6 +232,9 @@ class RelativeAttention(nn.Module):
             bias = relative_shift(rest.expand(h, qlen, klen + 1))  # (h, L, K)
             hidden = ~visible_keys(qlen, mlen, self.local_size, us.device)
             bias = bias.masked_fill(hidden, -torch.inf)[:, None]
+            own = None
+            if self.inject == "own":
+                own, us = us[:, mlen:, 2 * d :], F.pad(us[..., :d], (0, 2 * d))
             # r_w_bias is added to the queries only, zeros to the keys and values.
             added = F.pad(self.r_w_bias.flatten(), (0, 2 * d))
             injected = (us[:, mlen:] + added).reshape(bsz * qlen, 3 * d)
@@ -233,7 +243,7 @@ class RelativeAttention(nn.Module):
             weight = qkv_weight.to(dtype)
             kv = linear(memory.to(dtype), weight[d:]) + us[:, :mlen, d:].to(dtype)
             k, v = kv.reshape(bsz, mlen, 2, h, d_head).permute(2, 3, 0, 1, 4).unbind(0)
-            cast = (bias, out_weight, self.o_net.bias, drop, dropatt)
+            cast = (bias, out_weight, self.o_net.bias, drop, dropatt, own)
             return AttentionTensors(
                 weight, injected.to(dtype), k, v, r.to(dtype), *(_to(x, dtype) for x in cast)
             )
@@ -284,10 +294,11 @@ class TransformerLayer(nn.Module):
         pre_lnorm: bool = False,
         wnorm: bool = False,
         local_size: int = 0,
+        inject: str = "all",
     ):
         super().__init__()
         self.dec_attn = RelativeAttention(
-            n_head, d_model, d_head, dropout, dropatt, pre_lnorm, wnorm, local_size
+            n_head, d_model, d_head, dropout, dropatt, pre_lnorm, wnorm, local_size, inject
         )
         self.pos_ff = PositionwiseFF(d_model, d_inner, dropout, wnorm)
         self.pre_lnorm = pre_lnorm

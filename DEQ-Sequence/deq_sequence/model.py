@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from deq_sequence.embedding import AdaptiveEmbedding, PositionalEmbedding
 from deq_sequence.initialization import initialize
-from deq_sequence.layer import TransformerLayer
+from deq_sequence.layer import INJECTIONS, TransformerLayer
 from deq_sequence.softmax import ProjectedAdaptiveLogSoftmax
 from deq_sequence.ties import TiedWeights, ties_between
 from lib.deq import DEQ, SAME, SRADIUS_ITERS, SolverAttributes, stacked
@@ -67,6 +67,11 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         tie_proj_mode: how ``tie_projs`` ties (see :class:`deq_sequence.ties.TiedWeights`):
             'apart', two parameters that start equal, as published; 'shared', one parameter; or
             'storage', one array of numbers with two optimiser states.
+        inject: 'all', as published: a word is added to the query, key and value of its position, so
+            the positions to its right see it at once. 'own': it is added to the query and to the
+            output of the attention at its position, and the others see its state alone.
+        start_std: in training, solvers start from N(0, start_std) instead of zeros. The fixed point
+            then learns not to depend on the start.
 
     Raises:
         InputError: sizes do not match, or a solver, ``stop_mode`` or the file ``load`` is bad.
@@ -101,6 +106,8 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         logging: Callable[[str], None] | None = None,
         grad: str | Gradient | Iteration = "ift",
         tie_proj_mode: str = "apart",
+        inject: str = "all",
+        start_std: float = 0.0,
     ):
         super().__init__()
         d_embed = d_model if d_embed is None else d_embed
@@ -110,6 +117,9 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         self.pretrain_steps = pretrain_steps
         self.reset_length(tgt_len, mem_len)
         check(local_size >= 0, "local_size", local_size, "0 (all positions) or more")
+        check(inject in INJECTIONS, "inject", inject, f"one of {', '.join(INJECTIONS)}")
+        check(start_std >= 0, "start_std", start_std, "0 (zeros) or more")
+        self.start_std = start_std
         self.deq = DEQ(
             f_solver, b_solver or SAME, stop_mode=stop_mode, b_stop_mode="rel", grad=grad
         )
@@ -118,7 +128,7 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         self.inject_conv = nn.Conv1d(d_model, 3 * d_model, 1)
         self.pos_emb = PositionalEmbedding(d_model)
         self.func = TransformerLayer(
-            n_head, d_model, d_head, d_inner, dropout, dropatt, pre_lnorm, wnorm, local_size
+            n_head, d_model, d_head, d_inner, dropout, dropatt, pre_lnorm, wnorm, local_size, inject
         )
         self.crit = ProjectedAdaptiveLogSoftmax(n_token, d_embed, d_model, cutoffs, div_val)
         self.tie(ties_between(self.word_emb, self.crit, tie_weights, tie_projs, tie_proj_mode))
@@ -202,6 +212,15 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         segment = self._carry(data, mems, -1, f_thres=f_thres, b_thres=1)
         return self.crit.log_prob(segment.z[:, -1]), segment.mems
 
+    @torch.no_grad()
+    def log_probs(self, data: Tensor, train_step: int = -1, f_thres: int = 30) -> Tensor:
+        """Log-probabilities (L, B, n_token) at every position of ``data`` (L, B), without memory.
+
+        ``train_step`` selects the phase, as in :meth:`forward`.
+        """
+        z = self._carry(data, [], train_step, f_thres=f_thres, b_thres=1).z
+        return self.crit.log_prob(z.flatten(0, 1)).unflatten(0, z.shape[:2]).transpose(0, 1)
+
     def _carry(
         self,
         data: Tensor,
@@ -228,6 +247,8 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
             z = stacked(f, start, self.n_layer if self.training else self.eval_n_layer)
             jac_loss, sradius = start.new_zeros(()), start.new_zeros(bsz, 1)
         else:
+            if self.training and self.start_std > 0:
+                start = torch.randn_like(start) * self.start_std
             solution = self.deq(
                 f,
                 start,

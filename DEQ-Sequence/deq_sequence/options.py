@@ -4,6 +4,9 @@ import argparse
 import math
 from pathlib import Path
 
+from deq_sequence.layer import INJECTIONS
+from deq_sequence.state.groups import KINDS, get_group
+from deq_sequence.state.strings import PREFIX, is_state
 from deq_sequence.text.corpus import DATASETS
 from deq_sequence.ties import TIE_PROJ_MODES
 from lib.deq import DEQ
@@ -24,6 +27,13 @@ FOLDERS = {
     "text8": "data/text8",
     "demo": "data/demo",
 }
+
+
+class _Datasets(list):
+    """The data sets as choices of a flag; state:GROUP is one, too."""
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or is_state(str(name))
 
 
 def build_parser() -> Parser:
@@ -48,7 +58,12 @@ def _data_flags(group) -> None:
         default=DEFAULT_DATA,
         help="data folder (if absent, and for other sets: data/<set>)",
     )
-    add("--dataset", default="wt103", choices=list(DATASETS), help="demo: without a download")
+    add(
+        "--dataset",
+        default="wt103",
+        choices=_Datasets(DATASETS),
+        help=f"demo: without a download; {PREFIX}GROUP: running products in {KINDS}",
+    )
     add("--batch_size", type=int, default=60, help="sequences per step")
     add("--batch_chunk", type=int, default=1, help="parts of a batch, for less memory")
     add("--eval_batch_size", type=int, default=10, help="sequences in evaluation")
@@ -56,6 +71,13 @@ def _data_flags(group) -> None:
     add("--eval_tgt_len", type=int, default=150, help="segment length in evaluation")
     add("--mem_len", type=int, default=150, help="positions of memory")
     add("--varlen", action="store_true", help="vary the segment length in training")
+    add(
+        "--grow_below",
+        type=float,
+        default=0.0,
+        help=f"{PREFIX}GROUP: begin with 2 elements; a loss below this on the longest strings "
+        "makes them longer, up to --tgt_len; 0: full length from the start",
+    )
 
 
 def _model_flags(group) -> None:
@@ -90,6 +112,7 @@ def _model_flags(group) -> None:
     add("--div_val", type=int, default=1, help="narrowing from cluster to cluster")
     add("--pre_lnorm", action="store_true", help="layer norm before the blocks")
     add("--wnorm", action="store_true", help="weight normalisation")
+    add("--inject", default="all", choices=INJECTIONS, help="own: keys and values lack the word")
 
 
 def _solver_flags(group) -> None:
@@ -100,6 +123,8 @@ def _solver_flags(group) -> None:
     add("--grad", default="ift", choices=grads, help="gradient: name, or name:option=value,...")
     add("--stop_mode", default="rel", choices=("abs", "rel"), help="residual that stops f_solver")
     add("--f_thres", type=int, default=40, help="forward threshold")
+    add("--f_thres_per_word", type=int, default=0, help=f"{PREFIX}GROUP: f_thres grows by this")
+    add("--start_std", type=float, default=0.0, help="training: start at N(0, start_std)")
     add("--b_thres", type=int, default=40, help="backward threshold")
     add("--rand_f_thres_delta", type=int, default=0, help="f_thres varies by [-delta, 0]")
     add("--pretrain_steps", type=int, default=0, help="stacked steps before equilibrium")
@@ -166,7 +191,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.data == DEFAULT_DATA:
         # By default WikiText-103 is beside the folder DEQ-Sequence, as published; get_data.sh puts
         # it inside.
-        own = FOLDERS[args.dataset]
+        own = FOLDERS.get(args.dataset, DEFAULT_DATA)
         if args.dataset != "wt103" or (Path(own).is_dir() and not Path(DEFAULT_DATA).is_dir()):
             args.data = own
     if args.d_embed == -1:
@@ -192,11 +217,27 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError("--gpu0_bsz has no effect without --multi_gpu: add it")
     if args.eval and not args.load and args.name == "N/A":
         raise InputError("--eval needs --load WEIGHTS, or the --name of a run with weights")
+    _check_state_tracking(args)
     _check_ranges(args)
     with naming("--f_solver, --b_solver and --grad"):
         deq = DEQ(args.f_solver, own_b_solver(args), grad=args.grad)
     deq.grad.refuse_threshold(args.f_thres, "--f_thres")
     return args
+
+
+def _check_state_tracking(args: argparse.Namespace) -> None:
+    if not is_state(args.dataset):
+        for flag in ("--grow_below", "--f_thres_per_word"):
+            if getattr(args, flag[2:]):
+                raise InputError(f"{flag} has no effect without --dataset {PREFIX}GROUP")
+        return
+    with naming("--dataset"):
+        get_group(args.dataset.removeprefix(PREFIX))
+    if args.mem_len:
+        raise InputError(f"--dataset {args.dataset} has no memory: add --mem_len 0")
+    for flag in ("--varlen", "--spectral_radius_mode"):
+        if getattr(args, flag[2:]):
+            raise InputError(f"--dataset {args.dataset} makes no use of {flag}: leave it out")
 
 
 def own_b_solver(args: argparse.Namespace) -> str | None:
@@ -211,7 +252,8 @@ def _check_ranges(args: argparse.Namespace) -> None:
     at_least = {
         0: "warmup_step max_step start_train_steps pretrain_steps jac_incremental mem_len "
         "rand_f_thres_delta local_size num_threads save_interval patience lr weight_decay clip "
-        "lr_min eta_min init_range emb_init_range init_std proj_init_std jac_loss_weight max_time",
+        "lr_min eta_min init_range emb_init_range init_std proj_init_std jac_loss_weight max_time "
+        "grow_below f_thres_per_word start_std",
         1: "n_layer eval_n_layer n_head d_head d_model d_embed d_inner div_val batch_size "
         "batch_chunk eval_batch_size tgt_len eval_tgt_len f_thres b_thres log_interval "
         "eval_interval max_skipped keep_checkpoints",

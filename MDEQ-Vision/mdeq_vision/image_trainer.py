@@ -228,7 +228,7 @@ class ImageTrainer(Trainer):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.cfg, self.step, first.n_batches, last.n_batches)
 
-    def advance(self, batch: tuple[Tensor, Tensor]) -> None:
+    def advance(self, batch: tuple[Tensor, Tensor], loss: float) -> None:
         self.position += 1
 
     def jac_weight_of(self, step: int) -> float:

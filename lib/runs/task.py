@@ -73,8 +73,9 @@ class Task:
         """Set the learning rate of the coming update."""
         raise NotImplementedError
 
-    def advance(self, batch: Any) -> None:
-        """Move the position in the data past ``batch``."""
+    def advance(self, batch: Any, loss: float) -> None:
+        """Move the position in the data past ``batch``, whose mean loss over all processes was
+        ``loss`` (not finite in a skipped step)."""
         raise NotImplementedError
 
     def forget(self) -> None:

@@ -114,7 +114,7 @@ class Trainer(Task):
         else:
             self._skip(buffers)
         self.step += 1
-        self.advance(batch)
+        self.advance(batch, sums["loss"])
         self._add_to_window(sums, finite, choices)
         if events.diverged:
             self._report_diverged(broken)

@@ -43,6 +43,11 @@ class Corpus:
     test: torch.Tensor
 
     @property
+    def description(self) -> str:
+        """The sizes, for the log."""
+        return f"{len(self.train)} training tokens, {len(self.vocab)} types"
+
+    @property
     def characters(self) -> bool:
         """Whether symbols are bytes."""
         return DATASETS[self.dataset].characters
