@@ -123,7 +123,7 @@ def _solver_flags(group) -> None:
     add("--grad", default="ift", choices=grads, help="gradient: name, or name:option=value,...")
     add("--stop_mode", default="rel", choices=("abs", "rel"), help="residual that stops f_solver")
     add("--f_thres", type=int, default=40, help="forward threshold")
-    add("--f_thres_per_word", type=int, default=0, help=f"{PREFIX}GROUP: f_thres grows by this")
+    add("--f_thres_per_word", type=float, default=0.0, help=f"{PREFIX}GROUP: f_thres grows by this")
     add("--start_std", type=float, default=0.0, help="training: start at N(0, start_std)")
     add("--b_thres", type=int, default=40, help="backward threshold")
     add("--rand_f_thres_delta", type=int, default=0, help="f_thres varies by [-delta, 0]")

@@ -43,7 +43,7 @@ class StateEvaluation:
 
 def threshold(args: argparse.Namespace, length: int) -> int:
     """Upper end of the forward threshold in training, for strings of a length."""
-    return args.f_thres + args.f_thres_per_word * length
+    return args.f_thres + round(args.f_thres_per_word * length)
 
 
 def evaluate_states(

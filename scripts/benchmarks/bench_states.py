@@ -1,0 +1,106 @@
+"""State tracking: equilibria, and stacks of 3, 12 and 32 layers, up to 8 times the length trained.
+
+    python scripts/benchmarks/bench_states.py --json docs/data/state_tracking.json
+
+Trains DEQ-Sequence/state_tracking.sh for each group and seed: the equilibrium, and the same layer
+stacked, with the same steps. Every run has one thread. A second call with the same --json does the
+runs that are missing.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from helpers.arguments import Parser, write_json
+from helpers.measure import describe_machine, table
+
+from lib.errors import InputError
+from lib.runs.command_line import exit_code
+from lib.runs.run_folder import read_metrics, run_folder
+
+SCRIPT = Path(__file__).resolve().parents[2] / "DEQ-Sequence/state_tracking.sh"
+EQUILIBRIUM = "equilibrium"
+NEVER = 10**9  # steps before the equilibrium, for a stack
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code("bench_states.py", lambda: run(parse(argv)), "calling it again")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(prog="bench_states.py", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--groups", nargs="+", default=["Z2", "S3", "A5"], help="groups")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds of the equilibria")
+    add("--stacks", nargs="*", type=int, default=[3, 12, 32], help="layers; with the first seed")
+    add("--out", type=Path, default=Path("states"), help="folder of the runs")
+    add("--flags", default="", help="further flags of train_transformer.py, in one text")
+    return parser.parse_args(argv)
+
+
+def run(options: argparse.Namespace) -> None:
+    jobs = [(g, EQUILIBRIUM, seed) for g in options.groups for seed in options.seeds]
+    jobs += [(g, layers, options.seeds[0]) for g in options.groups for layers in options.stacks]
+    rows = []
+    if options.json is not None and options.json.exists():
+        rows = json.loads(options.json.read_text())["runs"]
+    machine = describe_machine(torch.device("cpu")).replace(f"{torch.get_num_threads()} t", "1 t")
+    for job in jobs:
+        if job not in [(row["group"], row["network"], row["seed"]) for row in rows]:
+            rows.append(train(*job, options))
+            write_json(options.json, {"machine": machine, "runs": rows})
+    print(f"{machine}\n\n{report({'runs': rows})}")
+
+
+def train(group: str, network: str | int, seed: int, options: argparse.Namespace) -> dict:
+    """Do one run; its figures."""
+    name, place = f"{network}-{seed}", options.out.resolve() / "runs"
+    flags = f"--dataset state:{group} --seed {seed} --name {name} --num_threads 1 {options.flags}"
+    if network != EQUILIBRIUM:
+        flags += f" --n_layer {network} --eval_n_layer {network} --pretrain_steps {NEVER}"
+    command = ["bash", str(SCRIPT), "train", *flags.split(), "--work_dir", str(place)]
+    before = os.times()
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, env=environment)
+    after = os.times()
+    if done.returncode:
+        raise InputError(f"the run {name} of {group} ended with exit code {done.returncode}")
+    records = read_metrics(run_folder(str(place), f"state-{group}", name))
+    spent = sum(getattr(after, x) - getattr(before, x) for x in _OF_CHILDREN)
+    figures = ("length", "exact", "rel_residual", "nfe")
+    return {
+        **{"group": group, "network": network, "seed": seed, "steps": records[-1]["step"]},
+        "minutes": spent / 60,
+        "tests": [{k: r[k] for k in figures} for r in records if r["kind"].startswith("final_")],
+    }
+
+
+_OF_CHILDREN = ("children_user", "children_system")
+
+
+def report(found: dict) -> str:
+    """A table: a line for each run; whole strings right at each length, then the residuals."""
+    lengths = [test["length"] for test in found["runs"][0]["tests"]]
+    head = ["group", "network", "seed", "steps", "CPU minutes"]
+    head += [f"exact, {n}" for n in lengths] + ["residual, first to last", "evaluations"]
+    return table(head, [_row(row) for row in found["runs"]])
+
+
+def _row(row: dict) -> list[str]:
+    solved = row["network"] == EQUILIBRIUM
+    tests, network = row["tests"], row["network"] if solved else f"{row['network']} layers"
+    ends = tests[0], tests[-1]
+    return [
+        *(row["group"], network, str(row["seed"]), str(row["steps"]), f"{row['minutes']:.1f}"),
+        *(f"{test['exact']:.2f}" for test in tests),
+        " to ".join(f"{test['rel_residual']:.0e}" for test in ends) if solved else "",
+        " to ".join(f"{test['nfe']:.0f}" for test in ends) if solved else "",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
