@@ -62,13 +62,11 @@ def train(group: str, network: str | int, seed: int, options: argparse.Namespace
     flags = f"--dataset state:{group} --seed {seed} --name {name} --num_threads 1 {options.flags}"
     if network != EQUILIBRIUM:
         flags += f" --n_layer {network} --eval_n_layer {network} --pretrain_steps {NEVER}"
-    command = ["bash", str(SCRIPT), "train", *flags.split(), "--work_dir", str(place)]
     before = os.times()
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, env=environment)
+    code = launch([*flags.split(), "--work_dir", str(place)])
     after = os.times()
-    if done.returncode:
-        raise InputError(f"the run {name} of {group} ended with exit code {done.returncode}")
+    if code:
+        raise InputError(f"the run {name} of {group} ended with exit code {code}")
     records = read_metrics(run_folder(str(place), f"state-{group}", name))
     spent = sum(getattr(after, x) - getattr(before, x) for x in _OF_CHILDREN)
     figures = ("length", "exact", "rel_residual", "nfe")
@@ -77,6 +75,13 @@ def train(group: str, network: str | int, seed: int, options: argparse.Namespace
         "minutes": spent / 60,
         "tests": [{k: r[k] for k in figures} for r in records if r["kind"].startswith("final_")],
     }
+
+
+def launch(flags: list[str]) -> int:
+    """Train by the script, with more flags; the exit code."""
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(SCRIPT), "train", *flags]
+    return subprocess.run(command, stdout=subprocess.DEVNULL, env=environment).returncode
 
 
 _OF_CHILDREN = ("children_user", "children_system")

@@ -86,6 +86,15 @@ def test_flags_after_the_mode_override(show, script):
     assert (args.max_step, args.data) == (7, "a folder")
 
 
+def test_state_tracking(show):
+    """The script's own settings, with any group: nothing else has to be given."""
+    for mode in ("train", "eval"):
+        args = parse(show("state_tracking.sh", mode, "--dataset", "state:A5", "--max_step", "7"))
+        assert (args.dataset, args.max_step, args.eval) == ("state:A5", 7, mode == "eval")
+        assert args.name == "state_tracking"
+        assert args.local_size == 2  # further words reach a position by iterations alone
+
+
 TORCHRUN = ["-m", "torch.distributed.run"]
 ONE_MACHINE = ["--standalone", "--nproc_per_node=4"]
 TWO_MACHINES = ["--nnodes=2", "--nproc_per_node=4", "--rdzv_endpoint=host0:29400"]
