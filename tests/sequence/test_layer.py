@@ -29,6 +29,7 @@ VARIANTS = {
     "local": {"local_size": 3},
     "dropout": {"dropout": 0.3},
     "dropatt": {"dropatt": 0.3, "dropout": 0.2, "pre_lnorm": True},
+    "own": {"inject": "own", "local_size": 2, "dropout": 0.3},
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 every_memory = pytest.mark.parametrize("mlen", [0, 5])
@@ -61,6 +62,9 @@ def by_the_book(layer, inputs, z) -> Tensor:
 
     c = torch.cat([memory, z], 1)
     c = layer_norm(c) if layer.pre_lnorm else c
+    own = 0.0
+    if attention.inject == "own":
+        own, us = us[:, mlen:, 2 * D :], us * (torch.arange(3 * D) < D)  # queries alone
     q, k, v = (c @ attention.qkv_net.weight.squeeze(2).T + us).split(D, 2)
     q, k, v = heads(q[:, mlen:]), heads(k), heads(v)
     r = heads(positions @ attention.r_net.weight.squeeze(2).T)[0]  # (h, K, d_head)
@@ -72,7 +76,7 @@ def by_the_book(layer, inputs, z) -> Tensor:
     hidden = ~visible_keys(qlen, mlen, attention.local_size)
     weights = F.softmax(score.masked_fill(hidden, -torch.inf), -1) * mask(attention.dropatt)
     out = (weights @ v).transpose(1, 2).flatten(2)
-    out = out @ attention.o_net.weight.squeeze(2).T + attention.o_net.bias
+    out = out @ attention.o_net.weight.squeeze(2).T + attention.o_net.bias + own
     y = layer_norm(out * mask(attention.drop) + z)
     inner = F.relu(y @ ff.ff1_net.weight.T + ff.ff1_net.bias) * mask(ff.drop1)
     out = (inner @ ff.ff2_net.weight.T + ff.ff2_net.bias) * mask(ff.drop2) + y

@@ -98,6 +98,39 @@ def test_log_prob_of_the_next_word():
     assert not log_p.requires_grad
 
 
+@by_phase
+def test_log_probs_at_every_position(step):
+    model = build().double().eval()
+    data, target = words()
+    log_p = model.log_probs(data, step)
+    losses = model(data, target, [], train_step=step)[0]
+    assert log_p.shape == (*data.shape, 17)
+    expected = -log_p.gather(2, target[..., None]).squeeze(2)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-12)
+    assert not log_p.requires_grad
+
+
+def test_start_std_is_of_training_at_equilibrium():
+    model, (data, target) = build(start_std=0.5, tie_projs=[]), words()
+    other = build(tie_projs=[])
+    solved, threshold = {}, 1  # an evaluation does not forget the start
+
+    def losses(model, step):
+        torch.manual_seed(3)
+        return model(data, target, [], train_step=step, f_thres=threshold)[0]
+
+    for step in (STACKED, EQUILIBRIUM):
+        solved[step] = torch.equal(losses(model, step), losses(other, step))
+    assert solved == {STACKED: True, EQUILIBRIUM: False}
+    assert torch.equal(losses(model.eval(), EQUILIBRIUM), losses(other.eval(), EQUILIBRIUM))
+
+
+@pytest.mark.parametrize("changes", [{"start_std": -1.0}, {"inject": "some"}])
+def test_bad_options_of_state_tracking(changes):
+    with pytest.raises(InputError, match=next(iter(changes))):
+        build(**changes)
+
+
 # --- Memory -----------------------------------------------------------------------------------
 
 
