@@ -168,7 +168,7 @@ def _final_evaluation(trainer: SequenceTrainer, run: Run, folder: Path) -> None:
 
 
 def evaluate_command(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
-    """Print the loss and perplexity of saved weights at equilibrium."""
+    """Print what saved weights reach at equilibrium, on each part of the data."""
     data = _data(args, processes)
     model = build_model(args, data, device)
     path = Path(args.load) if args.load else _folder(args) / WEIGHTS
