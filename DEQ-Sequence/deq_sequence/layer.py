@@ -72,7 +72,7 @@ class AttentionTensors(NamedTuple):
     out_bias: Tensor  # (d,)
     drop: Tensor | None  # (B, 1, d)
     dropatt: Tensor | None  # (h, B, L, K)
-    own: Tensor | None = None  # (B, L, d), added to the block's output
+    own: Tensor | None = None  # (B, L, d), in the place of the residual path
 
     def select(self, rows: Tensor) -> "AttentionTensors":
         """The tensors for the samples ``rows`` only; tensors shared by samples are not copied."""
@@ -119,7 +119,8 @@ def evaluate(
     Args:
         fused: let PyTorch choose the attention kernel, which may not support second derivatives.
     """
-    y = attend(layer_norm(z) if pre_lnorm else z, attention, fused) + z
+    passed = z if attention.own is None else attention.own
+    y = attend(layer_norm(z) if pre_lnorm else z, attention, fused) + passed
     y = layer_norm(y)  # pre_lnorm: before the feed-forward; else: after the attention
     out = transform(y, feed_forward) + y
     return out if pre_lnorm else layer_norm(out)
@@ -148,7 +149,6 @@ def attend(y: Tensor, t: AttentionTensors, fused: bool) -> Tensor:
         out = (weights.flatten(0, 1) @ v).view(h, bsz, qlen, d_head)
     out = out.permute(1, 2, 0, 3).reshape(bsz, qlen, d)
     out = linear(out, t.out_weight, t.out_bias)
-    out = out if t.own is None else out + t.own
     return out if t.drop is None else out * t.drop
 
 
@@ -170,7 +170,7 @@ class RelativeAttention(nn.Module):
         score(i, j) = [(q_i + r_w_bias) . k_j + (q_i + r_r_bias) . r_{i+M-j}] / sqrt(d_head)
 
     with q, k, v = qkv_net(c) + us for c = [memory, z], and r = r_net(positions). With ``inject``
-    'own' the first third of us is added to q and the last third to the block's output.
+    'own' the first third of us is added to q, and the last third takes the residual path's place.
     """
 
     def __init__(
@@ -243,9 +243,11 @@ class RelativeAttention(nn.Module):
             weight = qkv_weight.to(dtype)
             kv = linear(memory.to(dtype), weight[d:]) + us[:, :mlen, d:].to(dtype)
             k, v = kv.reshape(bsz, mlen, 2, h, d_head).permute(2, 3, 0, 1, 4).unbind(0)
-            cast = (bias, out_weight, self.o_net.bias, drop, dropatt, own)
+            cast = (bias, out_weight, self.o_net.bias, drop, dropatt)
             return AttentionTensors(
-                weight, injected.to(dtype), k, v, r.to(dtype), *(_to(x, dtype) for x in cast)
+                *(weight, injected.to(dtype), k, v, r.to(dtype)),
+                *(_to(x, dtype) for x in cast),
+                own,  # as z, not rounded: it takes z's place
             )
 
         return tensors

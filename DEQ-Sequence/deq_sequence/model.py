@@ -68,8 +68,9 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
             'apart', two parameters that start equal, as published; 'shared', one parameter; or
             'storage', one array of numbers with two optimiser states.
         inject: 'all', as published: a word is added to the query, key and value of its position, so
-            the positions to its right see it at once. 'own': it is added to the query and to the
-            output of the attention at its position, and the others see its state alone.
+            the positions to its right see it at once. 'own': it is added to the query, and to the
+            output of the attention in the place of the state. A position then sees of the others,
+            and of itself, only the states, and these only by attention.
         start_std: in training, solvers start from N(0, start_std) instead of zeros. The fixed point
             then learns not to depend on the start.
 

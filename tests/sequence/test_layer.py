@@ -62,7 +62,7 @@ def by_the_book(layer, inputs, z) -> Tensor:
 
     c = torch.cat([memory, z], 1)
     c = layer_norm(c) if layer.pre_lnorm else c
-    own = 0.0
+    own = z
     if attention.inject == "own":
         own, us = us[:, mlen:, 2 * D :], us * (torch.arange(3 * D) < D)  # queries alone
     q, k, v = (c @ attention.qkv_net.weight.squeeze(2).T + us).split(D, 2)
@@ -76,8 +76,8 @@ def by_the_book(layer, inputs, z) -> Tensor:
     hidden = ~visible_keys(qlen, mlen, attention.local_size)
     weights = F.softmax(score.masked_fill(hidden, -torch.inf), -1) * mask(attention.dropatt)
     out = (weights @ v).transpose(1, 2).flatten(2)
-    out = out @ attention.o_net.weight.squeeze(2).T + attention.o_net.bias + own
-    y = layer_norm(out * mask(attention.drop) + z)
+    out = out @ attention.o_net.weight.squeeze(2).T + attention.o_net.bias
+    y = layer_norm(out * mask(attention.drop) + own)
     inner = F.relu(y @ ff.ff1_net.weight.T + ff.ff1_net.bias) * mask(ff.drop1)
     out = (inner @ ff.ff2_net.weight.T + ff.ff2_net.bias) * mask(ff.drop2) + y
     return out if layer.pre_lnorm else layer_norm(out)
