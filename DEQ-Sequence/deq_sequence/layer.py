@@ -38,6 +38,13 @@ def visible_keys(qlen: int, mlen: int, local_size: int = 0, device=None) -> Tens
     return visible & (distance < local_size) if local_size > 0 else visible
 
 
+def own_keys(qlen: int, mlen: int, device=None) -> Tensor:
+    """(L, K) bool: key j is query i's own, and the query has another key to see."""
+    own = torch.eye(qlen, mlen + qlen, dtype=torch.bool, device=device).roll(mlen, dims=1)
+    own[0, 0] = False
+    return own
+
+
 def relative_shift(x: Tensor) -> Tensor:
     """Convert scores by distance into scores by key: out[i, j] = x[i, j + L - 1 - i].
 
@@ -170,7 +177,8 @@ class RelativeAttention(nn.Module):
         score(i, j) = [(q_i + r_w_bias) . k_j + (q_i + r_r_bias) . r_{i+M-j}] / sqrt(d_head)
 
     with q, k, v = qkv_net(c) + us for c = [memory, z], and r = r_net(positions). With ``inject``
-    'own' the first third of us is added to q, and the last third takes the residual path's place.
+    'own' the first third of us is added to q, the last third takes the residual path's place, and a
+    position does not see itself: of its own, only the word counts.
     """
 
     def __init__(
@@ -231,6 +239,8 @@ class RelativeAttention(nn.Module):
             rest = (self.r_r_bias - self.r_w_bias)[:, None] @ r  # (h, 1, K + 1)
             bias = relative_shift(rest.expand(h, qlen, klen + 1))  # (h, L, K)
             hidden = ~visible_keys(qlen, mlen, self.local_size, us.device)
+            if self.inject == "own":
+                hidden |= own_keys(qlen, mlen, us.device)
             bias = bias.masked_fill(hidden, -torch.inf)[:, None]
             own = None
             if self.inject == "own":

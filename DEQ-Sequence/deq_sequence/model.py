@@ -69,8 +69,8 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
             'storage', one array of numbers with two optimiser states.
         inject: 'all', as published: a word is added to the query, key and value of its position, so
             the positions to its right see it at once. 'own': it is added to the query, and to the
-            output of the attention in the place of the state. A position then sees of the others,
-            and of itself, only the states, and these only by attention.
+            output of the attention in the place of the state. Its position sees the states of other
+            positions alone, except that the first one, without memory, has only itself to see.
         start_std: in training, solvers start from N(0, start_std) instead of zeros. The fixed point
             then learns not to depend on the start.
 
@@ -119,6 +119,8 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         self.reset_length(tgt_len, mem_len)
         check(local_size >= 0, "local_size", local_size, "0 (all positions) or more")
         check(inject in INJECTIONS, "inject", inject, f"one of {', '.join(INJECTIONS)}")
+        if inject == "own":
+            check(local_size != 1, "local_size", local_size, "0 or above 1 with inject 'own'")
         check(start_std >= 0, "start_std", start_std, "0 (zeros) or more")
         self.start_std = start_std
         self.deq = DEQ(

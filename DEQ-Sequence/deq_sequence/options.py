@@ -112,7 +112,7 @@ def _model_flags(group) -> None:
     add("--div_val", type=int, default=1, help="narrowing from cluster to cluster")
     add("--pre_lnorm", action="store_true", help="layer norm before the blocks")
     add("--wnorm", action="store_true", help="weight normalisation")
-    add("--inject", default="all", choices=INJECTIONS, help="own: keys and values lack the word")
+    add("--inject", default="all", choices=INJECTIONS, help="own: see others' states alone")
 
 
 def _solver_flags(group) -> None:

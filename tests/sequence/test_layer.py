@@ -29,7 +29,7 @@ VARIANTS = {
     "local": {"local_size": 3},
     "dropout": {"dropout": 0.3},
     "dropatt": {"dropatt": 0.3, "dropout": 0.2, "pre_lnorm": True},
-    "own": {"inject": "own", "local_size": 2, "dropout": 0.3},
+    "own": {"inject": "own", "local_size": 3, "dropout": 0.3},
 }
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 every_memory = pytest.mark.parametrize("mlen", [0, 5])
@@ -74,6 +74,8 @@ def by_the_book(layer, inputs, z) -> Tensor:
     position = torch.einsum("bhid,hijd->bhij", q + attention.r_r_bias[:, None], r[:, row])
     score = (content + position) / math.sqrt(d_head)
     hidden = ~visible_keys(qlen, mlen, attention.local_size)
+    if attention.inject == "own":  # a position does not see itself, if it sees others
+        hidden |= (j == i + mlen) & (i + mlen > 0)
     weights = F.softmax(score.masked_fill(hidden, -torch.inf), -1) * mask(attention.dropatt)
     out = (weights @ v).transpose(1, 2).flatten(2)
     out = out @ attention.o_net.weight.squeeze(2).T + attention.o_net.bias

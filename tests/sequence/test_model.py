@@ -125,7 +125,9 @@ def test_start_std_is_of_training_at_equilibrium():
     assert torch.equal(losses(model.eval(), EQUILIBRIUM), losses(other.eval(), EQUILIBRIUM))
 
 
-@pytest.mark.parametrize("changes", [{"start_std": -1.0}, {"inject": "some"}])
+@pytest.mark.parametrize(
+    "changes", [{"start_std": -1.0}, {"inject": "some"}, {"local_size": 1, "inject": "own"}]
+)
 def test_bad_options_of_state_tracking(changes):
     with pytest.raises(InputError, match=next(iter(changes))):
         build(**changes)
