@@ -13,7 +13,6 @@ from lib.data_parallel import BalancedDataParallel
 from lib.errors import InputError
 from lib.runs.interrupts import Stopping
 from lib.runs.processes import Processes
-from lib.runs.sync_batchnorm import convert_sync_batchnorm, each_by_itself
 from lib.runs.task import Care, Choices, Summands
 from lib.runs.trainer import Trainer
 from lib.solvers.precision import autocast
@@ -23,6 +22,7 @@ from mdeq_vision.evaluation import Evaluation
 from mdeq_vision.losses import mean_loss
 from mdeq_vision.model import MDEQNet
 from mdeq_vision.schedules import jac_factor, learning_rate, make_optimizer
+from mdeq_vision.sync_batchnorm import convert_sync_batchnorm, each_by_itself
 
 RESUME = "TRAIN.RESUME True"
 

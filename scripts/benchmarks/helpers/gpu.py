@@ -150,7 +150,7 @@ def nccl(args) -> int:
     """A process group of one: sums, averaged gradients, batch norm over processes."""
     import torch.distributed as dist
 
-    from lib.runs.sync_batchnorm import convert_sync_batchnorm
+    from mdeq_vision.sync_batchnorm import convert_sync_batchnorm
 
     backend = "nccl" if args.device.type == "cuda" else "gloo"
     with tempfile.TemporaryDirectory() as folder:

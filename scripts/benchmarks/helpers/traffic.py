@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 KINDS = ("gradients", "batch norm", "control")
 # Which module calls a collective tells what it is for.
-_CALLERS = {"lib.runs.sync_batchnorm": "batch norm", "lib.runs.processes": "control"}
+_CALLERS = {"mdeq_vision.sync_batchnorm": "batch norm", "lib.runs.processes": "control"}
 _COLLECTIVES = ("all_reduce", "all_gather", "all_gather_object", "broadcast_object_list", "barrier")
 
 

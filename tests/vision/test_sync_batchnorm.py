@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from groups import run_group, work
 from lib.errors import InputError
 from lib.runs.processes import Processes
-from lib.runs.sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm
+from mdeq_vision.sync_batchnorm import SyncBatchNorm2d, convert_sync_batchnorm
 
 # Options of the layer, samples per process, and the dtype. The tolerance of the last is bfloat16's.
 CASES = {
