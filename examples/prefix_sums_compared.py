@@ -133,11 +133,11 @@ def draw(found: dict, file: Path) -> None:
             left.plot(*curve(found, name, "stack", "exact"), line, color=colour, lw=2, ms=6)
         left.plot(*curve(found, "equilibrium", PLAIN, "exact"), "o-", color=BLUE, lw=3)
         left.set(title="strings right in every bit", ylim=(-0.06, 1.16), yticks=[0, 0.5, 1])
-        left.axvspan(7, TRAINED, color="#eeeeee", zorder=0)
-        left.text(15, 1.06, "training", ha="center", color=INK)
+        left.axvspan(3.2, TRAINED, color="#eeeeee", zorder=0)
+        left.text(10, 1.06, "training", ha="center", color=INK)
         left.text(300, 1.06, "equilibrium", ha="center", color=BLUE, weight="bold")
         left.text(50, 0.5, "40 layers", color=RED, weight="bold")
-        left.text(13.5, 0.45, "12\nlayers", color=ORANGE, weight="bold")
+        left.text(3.4, 0.45, "12\nlayers", color=ORANGE, weight="bold")
         left.text(2048, 0.07, "dashed: untied", ha="right", color=INK)
 
         right.plot(*curve(found, "equilibrium", PLAIN, "evaluations"), "o-", color=BLUE, lw=3)
@@ -150,7 +150,7 @@ def draw(found: dict, file: Path) -> None:
         for axes in (left, right):
             axes.set_xscale("log", base=2)
             axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
-            axes.set(xlabel="bits in the string", xlim=(7, 2600))
+            axes.set(xlabel="bits in the string", xlim=(3.2, 2600))
         figure.savefig(file, dpi=130)
 
 

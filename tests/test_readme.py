@@ -85,7 +85,7 @@ ELSEWHERE = {
     "python examples/own_layer.py": "scripts/test_own_layer.py",
     "python scripts/benchmarks/bench_own_layer.py": "scripts/test_own_layer.py",
     "python examples/prefix_sums.py": "scripts/test_prefix_sums.py",
-    "python examples/prefix_sums_compared.py --seeds 5 --stacked 2 --grads 2 "
+    "python examples/prefix_sums_compared.py --seeds 5 --stacked 1 --grads 1 "
     "--out docs/data/prefix_sums.json": "scripts/test_prefix_sums.py",
     "python examples/prefix_sums_compared.py --from docs/data/prefix_sums.json "
     "--figure docs/figures/prefix_sums.png": "scripts/test_prefix_sums.py",
