@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deq_sequence.linear import linear
 from lib.errors import InputError
-from lib.linear import linear
 from lib.optimization import VariationalAttnDropout, VariationalHidDropout, weight_norm
 from lib.runs.compiling import compiled
 

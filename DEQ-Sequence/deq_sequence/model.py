@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from deq_sequence.embedding import AdaptiveEmbedding, PositionalEmbedding
 from deq_sequence.initialization import initialize
 from deq_sequence.layer import INJECTIONS, TransformerLayer
+from deq_sequence.linear import linear
 from deq_sequence.softmax import ProjectedAdaptiveLogSoftmax
 from deq_sequence.ties import TiedWeights, ties_between
 from lib.deq import DEQ, SAME, SRADIUS_ITERS, SolverAttributes, stacked
 from lib.errors import InputError, check
 from lib.gradients import Gradient
 from lib.gradients.iterations import Iteration
-from lib.linear import linear
 from lib.optimization import VariationalDropout
 from lib.runs.checkpoint import load_weights
 from lib.solvers import anderson

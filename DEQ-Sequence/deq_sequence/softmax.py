@@ -11,8 +11,8 @@ from deq_sequence.embedding import (
     cluster_widths,
     rows_by_cluster,
 )
+from deq_sequence.linear import linear
 from lib.errors import InputError
-from lib.linear import linear
 
 
 class ProjectedAdaptiveLogSoftmax(nn.Module):

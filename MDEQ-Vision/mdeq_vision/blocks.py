@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lib.errors import InputError
 from lib.layer_utils import conv3x3, conv5x5
-from lib.linear import conv2d
 from lib.optimization import VariationalHidDropout2d, WeightNorm, weight_norm
+from mdeq_vision.convolution import conv2d
 
 Held = list[Any]  # what ``prepare`` returns: tensors (or None), BlockTensors, or lists of these
 

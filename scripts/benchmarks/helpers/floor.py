@@ -3,8 +3,8 @@ of its solvers at the measured bandwidth."""
 
 import torch
 
+from deq_sequence.linear import linear
 from helpers.measure import seconds
-from lib.linear import linear
 
 _COPY_BYTES = {"cpu": 2**27, "cuda": 2**30}  # beyond the caches
 _REPEATS = 7
@@ -12,7 +12,7 @@ _REPEATS = 7
 
 def matrix_rate(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> float:
     """Best measured FLOP/s of (M, K) @ (K, N) for ``shape`` (M, K, N), float32 without TF32;
-    on a CPU by the faster library, see lib.linear."""
+    on a CPU by the faster library, see deq_sequence.linear."""
     m, k, n = shape
     a = torch.randn(m, k, device=device).to(dtype)
     b = torch.randn(n, k, device=device).to(dtype)
