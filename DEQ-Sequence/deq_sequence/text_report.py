@@ -10,7 +10,8 @@ from deq_sequence.generation import generate
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.text.corpus import Corpus
 from deq_sequence.text.ngram import kneser_ney_bigram_perplexity, unigram_perplexity
-from lib.runs.finished_run import CURVES, draw_curves, last_record, solver_rows, table
+from lib.errors import InputError
+from lib.runs.finished_run import CURVES, draw_curves, solver_rows, table
 from lib.runs.run_folder import peak_memory_mib, read_metrics
 
 _PROMPTS = ("this function returns", "the object is")
@@ -67,6 +68,19 @@ def report(args: argparse.Namespace, folder: Path, model: DEQTransformerLM, corp
         words = generate(model, corpus.vocab, known, 40, temperature=0.7, f_thres=args.f_thres)
         lines.append(f"[{' '.join(known)}] {' '.join(words).replace('<eos>', '/')}")
     return "\n".join(lines)
+
+
+def last_record(records: list[dict], kind: str, **values) -> dict:
+    """The last record of ``kind`` with these values.
+
+    Raises:
+        InputError: there is none, so the run is not finished.
+    """
+    wanted = {"kind": kind, **values}
+    found = [r for r in records if wanted.items() <= r.items()]
+    if not found:
+        raise InputError(f"the run has no {kind} record: train it to its end first")
+    return found[-1]
 
 
 def _draw_perplexity(axes, records: list[dict], ngrams: dict[str, float]) -> None:

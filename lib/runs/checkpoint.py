@@ -45,10 +45,9 @@ def load(path: str | Path, map_location: str | torch.device = "cpu"):
     """Read a file of tensors and plain containers. A file that holds code is refused, never run.
 
     The file is in the format of torch.save or of safetensors, recognised by its content. Checksums
-    reveal any damage to torch archives and to the safetensors files that
-    :func:`lib.runs.export.export_weights` writes. Files in torch's format before version 1.6, and
-    safetensors files from other programs, have no checksum: damage to their numbers goes
-    unnoticed.
+    reveal any damage to torch archives and to the safetensors files of scripts/export_weights.py.
+    Files in torch's format before version 1.6, and safetensors files from other programs, have no
+    checksum: damage to their numbers goes unnoticed.
 
     Raises:
         InputError: the file is missing, truncated, damaged, of another format, or holds code.

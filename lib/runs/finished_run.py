@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lib.errors import InputError
 from lib.extras import needs
 from lib.runs.solver_figures import PASSES
 
@@ -14,19 +13,6 @@ def table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
     """Format rows as lines of three aligned columns; a row of empty strings is an empty line."""
     width = max(len(row[0]) for row in rows)
     return [f"{a:<{width}}  {b:>14}  {c:>10}".rstrip() for a, b, c in rows]
-
-
-def last_record(records: list[dict], kind: str, **values) -> dict:
-    """The last record of ``kind`` with these values.
-
-    Raises:
-        InputError: there is none, so the run is not finished.
-    """
-    wanted = {"kind": kind, **values}
-    found = [r for r in records if wanted.items() <= r.items()]
-    if not found:
-        raise InputError(f"the run has no {kind} record: train it to its end first")
-    return found[-1]
 
 
 def solver_rows(records: list[dict], border: int, evaluated: dict) -> list[tuple[str, str, str]]:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from lib.errors import InputError
-from lib.runs.export import export_weights
 from lib.runs.retention import load_newest, save_newest
+from lib.runs.safe_tensors import safetensors_bytes
 
 OUTCOMES = ("refused", "fell back", "loaded unharmed", "traceback", "code run", "silent wrong")
 ALLOWED = OUTCOMES[:3]
@@ -282,7 +282,7 @@ def _other_structure(path: Path, rng: random.Random, trap: Path) -> None:
 
 def _safetensors(path: Path, rng: random.Random, trap: Path) -> None:
     weights = path.with_name("weights.safetensors")
-    export_weights({"weight": torch.ones(3)}, weights)
+    weights.write_bytes(safetensors_bytes({"weight": torch.ones(3)}))
     os.replace(weights, path)
 
 

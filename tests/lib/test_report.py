@@ -2,8 +2,7 @@
 
 import pytest
 
-from lib.errors import InputError
-from lib.runs.finished_run import draw_curves, last_record, solver_rows, table
+from lib.runs.finished_run import draw_curves, solver_rows, table
 
 RECORDS = [
     {"kind": "train", "step": 1, "loss": 3.0},
@@ -32,13 +31,6 @@ def test_table_is_aligned():
         "",
         "longer name             1.5",
     ]
-
-
-def test_last_record():
-    assert last_record(RECORDS, "valid")["step"] == 4
-    assert last_record(RECORDS, "valid", phase="stacked")["step"] == 1
-    with pytest.raises(InputError, match="no final_test record"):
-        last_record(RECORDS, "final_test")
 
 
 def test_solver_rows_are_means_over_the_equilibrium_phase():

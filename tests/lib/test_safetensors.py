@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from export_weights import export_file, export_weights
 from lib.errors import InputError
 from lib.runs.checkpoint import load, load_weights, read_state, save_atomic
-from lib.runs.export import export_file, export_weights
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
           torch.int64, torch.int32, torch.uint8, torch.bool]  # fmt: skip

@@ -8,9 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from export_weights import main
+from export_weights import export_weights, main
 from lib.runs.checkpoint import load_weights, read_state, save_atomic
-from lib.runs.export import export_weights
 from small_model import build
 from small_vision import MDEQClsNet, tiny_config
 

@@ -12,9 +12,9 @@ from deq_sequence.command import main
 from deq_sequence.initialization import initialize
 from deq_sequence.schedules import make_optimizer
 from deq_sequence.ties import TIE_PROJ_MODES
+from export_weights import export_file
 from lib.errors import InputError
 from lib.runs.checkpoint import load, load_weights, save_atomic
-from lib.runs.export import export_file
 from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS
 from small_model import STACKED, build, words
 
