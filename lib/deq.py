@@ -107,9 +107,7 @@ class DEQ:
         grad: how to differentiate. Either a name in :data:`lib.gradients.GRADIENTS`, optionally
             with options ("phantom:steps=3,damping=0.8"), or an instance of one of these classes.
         group: the processes among which f communicates (as under ``fully_shard``, FSDP2), such as
-            ``torch.distributed.group.WORLD``. Each process stops its solver by its own samples.
-            All processes then evaluate f as often as the process that needs the most evaluations
-            (:mod:`lib.solvers.lockstep`).
+            ``torch.distributed.group.WORLD``: see :mod:`lib.solvers.lockstep`.
 
     ``stats`` accumulates what the solvers did; ``stats.reset()`` clears it.
 

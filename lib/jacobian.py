@@ -91,9 +91,8 @@ def squared_frobenius_norm(
     """Hutchinson estimate of ||J||_F^2 per sample, with its standard error.
 
     The estimate is the mean of ||v'J||^2 over ``vecs`` draws. Its standard error is the sample
-    standard deviation of the draws / sqrt(vecs). The estimate is not divided by the size D of a
-    sample: the loss of :func:`jac_loss_estimate` is the mean over samples of this estimate, divided
-    by D.
+    standard deviation of the draws / sqrt(vecs). The loss of :func:`jac_loss_estimate` is the mean
+    of this estimate over samples, divided by D.
 
     With G = J J', the variance of one draw v'G v is 2 ||G||_F^2 for Gaussian vectors and
     2 (||G||_F^2 - sum_i G_ii^2) for Rademacher vectors (Hutchinson 1990; Avron and Toledo 2011). So

@@ -21,7 +21,7 @@ class WeightNorm:
         self.names, self.dim = tuple(names), dim
 
     def compute(self, module: nn.Module, name: str) -> Tensor:
-        """w = v g / ||v|| with its graph; the norm is over all dimensions except ``dim``."""
+        """The weight, with its graph."""
         g, v = getattr(module, f"{name}_g"), getattr(module, f"{name}_v")
         return normalised(v, g, self.dim)
 

@@ -47,7 +47,7 @@ class RadiusWatch:
 
 
 @torch.no_grad()
-def growth(product: Callable[[Tensor], Tensor], start: Tensor, products: int = PRODUCTS) -> float:
+def growth(product: Callable[[Tensor], Tensor], start: Tensor) -> float:
     """The growth per product over the last half of the products, the largest of the samples.
 
     ``start`` is (B, ...). A sample whose start is zero counts as 0; NaN if a product is not finite.
@@ -61,12 +61,12 @@ def growth(product: Callable[[Tensor], Tensor], start: Tensor, products: int = P
 
     norm = norms(start)
     v, logs = start, torch.zeros_like(norm)
-    for i in range(products):
+    for i in range(PRODUCTS):
         v = product((v / norm.clamp(min=smallest).view(shape)).to(start.dtype))
         norm = norms(v)
-        if i >= products // 2:
+        if i >= PRODUCTS // 2:
             logs += norm.clamp(min=smallest).log()
-    return (logs / (products - products // 2)).exp().amax().item()
+    return (logs / (PRODUCTS - PRODUCTS // 2)).exp().amax().item()
 
 
 def _several_processes() -> bool:

@@ -24,8 +24,7 @@ _FOLDER = 0x10  # the attribute that marks an archive entry as a folder
 def save_atomic(obj, path: str | Path, before_rename: Callable[[], None] | None = None) -> None:
     """Write ``obj`` (tensors and plain containers) so that ``path`` is never a partial file.
 
-    A kill or a full disk leaves the old file in place. ``before_rename`` is passed on to
-    :func:`lib.runs.atomic_files.atomic_write`.
+    ``before_rename`` is that of :func:`lib.runs.atomic_files.atomic_write`.
 
     Raises:
         OSError: the file cannot be written, for lack of space or permission.
@@ -41,8 +40,8 @@ def save_atomic(obj, path: str | Path, before_rename: Callable[[], None] | None 
             raise
 
 
-def load(path: str | Path, map_location: str | torch.device = "cpu"):
-    """Read a file of tensors and plain containers. A file that holds code is refused, never run.
+def load(path: str | Path):
+    """Read tensors and plain containers to the CPU. A file that holds code is refused, never run.
 
     The file is in the format of torch.save or of safetensors, recognised by its content. Checksums
     reveal any damage to torch archives and to the safetensors files of scripts/export_weights.py.
@@ -59,7 +58,7 @@ def load(path: str | Path, map_location: str | torch.device = "cpu"):
     # Opened once: the bytes that are verified are the bytes loaded, even if the file is replaced.
     with open(path, "rb") as file:
         try:
-            return _read(file, map_location)
+            return _read(file)
         except pickle.UnpicklingError as error:
             if _holds_code(str(error), file):
                 raise InputError(
@@ -71,18 +70,18 @@ def load(path: str | Path, map_location: str | torch.device = "cpu"):
             raise InputError(_damaged(path)) from error
 
 
-def _read(file: BinaryIO, map_location: str | torch.device):
+def _read(file: BinaryIO):
     head, size = file.read(9), os.fstat(file.fileno()).st_size
     file.seek(0)
     if is_safetensors(head, size):
-        return {key: value.to(map_location) for key, value in read_safetensors(file).items()}
+        return read_safetensors(file)
     archive = head.startswith(_ARCHIVE)
     if archive:
         _verify_archive(file, size)
         file.seek(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on the pickle protocol: the error says enough
-        content = torch.load(file, map_location=map_location, weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     if not archive and file.tell() != size:
         raise ValueError("more bytes than the tensors need")
     return content

@@ -1,8 +1,7 @@
 """The last checkpoints of a run: checkpoint.pt is the newest, then checkpoint.1.pt,
 checkpoint.2.pt, ... from newer to older.
 
-A save that is killed at any time leaves a readable checkpoint. If the newest checkpoint is damaged,
-a resumed run continues from the next older one.
+If the newest checkpoint is damaged, a resumed run continues from the next older one.
 """
 
 import itertools

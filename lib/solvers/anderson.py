@@ -143,7 +143,6 @@ class _AndersonWindow:
         self._beta = after
 
     def forget(self) -> None:
-        """Drop all points."""
         self._gram.copy_(self._absent)
 
     def renew_gram(self, newest: int, n: int, wide: bool) -> None:

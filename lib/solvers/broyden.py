@@ -272,7 +272,7 @@ class LimitedInverse:
     oldest terms from a sum of rank-one terms would not be Broyden's method: the later terms belong
     to another H, and the iteration diverges on plain contractions.)
 
-    The interface is that of :class:`BroydenInverse`.
+    The methods are those of :class:`BroydenInverse`; ``transposed`` uses only the stored updates.
     """
 
     def __init__(self, like: Tensor, memory: int):
@@ -284,7 +284,6 @@ class LimitedInverse:
         self._m = torch.zeros(batch, memory, memory, dtype=torch.float64, device=like.device)
 
     def newton_direction(self, length: float | None, wide: bool = False) -> Tensor:
-        """-H g, (B, D), overwritten by the next call."""
         self._wide |= wide
         if length is not None:
             self._store(length)
@@ -294,18 +293,15 @@ class LimitedInverse:
         return torch.neg(image, out=self.direction)
 
     def return_to(self, residual: Tensor, length: float) -> Tensor:
-        """-H g, (B, D), at the point before the last step: see :class:`BroydenInverse`."""
         self.residual.copy_(residual)
         return self.newton_direction(None)
 
     def transposed(self, vector: Tensor, updates: int) -> Tensor:
-        """H' v for v (B, D), using the stored updates among the first ``updates`` only."""
         held = range(max(self.count - self.memory, 0), min(self.count, updates))
         slots = [j % self.memory for j in held]
         return self._times(vector, self._s, self._m.mT, self._w, slots)
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these samples alone."""
         self.residual, self._before = self.residual[rows], self._before[rows]
         self.direction, self._m = self.direction[rows], self._m[rows]
         self._s, self._w = self._s[:, rows], self._w[:, rows]

@@ -45,10 +45,9 @@ def gmres(
 
     Args:
         f: an affine map of (B, ...) to the same shape.
-        x0: initial guess, finite, (B, ...) of any rank and any floating dtype.
+        x0, eps, stop_mode: as for :func:`~lib.solvers.anderson.anderson`.
         threshold: maximum number of evaluations and products together, including the evaluation
             for the last true residual.
-        eps, stop_mode: as for :func:`~lib.solvers.anderson.anderson`.
         restart: start a new Krylov space after this many vectors; None keeps all vectors.
         **control: see :class:`~lib.solvers.arguments.Control`. With stop='sample' each sample takes
             as many steps as it needs; a product still covers the whole batch.
@@ -57,7 +56,7 @@ def gmres(
         The dict that :mod:`lib.solvers` describes.
 
     Raises:
-        InputError: an argument is out of range, ``x0`` is not finite, or f changes the shape.
+        InputError: as for :func:`~lib.solvers.anderson.anderson`.
     """
     if restart is not None:
         check_count("restart", restart)

@@ -15,8 +15,7 @@ The result differs from that of a solve that stops by the batch:
 
 - ``sample_nfe`` is the number of evaluations until the sample was finished.
 - The traces are still norms over the whole batch. A finished sample counts with the residual of
-  its result. ``lowest`` is the residual of the result, so it may be below every entry of the trace.
-  ``nstep`` is the last step at which any sample reached its best iterate.
+  its result. ``lowest`` and ``nstep`` are as with best='sample'.
 - ``reason``, once all samples are finished, is the worst among the samples: 'diverged' if any
   diverged or all are lost, else 'stalled', else 'floor', else 'eps'. ``finite`` tells which samples
   are lost.
@@ -168,7 +167,6 @@ class SampleSolve(Solve):
         return bool(self._diverged.any() or self.lost.all())
 
     def result(self) -> dict:
-        """The dict that the solver returns."""
         gave_up = self._gave_up() or bool((self._divergence.far & ~self.done).any())
         return self._solution(self._own_best(), self._sample_nfe, gave_up)
 

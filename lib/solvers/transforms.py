@@ -45,17 +45,15 @@ def refuse_transforms() -> None:
 def outside_of_compiler(function: Callable) -> Callable:
     """Decorator: torch.compile calls this function without tracing it.
 
-    A solve has an unknown number of steps and reads residuals. If traced, a model would break into
-    dozens of graphs, recompiled for each shape of the history. An f that is itself compiled stays
-    compiled.
+    If traced, a model would break into dozens of graphs, recompiled for each shape of the history.
+    An f that is itself compiled stays compiled.
     """
 
     @functools.wraps(function)
     def called(*args, **kwargs):
         if torch.compiler.is_compiling():  # True only while the compiler traces
-            from lib.solvers.eager import (
-                call,  # imported here: loads the compiler, which is loaded already while it traces
-            )
+            # Imported here: it loads the compiler, which is loaded already while it traces.
+            from lib.solvers.eager import call
 
             return call(function, *args, **kwargs)
         return function(*args, **kwargs)
