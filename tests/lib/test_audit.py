@@ -171,7 +171,8 @@ def test_wrong_samples_that_do_not_settle():
         {"solver": partial(fixed_point_iteration, eps=0.0)},
         {"solver": lambda f, x0, threshold, stop_mode: anderson(f, x0, threshold)},
     ],
-    ids=str,
+    # A function's own text has its address, and xdist wants the same names in all processes.
+    ids=lambda options: ",".join(v if isinstance(v, str) else "function" for v in options.values()),
 )
 def test_any_solver_and_gradient(options):
     """What the model gives in the audit's own pass is what it gives outside, and is put back."""
