@@ -24,7 +24,7 @@ from lib.runs.run_folder import read_metrics, run_folder
 
 SCRIPT = Path(__file__).resolve().parents[2] / "DEQ-Sequence/state_tracking.sh"
 EQUILIBRIUM = "equilibrium"
-LONGER = {"A5": "--max_step 1200"}  # a table of 3,600 products has to be learnt first
+LONGER = {"A5": "--max_step 2000"}  # a table of 3,600 products has to be learnt first
 NEVER = 10**9  # steps before the equilibrium, for a stack
 
 
