@@ -6,7 +6,7 @@ settings=(
     --n_head 2 --d_head 32 --d_model 64 --d_inner 512 --init_std 0.1 --local_size 2 --inject own
     --mem_len 0 --tgt_len 32 --batch_size 32 --grow_below 0.05 --eval_batch_size 20
     --f_solver fixed_point_iteration --grad phantom:steps=3,damping=1
-    --f_thres 14 --f_thres_per_word 1 --rand_f_thres_delta 6 --start_std 1
+    --f_thres 4 --f_thres_per_word 1 --rand_f_thres_delta 2
     --lr 0.005 --warmup_step 50 --max_step 400 --clip 1 --log-interval 50
 )
 one_process=()

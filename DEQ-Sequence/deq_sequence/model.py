@@ -70,9 +70,7 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         inject: 'all', as published: a word is added to the query, key and value of its position, so
             the positions to its right see it at once. 'own': it is added to the query, and to the
             output of the attention in the place of the state. Its position sees the states of other
-            positions alone, except that the first one, without memory, has only itself to see.
-        start_std: in training, solvers start from N(0, start_std) instead of zeros. The fixed point
-            then learns not to depend on the start.
+            positions alone; without memory, a state of zeros stands left of the first position.
 
     Raises:
         InputError: sizes do not match, or a solver, ``stop_mode`` or the file ``load`` is bad.
@@ -108,7 +106,6 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         grad: str | Gradient | Iteration = "ift",
         tie_proj_mode: str = "apart",
         inject: str = "all",
-        start_std: float = 0.0,
     ):
         super().__init__()
         d_embed = d_model if d_embed is None else d_embed
@@ -121,8 +118,7 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         check(inject in INJECTIONS, "inject", inject, f"one of {', '.join(INJECTIONS)}")
         if inject == "own":
             check(local_size != 1, "local_size", local_size, "0 or above 1 with inject 'own'")
-        check(start_std >= 0, "start_std", start_std, "0 (zeros) or more")
-        self.start_std = start_std
+        self.inject = inject
         self.deq = DEQ(
             f_solver, b_solver or SAME, stop_mode=stop_mode, b_stop_mode="rel", grad=grad
         )
@@ -250,8 +246,6 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
             z = stacked(f, start, self.n_layer if self.training else self.eval_n_layer)
             jac_loss, sradius = start.new_zeros(()), start.new_zeros(bsz, 1)
         else:
-            if self.training and self.start_std > 0:
-                start = torch.randn_like(start) * self.start_std
             solution = self.deq(
                 f,
                 start,
@@ -267,10 +261,14 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         return _Segment(z, jac_loss.view(1, 1), sradius, mems)
 
     def _memory(self, mems: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
-        """The caller's memory as z (B, M, d) and u (B, M, 3d); M is 0 without memory."""
+        """The caller's memory as z (B, M, d) and u (B, M, 3d).
+
+        Without memory M is 0; with ``inject`` 'own' it is 1, for the first position to see zeros.
+        """
         bsz, d = len(like), self.d_model
         if not mems:
-            return like.new_zeros(bsz, 0, d), like.new_zeros(bsz, 0, 3 * d)
+            mlen = int(self.inject == "own")
+            return like.new_zeros(bsz, mlen, d), like.new_zeros(bsz, mlen, 3 * d)
         z_mem, u_mem = mems
         length = len(z_mem)
         if z_mem.shape != (length, bsz, d) or u_mem.shape != (length, bsz, 3 * d):

@@ -124,7 +124,6 @@ def _solver_flags(group) -> None:
     add("--stop_mode", default="rel", choices=("abs", "rel"), help="residual that stops f_solver")
     add("--f_thres", type=int, default=40, help="forward threshold")
     add("--f_thres_per_word", type=float, default=0.0, help=f"{PREFIX}GROUP: f_thres grows by this")
-    add("--start_std", type=float, default=0.0, help="training: start at N(0, start_std)")
     add("--b_thres", type=int, default=40, help="backward threshold")
     add("--rand_f_thres_delta", type=int, default=0, help="f_thres varies by [-delta, 0]")
     add("--pretrain_steps", type=int, default=0, help="stacked steps before equilibrium")
@@ -253,7 +252,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
         0: "warmup_step max_step start_train_steps pretrain_steps jac_incremental mem_len "
         "rand_f_thres_delta local_size num_threads save_interval patience lr weight_decay clip "
         "lr_min eta_min init_range emb_init_range init_std proj_init_std jac_loss_weight max_time "
-        "grow_below f_thres_per_word start_std",
+        "grow_below f_thres_per_word",
         1: "n_layer eval_n_layer n_head d_head d_model d_embed d_inner div_val batch_size "
         "batch_chunk eval_batch_size tgt_len eval_tgt_len f_thres b_thres log_interval "
         "eval_interval max_skipped keep_checkpoints",

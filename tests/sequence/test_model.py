@@ -110,24 +110,17 @@ def test_log_probs_at_every_position(step):
     assert not log_p.requires_grad
 
 
-def test_start_std_is_of_training_at_equilibrium():
-    model, (data, target) = build(start_std=0.5, tie_projs=[]), words()
-    other = build(tie_projs=[])
-    solved, threshold = {}, 1  # an evaluation does not forget the start
-
-    def losses(model, step):
-        torch.manual_seed(3)
-        return model(data, target, [], train_step=step, f_thres=threshold)[0]
-
-    for step in (STACKED, EQUILIBRIUM):
-        solved[step] = torch.equal(losses(model, step), losses(other, step))
-    assert solved == {STACKED: True, EQUILIBRIUM: False}
-    assert torch.equal(losses(model.eval(), EQUILIBRIUM), losses(other.eval(), EQUILIBRIUM))
+def test_own_injection_needs_as_many_evaluations_as_words():
+    """A window of two: the left neighbour's state and the own word decide, so nothing is left."""
+    model = strong(build(inject="own", local_size=2, f_solver="fixed_point_iteration"))
+    data, target = words(length=7)
+    model.double().eval()(data, target, [], f_thres=40)
+    last = model.deq.stats.forward.last
+    assert last["nfe"] == 7 + 1
+    assert last["rel_residual"] < 1e-15
 
 
-@pytest.mark.parametrize(
-    "changes", [{"start_std": -1.0}, {"inject": "some"}, {"local_size": 1, "inject": "own"}]
-)
+@pytest.mark.parametrize("changes", [{"inject": "some"}, {"local_size": 1, "inject": "own"}])
 def test_bad_options_of_state_tracking(changes):
     with pytest.raises(InputError, match=next(iter(changes))):
         build(**changes)

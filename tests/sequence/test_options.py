@@ -15,7 +15,7 @@ ADDED = {
     *("--help", "--cutoffs", "--num_threads", "--amp", "--eval_batch_size"),
     *("--batch_chunk", "--save-interval", "--compile", "--tf32", "--max_time", "--max_skipped"),
     *("--auto_restart", "--keep_checkpoints", "--grad", "--tie_proj_mode", "--deterministic"),
-    *("--inject", "--start_std", "--f_thres_per_word", "--grow_below"),
+    *("--inject", "--f_thres_per_word", "--grow_below"),
 }
 ACTIONS = {flag: action for action in build_parser()._actions for flag in action.option_strings}
 

@@ -139,7 +139,7 @@ TINY = """
     --dataset state:S3 --d_model 16 --n_head 2 --d_head 8 --d_inner 32 --init_std 0.1
     --local_size 2 --inject own --mem_len 0 --tgt_len 4 --batch_size 8 --grow_below 9
     --f_solver fixed_point_iteration --grad phantom:steps=2,damping=1 --f_thres 6
-    --f_thres_per_word 1 --rand_f_thres_delta 3 --start_std 1 --lr 0.01 --max_step 24
+    --f_thres_per_word 1 --rand_f_thres_delta 3 --lr 0.01 --max_step 24
     --log-interval 1 --save-interval 7 --eval_batch_size 5 --max_eval_steps 2 --num_threads 1
 """.split()
 
@@ -248,7 +248,6 @@ def test_a_stacked_network(state_flags, state_folder):
         (["--spectral_radius_mode"], "--spectral_radius_mode"),
         (["--grow_below", "-1"], "--grow_below"),
         (["--f_thres_per_word", "-1"], "--f_thres_per_word"),
-        (["--start_std", "-1"], "--start_std"),
         (["--inject", "most"], "--inject"),
         (["--dataset", "demo", "--grow_below", "0"], "--f_thres_per_word"),
         (["--dataset", "demo", "--f_thres_per_word", "0"], "--grow_below"),
