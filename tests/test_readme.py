@@ -82,6 +82,10 @@ ELSEWHERE = {
     ),
     "python scripts/audit.py DEQ-Sequence/LM-TFM-demo/quickstart": "sequence/test_audits.py",
     "python scripts/benchmarks/bench_audits.py": "scripts/test_bench_audits.py",
+    **{
+        f"bash state_tracking.sh train --dataset state:{flags}": "sequence/test_launch_scripts.py"
+        for flags in ("Z2", "S3", "A5 --max_step 2000")
+    },
     "python examples/own_layer.py": "scripts/test_own_layer.py",
     "python scripts/benchmarks/bench_own_layer.py": "scripts/test_own_layer.py",
     "python examples/prefix_sums.py": "scripts/test_prefix_sums.py",

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import bench_audits
+import bench_states
 import compare_gradients
 import compare_ties
 from helpers import comparison_figures, maze_tables, prefix_sums_tables
@@ -36,6 +37,10 @@ def of_own_layer(found: dict) -> dict[str, str]:
     return {"own layer": f"    {found['machine']}\n\n{body}"}
 
 
+def of_states(found: dict) -> dict[str, str]:
+    return {"state tracking": f"    {found['machine']}\n\n{bench_states.report(found)}"}
+
+
 def of_audits(found: dict) -> dict[str, str]:
     text = f"    {found['machine']}\n\n{bench_audits.report(found)}"
     return {"audits": text, "audits, correctness": bench_audits.findings(found)}
@@ -50,6 +55,7 @@ FIGURES = {
     "prefix_sums.json": ("larger-problems.md", prefix_sums_tables.blocks),
     "mazes.json": ("larger-problems.md", maze_tables.blocks),
     "maze_ablations.json": ("larger-problems.md", maze_tables.ablations),
+    "state_tracking.json": ("larger-problems.md", of_states),  # bench_states.py
     "audits.json": ("larger-problems.md", of_audits),  # bench_audits.py
 }
 # Files of printed text: the page that shows each. The block has the name of the file.
