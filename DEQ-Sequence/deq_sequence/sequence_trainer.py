@@ -9,6 +9,7 @@ from torch import Tensor
 from deq_sequence.evaluation import perplexity
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.schedules import LearningRate, make_optimizer
+from deq_sequence.text.vocabulary import Vocab
 from lib.data_parallel import BalancedDataParallel
 from lib.errors import InputError
 from lib.jacobian import jac_loss_weight_at
@@ -35,11 +36,12 @@ class SequenceTrainer(Trainer):
         self,
         args: argparse.Namespace,
         model: DEQTransformerLM,
+        vocab: Vocab,
         device: torch.device,
         processes: Processes,
         stopping: Stopping | None,
     ):
-        self.args = args
+        self.args, self.vocab = args, vocab
         self.streams = processes.part(args.batch_size)
         own = self.streams.stop - self.streams.start
         if own < args.batch_chunk:
@@ -170,12 +172,8 @@ class SequenceTrainer(Trainer):
     def load_extra(self, state: dict) -> None:
         self.learning_rate.load_state_dict(state["learning_rate"])
 
-    def vocabulary(self) -> str:
-        """The fingerprint of the data's vocabulary."""
-        raise NotImplementedError
-
     def fixed(self) -> dict:
         fixed = {f"--{name}": getattr(self.args, name) for name in ("batch_size", "optim")}
         # The mode decides for how many parameters the optimiser keeps a state.
         fixed[MODE] = self.args.tie_proj_mode if self.model.ties_projections else None
-        return fixed | {VOCABULARY: self.vocabulary()}
+        return fixed | {VOCABULARY: self.vocab.fingerprint()}

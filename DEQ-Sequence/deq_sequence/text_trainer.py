@@ -38,7 +38,7 @@ class LMTrainer(SequenceTrainer):
         stopping: Stopping | None = None,
     ):
         self.corpus = corpus
-        super().__init__(args, model, device, processes, stopping)
+        super().__init__(args, model, corpus.vocab, device, processes, stopping)
         self.iterator = LMOrderedIterator(
             corpus.train, args.batch_size, args.tgt_len, device=device, streams=self.streams
         )
@@ -130,9 +130,6 @@ class LMTrainer(SequenceTrainer):
         if state["mems"]:
             own = (m[:, self.streams].to(self.device) for m in state["mems"])
             self.mems = [list(part) for part in self.split(tuple(own))]
-
-    def vocabulary(self) -> str:
-        return self.corpus.vocab.fingerprint()
 
     def fixed_in(self, state: dict) -> dict:
         own, fixed = self.fixed(), dict(state["fixed"])

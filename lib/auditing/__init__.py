@@ -127,7 +127,9 @@ class _Pass:
         self.radius = np.stack([s.radius for s in found]).max(axis=0)
         self.met, self.counted = all(s.met for s in found), all(s.counted for s in found)
         self.threshold, self.eps = max(s.threshold for s in found), max(s.eps for s in found)
-        pairs = [[s.z.flatten(1).double().cpu().numpy() for s in p] for p in zip(found, around)]  # noqa: B905
+        # Without other starts ``around`` is empty, and there is no distance.
+        states = zip(found, around, strict=False)
+        pairs = [[s.z.flatten(1).double().cpu().numpy() for s in pair] for pair in states]
         away = [relative(*(np.linalg.norm(v, axis=1) for v in (a - b, b))) for a, b in pairs]
         self.distance = np.max(away, axis=0) if away else np.zeros(len(score))
 

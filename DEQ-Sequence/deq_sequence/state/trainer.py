@@ -37,7 +37,7 @@ class StateTrainer(SequenceTrainer):
         stopping: Stopping | None = None,
     ):
         self.strings = strings
-        super().__init__(args, model, device, processes, stopping)
+        super().__init__(args, model, strings.vocab, device, processes, stopping)
         self.curriculum = Curriculum(args.tgt_len, args.grow_below)
         self.length = args.tgt_len  # of the current step's strings
 
@@ -99,9 +99,6 @@ class StateTrainer(SequenceTrainer):
     def load_extra(self, state: dict) -> None:
         super().load_extra(state)
         self.curriculum.load_state_dict(state["curriculum"])
-
-    def vocabulary(self) -> str:
-        return self.strings.vocab.fingerprint()
 
     def fixed(self) -> dict:
         own = ("tgt_len", "seed", "grow_below")
