@@ -29,7 +29,7 @@ NEVER = 10**9  # steps before the equilibrium, for a stack
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code("bench_states.py", lambda: run(parse(argv)), "calling it again")
+    return exit_code("bench_states.py", lambda: run(parse(argv)))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
