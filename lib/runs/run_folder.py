@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -113,7 +112,6 @@ class Run:
         resume_step: None for a new run, else the step to continue from. Records of later steps
             and of the end are dropped: the resumed run writes them again.
         events: folder of the TensorBoard events; None means ``folder``.
-        lock: what :func:`~lib.runs.ownership.own` returned for ``folder``; closed with the run.
         quiet: print nothing.
 
     Raises:
@@ -127,11 +125,10 @@ class Run:
         resume_step: int | None = None,
         *,
         events: Path | None = None,
-        lock: BinaryIO | None = None,
         quiet: bool = False,
     ):
         self.folder, self.quiet = folder, quiet
-        self._events, self._log, self._metrics, self._lock = None, None, None, lock
+        self._events, self._log, self._metrics = None, None, None
         self.bar: tqdm | None = None
         self.failure: OSError | None = None
         if folder is None:
@@ -234,7 +231,7 @@ class Run:
         return self.bar
 
     def close(self) -> None:
-        for resource_ in (self.bar, self._events, self._log, self._metrics, self._lock):
+        for resource_ in (self.bar, self._events, self._log, self._metrics):
             if resource_ is not None:
                 with contextlib.suppress(OSError):  # unwritten data, which sync has reported
                     resource_.close()

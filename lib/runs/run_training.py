@@ -1,9 +1,9 @@
 """A training command: read the checkpoint, build, open the run's folder, train, finish."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
@@ -96,13 +96,21 @@ def run_training(plan: Plan, build: Callable[[bool], Job], processes: Processes)
             unreadable, or of another model or other settings.
         Stopped, TrainingError: as :meth:`~lib.runs.trainer.Trainer.train`.
     """
-    state, source, lines, lock = None, None, [], None
+    with contextlib.ExitStack() as locks:
+        return _run(plan, build, processes, locks)
+
+
+def _run(
+    plan: Plan, build: Callable[[bool], Job], processes: Processes, locks: contextlib.ExitStack
+) -> Path | None:
+    state, source, lines = None, None, []
+    if plan.goes_on:
+        # Before the checkpoint is read: the owner may be about to write a newer one.
+        lines += processes.lead(lambda: _own(plan.folder, locks))
     if plan.checkpoint is not None:
-        if plan.goes_on:
-            # Before the checkpoint is read: the owner may be about to write a newer one.
-            lock = processes.lead_keeps(lambda: own(plan.folder))
         with naming(plan.named_by):
-            state, source, lines = read_checkpoint(plan.checkpoint, plan.trainer, processes)
+            state, source, said = read_checkpoint(plan.checkpoint, plan.trainer, processes)
+        lines += said
     job = build(state is None)
     trainer, settings = job.trainer, job.settings
     lines += job.notes
@@ -110,10 +118,11 @@ def run_training(plan: Plan, build: Callable[[bool], Job], processes: Processes)
         lines += settings.changes(plan.checkpoint.parent / settings.file)
         lines += trainer.load_state_dict(state, source)
         lines.append(f"continuing {source} at step {trainer.step}")
+    trainer.try_validation()
     if not processes.lead((plan.folder / WEIGHTS).exists):
         trainer.best = {}  # the best weights are in another run's folder
     step = None if state is None else trainer.step
-    run = processes.lead_keeps(lambda: _begin(plan, settings, source, step, lock)) or Run.silent()
+    run = processes.lead_keeps(lambda: _begin(plan, settings, source, step, locks)) or Run.silent()
     try:
         device = trainer.device
         run.log(job.title)
@@ -143,20 +152,35 @@ def run_training(plan: Plan, build: Callable[[bool], Job], processes: Processes)
     return run.folder
 
 
+def _own(folder: Path, locks: contextlib.ExitStack) -> list[str]:
+    """Own ``folder`` until ``locks`` is closed; return lines for the log."""
+    lock = own(folder)
+    if lock is None:
+        return [f"warning: {folder} is on a file system without locks: start one run in it"]
+    locks.enter_context(lock)
+    return []
+
+
 def _begin(
-    plan: Plan, settings: Settings, source: Path | None, step: int | None, lock: BinaryIO | None
+    plan: Plan,
+    settings: Settings,
+    source: Path | None,
+    step: int | None,
+    locks: contextlib.ExitStack,
 ) -> Run:
     """Open the run's folder, as its owner; move aside checkpoints newer than the one read."""
-    kept, folder = (settings.file, settings.content), plan.folder
+    kept, folder, lines = (settings.file, settings.content), plan.folder, []
     if plan.debug:
         return Run(None, kept, step)
     if not plan.goes_on:
+        if plan.events is not None:  # before the lock: a failure leaves nothing behind
+            plan.events.mkdir(parents=True, exist_ok=True)
         folder = new_folder(folder) if plan.unnamed else folder
-        lock = own(folder)
+        lines = _own(folder, locks)
         check_unused(folder, plan.used, anew=plan.anew)  # no other run can begin here from now on
-    run = Run(folder, kept, step, events=plan.events, lock=lock)
-    if lock is None:
-        run.log(f"warning: {folder} is on a file system without locks: start one run in it")
+    run = Run(folder, kept, step, events=plan.events)
+    for line in lines:
+        run.log(line)
     if plan.checkpoint in (None, folder / CHECKPOINT):
         set_aside(folder / CHECKPOINT, source or folder / CHECKPOINT)
     return run

@@ -102,10 +102,7 @@ class Task:
         raise NotImplementedError
 
     def rehearse(self) -> None:
-        """Evaluate the first validation batch in the phase of the coming step.
-
-        The result is not used: an error in it comes before training, and not after hours.
-        """
+        """Evaluate the first validation batch in the phase of the coming step."""
 
     def after_validation(self, found: Any) -> None:
         """Update what depends on the validation, such as a schedule or the epoch."""

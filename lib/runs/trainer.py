@@ -4,6 +4,7 @@ import contextlib
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.errors import InputError
+from lib.errors import DEQWarning, InputError
 from lib.runs.checkpoint import load_state, not_finite, save_atomic
 from lib.runs.evaluation_loop import EvaluationStopped
 from lib.runs.interrupts import Stopped, Stopping, TrainingError
@@ -250,8 +251,6 @@ class Trainer(Task):
         with self.stopping, warnings_in(run.log):
             if self.unfinished:
                 self._finish_step(validate=True, save=True, stop=False)
-            elif self.step < self.last_step:
-                self._rehearse()
             batches = self.batches()
             while True:
                 before = self._before()
@@ -271,10 +270,17 @@ class Trainer(Task):
             except EvaluationStopped:
                 self._stop()
 
-    def _rehearse(self) -> None:
-        """Validate on a little data: what a validation lacks is known before the first step."""
+    def try_validation(self) -> None:
+        """Evaluate one batch: an error in it comes now, and not after hours of training.
+
+        Raises:
+            InputError: a setting or the data does not fit, or the memory is too small.
+        """
+        if self.unfinished or self.step >= self.last_step:
+            return
         states, _ = self._before()
-        with contextlib.suppress(EvaluationStopped), memory_for(self.care.memory_of_validation):
+        with warnings.catch_warnings(), memory_for(self.care.memory_of_validation):
+            warnings.simplefilter("ignore", DEQWarning)  # they come again
             self.rehearse()
         restore_random_states(states, self.rng, self.gpus)
         release_free_memory()
