@@ -43,7 +43,8 @@ def test_with_a_name(round_, server, whole, tmp_path):
     assert_undisturbed(folder, whole(trainer))
 
 
-@pytest.mark.parametrize("round_", slow_but([0], range(20)))
+@pytest.mark.slow
+@pytest.mark.parametrize("round_", range(20))
 def test_without_a_name(round_, server, whole, tmp_path):
     trainer = TRAINERS["language"]
     *command, flag, _ = trainer.start(tmp_path, "run")
@@ -55,8 +56,8 @@ def test_without_a_name(round_, server, whole, tmp_path):
         assert_undisturbed(folder, whole(trainer))
 
 
-@pytest.mark.parametrize("trainer", slow_but(["language"], TRAINERS), indirect=True)
-@pytest.mark.parametrize("step", slow_but([1], [1, 8]))
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 8])
 def test_a_restart_of_a_run_that_goes_on(trainer, step, server, whole, tmp_path):
     """Before and after its first checkpoint."""
     with Attempt(trainer.start(tmp_path, "run"), server=server) as first:

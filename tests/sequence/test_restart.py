@@ -12,6 +12,7 @@ import torch
 
 from deq_sequence.command import main
 from lib.runs.checkpoint import load
+from lib.runs.ownership import own
 from lib.runs.retention import versions
 from lib.runs.run_folder import CHECKPOINT, LOG, SETTINGS, WEIGHTS, read_metrics
 
@@ -222,6 +223,13 @@ def test_settings_that_a_restart_cannot_change(finished, refused, more, named):
 def test_restart_without_a_run(refused, run_folder):
     assert f"{run_folder} holds no run: check --name" in refused()
     assert not run_folder.exists()
+
+
+def test_restart_of_a_run_that_goes_on(finished, refused, run_folder):
+    """The checkpoint is not even read: its owner may be about to write a newer one."""
+    (run_folder / CHECKPOINT).write_bytes(b"")
+    with own(run_folder):
+        assert f"{run_folder} is in use by process {os.getpid()} on " in refused()
 
 
 def test_restart_of_a_run_that_saved_nothing(flags, run_folder, undisturbed, stop_at, capsys):
