@@ -61,10 +61,10 @@ class Processes:
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set: "
                 "start several processes with torchrun, or unset WORLD_SIZE"
             )
-        world_size = _number("WORLD_SIZE", 1)
-        _number("RANK", 0, world_size - 1)
-        _number("MASTER_PORT", 0, 65535)
-        local_rank = _number("LOCAL_RANK", 0, world_size - 1)
+        world_size = _number("WORLD_SIZE", 10**6)
+        _number("RANK", world_size)
+        _number("MASTER_PORT", 2**16)
+        local_rank = _number("LOCAL_RANK", world_size)
         backend = "gloo"
         if torch.cuda.is_available():
             if local_rank < torch.cuda.device_count():  # otherwise gpu() raises the error
@@ -222,13 +222,11 @@ def _settle_buckets(parallel: DistributedDataParallel) -> None:
     parallel.zero_grad(set_to_none=True)
 
 
-def _number(name: str, least: int, largest: int | None = None) -> int:
-    """The environment variable ``name``, which the launcher of several processes sets."""
+def _number(name: str, below: int) -> int:
+    """The environment variable ``name``, which torchrun sets to a number from 0 to below - 1."""
     text = os.environ[name]
-    fits = re.fullmatch("[0-9]{1,9}", text) and least <= int(text)
-    fits = fits and (largest is None or int(text) <= largest)
-    bound = "" if largest is None else f" and at most {largest}"
-    check(bool(fits), name, text, f"an integer of at least {least}{bound}, as torchrun sets it")
+    fits = text.isdecimal() and len(text) < 9 and int(text) < below
+    check(fits, name, text, f"an integer from 0 to {below - 1}, as torchrun sets it")
     return int(text)
 
 
