@@ -9,10 +9,13 @@ Flags of train_transformer.py override the settings, --max_step 200 for instance
 import sys
 from pathlib import Path
 
-from lib.extras import command_needs
+try:
+    from lib.extras import command_needs
 
-with command_needs("words", "quickstart.py"):
-    from deq_sequence.quickstart import main
+    with command_needs("words", "quickstart.py"):
+        from deq_sequence.quickstart import main
+except KeyboardInterrupt:  # the imports take seconds
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], Path(__file__).resolve().parent))

@@ -6,10 +6,13 @@ python train_transformer.py --help                        # all flags
 
 import sys
 
-from lib.extras import command_needs
+try:
+    from lib.extras import command_needs
 
-with command_needs("words", "train_transformer.py"):
-    from deq_sequence.command import main
+    with command_needs("words", "train_transformer.py"):
+        from deq_sequence.command import main
+except KeyboardInterrupt:  # the imports take seconds
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main())

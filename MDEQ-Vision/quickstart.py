@@ -9,10 +9,13 @@
 import sys
 from pathlib import Path
 
-from lib.extras import command_needs
+try:
+    from lib.extras import command_needs
 
-with command_needs("images", "quickstart.py"):
-    from mdeq_vision.quickstart import main
+    with command_needs("images", "quickstart.py"):
+        from mdeq_vision.quickstart import main
+except KeyboardInterrupt:  # the imports take seconds
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main(None, Path(__file__).resolve().parent))

@@ -336,7 +336,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code("mazes.py", lambda: run(parse(argv)), "calling it again")
+    return exit_code("mazes.py", lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from lib.runs.run_folder import AUDIT, SETTINGS
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    return exit_code("audit.py", lambda: run(argv), "calling it again")
+    return exit_code("audit.py", lambda: run(argv))
 
 
 def run(argv: list[str] | None = None) -> None:

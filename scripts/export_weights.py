@@ -22,7 +22,7 @@ SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth")
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    return exit_code("export_weights.py", lambda: run(argv), "calling it again")
+    return exit_code("export_weights.py", lambda: run(argv))
 
 
 def run(argv: list[str] | None = None) -> None:

@@ -31,7 +31,7 @@ RESERVE = 5  # seconds kept free for the end
 def main(argv: list[str] | None = None) -> int:
     """Run the sections; return 1 if one of them failed, else an exit code."""
     failed: list[str] = []
-    code = exit_code("gpu_check.sh", lambda: failed.extend(run(argv)), "calling it again")
+    code = exit_code("gpu_check.sh", lambda: failed.extend(run(argv)))
     return code or int(bool(failed))
 
 

@@ -13,6 +13,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 part=all
 case "${1:-}" in
     --bits | --words | --images) part=${1#--} && shift ;;
+    -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" && exit ;;
     "" | --restart) ;;
     *) echo "quickstart: '$1' needs --bits, --words or --images before it" >&2 && exit 2 ;;
 esac

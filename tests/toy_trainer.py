@@ -46,7 +46,7 @@ class ToyTrainer(Trainer):
             CPU,
             Processes(),
             seed=1,
-            care=Care(keep, max_skipped, clip, 0.0, "--again", "lower the rate"),
+            care=Care(keep, max_skipped, clip, "--again", "lower the rate"),
             stopping=Stopping(max_minutes),
         )
         self.place, self.spoil, self.on_step = 0, {}, lambda step: None

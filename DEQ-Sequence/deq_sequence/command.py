@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from deq_sequence.evaluation import evaluate, settings_from
+from deq_sequence.evaluation import LESS_MEMORY, evaluate, settings_from
 from deq_sequence.initialization import initialize
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.options import cutoffs_for, flag_of, own_b_solver, parse
@@ -25,6 +25,7 @@ from lib.runs.checkpoint import load_weights
 from lib.runs.command_line import exit_code
 from lib.runs.determinism import deterministic
 from lib.runs.interrupts import Stopping
+from lib.runs.memory import memory_for
 from lib.runs.processes import Processes
 from lib.runs.retention import versions
 from lib.runs.run_folder import (
@@ -33,6 +34,7 @@ from lib.runs.run_folder import (
     WEIGHTS,
     Run,
     check_unused,
+    is_used,
     run_folder,
 )
 from lib.runs.run_training import Job, Plan, Settings, run_training
@@ -44,6 +46,10 @@ _FREE = (
     "--eval-interval", "--save-interval", "--keep_checkpoints", "--work_dir", "--name", "--load",
     "--num_threads", "--eval_batch_size", "--max_eval_steps",
 )  # fmt: skip
+
+# These have an effect on a new run only.
+_FIRST = ("--init", "--emb_init", "--proj_init_std", "--start_train_steps")
+_USED = "add --restart to continue it, or choose another --name"
 
 # Flags of the same name and meaning as an argument of DEQTransformerLM, and of initialize().
 _OF_MODEL = (
@@ -58,7 +64,7 @@ _OF_INITIALIZATION = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run train_transformer.py and return its exit code."""
-    return exit_code("train_transformer.py", lambda: run_command(parse(argv)), "--restart")
+    return exit_code("train_transformer.py", lambda: run_command(parse(argv)))
 
 
 def run_command(args: argparse.Namespace) -> Path | None:
@@ -101,11 +107,7 @@ def train_command(
         The run's folder, or None in a debug run and in all processes except the first.
     """
     folder = _folder(args)
-    file = folder / CHECKPOINT
-    restart = args.restart or (args.auto_restart and processes.lead(lambda: bool(versions(file))))
-    if not restart and not args.debug:
-        check_unused(folder, "add --restart to continue it, or choose another --name")
-
+    file = processes.lead(lambda: _checkpoint_to_continue(args, folder))
     kind = StateTrainer if is_state(args.dataset) else LMTrainer
 
     def build(anew: bool) -> Job:
@@ -120,11 +122,32 @@ def train_command(
             _settings(vars(args) | {"cutoffs": cutoffs_for(args, len(data.vocab))}),
             f"{args.dataset}: {data.description}",
             _notes(args, model),
-            lambda run: _final_evaluation(trainer, run, folder),
+            lambda run: _final_evaluation(trainer, run),
         )
 
-    plan = Plan(kind, folder, file if restart else None, "--restart", debug=args.debug)
+    plan = Plan(
+        kind,
+        folder,
+        file,
+        "--restart",
+        used=_USED,
+        anew=args.restart or args.auto_restart,
+        unnamed=args.name in ("", "N/A") and not args.restart_dir,
+        debug=args.debug,
+    )
     return run_training(plan, build, processes)
+
+
+def _checkpoint_to_continue(args: argparse.Namespace, folder: Path) -> Path | None:
+    """The checkpoint of the run to continue; None begins the run."""
+    file, anew = folder / CHECKPOINT, args.restart or args.auto_restart
+    if anew and versions(file):
+        return file
+    if args.restart and not is_used(folder):
+        raise InputError(f"--restart: {folder} holds no run: check --name and --work_dir")
+    if not args.debug:
+        check_unused(folder, _USED, anew=anew)
+    return None
 
 
 def _data(args: argparse.Namespace, processes: Processes) -> Corpus | StateStrings:
@@ -143,7 +166,7 @@ def _settings(values: dict) -> Settings:
             ) from error
 
     flags = {flag_of(name): value for name, value in values.items()}
-    return Settings(flags, SETTINGS, json.dumps(values, indent=1) + "\n", read, _FREE)
+    return Settings(flags, SETTINGS, json.dumps(values, indent=1) + "\n", read, _FREE, _FIRST)
 
 
 def _notes(args: argparse.Namespace, model: DEQTransformerLM) -> list[str]:
@@ -158,15 +181,17 @@ def _notes(args: argparse.Namespace, model: DEQTransformerLM) -> list[str]:
     return notes
 
 
-def _final_evaluation(trainer: SequenceTrainer, run: Run, folder: Path) -> None:
+def _final_evaluation(trainer: SequenceTrainer, run: Run) -> None:
     """Evaluate the last phase's best weights (in a debug run the current ones)."""
-    if trainer.processes.lead(lambda: run.folder is not None and (folder / WEIGHTS).exists()):
-        load_weights(trainer.model, folder / WEIGHTS)
+    best = trainer.processes.lead(lambda: run.folder and run.folder / WEIGHTS)
+    if trainer.processes.lead(lambda: best is not None and best.exists()):
+        load_weights(trainer.model, best)
     for name, text, values in trainer.final_figures():
         run.log(f"end of training | {name} | {text}")
         run.record(f"final_{name}", trainer.step, **values)
 
 
+@memory_for(LESS_MEMORY)
 def evaluate_command(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
     """Print what saved weights reach at equilibrium, on each part of the data."""
     data = _data(args, processes)

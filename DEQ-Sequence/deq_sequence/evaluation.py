@@ -15,6 +15,7 @@ from lib.runs.processes import Processes
 from lib.solvers.precision import autocast
 
 _ALONE = Processes()
+LESS_MEMORY = "lower --eval_batch_size or --eval_tgt_len"  # advice for an evaluation
 
 
 def perplexity(loss: float) -> float:

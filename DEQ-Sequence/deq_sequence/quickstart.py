@@ -28,7 +28,7 @@ SETTINGS = """
 
 def main(argv: list[str], room: Path) -> int:
     """Train with ``SETTINGS``, overridden by ``argv``, in the folder ``room``; then report."""
-    return exit_code("quickstart.py", lambda: _train_and_report(argv, room), "--restart")
+    return exit_code("quickstart.py", lambda: _train_and_report(argv, room))
 
 
 def _train_and_report(argv: list[str], room: Path) -> None:

@@ -11,6 +11,9 @@ from torch import nn
 from deq_sequence.muon import Muon
 from lib.runs.optimizers import fused_if_possible
 
+# What ReduceLROnPlateau counts; its other attributes are settings.
+_COUNTS = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+
 
 def make_optimizer(
     args: argparse.Namespace, model: nn.Module, build: Callable = fused_if_possible
@@ -44,6 +47,7 @@ class LearningRate:
 
     def __init__(self, args: argparse.Namespace, optimizer: torch.optim.Optimizer):
         self.args, self.optimizer = args, optimizer
+        self.rate = args.lr  # of dev_perf, after the warm-up
         self.plateau = None
         if args.scheduler == "dev_perf":
             self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -61,22 +65,37 @@ class LearningRate:
         elif args.scheduler == "inv_sqrt":
             lr = args.lr * math.sqrt(max(args.warmup_step, 1) / (n + 1))
         elif args.scheduler == "dev_perf":
-            # After the warm-up, self.plateau controls the rate.
-            lr = args.lr if n == args.warmup_step else self.optimizer.param_groups[0]["lr"]
+            lr = self.rate
         else:
             lr = args.lr
+        self._give(lr)
+        return lr
+
+    def _give(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        return lr
 
     def after_evaluation(self, loss: float, n: int) -> None:
         """Pass the validation loss after update ``n - 1`` to the schedule."""
         if self.plateau is not None and n > self.args.warmup_step:
+            self._give(self.rate)  # of a run that goes on, the optimiser has none yet
             self.plateau.step(loss)
+            self.rate = self.optimizer.param_groups[0]["lr"]
 
     def state_dict(self) -> dict:
-        return {} if self.plateau is None else self.plateau.state_dict()
+        if self.plateau is None:
+            return {}
+        counts = {name: getattr(self.plateau, name) for name in _COUNTS}
+        return counts | {"rate": self.rate, "lr": self.args.lr}
 
     def load_state_dict(self, state: dict) -> None:
-        if self.plateau is not None:
-            self.plateau.load_state_dict(state)
+        """Continue with the settings of this run: another --lr changes the rate by its factor."""
+        if self.plateau is None or not state:  # no dev_perf now, or not before
+            return
+        for name in _COUNTS:
+            setattr(self.plateau, name, state[name])
+        # Older checkpoints have the plateau's own name for the rate, and do not tell --lr.
+        rate = state["rate"] if "rate" in state else state["_last_lr"][0]
+        lr = state.get("lr", self.args.lr)
+        self.rate = rate if lr == self.args.lr else rate * self.args.lr / lr
+        self.rate = max(self.rate, min(self.args.lr_min, self.args.lr))

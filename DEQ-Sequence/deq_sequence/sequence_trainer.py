@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from deq_sequence.evaluation import perplexity
+from deq_sequence.evaluation import LESS_MEMORY, perplexity
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.schedules import LearningRate, make_optimizer
 from deq_sequence.text.vocabulary import Vocab
@@ -20,6 +20,7 @@ from lib.runs.trainer import Trainer
 from lib.solvers.precision import autocast
 
 MODE, VOCABULARY = "--tie_proj_mode", "the vocabulary"  # keys in ``fixed``
+_SINCE = ("--not_tied", "--seed")  # older checkpoints do not have these
 
 
 class SequenceTrainer(Trainer):
@@ -59,9 +60,10 @@ class SequenceTrainer(Trainer):
                 keep=args.keep_checkpoints,
                 max_skipped=args.max_skipped,
                 clip=args.clip,
-                weight_decay=args.weight_decay,
                 resume="--restart",
                 way_out="lower --lr, or raise --jac_loss_weight",
+                memory_of_step="raise --batch_chunk, or lower --batch_size",
+                memory_of_validation=LESS_MEMORY,
             ),
             stopping=stopping or Stopping(args.max_time),
         )
@@ -174,6 +176,11 @@ class SequenceTrainer(Trainer):
 
     def fixed(self) -> dict:
         fixed = {f"--{name}": getattr(self.args, name) for name in ("batch_size", "optim")}
-        # The mode decides for how many parameters the optimiser keeps a state.
+        # These two decide for how many parameters the optimiser keeps a state.
         fixed[MODE] = self.args.tie_proj_mode if self.model.ties_projections else None
+        fixed |= {name: getattr(self.args, name[2:]) for name in _SINCE}
         return fixed | {VOCABULARY: self.vocab.fingerprint()}
+
+    def fixed_in(self, state: dict) -> dict:
+        own = self.fixed()
+        return {name: own[name] for name in _SINCE} | state["fixed"]

@@ -17,6 +17,7 @@ from lib.runs.interrupts import Stopping
 from lib.runs.processes import Processes
 
 _ALONE = Processes()
+_TEXT = "the text of"  # a key in ``fixed``
 
 
 class LMTrainer(SequenceTrainer):
@@ -45,6 +46,7 @@ class LMTrainer(SequenceTrainer):
         for text in (corpus.valid, corpus.test):  # refuse too short a text now, not in evaluation
             LMOrderedIterator(text, args.eval_batch_size, args.eval_tgt_len)
         self.epoch, self.row = 0, 0
+        self.text = corpus.fingerprint()
 
     # ---- a step --------------------------------------------------------------------------------
 
@@ -68,9 +70,15 @@ class LMTrainer(SequenceTrainer):
 
     def advance(self, batch: tuple[Tensor, Tensor], loss: float) -> None:
         self.row += len(batch[1])
+        self.mems = [self.coming.get(i, old) for i, old in enumerate(self.mems)]
+        self.coming = {}
 
     def remember(self, index: int, mems: list[Tensor]) -> None:
-        self.mems[index] = mems  # of the same streams in the next segment
+        self.coming[index] = mems  # of the same streams in the next segment
+
+    def forget(self) -> None:
+        super().forget()
+        self.coming: dict[int, list[Tensor]] = {}
 
     # ---- log and validation --------------------------------------------------------------------
 
@@ -80,16 +88,19 @@ class LMTrainer(SequenceTrainer):
     def in_words(self, loss: float) -> str:
         return f"bpc {loss / math.log(2):.4f}" if self.corpus.characters else super().in_words(loss)
 
-    def evaluate_text(self, data: Tensor) -> Evaluation:
+    def evaluate_text(self, data: Tensor, **changes) -> Evaluation:
         """Evaluate with the settings of the run, in the phase of the last update."""
+        settings = {"train_step": self.step - 1} | settings_from(self.args) | changes
         return evaluate(
             self.model,
             data,
-            train_step=self.step - 1,
             processes=self.processes,
             stop=lambda: self.stopping.wanted,
-            **settings_from(self.args),
+            **settings,
         )
+
+    def rehearse(self) -> None:
+        self.evaluate_text(self.corpus.valid, train_step=self.step, max_steps=1)
 
     def final_figures(self) -> Iterator[tuple[str, str, dict]]:
         for split in ("valid", "test"):
@@ -131,8 +142,12 @@ class LMTrainer(SequenceTrainer):
             own = (m[:, self.streams].to(self.device) for m in state["mems"])
             self.mems = [list(part) for part in self.split(tuple(own))]
 
+    def fixed(self) -> dict:
+        return super().fixed() | {_TEXT: self.text}
+
     def fixed_in(self, state: dict) -> dict:
-        own, fixed = self.fixed(), dict(state["fixed"])
+        own, fixed = self.fixed(), super().fixed_in(state)
+        fixed.setdefault(_TEXT, own[_TEXT])
         fixed.setdefault(MODE, "shared")  # older checkpoints: the only mode then
         # None: a model without tied projections. If only one has them, load_state() names the
         # differing weights, a better message than one about the mode.

@@ -14,6 +14,7 @@ from lib.runs.checkpoint import load_weights
 from lib.runs.command_line import Parser, exit_code
 from lib.runs.determinism import deterministic
 from lib.runs.interrupts import Stopping
+from lib.runs.memory import memory_for
 from lib.runs.processes import Processes
 from lib.runs.retention import versions
 from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, check_unused
@@ -22,7 +23,12 @@ from lib.solvers.precision import allow_tf32
 from mdeq_vision.config import config, flat, merge_file, update_config
 from mdeq_vision.datasets import get_cls_dataset, get_seg_dataset
 from mdeq_vision.datasets.cityscapes_lists import write_lists
-from mdeq_vision.evaluation import Evaluation, evaluate_classification, evaluate_segmentation
+from mdeq_vision.evaluation import (
+    LESS_MEMORY,
+    Evaluation,
+    evaluate_classification,
+    evaluate_segmentation,
+)
 from mdeq_vision.image_trainer import RESUME, ImageTrainer
 from mdeq_vision.model import MDEQNet, MDEQSegNet, get_cls_net
 from mdeq_vision.options import experiment_parser
@@ -53,7 +59,7 @@ def extract(argv: list[str] | None = None) -> int:
         names = extract_pretrained(args.checkpoint, args.output)
         print(f"{args.output}: {len(names)} tensors of {args.checkpoint}, without its head")
 
-    return exit_code("extract_pretrained.py", action, "calling it again")
+    return exit_code("extract_pretrained.py", action)
 
 
 def make_cityscapes_lists(argv: list[str] | None = None) -> int:
@@ -69,7 +75,7 @@ def make_cityscapes_lists(argv: list[str] | None = None) -> int:
         for path, count in write_lists(parser.parse_args(argv).root).items():
             print(f"{path}: {count} images")
 
-    return exit_code("make_cityscapes_lists.py", action, "calling it again")
+    return exit_code("make_cityscapes_lists.py", action)
 
 
 def run_folder(cfg: CfgNode, cfg_file: str | Path) -> Path:
@@ -200,7 +206,7 @@ def _train(
             f"{model_summary(cfg, model, (image_size[1], image_size[0]))}\n{cfg.DATASET.DATASET}: "
             f"{len(train_set)} training and {len(valid_set)} validation images"
         )
-        settings = Settings(flat(cfg), CONFIG, cfg.dump(), _read_settings, _FREE)
+        settings = Settings(flat(cfg), CONFIG, cfg.dump(), _read_settings, _FREE, _FIRST)
         return Job(trainer, settings, title, notes, lambda run: _log_best(trainer.best, run))
 
     inner = folder.relative_to(folder.parents[1])
@@ -209,6 +215,8 @@ def _train(
         folder,
         file,
         named_by="TRAIN.CHECKPOINT" if file == Path(cfg.TRAIN.CHECKPOINT) else resume,
+        used=_used(resume),
+        anew=cfg.TRAIN.RESUME or cfg.AUTO_RESUME,
         debug=cfg.DEBUG.DEBUG,
         events=Path(cfg.LOG_DIR) / inner if cfg.LOG_DIR else None,
     )
@@ -270,12 +278,16 @@ def _refuse_other_task(cfg: CfgNode, task: str) -> None:
 
 def _checkpoint_to_resume(cfg: CfgNode, folder: Path, resume: str) -> Path | None:
     """Return the checkpoint to continue from; None starts a new run."""
-    own = folder / CHECKPOINT
-    if (cfg.TRAIN.RESUME or cfg.AUTO_RESUME) and versions(own):
+    own, anew = folder / CHECKPOINT, cfg.TRAIN.RESUME or cfg.AUTO_RESUME
+    if anew and versions(own):
         return own
     if not cfg.DEBUG.DEBUG:
-        check_unused(folder, f"add {resume} to continue it, or choose another OUTPUT_DIR")
+        check_unused(folder, _used(resume), anew=anew)
     return Path(cfg.TRAIN.CHECKPOINT) if cfg.TRAIN.CHECKPOINT else None
+
+
+def _used(resume: str) -> str:
+    return f"add {resume} to continue it, or choose another OUTPUT_DIR"
 
 
 # Settings (or their prefixes) that a continued run may change without a note in the log.
@@ -283,6 +295,8 @@ _FREE = ("OUTPUT_DIR", "LOG_DIR", "DATA_DIR", "GPUS", "WORKERS", "PRINT_FREQ", "
          "KEEP_CHECKPOINTS", "MAX_TIME", "AUTO_RESUME", "PIN_MEMORY", "DEBUG", "TEST",
          "TRAIN.RESUME", "TRAIN.CHECKPOINT", "TRAIN.MODEL_FILE", "TRAIN.MAX_SKIPPED",
          "MODEL.PRETRAINED")  # fmt: skip
+
+_FIRST = ("MODEL.INIT_WEIGHTS", "TRAIN.BEGIN_EPOCH")  # have an effect on a new run only
 
 
 def _read_settings(path: Path) -> dict:
@@ -318,6 +332,7 @@ def _batch_size_lines(cfg_file: Path, batch_size: int) -> list[str]:
 # ---- evaluation --------------------------------------------------------------------------------
 
 
+@memory_for(LESS_MEMORY)
 def validate_classifier(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Evaluation:
     """Evaluate a classification model at the fixed point and print the figures."""
     _refuse_other_task(cfg, "classification")
@@ -330,11 +345,13 @@ def validate_classifier(cfg: CfgNode, cfg_file: Path, processes: Processes) -> E
     return found
 
 
+@memory_for(LESS_MEMORY)
 def predict_segmentation(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Evaluation:
     """Write a segmentation model's predictions; if there are labels, print the figures."""
     _refuse_other_task(cfg, "segmentation")
     device, _ = _devices(cfg, processes)
     dataset = get_seg_dataset(cfg, "test")
+    dataset.check_batches(cfg)
     model, path = _trained(cfg, cfg_file, MDEQSegNet, device)
     folder = run_folder(cfg, cfg_file) / PREDICTIONS
 
@@ -386,7 +403,7 @@ def _command(program: str, description: str, action: Callable) -> Callable:
             with Processes.joined() as processes:
                 action(cfg, Path(args.cfg), processes)
 
-        return exit_code(program, go, RESUME)
+        return exit_code(program, go)
 
     return run
 

@@ -300,7 +300,7 @@ _RANGES: list[tuple[str, Callable, str]] = [
         "at least 1",
         lambda v: v >= 1,
         "PRINT_FREQ KEEP_CHECKPOINTS DEQ.F_THRES DEQ.B_THRES TRAIN.BATCH_SIZE_PER_GPU "
-        "TRAIN.BATCH_CHUNK TRAIN.MAX_SKIPPED TEST.BATCH_SIZE_PER_GPU",
+        "TRAIN.BATCH_CHUNK TRAIN.MAX_SKIPPED TEST.BATCH_SIZE_PER_GPU TEST.BASE_SIZE",
     ),
     (
         "0 or more",

@@ -18,6 +18,8 @@ from mdeq_vision.losses import SegmentationLoss
 from mdeq_vision.metrics import ConfusionMatrix, topk_correct
 from mdeq_vision.model import MDEQClsNet, MDEQNet, MDEQSegNet
 
+LESS_MEMORY = "lower TEST.BATCH_SIZE_PER_GPU or TEST.IMAGE_SIZE"  # advice for an evaluation
+
 
 @dataclass
 class Evaluation:

@@ -17,14 +17,15 @@ from lib.runs.task import Care, Choices, Summands
 from lib.runs.trainer import Trainer
 from lib.solvers.precision import autocast
 from mdeq_vision.curriculum import Curriculum
-from mdeq_vision.datasets import make_loader, on_device
-from mdeq_vision.evaluation import Evaluation
+from mdeq_vision.datasets import fingerprint, make_loader, on_device
+from mdeq_vision.evaluation import LESS_MEMORY, Evaluation
 from mdeq_vision.losses import mean_loss
 from mdeq_vision.model import MDEQNet
 from mdeq_vision.schedules import jac_factor, learning_rate, make_optimizer
 from mdeq_vision.sync_batchnorm import convert_sync_batchnorm, each_by_itself
 
 RESUME = "TRAIN.RESUME True"
+_MOMENTUM = "rmsprop's momentum"  # a key in ``fixed``
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,10 @@ class ImageTrainer(Trainer):
         stopping: Stopping | None = None,
     ):
         self.cfg, self.valid_set = cfg, valid_set
+        self.data = {
+            "the training images": fingerprint(train_set),
+            "the validation images": fingerprint(valid_set),
+        }
         devices = max(len(gpus), 1) * processes.world_size
         self.batch_size = cfg.TRAIN.BATCH_SIZE or cfg.TRAIN.BATCH_SIZE_PER_GPU * devices
         self.curriculum = Curriculum(
@@ -105,9 +110,10 @@ class ImageTrainer(Trainer):
                 keep=cfg.KEEP_CHECKPOINTS,
                 max_skipped=cfg.TRAIN.MAX_SKIPPED,
                 clip=cfg.TRAIN.CLIP,
-                weight_decay=cfg.TRAIN.WD,
                 resume=resume,
                 way_out="lower TRAIN.LR, or raise LOSS.JAC_LOSS_WEIGHT",
+                memory_of_step="raise TRAIN.BATCH_CHUNK, or lower TRAIN.BATCH_SIZE_PER_GPU",
+                memory_of_validation=LESS_MEMORY,
             ),
             stopping=stopping or Stopping(cfg.MAX_TIME),
         )
@@ -254,16 +260,26 @@ class ImageTrainer(Trainer):
             f"loss {loss:.4f} | accuracy {100 * accuracy:.2f}%"
         )
 
-    def validate(self) -> tuple[Evaluation, dict, str, float]:
-        found = self.evaluator(
-            self.cfg,
+    def _evaluate(self, cfg: CfgNode, train_step: int) -> Evaluation:
+        return self.evaluator(
+            cfg,
             self.model,
             self.valid_set,
-            train_step=self.step - 1,
+            train_step=train_step,
             device=self.device,
             processes=self.processes,
             stop=lambda: self.stopping.wanted,
         )
+
+    def rehearse(self) -> None:
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.WORKERS = 0  # processes would take longer to start than a batch to load
+        cfg.TEST.NUM_SAMPLES = cfg.TEST.BATCH_SIZE_PER_GPU * self.processes.world_size
+        self._evaluate(cfg, self.step)
+
+    def validate(self) -> tuple[Evaluation, dict, str, float]:
+        found = self._evaluate(self.cfg, self.step - 1)
         record = {"text": found.text(), **found.figures}
         return found, record, found.score, found.figures[found.score]
 
@@ -286,9 +302,17 @@ class ImageTrainer(Trainer):
         self.curriculum.check_place(self.step, self.epoch, self.position, n_batches)
 
     def fixed(self) -> dict:
+        train = self.cfg.TRAIN
         return {
-            "TRAIN.OPTIMIZER": self.cfg.TRAIN.OPTIMIZER,
+            "TRAIN.OPTIMIZER": train.OPTIMIZER,
             "an effective batch size of": self.batch_size,
             "a number of batches per epoch of": self.curriculum.first.n_batches,
             "SEED": self.cfg.SEED,
+            **self.data,
+            # The optimiser then keeps a state that rmsprop cannot begin later.
+            _MOMENTUM: train.OPTIMIZER == "rmsprop" and train.MOMENTUM > 0,
         }
+
+    def fixed_in(self, state: dict) -> dict:
+        own = self.fixed()  # older checkpoints do not have these
+        return {name: own[name] for name in (*self.data, _MOMENTUM)} | state["fixed"]

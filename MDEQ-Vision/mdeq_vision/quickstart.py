@@ -34,4 +34,4 @@ def main(argv: list[str] | None, room: Path) -> int:
             (folder / "report.txt").write_text(text + "\n")
             print(f"\n{text}")
 
-    return exit_code("quickstart.py", action, "--restart")
+    return exit_code("quickstart.py", action)

@@ -35,6 +35,7 @@ class SegmentationTrainer(ImageTrainer):
 
     def __init__(self, cfg, model, train_set, *args, **kwargs):
         super().__init__(cfg, model, train_set, *args, **kwargs)
+        self.valid_set.check_batches(cfg)
         self.criterion = SegmentationLoss(
             class_weights=train_set.facts.class_weights,
             ignore_label=cfg.TRAIN.IGNORE_LABEL,

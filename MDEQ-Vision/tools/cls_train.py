@@ -5,10 +5,13 @@ python tools/cls_train.py --cfg experiments/digits/cls_mdeq_TINY.yaml
 
 import sys
 
-from lib.extras import command_needs
+try:
+    from lib.extras import command_needs
 
-with command_needs("images", "cls_train.py"):
-    from mdeq_vision.command import cls_train
+    with command_needs("images", "cls_train.py"):
+        from mdeq_vision.command import cls_train
+except KeyboardInterrupt:  # the imports take seconds
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(cls_train())

@@ -5,10 +5,13 @@ python tools/extract_pretrained.py CHECKPOINT pretrained_models/mdeq_SMALL.pth
 
 import sys
 
-from lib.extras import command_needs
+try:
+    from lib.extras import command_needs
 
-with command_needs("images", "extract_pretrained.py"):
-    from mdeq_vision.command import extract
+    with command_needs("images", "extract_pretrained.py"):
+        from mdeq_vision.command import extract
+except KeyboardInterrupt:  # the imports take seconds
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(extract())

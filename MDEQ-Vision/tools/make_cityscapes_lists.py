@@ -6,10 +6,13 @@ python tools/make_cityscapes_lists.py /elsewhere  # for /elsewhere/cityscapes
 
 import sys
 
-from lib.extras import command_needs
+try:
+    from lib.extras import command_needs
 
-with command_needs("images", "make_cityscapes_lists.py"):
-    from mdeq_vision.command import make_cityscapes_lists
+    with command_needs("images", "make_cityscapes_lists.py"):
+        from mdeq_vision.command import make_cityscapes_lists
+except KeyboardInterrupt:  # the imports take seconds
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(make_cityscapes_lists())

@@ -5,10 +5,13 @@ python tools/seg_train.py --cfg experiments/digit_scenes/seg_mdeq_TINY.yaml
 
 import sys
 
-from lib.extras import command_needs
+try:
+    from lib.extras import command_needs
 
-with command_needs("images", "seg_train.py"):
-    from mdeq_vision.command import seg_train
+    with command_needs("images", "seg_train.py"):
+        from mdeq_vision.command import seg_train
+except KeyboardInterrupt:  # the imports take seconds
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(seg_train())

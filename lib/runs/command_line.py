@@ -8,7 +8,9 @@ from collections.abc import Callable, Collection
 import torch.distributed as dist
 
 from lib.errors import InputError, did_you_mean
+from lib.runs import terminal
 from lib.runs.interrupts import Stopped, TrainingError
+from lib.runs.memory import out_of_memory
 from lib.runs.processes import end_at_once, lost_contact
 
 
@@ -53,7 +55,7 @@ def chosen(flag: str, text: str, known: Collection[str]) -> list[str]:
     return names
 
 
-def exit_code(program: str, action: Callable[[], object], resume: str) -> int:
+def exit_code(program: str, action: Callable[[], object]) -> int:
     """Run ``action`` and return the exit code.
 
     An expected error is one line on stderr, without a traceback. Bad input or a file error gives
@@ -61,26 +63,29 @@ def exit_code(program: str, action: Callable[[], object], resume: str) -> int:
     130. Any other error is raised. With several processes this function does not return: it ends
     the process by :func:`end_at_once`.
 
-    The line begins with ``program``; ``resume`` is the option that continues an interrupted run.
+    The line begins with ``program``.
     """
+    terminal.prepare()
     try:
         action()
+        sys.stdout.flush()
     except (Exception, KeyboardInterrupt) as error:
-        found = _explanation(error, resume)
+        found = _explanation(error)
         if found is None:  # a bug: show the traceback
             if not dist.is_initialized():
                 raise
             traceback.print_exc()
             end_at_once(1)
         line, code = found
-        print(f"{program}: {' '.join(line.split())}", file=sys.stderr)
+        terminal.put("", sys.stdout, end="")  # what could not be written is not tried again
+        terminal.put(f"{program}: {' '.join(line.split())}", sys.stderr)
         end_at_once(code)
         return code
     end_at_once(0)
     return 0
 
 
-def _explanation(error: BaseException, resume: str) -> tuple[str, int] | None:
+def _explanation(error: BaseException) -> tuple[str, int] | None:
     """The message and the exit code of an expected error; None for any other error."""
     match error:
         case InputError() | OSError():  # no permission, no space: the message names the file
@@ -88,10 +93,11 @@ def _explanation(error: BaseException, resume: str) -> tuple[str, int] | None:
         case TrainingError():
             return str(error), 1
         case Stopped():
-            return f"{error} ({resume} continues the run)", error.code
+            return str(error), error.code
         case KeyboardInterrupt():
-            return f"interrupted ({resume} continues the run)", 130
+            return "interrupted", 130
     if lost := lost_contact(error):
-        way_out = f"start all of them again, {resume} continues the run"
-        return f"lost the other processes ({lost}): {way_out}", 1
+        return f"lost the other processes ({lost}): start all of them again", 1
+    if out_of_memory(error):
+        return f"{out_of_memory(error)}: take a smaller model or batch", 1
     return None

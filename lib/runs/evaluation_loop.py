@@ -58,16 +58,21 @@ def evaluate_batches(
 
     Raises:
         EvaluationStopped: raised in all processes if ``stop`` returned True in one of them.
+        Exception: an error of one process; the others raise an InputError.
     """
     sums: dict[str, Any] = {}
-    stopped = False
+    stopped, error = False, None
     with evaluating(model) as stats:
-        for batch in batches:
-            if stopped := stop():
-                break
-            for name, value in measure(batch).items():
-                value = value.detach().double() if isinstance(value, torch.Tensor) else value
-                sums[name] = sums.get(name, 0) + value
+        try:
+            for batch in batches:
+                if stopped := stop():
+                    break
+                for name, value in measure(batch).items():
+                    value = value.detach().double() if isinstance(value, torch.Tensor) else value
+                    sums[name] = sums.get(name, 0) + value
+        except Exception as caught:
+            error = caught  # the other processes wait for this one
+        processes.raise_together(error)
         means = summed_stats(stats, processes).forward.means()
     found = {name: float(value) for name, value in sums.items()}
     totals: dict[str, float] = {}

@@ -1,7 +1,35 @@
-"""Returns unused memory to the operating system."""
+"""The lack of memory in words, and the return of unused memory to the operating system."""
 
 import ctypes
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from lib.errors import InputError
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What to say of an error if it is a lack of memory, on a GPU or the CPU; else ""."""
+    text = str(error)
+    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
+    if not isinstance(error, kinds) and "can't allocate memory" not in text:
+        return ""
+    tried = re.search("tried to allocate ([0-9.]+ [A-Za-z]+)", text, re.IGNORECASE)
+    return f"out of memory ({tried[1]} more were needed)" if tried else "out of memory"
+
+
+@contextmanager
+def memory_for(way_out: str) -> Iterator[None]:
+    """A context that turns a lack of memory into an InputError with advice."""
+    try:
+        yield
+    except Exception as error:
+        if found := out_of_memory(error):
+            raise InputError(f"{found}: {way_out}") from error
+        raise
 
 
 def release_free_memory() -> None:

@@ -1,9 +1,9 @@
-"""Optimisers: fused ones where PyTorch has them, and their state after a resume."""
+"""Optimisers: fused ones where PyTorch has them, clipping, and their state after a resume."""
 
 from collections import Counter
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def fused_if_possible(
@@ -42,13 +42,27 @@ def _groups(parameters: list[nn.Parameter]) -> list[dict]:
     return groups
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict, weight_decay: float) -> None:
-    """Load an optimiser's state, except for two options.
+def clip_gradients(model: nn.Module, clipped: list[nn.Parameter], limit: float) -> Tensor:
+    """Clip the norm of the gradients of ``clipped`` to ``limit``, if that is above 0.
 
-    The weight decay is the argument, because settings may change on a resume. ``fused`` stays as
-    this optimiser has it, because it depends on this machine, not on the one that saved.
+    Returns:
+        The norm of all gradients of the model before it, 0-dim.
     """
-    own = {name: optimizer.defaults[name] for name in ("fused",) if name in optimizer.defaults}
+    norms, done = [], set()
+    if limit > 0:
+        norms = [nn.utils.clip_grad_norm_(clipped, limit)]
+        done = {id(p) for p in clipped}
+    norms += [
+        torch.linalg.vector_norm(p.grad)
+        for p in model.parameters()
+        if p.grad is not None and id(p) not in done
+    ]
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load an optimiser's state. Its options stay its own: settings may change on a resume."""
+    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
-        group |= own | {"weight_decay": weight_decay}
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group |= options

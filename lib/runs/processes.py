@@ -61,7 +61,10 @@ class Processes:
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set: "
                 "start several processes with torchrun, or unset WORLD_SIZE"
             )
-        local_rank = int(os.environ["LOCAL_RANK"])
+        world_size = _number("WORLD_SIZE", 10**6)
+        _number("RANK", world_size)
+        _number("MASTER_PORT", 2**16)
+        local_rank = _number("LOCAL_RANK", world_size)
         backend = "gloo"
         if torch.cuda.is_available():
             if local_rank < torch.cuda.device_count():  # otherwise gpu() raises the error
@@ -144,6 +147,29 @@ class Processes:
         self.lead(lambda: kept.append(action()))
         return kept[0] if kept else None
 
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise an error that any process has in all processes; None: this one has none."""
+        said = self.gather(None if error is None else str(error) or type(error).__name__)
+        if error is not None:
+            raise error
+        for rank, text in enumerate(said):
+            if text is not None:
+                raise InputError(f"process {rank}: {text}")
+
+    def next(self, items: Iterator[_T]) -> _T | None:
+        """The next item of each process, None at the end; all must have the same number.
+
+        An error of one process is raised in all.
+        """
+        item, error = None, None
+        try:
+            item = next(items, None)
+        except Exception as caught:
+            error = caught
+        if self.sum(torch.tensor(float(error is not None))) > 0:
+            self.raise_together(error)
+        return item
+
     def in_turn(self, action: Callable[[], _T]) -> _T:
         """Run ``action`` in every process, on each machine first in that of local rank 0.
 
@@ -194,6 +220,14 @@ def _settle_buckets(parallel: DistributedDataParallel) -> None:
     finally:
         del model.forward
     parallel.zero_grad(set_to_none=True)
+
+
+def _number(name: str, below: int) -> int:
+    """The environment variable ``name``, which torchrun sets to a number from 0 to below - 1."""
+    text = os.environ[name]
+    fits = text.isdecimal() and len(text) < 9 and int(text) < below
+    check(fits, name, text, f"an integer from 0 to {below - 1}, as torchrun sets it")
+    return int(text)
 
 
 def _timeout() -> timedelta:

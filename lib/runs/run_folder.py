@@ -17,7 +17,9 @@ import torch
 from lib.errors import DEQWarning, InputError
 from lib.extras import needs
 from lib.runs.atomic_files import atomic_write
+from lib.runs.ownership import LOCK
 from lib.runs.retention import clean_temporaries, versions
+from lib.runs.terminal import put
 
 with needs("runs"):
     from tqdm import tqdm
@@ -40,9 +42,18 @@ def run_folder(work_dir: str, dataset: str, name: str) -> Path:
     return Path(f"{work_dir}-{dataset}") / name
 
 
-def check_unused(folder: Path, way_out: str) -> None:
-    """Raise an InputError if the folder already holds a run's checkpoint."""
-    if versions(folder / CHECKPOINT):
+def is_used(folder: Path) -> bool:
+    """Whether a run has written a file in ``folder``, hidden ones and the lock apart."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return any(e.is_file() and e.name != LOCK and not e.name.startswith(".") for e in entries)
+
+
+def check_unused(folder: Path, way_out: str, *, anew: bool = False) -> None:
+    """Raise an InputError if ``folder`` already holds a run.
+
+    With ``anew`` this is a run with a checkpoint, without it a run with any file.
+    """
+    if versions(folder / CHECKPOINT) or (is_used(folder) and not anew):
         raise InputError(f"{folder} already holds a run: {way_out}")
 
 
@@ -54,7 +65,7 @@ def last_good(folder: Path | None) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The records of a run, oldest first, up to the first damaged one.
+    """The records of a run, oldest first, up to the first damaged one; a null is read as NaN.
 
     A kill can leave the last record incomplete.
     """
@@ -67,8 +78,14 @@ def read_metrics(folder: Path) -> list[dict]:
             break
         if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
             break
-        records.append(record)
+        records.append({k: math.nan if v is None else v for k, v in record.items()})
     return records
+
+
+def _line(record: dict) -> str:
+    """A record as JSON."""
+    lacking = {k: None for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
+    return json.dumps(record | lacking, allow_nan=False)
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -143,9 +160,10 @@ class Run:
             and not record["kind"].startswith(_OF_THE_END)
         ]
         with atomic_write(folder / METRICS) as file:
-            file.write("".join(json.dumps(record) + "\n" for record in kept).encode())
+            file.write("".join(_line(record) + "\n" for record in kept).encode())
         self._metrics = open(folder / METRICS, "a")  # noqa: SIM115  (open for the whole run)
-        self._log = open(folder / LOG, "w" if resume_step is None else "a")  # noqa: SIM115
+        how = {"mode": "w" if resume_step is None else "a", "encoding": "utf-8"}
+        self._log = open(folder / LOG, errors="backslashreplace", **how)  # noqa: SIM115
         # Imported here: benchmarks write no events and do not need tensorboardX.
         from lib.runs.events import Events
 
@@ -159,17 +177,21 @@ class Run:
 
     def log(self, line: str) -> None:
         """Write one line to the terminal and to log.txt."""
-        if not self.quiet:
-            tqdm.write(line)
-            sys.stdout.flush()
+        lost = None if self.quiet else put(line, sys.stdout)
         if self._log is not None:
             self._attempt(self.folder / LOG, lambda: print(line, file=self._log, flush=True))
+        if lost is not None:
+            self.quiet = True
+            self.log(f"warning: the standard output is lost ({lost.strerror}): see {LOG} alone")
 
     def record(self, kind: str, step: int, **values: float) -> None:
-        """Write a record to metrics.jsonl; finite numbers go to TensorBoard as ``kind/name``."""
+        """Write a record to metrics.jsonl; finite numbers go to TensorBoard as ``kind/name``.
+
+        JSON has no NaN and no infinity: null stands for both.
+        """
         if self._metrics is None:
             return
-        text = json.dumps({"kind": kind, "step": step, **values})
+        text = _line({"kind": kind, "step": step, **values})
         self._attempt(self.folder / METRICS, lambda: print(text, file=self._metrics, flush=True))
 
         def write() -> None:

@@ -1,5 +1,6 @@
 """A training command: read the checkpoint, build, open the run's folder, train, finish."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,9 +9,11 @@ import torch
 
 from lib.errors import InputError, naming
 from lib.runs.checkpoint import load
-from lib.runs.processes import Processes
+from lib.runs.interrupts import Stopped, TrainingError
+from lib.runs.ownership import new_folder, own
+from lib.runs.processes import Processes, lost_contact
 from lib.runs.retention import load_newest, set_aside
-from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, peak_memory_mib
+from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, check_unused, peak_memory_mib
 from lib.runs.trainer import Trainer
 
 
@@ -22,8 +25,16 @@ class Plan:
     folder: Path  # of the run
     checkpoint: Path | None  # the newest one of the run to continue; None begins a new run
     named_by: str  # the option that chose ``checkpoint``, for messages
+    used: str  # advice to a new run whose folder holds a run already
+    anew: bool = False  # a new run may use the folder of a run that saved no checkpoint
+    unnamed: bool = False  # a new run takes another name if the folder exists
     debug: bool = False  # write nothing
     events: Path | None = None  # folder of the TensorBoard events; None means ``folder``
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run goes on writing in the folder of its checkpoint."""
+        return self.checkpoint == self.folder / CHECKPOINT and not self.debug
 
 
 @dataclass(frozen=True)
@@ -35,16 +46,28 @@ class Settings:
     content: str
     read: Callable[[Path], dict]  # reads such a file; raises an InputError if it is unreadable
     free: tuple[str, ...]  # (beginnings of) names that a resumed run may change without a note
+    first: tuple[str, ...]  # (beginnings of) names that have an effect on a new run only
 
     def changes(self, path: Path) -> list[str]:
-        """One line per setting that differs from the settings in ``path``."""
+        """One line per setting that differs from the settings in ``path``.
+
+        Raises:
+            InputError: such a setting has an effect on a new run only.
+        """
         if not path.is_file():
             return [f"{path} is missing, so the settings could not be compared"]
         before = self.read(path)
+        changed = [k for k, v in self.values.items() if k in before and before[k] != v]
+        for name in changed:
+            if name.startswith(self.first):
+                raise InputError(
+                    f"{name} {self.values[name]!r} has no effect on a run that goes on: it began "
+                    f"with {before[name]!r}, so leave that"
+                )
         return [
-            f"changed since the checkpoint: {name} from {before[name]!r} to {value!r}"
-            for name, value in self.values.items()
-            if name in before and before[name] != value and not name.startswith(self.free)
+            f"changed since the checkpoint: {name} from {before[name]!r} to {self.values[name]!r}"
+            for name in changed
+            if not name.startswith(self.free)
         ]
 
 
@@ -69,13 +92,25 @@ def run_training(plan: Plan, build: Callable[[bool], Job], processes: Processes)
         The run's folder; None in a debug run and in all processes except the first.
 
     Raises:
-        InputError: the checkpoint is unreadable, or of another model or other settings.
+        InputError: the folder has another owner or holds a run already; the checkpoint is
+            unreadable, or of another model or other settings.
         Stopped, TrainingError: as :meth:`~lib.runs.trainer.Trainer.train`.
     """
+    with contextlib.ExitStack() as locks:
+        return _run(plan, build, processes, locks)
+
+
+def _run(
+    plan: Plan, build: Callable[[bool], Job], processes: Processes, locks: contextlib.ExitStack
+) -> Path | None:
     state, source, lines = None, None, []
+    if plan.goes_on:
+        # Before the checkpoint is read: the owner may be about to write a newer one.
+        lines += processes.lead(lambda: _own(plan.folder, locks))
     if plan.checkpoint is not None:
         with naming(plan.named_by):
-            state, source, lines = read_checkpoint(plan.checkpoint, plan.trainer, processes)
+            state, source, said = read_checkpoint(plan.checkpoint, plan.trainer, processes)
+        lines += said
     job = build(state is None)
     trainer, settings = job.trainer, job.settings
     lines += job.notes
@@ -83,10 +118,11 @@ def run_training(plan: Plan, build: Callable[[bool], Job], processes: Processes)
         lines += settings.changes(plan.checkpoint.parent / settings.file)
         lines += trainer.load_state_dict(state, source)
         lines.append(f"continuing {source} at step {trainer.step}")
+    trainer.try_validation()
     if not processes.lead((plan.folder / WEIGHTS).exists):
         trainer.best = {}  # the best weights are in another run's folder
     step = None if state is None else trainer.step
-    run = processes.lead_keeps(lambda: _begin(plan, settings, source, step)) or Run.silent()
+    run = processes.lead_keeps(lambda: _begin(plan, settings, source, step, locks)) or Run.silent()
     try:
         device = trainer.device
         run.log(job.title)
@@ -95,26 +131,58 @@ def run_training(plan: Plan, build: Callable[[bool], Job], processes: Processes)
             f"{device}{trainer.gpus or ''} | "
             f"{processes.world_size} process(es) of {torch.get_num_threads()} threads"
         )
-        run.log("debug: nothing is written" if plan.debug else f"run folder {plan.folder}")
+        run.log("debug: nothing is written" if plan.debug else f"run folder {run.folder}")
         for line in lines:
             run.log(line)
-        trainer.train(run)
-        job.finish(run)
+        trainer.train(run, job.finish)
         trainer.summarise()
         run.log(f"peak memory {peak_memory_mib(device):.0f} MiB")
         processes.lead(run.sync)
+    except (Stopped, KeyboardInterrupt) as error:
+        why, code = str(error) or "interrupted", getattr(error, "code", 130)
+        hint = "" if plan.debug else f" ({trainer.care.resume} continues the run)"
+        raise Stopped(why + hint, code) from None
+    except Exception as error:
+        if (lost := lost_contact(error)) and not plan.debug:
+            way_out = f"start all of them again, {trainer.care.resume} continues the run"
+            raise TrainingError(f"lost the other processes ({lost}): {way_out}") from error
+        raise
     finally:
         run.close()
     return run.folder
 
 
-def _begin(plan: Plan, settings: Settings, source: Path | None, step: int | None) -> Run:
-    """Open the run's folder; move aside checkpoints that are newer than the one read."""
-    folder = None if plan.debug else plan.folder
-    run = Run(folder, (settings.file, settings.content), step, events=plan.events)
-    own = plan.folder / CHECKPOINT
-    if not plan.debug and plan.checkpoint in (None, own):
-        set_aside(own, source or own)
+def _own(folder: Path, locks: contextlib.ExitStack) -> list[str]:
+    """Own ``folder`` until ``locks`` is closed; return lines for the log."""
+    lock = own(folder)
+    if lock is None:
+        return [f"warning: {folder} is on a file system without locks: start one run in it"]
+    locks.enter_context(lock)
+    return []
+
+
+def _begin(
+    plan: Plan,
+    settings: Settings,
+    source: Path | None,
+    step: int | None,
+    locks: contextlib.ExitStack,
+) -> Run:
+    """Open the run's folder, as its owner; move aside checkpoints newer than the one read."""
+    kept, folder, lines = (settings.file, settings.content), plan.folder, []
+    if plan.debug:
+        return Run(None, kept, step)
+    if not plan.goes_on:
+        if plan.events is not None:  # before the lock: a failure leaves nothing behind
+            plan.events.mkdir(parents=True, exist_ok=True)
+        folder = new_folder(folder) if plan.unnamed else folder
+        lines = _own(folder, locks)
+        check_unused(folder, plan.used, anew=plan.anew)  # no other run can begin here from now on
+    run = Run(folder, kept, step, events=plan.events)
+    for line in lines:
+        run.log(line)
+    if plan.checkpoint in (None, folder / CHECKPOINT):
+        set_aside(folder / CHECKPOINT, source or folder / CHECKPOINT)
     return run
 
 

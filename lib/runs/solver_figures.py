@@ -5,9 +5,11 @@ from dataclasses import asdict
 import torch
 
 from lib.runs.processes import Processes
+from lib.runs.run_folder import Run
 from lib.solvers.stats import PassStats, SolverStats
 
 PASSES = ("forward", "backward")
+_DIVERGED_SHOWN = 20  # at most this many log lines on diverged solves; metrics record all of them
 
 
 def stats_state(stats: SolverStats) -> list[dict]:
@@ -34,6 +36,40 @@ def summed_stats(stats: SolverStats, processes: Processes) -> SolverStats:
             for n, nfe, broken, absolute, relative in sums
         )
     )
+
+
+def broken_solves(stats: SolverStats) -> list[int]:
+    """The number of broken solves of each pass."""
+    return [getattr(stats, which).broken for which in PASSES]
+
+
+def broken_since(before: list[int], stats: SolverStats) -> list[tuple[str, float, int]]:
+    """Pass, relative residual and nfe of each solve that broke since :func:`broken_solves`.
+
+    Of several in one pass, all have the figures of the last.
+    """
+    found = []
+    for which, old, new in zip(PASSES, before, broken_solves(stats), strict=True):
+        last = getattr(stats, which).last_broken
+        found += [(which, last["rel_residual"], last["nfe"]) for _ in range(new - old)]
+    return found
+
+
+def report_diverged(found: list[list[tuple]], run: Run, step: int, counts: dict) -> None:
+    """Log, record and count what :func:`broken_since` found in each process."""
+    for rank, solves in enumerate(found):
+        for which, residual, nfe in solves:
+            counts[f"diverged_{which}"] += 1
+            values = {"pass": which, "rel_residual": residual, "nfe": nfe, "rank": rank}
+            run.record("diverged", step, **values)
+            shown = counts["diverged_forward"] + counts["diverged_backward"]
+            if shown <= _DIVERGED_SHOWN:
+                run.log(
+                    f"step {step} | the {which} solver diverged: relative residual "
+                    f"{residual:.2e} after {nfe} evaluations"
+                    + (f" in process {rank}" if len(found) > 1 else "")
+                    + (" (the last line on this)" if shown == _DIVERGED_SHOWN else "")
+                )
 
 
 def solver_figures(stats: SolverStats) -> tuple[dict[str, float], str]:

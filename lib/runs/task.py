@@ -14,9 +14,10 @@ class Care:
     keep: int  # number of checkpoints kept, including the newest
     max_skipped: int  # the run ends after this many non-finite steps in a row
     clip: float  # largest gradient norm; 0 or less turns clipping off
-    weight_decay: float  # of the optimiser, also after a resume
     resume: str  # the option that continues a run, such as '--restart', for messages
     way_out: str  # advice against non-finite numbers, for messages
+    memory_of_step: str = ""  # advice if the memory is too small for a step,
+    memory_of_validation: str = ""  # or for a validation
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,9 @@ class Task:
             for the log; the score's name; and the score (higher is better).
         """
         raise NotImplementedError
+
+    def rehearse(self) -> None:
+        """Evaluate the first validation batch in the phase of the coming step."""
 
     def after_validation(self, found: Any) -> None:
         """Update what depends on the validation, such as a schedule or the epoch."""

@@ -4,6 +4,8 @@ import contextlib
 import math
 import random
 import time
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -11,18 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.errors import InputError
+from lib.errors import DEQWarning, InputError
 from lib.runs.checkpoint import load_state, not_finite, save_atomic
 from lib.runs.evaluation_loop import EvaluationStopped
 from lib.runs.interrupts import Stopped, Stopping, TrainingError
-from lib.runs.memory import release_free_memory
-from lib.runs.optimizers import restore_optimizer
-from lib.runs.processes import Processes
+from lib.runs.memory import memory_for, release_free_memory
+from lib.runs.optimizers import clip_gradients, restore_optimizer
+from lib.runs.processes import Processes, lost_contact
 from lib.runs.random_states import random_states, restore_random_states
 from lib.runs.retention import save_newest
 from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, last_good, warnings_in
 from lib.runs.solver_figures import (
-    PASSES,
+    broken_since,
+    broken_solves,
+    report_diverged,
     restore_stats,
     solver_figures,
     stats_state,
@@ -31,7 +35,6 @@ from lib.runs.solver_figures import (
 from lib.runs.task import Care, Choices, Task
 
 FORMAT = 2  # version of the checkpoint's format
-_DIVERGED_SHOWN = 20  # at most this many log lines on diverged solves; metrics record all of them
 
 
 class _Events(NamedTuple):
@@ -83,6 +86,7 @@ class Trainer(Task):
         self.run = Run.silent()
         self.best: dict = {}  # phase, name, score and step of the best weights of the last phase
         self.unfinished = False  # True: the last step's validation is due but not done yet
+        self._whole = True  # False: an update has changed a part of the state
         self.begin_window()
 
     # ---- a step --------------------------------------------------------------------------------
@@ -98,16 +102,23 @@ class Trainer(Task):
 
         Raises:
             TrainingError: too many steps in a row were not finite.
+            InputError: the memory is too small.
         """
-        choices, broken = self.draw(), self._broken()
         # For a skipped step: the forward pass updates the running statistics of batch norm.
         buffers = [buffer.detach().clone() for buffer in self.model.buffers()]
-        sums = self._forward_and_backward(batch, choices)
-        norm = self._clip()
-        sums, events, norm = self._of_all_processes(sums, broken, norm)
+        try:
+            with memory_for(self.care.memory_of_step):
+                choices, broken = self.draw(), broken_solves(self.model.deq.stats)
+                sums = self._forward_and_backward(batch, choices)
+                norm = clip_gradients(self.model, self.clipped, self.care.clip)
+                sums, events, norm = self._of_all_processes(sums, broken, norm)
+        except Exception:
+            self._restore(buffers)
+            raise
         loss = sums["loss"] + sums["jac_loss"]
         finite = math.isfinite(loss + norm)
         self.set_learning_rate()
+        self._whole = False
         if finite:
             self.optimizer.step()
             self.skipped_in_a_row = 0
@@ -115,9 +126,11 @@ class Trainer(Task):
             self._skip(buffers)
         self.step += 1
         self.advance(batch, sums["loss"])
+        self._whole = True
         self._add_to_window(sums, finite, choices)
         if events.diverged:
-            self._report_diverged(broken)
+            found = self.processes.gather(broken_since(broken, self.model.deq.stats))
+            report_diverged(found, self.run, self.step, self.counts)
         if not finite:
             self._report_skipped(loss, norm)
         return events.stop
@@ -148,7 +161,7 @@ class Trainer(Task):
         """
         # A failed log write: stop; sync() raises it in all processes at the next save.
         stop = self.stopping.check() or self.run.failure is not None
-        diverged = sum(self._broken()) - sum(broken)
+        diverged = sum(broken_solves(self.model.deq.stats)) - sum(broken)
         own = torch.tensor([stop, diverged], dtype=torch.float64)
         together = self.processes.sum(torch.cat([sums, own.to(self.device, non_blocking=True)]))
         *sums, stop, diverged, norm = torch.cat([together, norm[None].double()]).tolist()
@@ -190,27 +203,17 @@ class Trainer(Task):
             return self.parallel.no_sync()
         return contextlib.nullcontext()
 
-    def _clip(self) -> Tensor:
-        """Clip the gradients of ``clipped``; return the norm of all gradients before it, 0-dim."""
-        norms, clipped = [], set()
-        if self.care.clip > 0:
-            norms = [nn.utils.clip_grad_norm_(self.clipped, self.care.clip)]
-            clipped = {id(p) for p in self.clipped}
-        norms += [
-            torch.linalg.vector_norm(p.grad)
-            for p in self.model.parameters()
-            if p.grad is not None and id(p) not in clipped
-        ]
-        return torch.linalg.vector_norm(torch.stack(norms))
-
     def _skip(self, buffers: list[Tensor]) -> None:
         """Count a skipped update, and restore the model's buffers."""
-        with torch.no_grad():
-            for buffer, before in zip(self.model.buffers(), buffers, strict=True):
-                buffer.copy_(before)
+        self._restore(buffers)
         self.forget()
         self.counts["skipped"] += 1
         self.skipped_in_a_row += 1
+
+    @torch.no_grad()
+    def _restore(self, buffers: list[Tensor]) -> None:
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
 
     def _report_skipped(self, loss: float, norm: float) -> None:
         self.run.log(
@@ -220,30 +223,6 @@ class Trainer(Task):
         if self.skipped_in_a_row >= self.care.max_skipped:
             self._give_up(f"{self.skipped_in_a_row} steps in a row were not finite, the last one")
 
-    def _broken(self) -> list[int]:
-        return [getattr(self.model.deq.stats, which).broken for which in PASSES]
-
-    def _report_diverged(self, before: list[int]) -> None:
-        """Log and record the solves of the last step that diverged, in any process."""
-        found = []
-        for which, old, new in zip(PASSES, before, self._broken(), strict=True):
-            if new > old:
-                last = getattr(self.model.deq.stats, which).last_broken
-                found += [(which, last["rel_residual"], last["nfe"])] * (new - old)
-        for rank, solves in enumerate(self.processes.gather(found)):
-            for which, residual, nfe in solves:
-                self.counts[f"diverged_{which}"] += 1
-                values = {"pass": which, "rel_residual": residual, "nfe": nfe, "rank": rank}
-                self.run.record("diverged", self.step, **values)
-                shown = self.counts["diverged_forward"] + self.counts["diverged_backward"]
-                if shown <= _DIVERGED_SHOWN:
-                    self.run.log(
-                        f"step {self.step} | the {which} solver diverged: relative residual "
-                        f"{residual:.2e} after {nfe} evaluations"
-                        + (f" in process {rank}" if self.processes.world_size > 1 else "")
-                        + (" (the last line on this)" if shown == _DIVERGED_SHOWN else "")
-                    )
-
     def _give_up(self, trouble: str) -> NoReturn:
         raise TrainingError(
             f"{trouble} at step {self.step}: {self.care.way_out}{last_good(self.run.folder)}"
@@ -251,12 +230,19 @@ class Trainer(Task):
 
     # ---- the loop ------------------------------------------------------------------------------
 
-    def train(self, run: Run) -> None:
+    def train(self, run: Run, finish: Callable[[Run], None] = lambda run: None) -> None:
         """Train up to ``last_step`` updates; log, validate and save when due.
+
+        An error while a batch is read, or in a step or a validation, ends the run, but the state
+        after the last whole step is saved first.
+
+        Args:
+            finish: called after the last step; an evaluation in it may be interrupted by a stop.
 
         Raises:
             Stopped: a signal or the time limit ended the run; all its state is saved.
             TrainingError: too many steps in a row were not finite, or the weights are not finite.
+            InputError: the memory is too small, or data cannot be read.
         """
         self.run = run
         self.model.train()
@@ -265,13 +251,63 @@ class Trainer(Task):
         with self.stopping, warnings_in(run.log):
             if self.unfinished:
                 self._finish_step(validate=True, save=True, stop=False)
-            for batch in self.batches():
-                stop = self.update(batch)
+            batches = self.batches()
+            while True:
+                before = self._before()
+                with self._saved_on_error(before):
+                    batch = self.processes.next(batches)
+                if batch is None:
+                    break
+                with self._saved_on_error(before, alone=True):
+                    stop = self.update(batch)
                 bar.update()
                 log, validate, save = self.due()
                 if log:
                     self._log()
                 self._finish_step(validate, save, stop)
+            try:
+                finish(run)
+            except EvaluationStopped:
+                self._stop()
+
+    def try_validation(self) -> None:
+        """Evaluate one batch: an error in it comes now, and not after hours of training.
+
+        Raises:
+            InputError: a setting or the data does not fit, or the memory is too small.
+        """
+        if self.unfinished or self.step >= self.last_step:
+            return
+        states, _ = self._before()
+        with warnings.catch_warnings(), memory_for(self.care.memory_of_validation):
+            warnings.simplefilter("ignore", DEQWarning)  # they come again
+            self.rehearse()
+        restore_random_states(states, self.rng, self.gpus)
+        release_free_memory()
+
+    def _before(self) -> tuple[dict, list[dict]]:
+        """What a step or a validation that fails leaves changed: random states and statistics."""
+        return random_states(self.rng, self.gpus), stats_state(self.model.deq.stats)
+
+    @contextlib.contextmanager
+    def _saved_on_error(self, before: tuple, *, alone: bool = False) -> Iterator[None]:
+        """If an error ends the block, save the state with what :meth:`_before` returned.
+
+        ``alone``: only this process may have the error, so that the others cannot save with it.
+        """
+        try:
+            yield
+        except (EvaluationStopped, TrainingError):
+            raise
+        except Exception as error:
+            saved = self._whole and not (alone and self.processes.world_size > 1)
+            if saved and not lost_contact(error):
+                restore_random_states(before[0], self.rng, self.gpus)
+                restore_stats(before[1], self.model.deq.stats)
+                with contextlib.suppress(InputError, TrainingError):  # the first error says more
+                    self.save()
+                    self.run.log(f"an error ends the run after step {self.step}: {self._saved()}")
+            raise
 
     def summarise(self, *, finished: bool = True) -> None:
         """Write the last log line and record of a run that is finished or was stopped."""
@@ -293,15 +329,25 @@ class Trainer(Task):
         if validate or save or stop:
             self.save()
         if stop:
-            reasons = self.processes.gather((self.stopping.reason, self.stopping.code))
-            reason, code = next(found for found in reasons if found[0])
-            self.run.log(f"stopped by {reason} at step {self.step}: all is saved")
-            self.summarise(finished=False)
-            raise Stopped(f"stopped by {reason} at step {self.step}", code)
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        reasons = self.processes.gather((self.stopping.reason, self.stopping.code))
+        reason, code = next(found for found in reasons if found[0])
+        self.run.log(f"stopped by {reason} at step {self.step}: {self._saved()}")
+        self.summarise(finished=False)
+        raise Stopped(f"stopped by {reason} at step {self.step}", code)
+
+    def _saved(self) -> str:
+        return "all is saved" if self.run.folder else "nothing is saved"
 
     def _log(self) -> None:
         """Write one log line and one record: means over the steps since the previous line."""
         window, elapsed = self._window, time.perf_counter() - self._window_start
+        if not window["steps"]:  # no mean
+            self.run.log(f"step {self.step} | all {window['skipped']} since the last line skipped")
+            self.begin_window()
+            return
         values, line = self.figures(self.mean_loss(), elapsed)
         solver, words = solver_figures(summed_stats(self.model.deq.stats, self.processes))
         values |= solver
@@ -319,11 +365,13 @@ class Trainer(Task):
 
     def _validate(self) -> bool:
         """Validate and keep the best weights of the last phase; False if interrupted by a stop."""
-        paused, states = time.perf_counter(), random_states(self.rng, self.gpus)
+        paused, before = time.perf_counter(), self._before()
         try:
-            found, record, name, score = self.validate()
+            with self._saved_on_error(before), memory_for(self.care.memory_of_validation):
+                found, record, name, score = self.validate()
         except EvaluationStopped:
-            restore_random_states(states, self.rng, self.gpus)  # the resumed run validates again
+            # The resumed run validates again.
+            restore_random_states(before[0], self.rng, self.gpus)
             return False
         release_free_memory()  # otherwise the memory used by validation stays resident
         phase = "stacked" if 0 < self.step <= self.pretrain_steps else "equilibrium"
@@ -418,7 +466,7 @@ class Trainer(Task):
                     "with the former"
                 )
         load_state(self.model, state[self.weights_key], str(source))
-        restore_optimizer(self.optimizer, state["optimizer"], self.care.weight_decay)
+        restore_optimizer(self.optimizer, state["optimizer"])
         self.step, self.best, self.counts = state["step"], state["best"], state["counts"]
         self.skipped_in_a_row, self.unfinished = state["skipped_in_a_row"], state["unfinished"]
         self._window = state["window"]

@@ -72,7 +72,7 @@ def count(radius: float, solver: str, mode: str, systems: int, size: int, steps:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code("bench_adjoints.py", lambda: run(parse(argv)), "calling it again")
+    return exit_code("bench_adjoints.py", lambda: run(parse(argv)))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

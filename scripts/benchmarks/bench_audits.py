@@ -139,7 +139,7 @@ def findings(figures: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code("bench_audits.py", lambda: run(parse(argv)), "calling it again")
+    return exit_code("bench_audits.py", lambda: run(parse(argv)))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -338,7 +338,7 @@ SECTIONS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code("bench_gradients.py", lambda: run(parse(argv)), "calling it again")
+    return exit_code("bench_gradients.py", lambda: run(parse(argv)))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -106,7 +106,7 @@ def checkpointed() -> list[list]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return its exit code."""
-    return exit_code("bench_modes.py", lambda: run(argv), "nothing")
+    return exit_code("bench_modes.py", lambda: run(argv))
 
 
 def run(argv: list[str] | None = None) -> None:

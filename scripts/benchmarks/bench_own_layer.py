@@ -202,7 +202,7 @@ HEAD = ["f", "test accuracy", "residual", "evaluations", "training: forward + ba
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code("bench_own_layer.py", lambda: run(parse(argv)), "calling it again")
+    return exit_code("bench_own_layer.py", lambda: run(parse(argv)))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -79,7 +79,7 @@ def by_solver() -> dict[str, list[tuple[int | None, bool]]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code("bench_roots.py", lambda: run(parse(argv)), "calling it again")
+    return exit_code("bench_roots.py", lambda: run(parse(argv)))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -215,7 +215,7 @@ def memory_section(options, device) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code("bench_solvers.py", lambda: run(parse(argv)), "calling it again")
+    return exit_code("bench_solvers.py", lambda: run(parse(argv)))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

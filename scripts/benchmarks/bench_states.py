@@ -30,7 +30,7 @@ LONGER = {"A5": "--max_step 3500"}  # a table of 3,600 products has to be learnt
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code("bench_states.py", lambda: run(parse(argv)), "calling it again")
+    return exit_code("bench_states.py", lambda: run(parse(argv)))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

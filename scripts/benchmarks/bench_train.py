@@ -70,7 +70,7 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; return its exit code."""
-    return exit_code("bench_train.py", lambda: run(argv), "nothing")
+    return exit_code("bench_train.py", lambda: run(argv))
 
 
 def run(argv: list[str] | None = None) -> list[dict]:

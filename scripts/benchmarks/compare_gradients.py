@@ -74,7 +74,7 @@ TABLE_FILE, JSON_FILE = "gradients.md", "gradients.json"
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code("compare_gradients.py", lambda: run(parse(argv)), "calling it again")
+    return exit_code("compare_gradients.py", lambda: run(parse(argv)))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

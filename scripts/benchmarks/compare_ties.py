@@ -55,7 +55,7 @@ TABLE_FILE, JSON_FILE = "ties.md", "ties.json"
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code("compare_ties.py", lambda: run(parse(argv)), "calling it again")
+    return exit_code("compare_ties.py", lambda: run(parse(argv)))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -55,7 +55,7 @@ def build_parser() -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the estimate; return the exit code."""
-    return exit_code("scaling_estimate.py", lambda: run(argv), "nothing")
+    return exit_code("scaling_estimate.py", lambda: run(argv))
 
 
 def run(argv: list[str] | None = None) -> str:

@@ -46,13 +46,15 @@ at_least GPUS 1
 at_least NODES 1
 at_least RESTARTS 0
 at_least PORT 1
+[[ ${RUN_ID:=deq} =~ ^[A-Za-z0-9._-]+$ ]] ||
+    fail "RUN_ID is '$RUN_ID', but must be of letters, digits, '.', '_' and '-'"
 
 flags=(--nnodes="$NODES" --nproc_per_node="$GPUS" --max_restarts="$RESTARTS")
 if [ "$NODES" -eq 1 ]; then
     flags+=(--standalone) # chooses a free port
 else
     [ -n "${MASTER:-}" ] || fail "$NODES machines need MASTER, the name of one of them"
-    flags+=(--rdzv_backend=c10d --rdzv_endpoint="$MASTER:$PORT" --rdzv_id="${RUN_ID:-deq}")
+    flags+=(--rdzv_backend=c10d --rdzv_endpoint="$MASTER:$PORT" --rdzv_id="$RUN_ID")
     # Without this, MASTER publishes the address of its processes only once, and a replacement
     # machine waits for the address forever (torch 2.13).
     [ "$RESTARTS" -eq 0 ] || export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1

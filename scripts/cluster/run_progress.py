@@ -54,7 +54,7 @@ def progress(folder: Path) -> tuple[str, int]:
 
 def main(argv: list[str] | None = None) -> int:
     file, *flags = sys.argv[1:] if argv is None else argv
-    return exit_code("run_progress", lambda: print(*progress(folder_of(file, flags))), "")
+    return exit_code("run_progress", lambda: print(*progress(folder_of(file, flags))))
 
 
 if __name__ == "__main__":

@@ -67,6 +67,25 @@ def test_alone():
         end_at_once(1)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("RANK", "a", "0 to 1"),
+        ("RANK", "2", "0 to 1"),
+        ("LOCAL_RANK", "-1", "0 to 1"),
+        ("WORLD_SIZE", "two", "0 to 999999"),
+        ("MASTER_PORT", "http", "0 to 65535"),
+    ],
+)
+def test_a_launcher_that_sets_no_number(monkeypatch, name, value, accepted):
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}
+    for key, text in (variables | {"MASTER_ADDR": "nowhere", name: value}).items():
+        monkeypatch.setenv(key, text)
+    words = f"^{name} is '{value}', but must be an integer from {accepted}, as torchrun sets it$"
+    with pytest.raises(InputError, match=words), Processes.joined():
+        pass
+
+
 # ---- a GPU for each ----------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import torch
 from tensorboardX.proto.event_pb2 import Event
 
 from lib.errors import InputError
+from lib.runs.ownership import own
 from lib.runs.run_folder import (
     CHECKPOINT,
     LOG,
@@ -71,15 +72,17 @@ def test_run_without_a_name_has_a_time_stamp(name):
 
 def test_check_unused(folder):
     check_unused(folder, "go elsewhere")
+    own(folder).close()
+    check_unused(folder, "go elsewhere")  # the lock of a run that wrote nothing
     started(folder, [1])
-    check_unused(
-        folder, "go elsewhere"
-    )  # a run that was killed before its first checkpoint is begun anew
-    (folder / CHECKPOINT).write_bytes(b"")
     with pytest.raises(InputError) as caught:
         check_unused(folder, "go elsewhere")
     assert str(folder) in str(caught.value)
     assert "go elsewhere" in str(caught.value)
+    check_unused(folder, "go elsewhere", anew=True)  # it was killed before its first checkpoint
+    (folder / CHECKPOINT).write_bytes(b"")
+    with pytest.raises(InputError):
+        check_unused(folder, "go elsewhere", anew=True)
 
 
 # ---- what is written -------------------------------------------------------------------------

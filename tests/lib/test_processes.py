@@ -26,6 +26,7 @@ def found_by(processes: Processes, folder: str) -> dict:
     found["lead"] = lead(processes)
     for name, local_rank in (("one machine", processes.rank), ("two machines", processes.rank % 2)):
         found[name] = in_turn(processes, Path(folder), name, local_rank)
+    found["next"] = following(processes)
     found["replicate"] = replicated(processes)
     found["seeds"] = draws(processes)
     return found
@@ -77,6 +78,24 @@ def in_turn(processes: Processes, folder: Path, name: str, local_rank: int) -> d
     except InputError as error:
         found["failing"] = str(error)
     return found
+
+
+def following(processes: Processes) -> list:
+    """The items of an iterator that breaks in one process, at its second item."""
+
+    def items():
+        yield 10 * processes.rank
+        if processes.rank == 1:
+            raise ZeroDivisionError("a corrupt picture")
+        yield 1
+
+    seen, rest = [], items()
+    try:
+        while (item := processes.next(rest)) is not None:
+            seen.append(item)
+    except Exception as error:
+        seen.append((type(error).__name__, str(error)))
+    return [*seen, processes.next(iter(()))]  # which are in step again
 
 
 def replicated(processes: Processes) -> dict:
@@ -153,6 +172,16 @@ def test_lead(found):
         assert str(seen["InputError"]) == "no such flag"
         error = seen["FileNotFoundError"]
         assert (error.errno, error.filename) == (2, "b/c.txt")
+
+
+def test_next_raises_an_error_in_all_processes(found):
+    said = "process 1: a corrupt picture"
+    own = ("ZeroDivisionError", "a corrupt picture")
+    assert [f["next"] for f in found] == [
+        [0, ("InputError", said), None],
+        [10, own, None],
+        [20, ("InputError", said), None],
+    ]
 
 
 def test_in_turn(found):

@@ -1,7 +1,9 @@
 """The loop of all trainers: steps that are skipped, solves that diverge, stops, checkpoints."""
 
+import dataclasses
 import math
 import os
+import re
 import signal
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from harness import differences
 from lib.errors import InputError
 from lib.runs.checkpoint import load
+from lib.runs.evaluation_loop import EvaluationStopped
 from lib.runs.interrupts import Stopped, TrainingError
 from lib.runs.retention import versions
 from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, Run, read_metrics
@@ -236,6 +239,145 @@ def test_a_time_limit_stops_in_time(start, tmp_path):
         start(trainer)
     assert caught.value.code == 0
     assert load(tmp_path / "run" / CHECKPOINT)["step"] == 1
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+
+def failing(trainer, where, at, error):
+    """Let ``trainer`` raise ``error`` once, at step ``at``."""
+    armed = [True]
+
+    def fail(step):
+        if step == at and armed:
+            armed.clear()
+            raise error
+
+    if where == "data":
+        batches = trainer.batches
+
+        def broken():
+            for batch in batches():
+                fail(trainer.step)
+                yield batch
+
+        trainer.batches = broken
+    elif where == "step":
+        part = trainer.part
+
+        def broken_part(index, *arguments):
+            found = part(index, *arguments)  # it has changed batch norm's statistics by then
+            if index == 1:
+                fail(trainer.step)
+            return found
+
+        trainer.part = broken_part
+    else:
+        validate = trainer.validate
+
+        def broken_validation():
+            found = validate()
+            fail(trainer.step)
+            return found
+
+        trainer.validate = broken_validation
+
+
+@pytest.mark.parametrize(
+    ("where", "at"), [("data", 0), ("data", 6), ("step", 2), ("step", 6), ("validation", 4)]
+)
+@pytest.mark.parametrize("kind", [InputError, ZeroDivisionError])
+def test_an_error_saves_first(start, whole, where, at, kind):
+    """Whatever it is, and though nothing is saved in between as a rule."""
+    trainer = ToyTrainer()
+    failing(trainer, where, at, kind("a corrupt picture"))
+    with pytest.raises(kind, match="a corrupt picture"):
+        start(trainer)
+    folder = whole[0].parent / "run"
+    assert load(folder / CHECKPOINT)["step"] == at
+    assert f"an error ends the run after step {at}: all is saved" in (folder / LOG).read_text()
+    trainer = resumed(folder)
+    trainer.scores = iter(range(0 if at <= 4 else 1, 9))
+    assert_whole(start(trainer), whole)
+
+
+def test_too_little_memory_for_a_step(start, tmp_path):
+    trainer = ToyTrainer()
+    error = RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has")
+    failing(trainer, "step", 5, torch.cuda.OutOfMemoryError(*error.args))
+    trainer.care = dataclasses.replace(trainer.care, memory_of_step="raise --parts")
+    words = r"^out of memory \(20.00 MiB more were needed\): raise --parts$"
+    with pytest.raises(InputError, match=words):
+        start(trainer)
+    assert load(tmp_path / "run" / CHECKPOINT)["step"] == 5
+
+
+def test_an_update_that_is_half_done_is_not_saved(start, tmp_path):
+    trainer = ToyTrainer()
+    trainer.advance = lambda *arguments: 1 / (trainer.step < 6)
+    with pytest.raises(ZeroDivisionError):
+        start(trainer)
+    assert load(tmp_path / "run" / CHECKPOINT)["step"] == 4
+
+
+def test_what_a_validation_lacks_is_known_before_the_first_step(start, whole):
+    trainer, seen = ToyTrainer(), []
+
+    def rehearse():
+        torch.randn(1)  # as a validation may
+        seen.append(trainer.step)
+        raise InputError("--size is 0")
+
+    trainer.rehearse = rehearse
+    with pytest.raises(InputError, match="--size"):
+        trainer.try_validation()
+    assert seen == [0]
+    trainer = ToyTrainer()
+    trainer.rehearse = lambda: torch.randn(1)
+    trainer.try_validation()
+    assert_whole(start(trainer, "tried"), whole)
+    trainer.rehearse = rehearse
+    trainer.try_validation()  # nothing is left to validate
+
+
+@pytest.mark.parametrize("why", ["signal", "error"])
+def test_the_end_of_a_run_can_be_interrupted(tmp_path, why):
+    """By a signal just after the last validation: it is stopped, not broken."""
+
+    def finish(run):
+        if why == "error":
+            raise InputError("no weights")
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise EvaluationStopped
+
+    trainer, run = ToyTrainer(), Run(tmp_path, ("settings.json", "{}"))
+    found = {"signal": (Stopped, "stopped by SIGTERM at step 8"), "error": (InputError, "no w")}
+    with pytest.raises(found[why][0], match=found[why][1]):
+        trainer.train(run, finish)
+    run.close()
+    stopped = [r["finished"] for r in of_kind(tmp_path, "summary")]
+    assert stopped == ([False] if why == "signal" else [])
+    assert load(tmp_path / CHECKPOINT)["step"] == 8
+    trainer = resumed(tmp_path)
+    trainer.train(Run.silent())  # nothing is left to do
+    assert trainer.step == 8
+
+
+def test_a_debug_run_does_not_say_that_it_is_saved(capsys):
+    trainer, run = ToyTrainer(max_minutes=1e-9), Run(None, ("", ""))
+    with pytest.raises(Stopped):
+        trainer.train(run)
+    assert "stopped by the time limit at step 1: nothing is saved\n" in capsys.readouterr().out
+
+
+def test_a_mean_of_no_step_is_not_shown(start):
+    """The line of the skipped step shows its loss, so that a mean of NaN would contradict it."""
+    trainer = ToyTrainer()
+    trainer.model.weight.register_hook(lambda grad: grad * (math.inf if trainer.step == 2 else 1))
+    log = (start(trainer) / LOG).read_text()
+    assert re.search(r"step 3 \| skipped: the loss is [0-9.]+, the gradient norm inf", log)
+    assert "step 3 | all 1 since the last line skipped" in log
+    assert "nan" not in log
 
 
 # ---- checkpoints --------------------------------------------------------------------------------

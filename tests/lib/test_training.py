@@ -39,10 +39,18 @@ class Model(nn.Module):
         (
             Stopped("stopped by SIGTERM at step 7", 143),
             143,
-            "at step 7 (--again continues the run)\n",
+            "tool: stopped by SIGTERM at step 7\n",
         ),
         (RuntimeError("[gloo] Connection closed by peer\n x"), 1, "tool: lost the other processes"),
-        (KeyboardInterrupt(), 130, "tool: interrupted (--again continues the run)\n"),
+        (KeyboardInterrupt(), 130, "tool: interrupted\n"),
+        (MemoryError(), 1, "tool: out of memory: take a smaller model or batch\n"),
+        (
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+            ),
+            1,
+            "tool: out of memory (9 bytes more were needed): take",
+        ),
     ],
 )
 def test_exit_code(error, code, words, capsys):
@@ -50,7 +58,7 @@ def test_exit_code(error, code, words, capsys):
         if error is not None:
             raise error
 
-    assert exit_code("tool", action, "--again") == code
+    assert exit_code("tool", action) == code
     printed = capsys.readouterr().err
     assert words in printed
     assert len(printed.splitlines()) == (code != 0)
@@ -58,7 +66,7 @@ def test_exit_code(error, code, words, capsys):
 
 def test_exit_code_leaves_our_own_mistakes_alone():
     with pytest.raises(ZeroDivisionError):
-        exit_code("tool", lambda: 1 / 0, "--again")
+        exit_code("tool", lambda: 1 / 0)
 
 
 def test_random_states_go_on_where_they_were():

@@ -12,6 +12,7 @@ import torch
 
 from deq_sequence.command import main
 from lib.runs.checkpoint import load
+from lib.runs.ownership import own
 from lib.runs.retention import versions
 from lib.runs.run_folder import CHECKPOINT, LOG, SETTINGS, WEIGHTS, read_metrics
 
@@ -210,15 +211,40 @@ def refused(flags, run_folder, capsys):
         ("--adaptive --div_val 2", "missing"),
         ("--batch_size 2", "--batch_size"),
         ("--optim SGD", "--optim"),
+        ("--seed 5", "with --seed 1111, and this run has 5"),
+        ("--not_tied", "with --not_tied False, and this run has True"),
+        ("--init_std 0.5", "--init_std 0.5 has no effect on a run that goes on"),
+        ("--start_train_steps 2", "it began with 0"),
     ],
 )
 def test_settings_that_a_restart_cannot_change(finished, refused, more, named):
     assert named in refused(*more.split())
 
 
-def test_restart_without_a_checkpoint(refused, run_folder):
-    assert str(run_folder / CHECKPOINT) in refused()
+def test_restart_without_a_run(refused, run_folder):
+    assert f"{run_folder} holds no run: check --name" in refused()
     assert not run_folder.exists()
+
+
+def test_restart_of_a_run_that_goes_on(finished, refused, run_folder):
+    """The checkpoint is not even read: its owner may be about to write a newer one."""
+    (run_folder / CHECKPOINT).write_bytes(b"")
+    with own(run_folder):
+        assert f"{run_folder} is in use by process {os.getpid()} on " in refused()
+
+
+def test_restart_of_a_run_that_saved_nothing(flags, run_folder, undisturbed, stop_at, capsys):
+    """It begins anew, as every message says; without the flag its files are safe."""
+    stop_at(2)
+    assert main(flags) == 130
+    assert "interrupted (--restart continues the run)" in capsys.readouterr().err
+    assert versions(run_folder / CHECKPOINT) == []
+    before = (run_folder / LOG).read_bytes()
+    assert main(flags) == 2
+    assert f"{run_folder} already holds a run: add --restart" in capsys.readouterr().err
+    assert (run_folder / LOG).read_bytes() == before
+    assert main([*flags, "--restart"]) == 0
+    assert_same_run(run_folder, undisturbed(flags))
 
 
 @pytest.fixture
@@ -256,6 +282,29 @@ def test_restart_with_another_text(finished, refused, tmp_path, corpus_folder):
     for name in ("train.txt", "valid.txt", "test.txt"):
         (short / name).write_text((corpus_folder / name).read_text()[:3000])
     assert "was saved with the vocabulary 161 types" in refused("--data", str(short))
+
+
+@pytest.mark.parametrize("what", ["the text of", "the vocabulary"])
+def test_restart_with_a_text_that_was_replaced(flags, refused, run_folder, undisturbed, what):
+    """In place: by one with as many words, all of the vocabulary, or by one of other words."""
+    own = run_folder.parents[1] / "own"
+    shutil.copytree(flags[flags.index("--data") + 1], own)
+    shutil.copytree(undisturbed(flags), run_folder)
+    texts = {path: path.read_text() for path in own.glob("*.txt")}
+    for path, text in texts.items():
+        if what == "the vocabulary":
+            path.write_text(text.replace("w", "v"))
+        elif path.name == "valid.txt":  # whose words are not counted
+            path.write_text(text.replace(" w7 ", " w8 ", 1))
+    assert f"was saved with {what} " in refused("--data", str(own))
+
+
+def test_a_checkpoint_from_before_the_text_was_told(finished, run_folder):
+    state = load(run_folder / CHECKPOINT)
+    for name in ("the text of", "--seed", "--not_tied"):
+        del state["fixed"][name]
+    torch.save(state, run_folder / CHECKPOINT)
+    assert main([*finished, "--restart", "--max_step", "7"]) == 0
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -117,15 +117,58 @@ def test_dev_perf_counts_from_the_first_evaluation_after_the_warm_up(warm_up):
 
 def test_dev_perf_state_round_trip():
     flags = ("--scheduler", "dev_perf", "--patience", 1)
-    one, optimizer = make(*flags)
+    one, _ = make(*flags)
     for loss in (1, 2):
         one.after_evaluation(loss, 1)
-    two, other = make(*flags)
+    two, _ = make(*flags)
     two.load_state_dict(one.state_dict())
-    other.load_state_dict(optimizer.state_dict())
     for schedule in (one, two):
         schedule.after_evaluation(2, 2)
         assert schedule.set(2) == pytest.approx(LR / 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "before", "after"),
+    [
+        ({"--lr": LR / 10}, LR / 20, LR / 40),
+        ({"--decay_rate": 0.1}, LR / 2, LR / 20),
+        ({"--patience": 1}, LR / 2, LR / 2),
+        ({"--lr_min": 0.3}, 0.3, 0.3),
+    ],
+)
+def test_dev_perf_goes_on_with_the_settings_of_the_restart(changes, before, after):
+    """After one decay; then there is one evaluation without gain."""
+    schedule, _ = make("--scheduler", "dev_perf")
+    for loss in (1, 2):
+        schedule.after_evaluation(loss, 1)
+    assert schedule.set(1) == LR / 2
+    other, _ = make("--scheduler", "dev_perf", *(word for pair in changes.items() for word in pair))
+    other.load_state_dict(schedule.state_dict())
+    assert other.set(1) == pytest.approx(before)
+    other.after_evaluation(2, 2)
+    assert other.set(2) == pytest.approx(after)
+
+
+def test_dev_perf_in_a_checkpoint_of_before():
+    """The state of the plateau itself, whose settings do not count; and no state."""
+    schedule, _ = make("--scheduler", "dev_perf", "--patience", 3)
+    schedule.plateau.step(1)
+    schedule.plateau._last_lr = [LR / 4]
+    other, _ = make("--scheduler", "dev_perf")
+    other.load_state_dict(schedule.plateau.state_dict())
+    assert other.set(5) == LR / 4
+    assert other.plateau.patience == 0
+    other, _ = make("--scheduler", "dev_perf")
+    other.load_state_dict({})
+    assert other.set(5) == LR
+
+
+def test_a_warm_up_that_a_restart_shortens():
+    schedule, _ = make("--scheduler", "dev_perf", "--warmup_step", 100)
+    schedule.set(50)
+    other, _ = make("--scheduler", "dev_perf", "--warmup_step", 10)
+    other.load_state_dict(schedule.state_dict())
+    assert other.set(51) == LR
 
 
 @pytest.mark.parametrize("scheduler", ["cosine", "inv_sqrt", "constant"])
@@ -192,7 +235,8 @@ def test_a_saved_state_goes_on_with_the_kernels_of_this_machine(name, saved_fuse
     updates(saved, model)
     state, twin = copy.deepcopy(saved.state_dict()), copy.deepcopy(model)
     optimizer = make_optimizer(args, twin)
-    restore_optimizer(optimizer, state, weight_decay=0.0)
+    restore_optimizer(optimizer, state)
+    assert {g["lr"] for g in optimizer.param_groups} == {0.1}  # of this run, as all options
     assert [g["fused"] for g in optimizer.param_groups] == [True]
     found, expected = updates(optimizer, twin), updates(saved, model)
     exact = {"rtol": 0, "atol": 0} if saved_fused else {"rtol": 1e-5, "atol": 1e-6}

@@ -10,7 +10,8 @@ import yaml
 from image_files import write_cifar10, write_cityscapes, write_imagenet
 from lib.deq import DEQWarning
 from lib.runs.checkpoint import load
-from lib.runs.run_folder import LOG, METRICS, WEIGHTS
+from lib.runs.ownership import LOCK
+from lib.runs.run_folder import CHECKPOINT, LOG, METRICS, WEIGHTS
 from mdeq_vision import command
 from mdeq_vision.command import CONFIG
 from mdeq_vision.datasets import digit_scenes
@@ -184,9 +185,16 @@ def check(place, capfd, recwarn, case) -> None:
     assert [str(w.message) for w in warned] == []  # lines too, outside of pytest
     after = contents(place.folder)
     new = after.keys() - before.keys()
-    if late:  # a run has begun, but there is nothing to continue or to evaluate
+    if late:  # a run has begun, and saved what it had done
         files = {Path(path).name for path in new if after[path] is not None}
-        assert {f for f in files if not f.startswith("events.")} <= {LOG, METRICS, CONFIG, WEIGHTS}
+        assert {f for f in files if not f.startswith("events.")} <= {
+            LOCK,
+            LOG,
+            METRICS,
+            CONFIG,
+            WEIGHTS,
+            CHECKPOINT,
+        }
     else:
         assert captured.out == ""
         assert new == set()

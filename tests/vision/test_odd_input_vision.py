@@ -23,14 +23,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_run_refused_for_its_data_can_begin_again(place, workers):
-    """Without TRAIN.RESUME: it has no checkpoint."""
+    """With TRAIN.RESUME, whether it made a step or none."""
     argv = place.imagenet("WORKERS", str(workers), "TRAIN.END_EPOCH", "1")
     path = place.file("*_1.JPEG")
     content = path.read_bytes()
     place.cut(path)
     assert run_tool("cls_train", *argv) == 2
     path.write_bytes(content)
-    assert run_tool("cls_train", *argv) == 0
+    assert run_tool("cls_train", *argv, "TRAIN.RESUME", "True") == 0
 
 
 # ---- what looks bad and is not ------------------------------------------------------------------

@@ -20,6 +20,7 @@ from mdeq_vision import command
 from mdeq_vision.command import CONFIG
 from mdeq_vision.config import config, merge_file
 from mdeq_vision.datasets import digit_scenes
+from mdeq_vision.datasets.digits import DigitImages
 from parameters import slow_but
 from small_runs import DIGITS, ROOM, SCENES, TINY, TINY_DIGITS, run_tool
 
@@ -309,9 +310,11 @@ def test_more_epochs(digits, capsys):
 
 
 def test_changed_settings_are_named_and_saved(digits, capsys):
-    assert digits.train() == 0
+    sgd = ["TRAIN.OPTIMIZER", "sgd"]
+    assert digits.train(*sgd) == 0
     capsys.readouterr()
-    more = "TRAIN.END_EPOCH 3 TRAIN.WD 0.5 TRAIN.LR 0.004 WORKERS 1 PRINT_FREQ 2 AMP bf16".split()
+    more = [*sgd, "TRAIN.MOMENTUM", "0.5", "TRAIN.NESTEROV", "True"]
+    more += "TRAIN.END_EPOCH 3 TRAIN.WD 0.5 TRAIN.LR 0.004 WORKERS 1 PRINT_FREQ 2 AMP bf16".split()
     more += "KEEP_CHECKPOINTS 3 MAX_TIME 600 TRAIN.MAX_SKIPPED 5".split()
     assert digits.resume(*more) == 0
     out = capsys.readouterr().out
@@ -320,15 +323,35 @@ def test_changed_settings_are_named_and_saved(digits, capsys):
         "AMP",
         "TRAIN.END_EPOCH",
         "TRAIN.LR",
+        "TRAIN.MOMENTUM",
+        "TRAIN.NESTEROV",
         "TRAIN.WD",
     }
     resolved = config.clone()
     merge_file(resolved, digits.folder() / CONFIG)
     assert (resolved.TRAIN.WD, resolved.TRAIN.LR) == (0.5, 0.004)
     (group,) = load(digits.folder() / CHECKPOINT)["optimizer"]["param_groups"]
-    assert group["weight_decay"] == 0.5
+    assert (group["weight_decay"], group["momentum"], group["nesterov"]) == (0.5, 0.5, True)
     last = [r for r in records(digits.folder()) if r["kind"] == "train"][-1]
     assert math.isclose(last["lr"], 1e-6 + (0.004 - 1e-6) * (1 + math.cos(math.pi * 11 / 12)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ("TRAIN.BEGIN_EPOCH 1", "TRAIN.BEGIN_EPOCH 1 has no effect on a run that goes on"),
+        ("TRAIN.OPTIMIZER rmsprop TRAIN.MOMENTUM 0.5", "rmsprop's momentum False"),
+        ("", "was saved with the training images "),  # which were replaced
+    ],
+)
+def test_settings_that_a_resume_cannot_change(digits, capsys, monkeypatch, more, named):
+    before = "TRAIN.OPTIMIZER rmsprop TRAIN.MOMENTUM 0".split() if "rmsprop" in more else []
+    assert digits.train(*before) == 0
+    if not more:
+        monkeypatch.setattr(DigitImages, "contents", lambda self: ["others"])
+    capsys.readouterr()
+    assert digits.resume(*more.split(), "TRAIN.END_EPOCH", "3") == 2
+    assert named in capsys.readouterr().err
 
 
 # ---- TRAIN.CHECKPOINT ---------------------------------------------------------------------------

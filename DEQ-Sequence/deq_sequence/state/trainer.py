@@ -66,18 +66,22 @@ class StateTrainer(SequenceTrainer):
     def position(self) -> str:
         return f"length {self.curriculum.longest}"
 
-    def evaluate(self, split: str, length: int) -> StateEvaluation:
+    def evaluate(self, split: str, length: int, **changes) -> StateEvaluation:
         """Evaluate with the settings of the run, in the phase of the last update."""
+        settings = {"args": self.args, "train_step": self.step - 1} | changes
         return evaluate_states(
             self.model,
             self.strings,
-            self.args,
-            split,
-            length,
-            train_step=self.step - 1,
+            split=split,
+            length=length,
             processes=self.processes,
             stop=lambda: self.stopping.wanted,
+            **settings,
         )
+
+    def rehearse(self) -> None:
+        once = argparse.Namespace(**vars(self.args) | {"max_eval_steps": 1})
+        self.evaluate("valid", self.args.tgt_len, args=once, train_step=self.step)
 
     def final_figures(self) -> Iterator[tuple[str, str, dict]]:
         for factor in FACTORS:

@@ -1,5 +1,6 @@
 """Text data sets as token ids: ``get_lm_corpus(datadir, dataset)``."""
 
+import hashlib
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
@@ -46,6 +47,15 @@ class Corpus:
     def description(self) -> str:
         """The sizes, for the log."""
         return f"{len(self.train)} training tokens, {len(self.vocab)} types"
+
+    def fingerprint(self) -> str:
+        """A short text that changes if a token of any split changes."""
+        digest = hashlib.blake2b(digest_size=6)
+        for split in SPLITS:
+            tokens = getattr(self, split)
+            digest.update(f"{split} {len(tokens)} ".encode())
+            digest.update(tokens.numpy())
+        return f"{len(self.train)} training tokens ({digest.hexdigest()})"
 
     @property
     def characters(self) -> bool:

@@ -13,6 +13,7 @@ from mdeq_vision.datasets.cityscapes import Cityscapes
 from mdeq_vision.datasets.digit_scenes import DigitScenes
 from mdeq_vision.datasets.digits import digits_dataset
 from mdeq_vision.datasets.facts import CITYSCAPES, DIGIT_SCENES, SegmentationFacts
+from mdeq_vision.datasets.fingerprint import fingerprint
 from mdeq_vision.datasets.imagenet import imagenet_dataset
 from mdeq_vision.datasets.loading import make_loader, n_batches, on_device
 from mdeq_vision.datasets.segmentation import SegmentationDataset
@@ -24,6 +25,7 @@ __all__ = [
     "SEGMENTATION",
     "SegmentationDataset",
     "SegmentationFacts",
+    "fingerprint",
     "get_cls_dataset",
     "get_seg_dataset",
     "make_loader",

@@ -1,6 +1,7 @@
 """CIFAR-10 from the Python batch files in ``DATASET.ROOT/cifar-10-batches-py``."""
 
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,10 @@ class Cifar10(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def contents(self) -> Iterator:
+        yield np.ascontiguousarray(self.images)
+        yield np.array(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self._transform(Image.fromarray(self.images[index])), self.labels[index]

@@ -1,5 +1,6 @@
 """Cityscapes: street scenes with a class per pixel, found through list files."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mdeq_vision.datasets.cityscapes_labels import (
     read_train_ids,
 )
 from mdeq_vision.datasets.facts import CITYSCAPES
-from mdeq_vision.datasets.image_reading import read_rgb
+from mdeq_vision.datasets.image_reading import read_rgb, read_size
 from mdeq_vision.datasets.segmentation import SegmentationDataset, require_unique_names
 
 FOLDER = "cityscapes"  # below DATASET.ROOT; list files give paths relative to it
@@ -37,8 +38,8 @@ class Cityscapes(SegmentationDataset):
     def __init__(self, cfg: Any, split: str):
         super().__init__(cfg, split, CITYSCAPES)
         root = Path(cfg.DATASET.ROOT)
-        list_path = root / cfg.DATASET[LISTS[split]]
-        self.samples = read_list(list_path, root / FOLDER)
+        list_path, self._folder = root / cfg.DATASET[LISTS[split]], root / FOLDER
+        self.samples = read_list(list_path, self._folder)
         self.has_labels = self.samples[0][1] is not None
         self.notes = _notes(list_path, [labels for _, labels in self.samples if labels])
         if split != "test" and not self.has_labels:
@@ -49,11 +50,18 @@ class Cityscapes(SegmentationDataset):
     def __len__(self) -> int:
         return len(self.samples)
 
+    def contents(self) -> Iterator[str]:
+        for pair in self.samples:
+            yield " ".join(path.relative_to(self._folder).as_posix() for path in pair if path)
+
     def name(self, index: int) -> str:
         return self.samples[index][0].stem
 
     def _read_image(self, index: int) -> Image.Image:
         return read_rgb(self.samples[index][0])
+
+    def _image_size(self, index: int) -> tuple[int, int]:
+        return read_size(self.samples[index][0])
 
     def _read_train_ids(self, index: int, image: Image.Image) -> np.ndarray:
         image_path, label_path = self.samples[index]

@@ -66,6 +66,9 @@ class DigitScenes(SegmentationDataset):
     def _read_image(self, index: int) -> Image.Image:
         return Image.fromarray(self._scene(index)[0])
 
+    def _image_size(self, index: int) -> tuple[int, int]:
+        return self._size
+
     def _read_train_ids(self, index: int, image: Image.Image) -> np.ndarray:
         return self._scene(index)[1]
 

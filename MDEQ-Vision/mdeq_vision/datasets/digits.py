@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,6 +68,10 @@ class DigitImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def contents(self) -> Iterator:
+        yield self.images.numpy()
+        yield np.array(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         # grid_sample fills pixels from outside of the image with 0, the background.

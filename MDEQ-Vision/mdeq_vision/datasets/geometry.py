@@ -87,6 +87,11 @@ class CentreCrop:
         window = (slice(top, top + self.crop[1]), slice(left, left + self.crop[0]))
         return pixels[window], labels[window]
 
+    def size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) of what is cut out of an image of ``size``."""
+        width, height = _with_long_side(size, self.base_size)
+        return min(width, self.crop[0]), min(height, self.crop[1])
+
 
 def resize_labels(labels: np.ndarray, factor: float) -> np.ndarray:
     """Resize labels (H, W) uint8 to (H * factor, W * factor) by nearest neighbour."""

@@ -48,10 +48,20 @@ def read_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
     return labels, None if colours is None else np.array(colours, np.uint8).reshape(-1, 3)
 
 
-def _read(path: str | Path) -> Image.Image:
+def read_size(path: str | Path) -> tuple[int, int]:
+    """(width, height) of an image file, from its header.
+
+    Raises:
+        InputError: the file does not exist or is no image.
+    """
+    return _read(path, load=False).size
+
+
+def _read(path: str | Path, *, load: bool = True) -> Image.Image:
     try:
         with Image.open(path) as image:
-            image.load()
+            if load:
+                image.load()
             return image
     except FileNotFoundError:
         raise InputError(f"image {path} does not exist") from None

@@ -1,5 +1,6 @@
 """ImageNet, or any folder with one folder of images per class."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,14 @@ class ImageNet(Dataset):
         except FileNotFoundError as error:
             reason = " ".join(str(error).split())
             raise InputError(f"image folder {folder} is not complete: {reason}") from error
-        self.classes, self.samples = found.classes, found.samples
+        self.classes, self.samples, self._folder = found.classes, found.samples, folder
         self._transform = LazyTransform(_build_transform, size, augment)
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def contents(self) -> Iterator[str]:
+        return (Path(path).relative_to(self._folder).as_posix() for path, _ in self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]

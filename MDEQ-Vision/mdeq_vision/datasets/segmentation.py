@@ -70,6 +70,28 @@ class SegmentationDataset(Dataset):
         """The labels of ``image``: (H, W) uint8, train ids or IGNORE."""
         raise NotImplementedError
 
+    def _image_size(self, index: int) -> tuple[int, int]:
+        return self._read_image(index).size
+
+    def check_batches(self, cfg: Any) -> None:
+        """Refuse batches of test images whose items differ in size.
+
+        Raises:
+            InputError: there are such; the message names the setting and the sizes.
+        """
+        batch, n = cfg.TEST.BATCH_SIZE_PER_GPU, len(self)
+        if batch == 1:
+            return
+        sizes = {self._image_size(i) for i in range(min(n, cfg.TEST.NUM_SAMPLES or n))}
+        if self._geometry is not None:
+            sizes = {self._geometry.size(size) for size in sizes}
+        if len(sizes) > 1:
+            words = ", ".join(f"{width}x{height}" for width, height in sorted(sizes)[:3])
+            raise InputError(
+                f"TEST.BATCH_SIZE_PER_GPU is {batch}, but the images of DATASET.TEST_SET have "
+                f"{len(sizes)} sizes ({words}{', ...' if len(sizes) > 3 else ''}): set it to 1"
+            )
+
     def picture(self, index: int) -> np.ndarray:
         """The image of a test item before normalisation: (H, W, 3) uint8, RGB."""
         image = self._read_image(index)
