@@ -337,7 +337,7 @@ def test_lists_pair_images_with_labels(tmp_path, monkeypatch, capsys):
     assert "train.lst: 3 images" in capsys.readouterr().out
     lists = {path.stem: path.read_text().splitlines() for path in root.glob("list/*/*.lst")}
     assert lists["val"] == [
-        "leftImg8bit/val/frankfurt/frankfurt_000000_000019_leftImg8bit.png "
+        "leftImg8bit/val/frankfurt/frankfurt_000000_000019_leftImg8bit.png\t"
         "gtFine/val/frankfurt/frankfurt_000000_000019_gtFine_labelIds.png"
     ]
     assert lists["test"] == ["leftImg8bit/test/berlin/berlin_000000_000019_leftImg8bit.png"]
