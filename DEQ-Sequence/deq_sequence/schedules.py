@@ -7,7 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from lib.runs.forms import check_form
 from lib.runs.optimizers import fused_if_possible
+
+# What ReduceLROnPlateau changes as it goes; the rest of its state are settings.
+_OF_PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 
 
 def make_optimizer(
@@ -66,5 +70,15 @@ class LearningRate:
         return {} if self.plateau is None else self.plateau.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
-        if self.plateau is not None:
-            self.plateau.load_state_dict(state)
+        """Restore what the evaluations so far have found; settings stay as this run has them.
+
+        Raises:
+            InputError: a part has another form than :meth:`state_dict` gives it.
+        """
+        if self.plateau is None or state == {}:  # empty: saved under another schedule
+            return
+        own = {name: value for name, value in self.state_dict().items() if name in _OF_PLATEAU}
+        if isinstance(state, dict):
+            state = {name: state.get(name) for name in own}
+        check_form(state, own, "learning_rate")
+        self.plateau.load_state_dict(state)

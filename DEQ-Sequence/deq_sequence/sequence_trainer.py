@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class SequenceTrainer(Trainer):
     its own share of each batch.
     """
 
-    extra_parts = ("learning_rate",)
+    extra_parts: ClassVar = {"learning_rate": ...}
     extra_sums = ("tokens",)
 
     def __init__(
@@ -59,7 +60,6 @@ class SequenceTrainer(Trainer):
                 keep=args.keep_checkpoints,
                 max_skipped=args.max_skipped,
                 clip=args.clip,
-                weight_decay=args.weight_decay,
                 resume="--restart",
                 way_out="lower --lr, or raise --jac_loss_weight",
             ),

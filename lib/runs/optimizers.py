@@ -3,7 +3,10 @@
 from collections import Counter
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from lib.errors import InputError
+from lib.runs.forms import check_form
 
 
 def fused_if_possible(
@@ -42,13 +45,56 @@ def _groups(parameters: list[nn.Parameter]) -> list[dict]:
     return groups
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict, weight_decay: float) -> None:
-    """Load an optimiser's state, except for two options.
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load an optimiser's state and learning rates; all other options stay as they are.
 
-    The weight decay is the argument, because settings may change on a resume. ``fused`` stays as
-    this optimiser has it, because it depends on this machine, not on the one that saved.
+    The options follow from the run's settings, which may change on a resume; ``fused`` depends on
+    the machine.
+
+    Raises:
+        InputError: a part of the state has another form than this optimiser's. A fused kernel
+            would read and write outside of such a tensor.
     """
-    own = {name: optimizer.defaults[name] for name in ("fused",) if name in optimizer.defaults}
-    optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
-        group |= own | {"weight_decay": weight_decay}
+    groups = optimizer.state_dict()["param_groups"]
+    check_form(state, {"state": ..., "param_groups": [...] * len(groups)}, "optimizer")
+    for number, (own, saved) in enumerate(zip(groups, state["param_groups"], strict=True)):
+        name, known = f"optimizer group {number}", isinstance(saved, dict)
+        saved = {key: saved.get(key) for key in ("params", "lr")} if known else saved
+        check_form(saved, {"params": own["params"], "lr": 0.0}, name)
+        if list(saved["params"]) != own["params"]:
+            raise InputError(f"{name} has other parameters than this run: use another checkpoint")
+        own["lr"] = saved["lr"]
+    forms, saved = _forms(optimizer), state["state"]
+    if not isinstance(saved, dict) or not saved.keys() <= forms.keys():
+        raise InputError("optimizer has a state for other parameters: use another checkpoint")
+    fitted = {}
+    for index, values in saved.items():
+        check_form(values, forms[index], f"optimizer state {index}")
+        # Copies with the strides of the parameter, which a fused kernel expects.
+        fitted[index] = {k: torch.empty_like(forms[index][k]).copy_(v) for k, v in values.items()}
+    optimizer.load_state_dict({"state": fitted, "param_groups": groups})
+
+
+def _forms(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """By the number of each parameter: tensors of the form that its state will have.
+
+    A step of a stand-in, whose parameters have one element each, shows what the state consists of.
+    """
+    probes = {
+        p: nn.Parameter(p.detach().new_zeros(1))
+        for g in optimizer.param_groups
+        for p in g["params"]
+    }
+    stand_in = type(optimizer)(
+        [g | {"params": [probes[p] for p in g["params"]]} for g in optimizer.param_groups]
+    )
+    for probe in probes.values():
+        probe.grad = torch.zeros_like(probe)
+    stand_in.step()
+    return {
+        number: {
+            name: parameter.detach() if value.shape == probe.shape else value
+            for name, value in stand_in.state[probe].items()
+        }
+        for number, (parameter, probe) in enumerate(probes.items())
+    }

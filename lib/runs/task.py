@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -14,7 +14,6 @@ class Care:
     keep: int  # number of checkpoints kept, including the newest
     max_skipped: int  # the run ends after this many non-finite steps in a row
     clip: float  # largest gradient norm; 0 or less turns clipping off
-    weight_decay: float  # of the optimiser, also after a resume
     resume: str  # the option that continues a run, such as '--restart', for messages
     way_out: str  # advice against non-finite numbers, for messages
 
@@ -44,7 +43,8 @@ class Task:
 
     extra_sums: tuple[str, ...] = ()  # names of the sums that ``part`` returns beside the losses
     weights_key = "model"  # the checkpoint's entry with the model's weights
-    extra_parts: tuple[str, ...] = ()  # the checkpoint entries that ``extra_state`` adds
+    # The checkpoint entries that ``extra_state`` adds, and their forms (see lib.runs.forms).
+    extra_parts: ClassVar[dict[str, Any]] = {}
     last_step: int
     pretrain_steps: int  # the length of the stacked phase
 
@@ -114,7 +114,7 @@ class Task:
         raise NotImplementedError
 
     def load_extra(self, state: dict) -> None:
-        """Restore what ``extra_state`` returned."""
+        """Restore what ``extra_state`` returned; refuse what does not fit this run."""
         raise NotImplementedError
 
     def fixed(self) -> dict:

@@ -192,7 +192,7 @@ def test_a_saved_state_goes_on_with_the_kernels_of_this_machine(name, saved_fuse
     updates(saved, model)
     state, twin = copy.deepcopy(saved.state_dict()), copy.deepcopy(model)
     optimizer = make_optimizer(args, twin)
-    restore_optimizer(optimizer, state, weight_decay=0.0)
+    restore_optimizer(optimizer, state)
     assert [g["fused"] for g in optimizer.param_groups] == [True]
     found, expected = updates(optimizer, twin), updates(saved, model)
     exact = {"rtol": 0, "atol": 0} if saved_fused else {"rtol": 1e-5, "atol": 1e-6}
