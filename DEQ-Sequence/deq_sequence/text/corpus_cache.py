@@ -73,5 +73,8 @@ def _checksum(idx2sym: list[str], ids: dict[str, Tensor]) -> str:
 
 
 def _digest(path: Path) -> str:
+    found = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            found.update(block)
+    return found.hexdigest()
