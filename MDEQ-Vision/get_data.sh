@@ -22,7 +22,7 @@ fail() { say "$*"; exit 1; }
 
 # ---- checking ----------------------------------------------------------------------------------
 
-# One line per file: md5 sum, name.
+# One line per file: checksum, name. 32 digits are an MD5, 64 a SHA-256.
 published_sums() {
   echo "c58f30108f718f92721af3b95e74349a cifar-10-python.tar.gz"
   echo "c99cafc152244af753f735de768cd75f data_batch_1"
@@ -34,20 +34,23 @@ published_sums() {
   echo "1d675b47d978889d74fa0da5fadfb00e ILSVRC2012_img_train.tar"
   echo "29b22e2961454d5413ddabcf34fc5622 ILSVRC2012_img_val.tar"
   echo "fa75699e90414af021442c21a62c3abf ILSVRC2012_devkit_t12.tar.gz"
+  echo "3ccff9ac1fa1d80a6a064407e589d747ed0657aac7dc495a4403ae1235a37525 leftImg8bit_trainvaltest.zip"
+  echo "40461a50097844f400fef147ecaf58b18fd99e14e4917fb7c3bf9c0d87d95884 gtFine_trainvaltest.zip"
 }
 
-md5_of() {
-  if command -v md5sum >/dev/null; then
-    md5sum <"$1" | cut -d ' ' -f 1
-  else
-    md5 -q "$1"
-  fi
+# sum_of FILE SUM: the checksum of FILE of the same kind as SUM.
+sum_of() {
+  local kind=(sha256sum) other=(shasum -a 256)
+  [[ ${#2} == 64 ]] || kind=(md5sum) other=(md5 -q)
+  command -v "${kind[0]}" >/dev/null || kind=("${other[@]}")
+  "${kind[@]}" <"$1" | cut -d ' ' -f 1
 }
 
-# has_sum FILE: its md5 sum is the published one. FILE may end in .part.
+# has_sum FILE: its checksum is the published one. FILE may end in .part.
 has_sum() {
-  local name=${1##*/}
-  [[ $(md5_of "$1") == "$(published_sums | grep " ${name%.part}\$" | cut -d ' ' -f 1)" ]]
+  local name=${1##*/} wanted
+  wanted=$(published_sums | grep " ${name%.part}\$" | cut -d ' ' -f 1)
+  [[ $(sum_of "$1" "$wanted") == "$wanted" ]]
 }
 
 # as_published FILE: the same, in words.
@@ -56,9 +59,9 @@ as_published() {
     say "$1 is missing or empty"
     return 1
   elif has_sum "$1"; then
-    say "$1 has the published md5 sum"
+    say "$1 has the published checksum"
   else
-    say "$1 does not have the published md5 sum"
+    say "$1 does not have the published checksum"
     return 1
   fi
 }
@@ -98,6 +101,15 @@ check() {
     *) fail "unknown data set '$1': choose $NAMES" ;;
   esac
   return "$status"
+}
+
+# ---- archives ------------------------------------------------------------------------------------
+
+# unpack ARCHIVE FOLDER GIGABYTES: into a new FOLDER; links, paths to other places, and archives
+# that unfold into more are refused.
+unpack() {
+  rm -rf "$2"
+  python3 ../scripts/unpack.py "$1" "$2" "$3" || fail "cannot unpack $1: download it again"
 }
 
 # ---- CIFAR-10 ----------------------------------------------------------------------------------
@@ -143,9 +155,7 @@ get_cifar10() {
   fi
   mkdir -p data/downloads "$place"
   fetch_archive "$archive"
-  rm -rf "$place.part"
-  mkdir "$place.part"
-  tar -xzf "$archive" -C "$place.part" || fail "cannot unpack $archive"
+  unpack "$archive" "$place.part" 1
   check cifar10 "$place.part" || fail "$archive does not hold the published batches"
   rm -rf "${place:?}/$CIFAR_FOLDER"
   mv "$place.part/$CIFAR_FOLDER" "$place/"
@@ -194,13 +204,10 @@ get_imagenet() {
 # unpack_train ARCHIVE FOLDER: the archive holds an archive of images per class.
 unpack_train() {
   local inner
-  rm -rf "$2"
-  mkdir "$2"
   say "unpacking $1"
-  tar -xf "$1" -C "$2" || fail "cannot unpack $1"
+  unpack "$1" "$2" 200
   for inner in "$2"/*.tar; do
-    mkdir "${inner%.tar}"
-    tar -xf "$inner" -C "${inner%.tar}" || fail "cannot unpack $inner"
+    unpack "$inner" "${inner%.tar}" 2
     rm "$inner"
   done
 }
@@ -208,11 +215,9 @@ unpack_train() {
 # unpack_val ARCHIVES FOLDER: into FOLDER/images, a folder per class. The development kit has the
 # class of each image, as a number, and a table of the numbers.
 unpack_val() {
-  rm -rf "$2"
-  mkdir -p "$2/images"
   say "unpacking $1/$VAL_TAR"
-  tar -xzf "$1/$DEVKIT" -C "$2" || fail "cannot unpack $1/$DEVKIT"
-  tar -xf "$1/$VAL_TAR" -C "$2/images" || fail "cannot unpack $1/$VAL_TAR"
+  unpack "$1/$DEVKIT" "$2" 1
+  unpack "$1/$VAL_TAR" "$2/images" 10
   python3 - "$2/images" "$2/${DEVKIT%.tar.gz}/data" <<'PYTHON' || fail "cannot sort $2 by class"
 import sys
 from pathlib import Path
@@ -241,15 +246,6 @@ PYTHON
 IMAGE_ZIP=leftImg8bit_trainvaltest.zip
 LABEL_ZIP=gtFine_trainvaltest.zip
 
-unpack_zip() {
-  say "unpacking $1"
-  if command -v unzip >/dev/null; then
-    unzip -q -o "$1" -d "$2" || fail "cannot unpack $1: download it again"
-  else
-    python3 -m zipfile -e "$1" "$2" || fail "cannot unpack $1: download it again"
-  fi
-}
-
 get_cityscapes() {
   local place=data/cityscapes
   if [[ -d $place ]] && check cityscapes "$place"; then
@@ -266,11 +262,13 @@ get_cityscapes() {
     for archive in "$IMAGE_ZIP" "$LABEL_ZIP"; do
       [[ -s $1/$archive ]] ||
         fail "$1/$archive is missing: run 'bash get_data.sh cityscapes' to see the list"
+      as_published "$1/$archive" || fail "download it again"
     done
-    rm -rf "$place.part"
-    mkdir -p "$place.part"
-    unpack_zip "$1/$IMAGE_ZIP" "$place.part"
-    unpack_zip "$1/$LABEL_ZIP" "$place.part"
+    say "unpacking $1/$IMAGE_ZIP and $LABEL_ZIP"
+    unpack "$1/$IMAGE_ZIP" "$place.part" 20
+    unpack "$1/$LABEL_ZIP" "$place.part/labels" 4
+    mv "$place.part/labels/gtFine" "$place.part/gtFine" || fail "$1/$LABEL_ZIP holds no gtFine"
+    rm -rf "$place.part/labels"
     check cityscapes "$place.part" || fail "$1 does not hold the published archives: see above"
     mv "$place.part" "$place"
     say "cityscapes is ready in $place"

@@ -215,7 +215,7 @@ class DEQ:
         shapes = None  # of the tensors in a list
         if not isinstance(z0, Tensor):
             listed = isinstance(z0, Sequence) and all(isinstance(t, Tensor) for t in z0)
-            check(listed, "z0", z0, "a tensor or a list of tensors")
+            check(listed, "z0", type(z0).__name__, "a tensor or a list of tensors")
             shapes = [tuple(t.shape[1:]) for t in z0]
             f, z0 = transformed(f, partial(_flattened, shapes)), list2vec(z0)
         if self.group is not None:
@@ -378,8 +378,8 @@ def _flattened(shapes: list[tuple[int, ...]], f: Callable) -> Map:
 
     def flat_f(z: Tensor) -> Tensor:
         parts = f(vec2list(z, shapes))
-        single = isinstance(parts, Tensor)
-        gave = "one tensor" if single else [tuple(t.shape[1:]) for t in parts]
+        listed = isinstance(parts, Sequence) and all(isinstance(t, Tensor) for t in parts)
+        gave = [tuple(t.shape[1:]) for t in parts] if listed else type(parts).__name__
         if gave != shapes:
             raise InputError(
                 f"f must map a list of the shapes {shapes} (without the batch) to the same, but "

@@ -14,8 +14,9 @@ def list2vec(tensors: Sequence[Tensor]) -> Tensor:
 
     The (B, C_i, H_i, W_i) states of a multiscale model give (B, sum C_i H_i W_i, 1).
     """
-    if len(tensors) == 0:
-        raise InputError("list2vec needs at least one tensor, but the list is empty")
+    listed = isinstance(tensors, Sequence) and len(tensors) > 0
+    if not listed or not all(isinstance(t, Tensor) and t.dim() for t in tensors):
+        raise InputError("list2vec needs at least one tensor, in a list, each of the form (B, ...)")
     if len({len(t) for t in tensors}) != 1:
         raise InputError(f"batch sizes differ: {[tuple(t.shape) for t in tensors]}")
     return torch.cat([t.reshape(len(t), -1, 1) for t in tensors], dim=1)

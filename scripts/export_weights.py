@@ -13,7 +13,13 @@ from torch import Tensor
 
 from lib.errors import InputError
 from lib.runs.atomic_files import atomic_write
-from lib.runs.checkpoint import not_finite, odd_tensors, read_state, save_atomic
+from lib.runs.checkpoint import (
+    check_target,
+    not_finite,
+    odd_tensors,
+    read_state,
+    save_atomic,
+)
 from lib.runs.command_line import Parser, exit_code
 from lib.runs.safe_tensors import safetensors_bytes
 
@@ -63,11 +69,12 @@ def export_file(source: str | Path, target: str | Path) -> list[str]:
     The source may be any file of weights or checkpoint; the target's folder is created if absent.
 
     Raises:
-        InputError: the source is unreadable or has no weights, the weights are not finite, or the
-            target's suffix is unknown.
+        InputError: the source is unreadable or has no weights, the weights are not finite, the
+            target is the source, or its suffix is unknown.
     """
     target = Path(target)
     _check_suffix(target)
+    check_target(source, target)
     state = read_state(source)
     if not state:
         raise InputError(f"{source} holds no weights: its state dict is empty")

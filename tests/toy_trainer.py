@@ -1,5 +1,7 @@
 """A trainer of twenty lines on numbers, to see the loop itself at work."""
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 
@@ -33,7 +35,7 @@ class ToyTrainer(Trainer):
     ``spoil`` maps a step to what its loss is multiplied by; ``on_step`` is called with each step.
     """
 
-    extra_parts = ("place",)
+    extra_parts: ClassVar = {"place": 0}
     extra_sums = ("numbers",)
     pretrain_steps, every, saves, last_step = 4, 4, (), 8
 

@@ -35,16 +35,18 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(self, params, matrices: Iterable[nn.Parameter] = (), **options):
-        self._matrices = {id(p) for p in matrices}
-        super().__init__(params, **options)
+        own, groups = {id(p) for p in matrices}, list(params)
+        if not isinstance(groups[0], dict):
+            groups = [{"params": groups}]
+        super().__init__([part for g in groups for part in _parted(g, own)], **options)
 
     @torch.no_grad()
     def step(self) -> None:
         """Update all parameters that have a gradient."""
         updated = []
         for group in self.param_groups:
-            for p in group["params"]:
-                if id(p) in self._matrices and p.grad is not None:
+            for p in group["params"] if group["orthogonal"] else ():
+                if p.grad is not None:
                     self._update(p, p.grad, group["lr"], group["weight_decay"])
                     updated.append((p, p.grad))
                     p.grad = None  # AdamW leaves out what has no gradient
@@ -64,6 +66,17 @@ class Muon(torch.optim.AdamW):
         scale = 0.2 * max(matrix.shape) ** 0.5
         p.mul_(1 - lr * decay)
         p.sub_(orthogonal(matrix).view_as(p), alpha=lr * scale)
+
+
+def _parted(group: dict, matrices: set[int]) -> list[dict]:
+    """The group as two: matrices and other parameters. ``orthogonal`` tells which they are."""
+    if "orthogonal" in group:
+        return [group]
+    parts = [
+        {"params": [p for p in group["params"] if (id(p) in matrices) is own], "orthogonal": own}
+        for own in (True, False)
+    ]
+    return [group | part for part in parts if part["params"]]
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from deq_sequence.muon import Muon
+from lib.errors import InputError
+from lib.runs.forms import check_form
 from lib.runs.optimizers import fused_if_possible
 
 # What ReduceLROnPlateau counts; its other attributes are settings.
@@ -89,13 +91,25 @@ class LearningRate:
         return counts | {"rate": self.rate, "lr": self.args.lr}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue with the settings of this run: another --lr changes the rate by its factor."""
-        if self.plateau is None or not state:  # no dev_perf now, or not before
+        """Continue with the settings of this run: another --lr changes the rate by its factor.
+
+        Raises:
+            InputError: a part has another form than :meth:`state_dict` gives it.
+        """
+        if self.plateau is None or state == {}:  # no dev_perf now, or not before
             return
-        for name in _COUNTS:
-            setattr(self.plateau, name, state[name])
-        # Older checkpoints have the plateau's own name for the rate, and do not tell --lr.
-        rate = state["rate"] if "rate" in state else state["_last_lr"][0]
-        lr = state.get("lr", self.args.lr)
-        self.rate = rate if lr == self.args.lr else rate * self.args.lr / lr
-        self.rate = max(self.rate, min(self.args.lr_min, self.args.lr))
+        own, name = self.state_dict(), "learning_rate"
+        if isinstance(state, dict):
+            if "rate" not in state:  # older checkpoints
+                last = state.get("_last_lr")
+                check_form(last, [0.0], f"{name}['_last_lr']")
+                state = state | {"rate": last[0], "lr": self.args.lr}
+            state = {key: state.get(key) for key in own}
+        check_form(state, own, name)
+        if not (state["lr"] > 0 and state["rate"] >= 0):
+            raise InputError(f"{name} holds a rate that is not positive: use another checkpoint")
+        for key in _COUNTS:
+            setattr(self.plateau, key, state[key])
+        # Multiplied by 1 exactly, if --lr is the same.
+        rate = state["rate"] * (self.args.lr / state["lr"])
+        self.rate = max(rate, min(self.args.lr_min, self.args.lr))

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class SequenceTrainer(Trainer):
     its own share of each batch.
     """
 
-    extra_parts = ("learning_rate",)
+    extra_parts: ClassVar = {"learning_rate": ...}
     extra_sums = ("tokens",)
 
     def __init__(

@@ -11,7 +11,7 @@ from deq_sequence.model import DEQTransformerLM
 from deq_sequence.text.corpus import Corpus
 from deq_sequence.text.ngram import kneser_ney_bigram_perplexity, unigram_perplexity
 from lib.errors import InputError
-from lib.runs.finished_run import CURVES, draw_curves, solver_rows, table
+from lib.runs.finished_run import CURVES, draw_curves, series, solver_rows, table
 from lib.runs.run_folder import peak_memory_mib, read_metrics
 
 _PROMPTS = ("this function returns", "the object is")
@@ -85,12 +85,9 @@ def last_record(records: list[dict], kind: str, **values) -> dict:
 
 def _draw_perplexity(axes, records: list[dict], ngrams: dict[str, float]) -> None:
     """Draw training and validation perplexity over the steps, and the n-gram perplexities."""
-    train = [r for r in records if r["kind"] == "train"]
-    valid = [r for r in records if r["kind"] == "valid"]
-    axes.plot([r["step"] for r in train], _exp([r["loss"] for r in train]), label="training")
-    axes.plot(
-        [r["step"] for r in valid], _exp([r["loss"] for r in valid]), "o-", label="validation"
-    )
+    for kind, style, label in (("train", "-", "training"), ("valid", "o-", "validation")):
+        steps, losses = series(records, kind, "loss")
+        axes.plot(steps, _exp(losses), style, label=label)
     for name, style in (("unigram", ":"), ("bigram", "--")):
         axes.axhline(ngrams[f"{name}_valid"], color="grey", ls=style, lw=1, label=f"{name} (valid)")
     axes.set(yscale="log", ylabel="perplexity")
@@ -106,5 +103,6 @@ def _perplexity(record: dict) -> float:
 
 def _stacked(records: list[dict]) -> str:
     """Validation perplexity at the end of the stacked phase."""
-    found = [r for r in records if r["kind"] == "valid" and r["phase"] == "stacked"]
-    return f"{_perplexity(found[-1]):.1f}" if found else "none"
+    stacked = [r for r in records if r.get("phase") == "stacked"]
+    losses = series(stacked, "valid", "loss")[1]
+    return f"{_exp(losses)[-1]:.1f}" if losses else "none"

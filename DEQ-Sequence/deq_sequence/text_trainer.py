@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from deq_sequence.model import DEQTransformerLM
 from deq_sequence.sequence_trainer import MODE, VOCABULARY, SequenceTrainer
 from deq_sequence.text.corpus import Corpus
 from deq_sequence.text.iterators import LMOrderedIterator
+from lib.runs.forms import check_form
 from lib.runs.interrupts import Stopping
 from lib.runs.processes import Processes
 
@@ -27,7 +29,7 @@ class LMTrainer(SequenceTrainer):
     same tokens in the same order.
     """
 
-    extra_parts = ("epoch", "row", "mems", "learning_rate")
+    extra_parts: ClassVar = {"epoch": 0, "row": 0, "mems": ..., **SequenceTrainer.extra_parts}
 
     def __init__(
         self,
@@ -138,12 +140,24 @@ class LMTrainer(SequenceTrainer):
         super().load_extra(state)
         self.epoch, self.row = state["epoch"], state["row"]
         self.forget()
-        if state["mems"]:
+        if state["mems"] != []:
+            self._check_memory(state["mems"])
             own = (m[:, self.streams].to(self.device) for m in state["mems"])
             self.mems = [list(part) for part in self.split(tuple(own))]
 
     def fixed(self) -> dict:
         return super().fixed() | {_TEXT: self.text}
+
+    def _check_memory(self, mems) -> None:
+        """Refuse anything else than the states and injections of the last rows."""
+        check_form(mems, [..., ...], "mems")
+        rows = min(len(m) if isinstance(m, Tensor) and m.dim() else 0 for m in mems)
+        for found, channels in zip(mems, (1, 3), strict=True):
+            dtype = next(self.model.parameters()).dtype
+            if getattr(found, "dtype", None) == torch.bfloat16:  # from autocast
+                dtype = torch.bfloat16
+            shape = min(rows, self.row), self.sequences, channels * self.model.d_model
+            check_form(found, torch.empty(shape, dtype=dtype, device="meta"), "mems")
 
     def fixed_in(self, state: dict) -> dict:
         own, fixed = self.fixed(), super().fixed_in(state)

@@ -61,7 +61,7 @@ class Curriculum:
 
         It was saved after ``position`` of ``n_batches`` batches of ``epoch``.
         """
-        moved = step != self.steps_before(epoch) + position
+        moved = step != self.steps_before(epoch) + position or position > n_batches
         # At position 0 no image of the epoch is used yet, so its data set may change.
         if moved or (position and n_batches != self.at(epoch).n_batches):
             raise InputError(

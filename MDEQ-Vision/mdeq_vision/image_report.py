@@ -6,7 +6,7 @@ import torch
 from yacs.config import CfgNode
 
 from lib.runs.checkpoint import load_weights
-from lib.runs.finished_run import CURVES, draw_curves, solver_rows, table
+from lib.runs.finished_run import CURVES, draw_curves, series, solver_rows, table
 from lib.runs.processes import Processes
 from lib.runs.run_folder import WEIGHTS, peak_memory_mib, read_metrics
 from mdeq_vision.datasets import SegmentationDataset, get_cls_dataset, get_seg_dataset
@@ -71,8 +71,8 @@ def _report(cfg: CfgNode, folder: Path, evaluate, title: str) -> str:
 
     def ended(phase: str) -> tuple[str, str]:
         """The last score of a phase, and its step."""
-        found = [r for r in records if r["kind"] == "valid" and r["phase"] == phase]
-        return (f"{100 * found[-1][name]:.2f}%", str(found[-1]["step"])) if found else ("none", "")
+        steps, scores = series([r for r in records if r.get("phase") == phase], "valid", name)
+        return (f"{100 * scores[-1]:.2f}%", str(steps[-1])) if steps else ("none", "")
 
     draw_curves(records, border, folder / CURVES, lambda axes: _draw_scores(axes, records, name))
     rows = [
@@ -92,9 +92,9 @@ def _report(cfg: CfgNode, folder: Path, evaluate, title: str) -> str:
 def _draw_scores(axes, records: list[dict], name: str) -> None:
     """Plot training accuracy and validation score, in percent, over the steps."""
     for kind, key, style in (("train", "accuracy", "-"), ("valid", name, "o-")):
-        found = [r for r in records if r["kind"] == kind]
+        steps, scores = series(records, kind, key)
         label = "training accuracy" if kind == "train" else f"test {key}"
-        axes.plot([r["step"] for r in found], [100 * r[key] for r in found], style, label=label)
+        axes.plot(steps, [100 * score for score in scores], style, label=label)
     axes.set(ylabel="percent")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from yacs.config import CfgNode
 
 from lib.data_parallel import BalancedDataParallel
 from lib.errors import InputError
+from lib.runs.forms import check_form
 from lib.runs.interrupts import Stopping
 from lib.runs.processes import Processes
 from lib.runs.task import Care, Choices, Summands
@@ -64,7 +66,7 @@ class ImageTrainer(Trainer):
     """
 
     weights_key = "state_dict"
-    extra_parts = ("epoch", "position")
+    extra_parts: ClassVar = {"epoch": 0, "position": 0}
     extra_sums = ("images", "hits", "count")
     drop_last = False  # True leaves out a last batch that is not full
     one_gpu = False  # True allows one GPU per process only: no DataParallel
@@ -299,6 +301,7 @@ class ImageTrainer(Trainer):
     def load_extra(self, state: dict) -> None:
         self.epoch, self.position = state["epoch"], state["position"]
         n_batches = state.get("n_batches", self.n_batches)
+        check_form(n_batches, 0, "n_batches")
         self.curriculum.check_place(self.step, self.epoch, self.position, n_batches)
 
     def fixed(self) -> dict:

@@ -119,10 +119,15 @@ class MDEQNet(SolverAttributes, nn.Module):
             when not computed.
 
         Raises:
-            InputError: x has another shape, or no element.
+            InputError: x has another shape, no element, or integers.
         """
         if x.dim() != 4 or x.shape[1] != 3 or x.numel() == 0:
             raise InputError(f"images have shape {tuple(x.shape)}, but must be (B, 3, H, W)")
+        if not x.is_floating_point():
+            raise InputError(
+                f"images are {x.dtype}, but must be floats, normalised as in training: "
+                "(images.float() / 255 - mean) / std"
+            )
         injection = self.downsample(x)
         if self.stage0 is not None:
             injection = self.stage0(injection)

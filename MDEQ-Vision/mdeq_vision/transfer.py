@@ -7,7 +7,13 @@ from torch import nn
 from yacs.config import CfgNode
 
 from lib.errors import InputError, naming
-from lib.runs.checkpoint import not_finite, read_state, save_atomic, strip_wrappers
+from lib.runs.checkpoint import (
+    check_target,
+    not_finite,
+    read_state,
+    save_atomic,
+    strip_wrappers,
+)
 from mdeq_vision.model import MDEQSegNet
 
 # Name prefixes of the parts that both kinds of model share; the heads differ.
@@ -21,8 +27,10 @@ def extract_pretrained(checkpoint: str | Path, output: str | Path) -> list[str]:
         The names of the written tensors.
 
     Raises:
-        InputError: the file is unreadable or has no backbone, or weights are not finite.
+        InputError: the file is unreadable, has no backbone, or is the output; or weights are not
+            finite.
     """
+    check_target(checkpoint, output)
     state = strip_wrappers(read_state(checkpoint))
     backbone = {key: value for key, value in state.items() if key.startswith(BACKBONE)}
     if not any(key.startswith("fullstage.") for key in backbone):

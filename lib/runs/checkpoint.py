@@ -150,16 +150,27 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     for name in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             content = content[name]
+    check_tensors(content, path)
+    return content
+
+
+def check_tensors(content, source: str | Path) -> None:
+    """Raise an InputError unless ``content`` is a dict of names and ordinary tensors."""
     if not isinstance(content, dict) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
-        raise InputError(f"{path} holds no state dict: expected a mapping of names to tensors")
+        raise InputError(f"{source} holds no state dict: expected a mapping of names to tensors")
     if odd := odd_tensors(content):
         raise InputError(
-            f"{path} holds tensors that are sparse, quantised, complex or without data, which no "
+            f"{source} holds tensors that are sparse, quantised, complex or without data, which no "
             f"model here has: {', '.join(odd)}"
         )
-    return content
+
+
+def check_target(source: str | Path, target: str | Path) -> None:
+    """Refuse to write a part of the file ``source`` over that file, also by another name of it."""
+    if Path(source).exists() and Path(target).exists() and os.path.samefile(source, target):
+        raise InputError(f"{target} is the file that is read: give another name for the output")
 
 
 def odd_tensors(state: dict[str, Tensor]) -> list[str]:
@@ -174,14 +185,16 @@ def odd_tensors(state: dict[str, Tensor]) -> list[str]:
     ]
 
 
-def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load a state dict whose keys and shapes all match those of ``model``.
+def load_state(
+    model: nn.Module, state: dict[str, Tensor], source: str, *, same_dtypes: bool = False
+) -> None:
+    """Load a state dict whose keys and shapes (``same_dtypes``: and dtypes) are the model's.
 
     A model may have ``ignored_state``, a tuple of key prefixes; matching entries are ignored.
 
     Raises:
-        InputError: keys or shapes differ (the message lists all), or a tensor holds NaN or Inf.
-            The model is then unchanged.
+        InputError: something differs (the message lists all), or a tensor holds NaN or Inf. The
+            model is then unchanged.
     """
     state = strip_wrappers(state, model)
     ignored = getattr(model, "ignored_state", ())
@@ -193,6 +206,11 @@ def load_state(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
         f"{key} has shape {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
         for key in expected
         if key in state and state[key].shape != expected[key].shape
+    ]
+    problems += [
+        f"{key} has dtype {state[key].dtype} instead of {expected[key].dtype}"
+        for key in expected
+        if same_dtypes and key in state and state[key].dtype != expected[key].dtype
     ]
     if problems:
         raise InputError(f"the weights in {source} do not fit this model: {'; '.join(problems)}")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lib.errors import is_number
 from lib.extras import needs
 from lib.runs.solver_figures import PASSES
 
@@ -22,12 +23,13 @@ def solver_rows(records: list[dict], border: int, evaluated: dict) -> list[tuple
     """
     found = []
     for which in PASSES:
-        solved = [r for r in _solved(records, which) if r["step"] > border]
-        if solved:
-            means = {
-                name: sum(r[f"{which}_{name}"] for r in solved) / len(solved)
-                for name in ("rel_residual", "nfe")
-            }
+        means = {}
+        for name in ("rel_residual", "nfe"):
+            steps, values = series(records, "train", f"{which}_{name}")
+            solved = [value for step, value in zip(steps, values, strict=True) if step > border]
+            if solved:
+                means[name] = sum(solved) / len(solved)
+        if len(means) == 2:
             found.append((f"{which}, training mean", means))
     if evaluated["nfe"]:
         found.append(("forward, evaluation mean", evaluated))
@@ -37,9 +39,10 @@ def solver_rows(records: list[dict], border: int, evaluated: dict) -> list[tuple
     ]
 
 
-def _solved(records: list[dict], which: str) -> list[dict]:
-    """The training records with solves in the pass ``which``."""
-    return [r for r in records if r["kind"] == "train" and f"{which}_nfe" in r]
+def series(records: list[dict], kind: str, name: str) -> tuple[list[int], list[float]]:
+    """Steps and values of ``name`` in the records of ``kind`` that have such a number."""
+    found = [(r["step"], r[name]) for r in records if r["kind"] == kind and is_number(r.get(name))]
+    return [step for step, _ in found], [value for _, value in found]
 
 
 def draw_curves(records: list[dict], border: int, path: Path, draw: Callable) -> None:
@@ -60,9 +63,9 @@ def draw_curves(records: list[dict], border: int, path: Path, draw: Callable) ->
     top.set_title("stacked pre-training, then equilibrium")
     top.legend()
     for which in PASSES:
-        if solved := _solved(records, which):
-            residuals = [r[f"{which}_rel_residual"] for r in solved]
-            bottom.plot([r["step"] for r in solved], residuals, label=f"{which} residual")
+        steps, residuals = series(records, "train", f"{which}_rel_residual")
+        if steps:
+            bottom.plot(steps, residuals, label=f"{which} residual")
     bottom.set(yscale="log", xlabel="step", ylabel="relative residual")
     if bottom.lines:
         bottom.legend()

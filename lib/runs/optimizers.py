@@ -5,6 +5,9 @@ from collections import Counter
 import torch
 from torch import Tensor, nn
 
+from lib.errors import InputError
+from lib.runs.forms import check_form
+
 
 def fused_if_possible(
     kind: type[torch.optim.Optimizer], model: nn.Module, **options
@@ -61,8 +64,51 @@ def clip_gradients(model: nn.Module, clipped: list[nn.Parameter], limit: float) 
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load an optimiser's state. Its options stay its own: settings may change on a resume."""
-    own = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, options in zip(optimizer.param_groups, own, strict=True):
-        group |= options
+    """Load an optimiser's state. Its options stay its own: settings may change on a resume.
+
+    Raises:
+        InputError: a part of the state has another form than this optimiser's. A fused kernel
+            would read and write outside of such a tensor.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    check_form(state, {"state": ..., "param_groups": [...] * len(groups)}, "optimizer")
+    for number, (own, saved) in enumerate(zip(groups, state["param_groups"], strict=True)):
+        name = f"optimizer group {number}"
+        saved = {"params": saved.get("params")} if isinstance(saved, dict) else saved
+        check_form(saved, {"params": own["params"]}, name)
+        if list(saved["params"]) != own["params"]:
+            raise InputError(f"{name} has other parameters than this run: use another checkpoint")
+    forms, saved = _forms(optimizer), state["state"]
+    if not isinstance(saved, dict) or not saved.keys() <= forms.keys():
+        raise InputError("optimizer has a state for other parameters: use another checkpoint")
+    fitted = {}
+    for index, values in saved.items():
+        check_form(values, forms[index], f"optimizer state {index}")
+        # Copies with the strides of the parameter, which a fused kernel expects.
+        fitted[index] = {k: torch.empty_like(forms[index][k]).copy_(v) for k, v in values.items()}
+    optimizer.load_state_dict({"state": fitted, "param_groups": groups})
+
+
+def _forms(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
+    """By the number of each parameter: tensors of the form that its state will have.
+
+    A step of a stand-in, whose parameters are small, shows what the state consists of.
+    """
+    probes = {
+        p: nn.Parameter(p.detach().new_zeros(2, 2))
+        for g in optimizer.param_groups
+        for p in g["params"]
+    }
+    stand_in = type(optimizer)(
+        [g | {"params": [probes[p] for p in g["params"]]} for g in optimizer.param_groups]
+    )
+    for probe in probes.values():
+        probe.grad = torch.zeros_like(probe)
+    stand_in.step()
+    return {
+        number: {
+            name: parameter.detach() if value.shape == probe.shape else value
+            for name, value in stand_in.state[probe].items()
+        }
+        for number, (parameter, probe) in enumerate(probes.items())
+    }

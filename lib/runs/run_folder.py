@@ -32,6 +32,7 @@ LOG, METRICS, SETTINGS, CHECKPOINT, WEIGHTS, AUDIT = (
     "model.pt",
     "audit.json",  # what scripts/audit.py found
 )
+_OF_KIND = {"valid": {"phase": str}, "summary": {"finished": bool}}  # what such records have
 _OF_THE_END = ("final_", "summary")  # prefixes of the record kinds written at the end of a run
 
 
@@ -74,9 +75,9 @@ def read_metrics(folder: Path) -> list[dict]:
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
-        if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
+        if not _is_record(record):
             break
         records.append({k: math.nan if v is None else v for k, v in record.items()})
     return records
@@ -86,6 +87,14 @@ def _line(record: dict) -> str:
     """A record as JSON."""
     lacking = {k: None for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
     return json.dumps(record | lacking, allow_nan=False)
+
+
+def _is_record(found) -> bool:
+    """Whether ``found`` has what the readers of records take for granted."""
+    if not isinstance(found, dict):
+        return False
+    types = {"kind": str, "step": int} | _OF_KIND.get(str(found.get("kind")), {})
+    return all(type(found.get(name)) is kind for name, kind in types.items())
 
 
 def peak_memory_mib(device: torch.device) -> float:

@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 import torch
 
+from lib.runs.forms import check_form
 from lib.runs.processes import Processes
 from lib.runs.run_folder import Run
 from lib.solvers.stats import PassStats, SolverStats
@@ -15,6 +16,18 @@ _DIVERGED_SHOWN = 20  # at most this many log lines on diverged solves; metrics 
 def stats_state(stats: SolverStats) -> list[dict]:
     """Solver statistics as plain containers, for a checkpoint."""
     return [asdict(stats.forward), asdict(stats.backward)]
+
+
+def check_stats(states, processes: int) -> None:
+    """Refuse anything else than a list of what :func:`stats_state` returns, one per process."""
+    check_form(states, [[..., ...]] * processes, "solver_stats")
+    figures = {"nfe": 0, "abs_residual": 0.0, "rel_residual": 0.0, "broken": False}
+    for rank, passes in enumerate(states):
+        for number, found in enumerate(passes):
+            own = asdict(PassStats())
+            if isinstance(found, dict):
+                own |= {name: figures for name in ("last", "last_broken") if found.get(name) != {}}
+            check_form(found, own, f"solver_stats[{rank}][{number}]")
 
 
 def restore_stats(state: list[dict], stats: SolverStats) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -45,7 +45,8 @@ class Task:
 
     extra_sums: tuple[str, ...] = ()  # names of the sums that ``part`` returns beside the losses
     weights_key = "model"  # the checkpoint's entry with the model's weights
-    extra_parts: tuple[str, ...] = ()  # the checkpoint entries that ``extra_state`` adds
+    # The checkpoint entries that ``extra_state`` adds, and their forms (see lib.runs.forms).
+    extra_parts: ClassVar[dict[str, Any]] = {}
     last_step: int
     pretrain_steps: int  # the length of the stacked phase
 
@@ -118,7 +119,7 @@ class Task:
         raise NotImplementedError
 
     def load_extra(self, state: dict) -> None:
-        """Restore what ``extra_state`` returned."""
+        """Restore what ``extra_state`` returned; refuse what does not fit this run."""
         raise NotImplementedError
 
     def fixed(self) -> dict:

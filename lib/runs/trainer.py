@@ -13,19 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.errors import DEQWarning, InputError
-from lib.runs.checkpoint import load_state, not_finite, save_atomic
+from lib.errors import DEQWarning, InputError, naming
+from lib.runs.checkpoint import check_tensors, load_state, not_finite, save_atomic
 from lib.runs.evaluation_loop import EvaluationStopped
+from lib.runs.forms import check_form, check_plain
 from lib.runs.interrupts import Stopped, Stopping, TrainingError
 from lib.runs.memory import memory_for, release_free_memory
 from lib.runs.optimizers import clip_gradients, restore_optimizer
 from lib.runs.processes import Processes, lost_contact
-from lib.runs.random_states import random_states, restore_random_states
+from lib.runs.random_states import check_random_states, random_states, restore_random_states
 from lib.runs.retention import save_newest
 from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, last_good, warnings_in
 from lib.runs.solver_figures import (
     broken_since,
     broken_solves,
+    check_stats,
     report_diverged,
     restore_stats,
     solver_figures,
@@ -35,6 +37,7 @@ from lib.runs.solver_figures import (
 from lib.runs.task import Care, Choices, Task
 
 FORMAT = 2  # version of the checkpoint's format
+_COUNTS = ("skipped", "diverged_forward", "diverged_backward")
 
 
 class _Events(NamedTuple):
@@ -81,7 +84,7 @@ class Trainer(Task):
         self.clipped = list(model.parameters())
         self.rng = random.Random(seed)
         self.step = 0
-        self.counts = {"skipped": 0, "diverged_forward": 0, "diverged_backward": 0}
+        self.counts = dict.fromkeys(_COUNTS, 0)
         self.skipped_in_a_row = 0
         self.run = Run.silent()
         self.best: dict = {}  # phase, name, score and step of the best weights of the last phase
@@ -192,10 +195,14 @@ class Trainer(Task):
 
     def begin_window(self) -> None:
         """Reset the sums and solver statistics from which the next log line is made."""
-        names = ("loss", "jac_loss", *self.extra_sums)
-        self._window = dict.fromkeys(names, 0.0) | {"jac_count": 0, "steps": 0, "skipped": 0}
+        self._window = self._no_sums()
         self._window_start = time.perf_counter()
         self.model.deq.stats.reset()
+
+    @classmethod
+    def _no_sums(cls) -> dict[str, float]:
+        names = ("loss", "jac_loss", *cls.extra_sums)
+        return dict.fromkeys(names, 0.0) | {"jac_count": 0, "steps": 0, "skipped": 0}
 
     def _gradients_stay(self, stay: bool):
         """If ``stay``, a context that does not reduce gradients over processes, else no effect."""
@@ -438,14 +445,30 @@ class Trainer(Task):
     @classmethod
     def check(cls, state: Any, source: Path) -> None:
         """Raise an InputError if ``state`` is not a checkpoint of this trainer."""
-        if not isinstance(state, dict) or state.get("format") != FORMAT:
+        version = state.get("format") if isinstance(state, dict) else None
+        if type(version) is not int or version != FORMAT:
             raise InputError(f"{source} is not a checkpoint of this trainer: give its {CHECKPOINT}")
-        parts = {
-            *("fixed", "optimizer", "step", "best", "counts", "skipped_in_a_row", "unfinished"),
-            *("window", "random_states", "solver_stats", cls.weights_key, *cls.extra_parts),
+        forms = {
+            **dict.fromkeys(("optimizer", cls.weights_key, "random_states", "solver_stats"), ...),
+            "fixed": ...,
+            "step": 0,
+            "best": {"phase": "", "score": 0.0, "step": 0, "name": ""},
+            "counts": dict.fromkeys(_COUNTS, 0),
+            "skipped_in_a_row": 0,
+            "unfinished": False,
+            "window": cls._no_sums(),
+            **cls.extra_parts,
         }
-        if missing := sorted(parts - state.keys()):
+        if missing := sorted(forms.keys() - state.keys()):
             raise InputError(f"{source} lacks {', '.join(missing)}: it is not whole, use another")
+        if state["best"] == {}:
+            forms["best"] = {}
+        with naming(str(source)):
+            check_form({name: state[name] for name in forms}, forms, "state")
+            check_plain(state["fixed"], "state['fixed']")
+            check_random_states(state["random_states"])
+            check_stats(state["solver_stats"], len(state["random_states"]))
+        check_tensors(state[cls.weights_key], source)
 
     def load_state_dict(self, state: dict, source: Path) -> list[str]:
         """Continue exactly where ``state`` was saved.
@@ -465,12 +488,13 @@ class Trainer(Task):
                     f"{source} was saved with {name} {saved}, and this run has {value}: continue "
                     "with the former"
                 )
-        load_state(self.model, state[self.weights_key], str(source))
-        restore_optimizer(self.optimizer, state["optimizer"])
+        load_state(self.model, state[self.weights_key], str(source), same_dtypes=True)
         self.step, self.best, self.counts = state["step"], state["best"], state["counts"]
         self.skipped_in_a_row, self.unfinished = state["skipped_in_a_row"], state["unfinished"]
         self._window = state["window"]
-        self.load_extra(state)
+        with naming(str(source)):
+            restore_optimizer(self.optimizer, state["optimizer"])
+            self.load_extra(state)
         return self._load_by_process(state["random_states"], state["solver_stats"])
 
     def _load_by_process(self, states: list[dict], stats: list) -> list[str]:

@@ -29,7 +29,8 @@ fail() {
     exit 2
 }
 
-[ -n "${SLURM_JOB_ID:-}" ] || fail "submit this: sbatch [flags of sbatch] scripts/cluster/slurm.sh COMMAND"
+# Bash would run code in a variable that it takes for a number, so each is checked first.
+[[ ${SLURM_JOB_ID:-} =~ ^[0-9]+$ ]] || fail "submit this: sbatch [flags of sbatch] scripts/cluster/slurm.sh COMMAND"
 # Slurm runs a copy of this file, so find the other files from the working directory.
 [ -f scripts/cluster/training_command.sh ] || fail "$PWD is not the repository: submit there, or add --chdir"
 command=("$@")
@@ -50,7 +51,7 @@ progress() {
 
 export NODES=$SLURM_JOB_NUM_NODES GPUS=${GPUS:-${SLURM_GPUS_ON_NODE:-}}
 MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-export MASTER PORT=${PORT:-$((20000 + SLURM_JOB_ID % 10000))} # jobs may share a node
+export MASTER PORT=${PORT:-$((20000 + 10#$SLURM_JOB_ID % 10000))} # jobs may share a node
 export RUN_ID=$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0} AUTO_RESTART=1
 # Seconds between SIGTERM and SIGKILL: torchrun's 30 may be too few to end a step and save.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
@@ -58,8 +59,12 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 before=$(progress "$@")
 minutes=$(minutes_left)
 if [ -z "${MAX_TIME:-}" ] && [ -n "$minutes" ]; then
-    export MAX_TIME=$((minutes - ${MARGIN:=5}))
-    [ "$MAX_TIME" -gt 0 ] || fail "MARGIN is $MARGIN minutes, but the job has only $minutes left"
+    [[ ${MARGIN:=5} =~ ^[0-9]{1,9}(\.[0-9]{1,9})?$ ]] ||
+        fail "MARGIN is '$MARGIN', but must be a number of minutes, such as 5 or 2.5"
+    MAX_TIME=$(LC_ALL=C awk -v minutes="$minutes" -v margin="$MARGIN" \
+        'BEGIN { if (minutes > margin) printf "%.12g", minutes - margin }')
+    [ -n "$MAX_TIME" ] || fail "MARGIN is $MARGIN minutes, but the job has only $minutes left"
+    export MAX_TIME
 fi
 
 # --kill-on-bad-exit=0 --wait=180: when the processes of a node end, the other nodes have time to

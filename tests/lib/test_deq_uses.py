@@ -144,9 +144,19 @@ def test_bad_maps_are_refused_by_every_gradient(grad):
 
 def test_lists_of_other_shapes_are_refused():
     z0 = [torch.zeros(3, 3), torch.zeros(3, 2)]
-    for f in (lambda z: [0.5 * z[1], 0.5 * z[0]], lambda z: z[0]):
+    for f in (
+        lambda z: [0.5 * z[1], 0.5 * z[0]],
+        lambda z: z[0],
+        lambda z: {"a": z[0], "b": z[1]},
+        lambda z: None,
+    ):
         with pytest.raises(InputError, match="a list of the shapes"):
             DEQ()(f, z0)
+
+
+def test_a_dict_is_no_state():
+    with pytest.raises(InputError, match=r"^z0 is 'dict', but must be a tensor"):
+        DEQ()(lambda z: z, {"a": torch.zeros(300, 3)})
 
 
 def test_own_solver_of_few_keys_in_half_precision():

@@ -43,7 +43,9 @@ def test_not_contiguous_and_gradients():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: list2vec([]), "empty"),
+        (lambda: list2vec([]), "at least one tensor, in a list"),
+        (lambda: list2vec({"z": torch.ones(2, 3)}), "at least one tensor, in a list"),
+        (lambda: list2vec([torch.ones(())]), r"each of the form \(B, ...\)"),
         (lambda: list2vec([torch.ones(2, 3), torch.ones(1, 3)]), "batch sizes differ"),
         (lambda: vec2list(torch.ones(2, 7, 1), [(2, 3)]), r"\(2, 7, 1\)"),
         (lambda: vec2list(torch.ones(6), [(2, 3)]), r"\(6,\)"),

@@ -301,6 +301,9 @@ def test_job_of_one_node_and_its_variables(job, cluster):
         ("08:09:00", {}, "484"),
         ("45:00", {}, "40"),
         ("45:00", {"MARGIN": "15"}, "30"),
+        ("45:00", {"MARGIN": "2.5"}, "42.5"),
+        ("45:00", {"MARGIN": "08"}, "37"),
+        ("1000-00:00:00", {"MARGIN": "010.25"}, "1439989.75"),
         ("45:00", {"MAX_TIME": "7.5"}, "7.5"),
         ("UNLIMITED", {}, None),
         ("NOT_SET", {}, None),
@@ -361,6 +364,13 @@ def test_bad_use_of_slurm(job, cluster, tmp_path):
     cluster.does("squeue", "echo 5:59")
     job("python", "tools/cls_train.py")
     cluster.refuses("slurm: MARGIN is 5 minutes, but the job has only 5 left")
+    code = f"minutes[$(touch {tmp_path}/ran)]"  # runs where Bash takes it for a number
+    for margin in ("-3", "1e3", "0x10", "five", code):
+        job("python", "tools/cls_train.py", MARGIN=margin)
+        cluster.refuses(f"slurm: MARGIN is '{margin}', but must be a number of minutes")
+    job("python", "tools/cls_train.py", SLURM_JOB_ID=code)
+    cluster.refuses("slurm: submit this: sbatch")
+    assert not (tmp_path / "ran").exists()
     assert "srun" not in cluster.calls
 
 

@@ -76,6 +76,9 @@ def test_tied_weights_stay_tied(tmp_path, monkeypatch):
         (["good.pt", "x.bin"], "x.bin"),
         (["good.pt", "text.pt/x.pt"], "text.pt"),
         (["good.pt", "folder.pt"], "folder.pt"),
+        (["good.pt", "good.pt"], "good.pt is the file that is read"),
+        (["good.pt", "./link.pt"], "link.pt is the file that is read"),
+        (["good.pt", "hard.pt"], "hard.pt is the file that is read"),
         (["good.pt"], "target"),
         (["good.pt", "x.pt", "y.pt"], "y.pt"),
         (["good.pt", "x.pt", "--half"], "--half"),
@@ -88,6 +91,9 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, part):
     save_atomic([1, 2], "numbers.pt")
     save_atomic({"weight": torch.ones(2)}, "good.pt")
     Path("folder.pt").mkdir()
+    Path("link.pt").symlink_to("good.pt")
+    Path("hard.pt").hardlink_to("good.pt")
+    content = Path("good.pt").read_bytes()
     before = sorted(path.name for path in tmp_path.iterdir())
     assert main(arguments) == 2
     out, err = capsys.readouterr()
@@ -96,6 +102,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, part):
     assert err.count("\n") == 1
     assert part in err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert Path("good.pt").read_bytes() == content
 
 
 def test_command(tmp_path, monkeypatch):

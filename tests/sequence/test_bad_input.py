@@ -272,7 +272,8 @@ def test_bad_input(place, capsys, monkeypatch, recwarn, prepare):
     code = main([*place.flags, *more])
     captured = capsys.readouterr()
     assert code == 2
-    (line,) = captured.err.splitlines()
+    *notes, line = captured.err.splitlines()
+    assert all(note.endswith("the texts are encoded again") for note in notes)
     assert line.startswith("train_transformer.py: ")
     assert named in line
     assert captured.out == ""

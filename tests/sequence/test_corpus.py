@@ -2,6 +2,7 @@
 
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -98,8 +99,16 @@ def test_cache_of_another_format_version_is_rebuilt(datadir, monkeypatch):
     assert calls
 
 
-@pytest.mark.parametrize("damage", ["noise", "empty", "cut", "object", "other"])
-def test_damaged_cache_is_rebuilt(datadir, damage):
+def flipped(content: bytes, seed: int) -> bytes:
+    changed = bytearray(content)
+    changed[random.Random(seed).randrange(len(content))] ^= 1 << seed % 8
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(
+    "damage", ["noise", "empty", "cut", "object", "other", *(f"bit {i}" for i in range(6))]
+)
+def test_damaged_cache_is_rebuilt(datadir, capsys, damage):
     expected = ids(get_lm_corpus(datadir, "wt103"))
     cache = datadir / "corpus.wt103.pt"
     whole = cache.read_bytes()
@@ -107,10 +116,71 @@ def test_damaged_cache_is_rebuilt(datadir, damage):
         torch.save({"key": random.Random(0)}, cache)
     elif damage == "other":
         torch.save([1, 2], cache)
+    elif damage.startswith("bit"):
+        cache.write_bytes(flipped(whole, int(damage[-1])))
     else:
         cache.write_bytes({"noise": b"noise", "empty": b"", "cut": whole[:-100]}[damage])
     assert ids(get_lm_corpus(datadir, "wt103")) == expected
-    assert torch.load(cache, weights_only=True)["idx2sym"][0] == "<eos>"
+    said = capsys.readouterr().err
+    if not damage.startswith("bit") or said:  # a bit of padding does no harm
+        assert said == f"{cache}: damaged; the texts are encoded again\n"
+        assert cache.read_bytes() == whole
+    assert ids(get_lm_corpus(datadir, "wt103")) == expected
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("entry", ["idx2sym", "ids"])
+def test_flipped_bit_in_the_content_is_noticed(datadir, capsys, entry):
+    corpus = get_lm_corpus(datadir, "wt103")
+    expected, cache = ids(corpus), datadir / "corpus.wt103.pt"
+    whole = bytearray(cache.read_bytes())
+    numbers = corpus.train.int().numpy().tobytes()
+    whole[whole.index(numbers if entry == "ids" else b"<eos>") + 4] ^= 1
+    cache.write_bytes(whole)
+    assert ids(get_lm_corpus(datadir, "wt103")) == expected
+    assert f"{cache}: damaged" in capsys.readouterr().err
+
+
+def test_another_text_of_the_same_size_and_time(datadir):
+    """As a copy that keeps the time, or a change within the clock's tick, leaves it."""
+    get_lm_corpus(datadir, "wt103")
+    path = datadir / "train.txt"
+    before, content = path.stat(), path.read_bytes()
+    path.write_bytes(content.replace(b"B", b"C"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert get_lm_corpus(datadir, "wt103").vocab.idx2sym == ["<eos>", "a", "b", "<unk>", "C"]
+
+
+def test_many_at_once_make_one_cache(datadir, capsys):
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: ids(get_lm_corpus(datadir, "wt103")), range(24)))
+    assert found == found[:1] * 24
+    assert sorted(path.name for path in datadir.glob("[!tv]*")) == ["corpus.wt103.pt"]
+    assert ids(get_lm_corpus(datadir, "wt103")) == found[0]
+    assert capsys.readouterr().err == ""
+
+
+def test_unreadable_cache_is_no_error(datadir, monkeypatch, capsys):
+    expected = ids(get_lm_corpus(datadir, "wt103"))
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(corpus_cache.checkpoint, "load", refuse)
+    assert ids(get_lm_corpus(datadir, "wt103")) == expected
+    assert capsys.readouterr().err.endswith(
+        "corpus.wt103.pt: Permission denied; the texts are encoded again\n"
+    )
+
+
+def test_byte_order_mark_is_no_part_of_a_word(datadir):
+    expected = get_lm_corpus(datadir, "wt103")
+    for split in SPLITS:
+        path = datadir / f"{split}.txt"
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    found = get_lm_corpus(datadir, "wt103")
+    assert found.vocab.idx2sym == expected.vocab.idx2sym
+    assert ids(found) == ids(expected)
 
 
 def test_folder_that_cannot_be_written_to_is_no_error(datadir, monkeypatch):

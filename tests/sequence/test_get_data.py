@@ -8,10 +8,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "DEQ-Sequence" / "get_data.sh"
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("bash") and shutil.which("unzip")), reason="needs bash and unzip"
-)
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 WT2_TOKENS = {"train": 2_088_628, "valid": 217_646, "test": 245_569}
 
 # Serves $SERVED/<last part of the address> from the offset that the partial file has, refuses
@@ -34,16 +32,34 @@ tail -c +$((size + 1)) "$SERVED/${url##*/}" >>"$out"
 """
 
 
+# The published sum for what the test has declared to be as published, otherwise zeros.
+FAKE_SUM = """#!/usr/bin/env bash
+sum=$(cksum | tr -d ' ')
+grep "^$sum " "$SERVED/sums" 2>/dev/null | cut -d ' ' -f 2 | grep . || echo 00000000
+"""
+SUMS = {
+    "wikitext-2-v1.zip": "542ccefacc6c27f945fb54453812b3cd",
+    "simple-examples.tgz": "30177ea32e27c525793142b6bf2c8e2d",
+    "text8.zip": "a6640522afe85d1963ad56c05b0ede0a0c000dddc9671758a6cc09b7a38e5232",
+}
+
+
 class Site:
     """A copy of the script in a folder of its own, and the files that the fake network serves."""
 
     def __init__(self, root: Path):
         self.room, self.served, programs = root / "room", root / "served", root / "bin"
-        for folder in (self.room, self.served, programs):
+        for folder in (self.room, self.served, programs, root / "scripts"):
             folder.mkdir()
-        self.script = shutil.copy(SCRIPT, self.room)
-        (programs / "curl").write_text(FAKE_CURL)
-        (programs / "curl").chmod(0o755)
+        self.script = shutil.copy(ROOT / "DEQ-Sequence/get_data.sh", self.room)
+        shutil.copy(ROOT / "scripts/unpack.py", root / "scripts")
+        for name, content in (
+            ("curl", FAKE_CURL),
+            ("md5sum", FAKE_SUM),
+            ("sha256sum", FAKE_SUM),
+        ):
+            (programs / name).write_text(content)
+            (programs / name).chmod(0o755)
         # No pyarrow, whatever this machine has: the second WikiText mirror must say so.
         (programs / "pyarrow.py").write_text("raise ImportError\n")
         path = f"{programs}{os.pathsep}{os.environ['PATH']}"
@@ -53,6 +69,14 @@ class Site:
             "PYTHONPATH": str(programs),
             "SERVED": str(self.served),
         }
+
+    def declare_published(self, *names: str) -> None:
+        """What is served under these names shall have the published checksums."""
+        with open(self.served / "sums", "a") as sums:
+            for name in names:
+                content = (self.served / name).read_bytes()
+                done = subprocess.run(["cksum"], input=content, capture_output=True)
+                print(done.stdout.decode().replace(" ", "").strip(), SUMS[name], file=sums)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -74,13 +98,16 @@ def site(tmp_path):
     return Site(tmp_path)
 
 
-def write_wikitext_2(path: Path, missing_words: int = 0) -> None:
-    """An archive with the layout and the token counts of WikiText-2."""
+def write_wikitext_2(site: Site, missing_words: int = 0) -> Path:
+    """An archive with the layout, the token counts and the checksum of WikiText-2."""
+    path = site.served / "wikitext-2-v1.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for split, tokens in WT2_TOKENS.items():
             lines, rest = divmod(tokens - missing_words, 10)
             text = (" " + "word " * 9 + "\n") * lines + " \n" * rest
             archive.writestr(f"wikitext-2/wiki.{split}.tokens", text)
+    site.declare_published(path.name)
+    return path
 
 
 def last_line(result: subprocess.CompletedProcess) -> str:
@@ -88,7 +115,7 @@ def last_line(result: subprocess.CompletedProcess) -> str:
 
 
 def test_wikitext_is_fetched_renamed_checked_and_not_fetched_again(site):
-    write_wikitext_2(site.served / "wikitext-2-v1.zip")
+    write_wikitext_2(site)
     first = site.run("wt2")
     assert first.returncode == 0, first.stderr
     place = site.room / "data" / "wikitext-2"
@@ -104,7 +131,7 @@ def test_wikitext_is_fetched_renamed_checked_and_not_fetched_again(site):
 
 
 def test_text_with_wrong_counts_is_refused_and_thrown_away(site):
-    write_wikitext_2(site.served / "wikitext-2-v1.zip", missing_words=1)
+    write_wikitext_2(site, missing_words=1)
     result = site.run("wt2")
     assert result.returncode == 1
     assert "train has 2088627 tokens, but 2088628 are published" in result.stderr
@@ -114,8 +141,7 @@ def test_text_with_wrong_counts_is_refused_and_thrown_away(site):
 
 
 def test_download_goes_on_from_a_partial_file(site):
-    archive = site.served / "wikitext-2-v1.zip"
-    write_wikitext_2(archive)
+    archive = write_wikitext_2(site)
     downloads = site.room / "data" / "downloads" / "wt2-smerity"
     downloads.mkdir(parents=True)
     (downloads / "wikitext-2-v1.zip.part").write_bytes(archive.read_bytes()[:1000])
@@ -128,8 +154,27 @@ def test_error_page_instead_of_an_archive_is_not_kept(site):
     (site.served / "wikitext-2-v1.zip").write_text("<html>moved</html>")
     result = site.run("wt2")
     assert result.returncode == 1
-    assert "is not a valid zip archive" in result.stderr
+    assert "does not have the published checksum, removed" in result.stderr
     assert not list(site.room.rglob("*.zip"))
+    site.declare_published("wikitext-2-v1.zip")  # as if nobody knew the checksum
+    result = site.run("wt2")
+    assert result.returncode == 1
+    assert "was not unpacked, removed" in result.stderr
+    assert not list(site.room.rglob("*.zip"))
+
+
+def test_archive_that_writes_elsewhere(site, tmp_path):
+    """Where its checksum is no help: the link is refused, and nothing is written."""
+    link = zipfile.ZipInfo("text8")
+    link.external_attr = 0o120777 << 16
+    with zipfile.ZipFile(site.served / "text8.zip", "w") as archive:
+        archive.writestr(link, str(tmp_path / "outside"))
+    site.declare_published("text8.zip")
+    result = site.run("text8")
+    assert result.returncode == 1
+    assert "text8.zip holds 'text8', which is no file" in result.stderr
+    assert not (tmp_path / "outside").exists()
+    assert not list((site.room / "data").glob("text8*/*"))
 
 
 def test_failed_mirror_falls_to_the_next(site):
@@ -152,6 +197,7 @@ def test_bytes_are_split_90_5_5(site):
         site.served / "text8.zip", "w", zipfile.ZIP_DEFLATED, compresslevel=1
     ) as z:
         z.writestr("text8", b"a" * 90_000_000 + b"b" * 5_000_000 + b"c" * 5_000_000)
+    site.declare_published("text8.zip")
     result = site.run("text8")
     assert result.returncode == 0, result.stderr
     for split, byte, size in (("train", b"a", 90), ("valid", b"b", 5), ("test", b"c", 5)):

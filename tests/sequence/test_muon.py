@@ -74,7 +74,8 @@ def test_what_has_no_gradient_stays():
 def test_the_flag_takes_the_matrices_of_layer_and_injection(wnorm):
     model = build(wnorm=wnorm)
     optimizer = make_optimizer(parse(["--optim", "Muon"]), model)
-    chosen = {n for n, p in model.named_parameters() if id(p) in optimizer._matrices}
+    own = {id(p) for g in optimizer.param_groups if g["orthogonal"] for p in g["params"]}
+    chosen = {n for n, p in model.named_parameters() if id(p) in own}
     end = "weight_v" if wnorm else "weight"
     layer = ("dec_attn.qkv_net", "dec_attn.r_net", "dec_attn.o_net", "pos_ff.ff1_net")
     layer += ("pos_ff.ff2_net",)
@@ -87,8 +88,8 @@ def test_it_goes_on_from_a_saved_state_bit_for_bit():
     first = Muon(one, matrices=one[:1], lr=LR, weight_decay=DECAY)
     train(first, one)
     two = copy.deepcopy(one)
-    second = Muon(two, matrices=two[:1], lr=LR)
-    restore_optimizer(second, copy.deepcopy(first.state_dict()), weight_decay=DECAY)
+    second = Muon(two, matrices=two[:1], lr=LR, weight_decay=DECAY)
+    restore_optimizer(second, copy.deepcopy(first.state_dict()))
     train(first, one)
     train(second, two)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))

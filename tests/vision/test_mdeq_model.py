@@ -339,6 +339,14 @@ def test_images_of_another_shape(kind, shape):
         plain(kind)(torch.zeros(shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+@by_kind
+def test_images_of_integers(kind, dtype):
+    """As they come from a file, not normalised."""
+    with pytest.raises(InputError, match=f"images are {dtype}, but must be floats, normalised"):
+        plain(kind)(torch.zeros((2, 3, 8, 8), dtype=dtype))
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 0, 8), (2, 3, 8, 0), (0, 3, 8, 8)], ids=str)
 def test_no_pixels_or_no_images(shape):
     with pytest.raises(InputError):

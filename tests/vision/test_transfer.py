@@ -69,6 +69,16 @@ def test_extractor(source, write, tmp_path, style):
     assert all(torch.equal(found[name], expected[name]) for name in names)
 
 
+def test_the_checkpoint_is_not_overwritten(source, write, tmp_path):
+    path = write(checkpoint_of(source, "ours"))
+    before = path.read_bytes()
+    (tmp_path / "link.pth").symlink_to(path)
+    for output in (path, tmp_path / "link.pth"):
+        with pytest.raises(InputError, match="is the file that is read"):
+            extract_pretrained(path, output)
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("extracted", [True, False])
 @pytest.mark.parametrize("style", STYLES)
 def test_segmentation_starts_from_it(source, write, tmp_path, style, extracted):

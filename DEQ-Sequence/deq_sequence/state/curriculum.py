@@ -3,6 +3,8 @@
 import math
 from random import Random
 
+from lib.errors import InputError
+
 SHORTEST = 2
 GROWTH = 1.3  # factor by which the longest length grows
 _DECAY = 0.95  # of the running mean
@@ -45,4 +47,10 @@ class Curriculum:
         return {"longest": self.longest, "loss": self.loss, "steps": self.steps}
 
     def load_state_dict(self, state: dict) -> None:
+        """Restore what :meth:`state_dict` returned; refuse a length that does not occur."""
+        if not min(SHORTEST, self.limit) <= state["longest"] <= self.limit:
+            raise InputError(
+                f"strings of length {state['longest']}, and this run has at most {self.limit}: "
+                "use another checkpoint"
+            )
         self.longest, self.loss, self.steps = (state[k] for k in ("longest", "loss", "steps"))

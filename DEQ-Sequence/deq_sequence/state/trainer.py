@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,7 +26,10 @@ class StateTrainer(SequenceTrainer):
     ``--batch_size`` * ``--tgt_len`` elements, less a rest. The step's number decides the strings.
     """
 
-    extra_parts = ("curriculum", "learning_rate")
+    extra_parts: ClassVar = {
+        "curriculum": {"longest": 0, "loss": 0.0, "steps": 0},
+        **SequenceTrainer.extra_parts,
+    }
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ _BYTE_NUMBERS = frozenset(b"%d" % value for value in range(256))
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """Stream the lines of a UTF-8 text file.
+    """Stream the lines of a UTF-8 text file; a byte order mark at its beginning is left out.
 
     Raises:
         InputError: a line is not UTF-8; the message names the file and the line number.
@@ -21,7 +21,7 @@ def read_lines(path: Path) -> Iterator[str]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                yield line.decode("utf-8")
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError:
                 raise InputError(
                     f"{path}, line {number}: not UTF-8 text: convert the file, for instance with "

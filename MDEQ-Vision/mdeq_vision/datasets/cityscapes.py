@@ -26,8 +26,10 @@ class Cityscapes(SegmentationDataset):
     """The images of a list file, in the file's order. See SegmentationDataset for the items.
 
     The list file is DATASET.TRAIN_SET, EXTRA_TRAIN_SET or TEST_SET, relative to DATASET.ROOT. Each
-    line has an image path and a label path, relative to ROOT/cityscapes. Or all lines have an image
-    path only. Label files named *TrainIds or *train_id hold train ids, other files label ids.
+    line has an image path and a label path, relative to ROOT/cityscapes, with a tab or blanks
+    between them. Or all lines have an image path only. Paths with blanks need the tab.
+
+    Label files named *TrainIds or *train_id hold train ids, other files label ids.
 
     Raises:
         InputError: the list is missing, empty or malformed; or it names a file that does not
@@ -82,7 +84,8 @@ def read_list(path: Path, folder: Path) -> list[tuple[Path, Path | None]]:
         InputError: see Cityscapes.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # No other character ends a line: str.splitlines() would cut names with U+2028 or others.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"list file {path} cannot be read ({reason}): {WAY_OUT}") from error
@@ -91,12 +94,12 @@ def read_list(path: Path, folder: Path) -> list[tuple[Path, Path | None]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        files = [folder / name for name in line.split()]
+        files = [folder / name for name in _names(line, folder)]
         if len(files) > 2:
             raise InputError(f"{path}, line {number}: expected 'image' or 'image labels': {line}")
         if samples and (samples[0][1] is None) != (len(files) == 1):
             raise InputError(f"{path}, line {number}: some lines name labels and some do not")
-        missing += [(number, file) for file in files if not file.is_file()]
+        missing += [(number, file) for file in files if not _is_file(file)]
         image, labels = files if len(files) == 2 else (files[0], None)
         with naming(f"{path}, line {number}"):
             check_names(image, labels)
@@ -110,6 +113,22 @@ def read_list(path: Path, folder: Path) -> list[tuple[Path, Path | None]]:
             f"missing): check DATASET.ROOT, or {WAY_OUT}"
         )
     return samples
+
+
+def _names(line: str, folder: Path) -> list[str]:
+    """The paths in a line: split at tabs; else the line as a whole if that is a file; else at
+    blanks."""
+    if "\t" in line:
+        return [name.strip() for name in line.split("\t") if name.strip()]
+    whole = line.strip()
+    return [whole] if _is_file(folder / whole) else whole.split()
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def _notes(path: Path, labels: list[Path]) -> list[str]:

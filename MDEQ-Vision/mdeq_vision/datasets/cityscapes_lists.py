@@ -1,26 +1,29 @@
 """Writing the list files of a Cityscapes download."""
 
+import re
 from pathlib import Path
 
 from lib.errors import InputError
 from lib.runs.atomic_files import atomic_write
 from mdeq_vision.datasets.cityscapes import FOLDER
 
+_NAME = re.compile("[^\t\n\r\ud800-\udfff]+")  # the last are for bytes that are not UTF-8
 IMAGE_ENDING, LABEL_ENDING = "_leftImg8bit.png", "_gtFine_labelIds.png"
 
 
 def write_lists(root: str | Path) -> dict[Path, int]:
     """Write ROOT/list/cityscapes/{train,val,trainval,test}.lst for the images in ROOT/cityscapes.
 
-    Each line is ``leftImg8bit/... gtFine/...``; lines are sorted by city and name. test.lst has
-    images only, because the test labels are not public; without test images it is not written.
+    Each line is ``leftImg8bit/...``, a tab, and ``gtFine/...``; lines are sorted by city and name.
+    test.lst has images only, because the test labels are not public; without test images it is
+    not written.
 
     Returns:
         The path of each list and the number of its lines, in the order of writing.
 
     Raises:
-        InputError: there are no training or validation images, or an image has no labels. No list
-            is written then.
+        InputError: there are no training or validation images, an image has no labels, or a name
+            cannot stand in a list. No list is written then.
     """
     folder = Path(root) / FOLDER
     lines = {split: _labelled_lines(folder, split) for split in ("train", "val")}
@@ -40,7 +43,14 @@ def write_lists(root: str | Path) -> dict[Path, int]:
 
 
 def _images(folder: Path, split: str) -> list[Path]:
-    return sorted((folder / "leftImg8bit" / split).glob(f"*/*{IMAGE_ENDING}"))
+    images = sorted((folder / "leftImg8bit" / split).glob(f"*/*{IMAGE_ENDING}"))
+    for image in images:
+        if not _NAME.fullmatch(str(image.relative_to(folder))):
+            raise InputError(
+                f"the name {str(image)!r} cannot stand in a list, as it has a tab, a line end or "
+                "bytes that are not UTF-8: rename it"
+            )
+    return images
 
 
 def _labelled_lines(folder: Path, split: str) -> list[str]:
@@ -65,6 +75,6 @@ def _labelled_lines(folder: Path, split: str) -> list[str]:
             "missing): unpack gtFine_trainvaltest.zip there (see 'bash get_data.sh cityscapes')"
         )
     return [
-        f"{image.relative_to(folder).as_posix()} {label.relative_to(folder).as_posix()}"
+        f"{image.relative_to(folder).as_posix()}\t{label.relative_to(folder).as_posix()}"
         for image, label in zip(images, labels, strict=True)
     ]
