@@ -1,7 +1,6 @@
 """The audit of a language model: is its hidden state a fixed point? See :mod:`lib.auditing`."""
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from deq_sequence.command import build_model
 from deq_sequence.model import DEQTransformerLM
-from deq_sequence.options import build_parser
+from deq_sequence.own_settings import read_settings
 from deq_sequence.text.corpus import Corpus, get_lm_corpus
 from deq_sequence.text.iterators import LMOrderedIterator
 from deq_sequence.text.ngram import UNIGRAM_SMOOTHING
@@ -32,6 +31,7 @@ def audit_run(folder: Path, samples: int, device: torch.device) -> Audit:
         InputError: the folder holds no such run, or its text is too short.
     """
     args = read_settings(folder / SETTINGS)
+    args.compile = False  # compiling takes longer than an audit
     corpus = get_lm_corpus(args.data, args.dataset)
     model = build_model(args, corpus, device)
     load_weights(model, folder / WEIGHTS)
@@ -51,20 +51,6 @@ def audit_run(folder: Path, samples: int, device: torch.device) -> Audit:
         forward=forward,
         measure=MEASURE,
     )
-
-
-def read_settings(path: Path) -> argparse.Namespace:
-    """The settings of a run; flags that are newer than the run have their defaults.
-
-    Raises:
-        InputError: the file is not readable JSON.
-    """
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not readable JSON ({error}): restore it") from error
-    # Compiling takes longer than an audit.
-    return argparse.Namespace(**vars(build_parser().parse_args([])) | saved | {"compile": False})
 
 
 @torch.no_grad()
