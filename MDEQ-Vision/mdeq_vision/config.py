@@ -158,6 +158,10 @@ def update_config(cfg: CfgNode, args) -> None:
     merged.defrost()
     if getattr(args, "cfg", None):
         merge_file(merged, args.cfg)
+    # In the settings that a run saves, ROOT has DATA_DIR in front: another one may take its place.
+    root, data_dir = Path(merged.DATASET.ROOT), merged.DATA_DIR
+    if data_dir and root.is_relative_to(data_dir):
+        merged.DATASET.ROOT = str(root.relative_to(data_dir))
     opts = list(getattr(args, "opts", None) or [])
     if len(opts) % 2:
         raise InputError(f"overrides are pairs KEY VALUE, but {opts[-1]!r} has no value")
@@ -175,7 +179,6 @@ def update_config(cfg: CfgNode, args) -> None:
         if getattr(args, flag, None) is not None:
             merged[key] = float(getattr(args, flag))
     root, data_dir = Path(merged.DATASET.ROOT), merged.DATA_DIR
-    # In the settings that a run saves, ROOT has DATA_DIR in front already: do not join twice.
     if data_dir and not root.is_relative_to(data_dir):
         merged.DATASET.ROOT = str(data_dir / root)
     _check_values(merged)
