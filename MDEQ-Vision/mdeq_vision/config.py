@@ -50,7 +50,7 @@ def _defaults() -> CfgNode:
     cfg.MODEL.NAME = "mdeq"
     cfg.MODEL.INIT_WEIGHTS = True  # False leaves PyTorch's default initialisation
     cfg.MODEL.WNORM = False
-    cfg.MODEL.PRETRAINED = ""  # file of backbone weights to start from (extract_pretrained.py)
+    cfg.MODEL.PRETRAINED = ""  # weights to start from, without the last layers (transfer.py)
     cfg.MODEL.NUM_LAYERS = 5  # applications of f in the stacked phase
     cfg.MODEL.NUM_GROUPS = 4
     cfg.MODEL.DROPOUT = 0.0
