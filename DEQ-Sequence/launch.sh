@@ -4,6 +4,9 @@
 #     bash <script>.sh train [flags]    train; flags override the settings
 #     bash <script>.sh eval [flags]     evaluate the best weights of that run, or --load WEIGHTS
 #
+# A run is evaluated with the settings that it was trained with, which its folder holds; only weights
+# given by --load have those of the script.
+#
 # One process uses all GPUs (DataParallel, the settings of `one_process`), unless one of these
 # variables starts a process per GPU by torchrun:
 #
@@ -18,7 +21,9 @@ mode=${1:-}
 shift || true
 case $mode in
     train) ;;
-    eval) settings+=(--eval) ;;
+    eval)
+        [[ " $*" == *" --load"* ]] || settings=()
+        settings+=(--eval) ;;
     *) echo "usage: bash $script train|eval [flags of train_transformer.py]" >&2; exit 2 ;;
 esac
 launcher=("${PYTHON:-python}")

@@ -2,8 +2,9 @@
 
     python scripts/audit.py RUN_FOLDER
 
-The run may be of words or images. Its own settings and best weights are read, and its test data.
-The report is printed, and written to audit.json in the run's folder (--out: elsewhere).
+The run may be of words, state tracking or images. Its own settings and best weights are read, and
+its test data. The report is printed, and written to audit.json in the run's folder (--out:
+elsewhere).
 """
 
 import json
@@ -28,7 +29,7 @@ def run(argv: list[str] | None = None) -> None:
     """Audit the run that the command line names."""
     parser = Parser(prog="audit.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=Path, metavar="RUN_FOLDER", help="where a run's files lie")
-    parser.add_argument("--samples", type=int, default=100, help="segments, or images (100)")
+    parser.add_argument("--samples", type=int, default=100, help="of test data (100)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="in place of audit.json there")
     args = parser.parse_args(argv)
     check_count("--samples", args.samples)

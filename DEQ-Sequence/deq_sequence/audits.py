@@ -1,7 +1,7 @@
 """The audit of a language model: is its hidden state a fixed point? See :mod:`lib.auditing`."""
 
 import argparse
-import json
+import math
 from pathlib import Path
 
 import torch
@@ -9,7 +9,9 @@ from torch import Tensor
 
 from deq_sequence.command import build_model
 from deq_sequence.model import DEQTransformerLM
-from deq_sequence.options import build_parser
+from deq_sequence.own_settings import read_settings
+from deq_sequence.state.evaluation import evaluation_threshold
+from deq_sequence.state.strings import StateStrings, get_state_strings, is_state
 from deq_sequence.text.corpus import Corpus, get_lm_corpus
 from deq_sequence.text.iterators import LMOrderedIterator
 from deq_sequence.text.ngram import UNIGRAM_SMOOTHING
@@ -18,24 +20,63 @@ from lib.errors import InputError
 from lib.runs.checkpoint import load_weights
 from lib.runs.run_folder import SETTINGS, WEIGHTS
 
+_FACTORS = (1, 2)  # lengths of strings, in multiples of --tgt_len
 MEASURE = "log-likelihood"  # of a word, in nats
 
 
 def audit_run(folder: Path, samples: int, device: torch.device) -> Audit:
-    """Audit the best weights of a run on its test text, with the run's own settings.
+    """Audit the best weights of a run on its test data, with the run's own settings.
 
-    A sample is a segment of --eval_tgt_len words, with the memory that the model itself has kept.
-    Its score is the mean log-likelihood of its words. Its difficulty is how rare they are: their
-    mean -log frequency in the training text. All arithmetic is float32.
+    Of a text, a sample is a segment of --eval_tgt_len words, with the memory that the model itself
+    has kept. Its score is the mean log-likelihood of its words. Its difficulty is how rare they
+    are: their mean -log frequency in the training text.
+
+    Of state tracking, a sample is a string of --tgt_len elements, or of twice as many. Its score
+    is whether all its answers are right. Its difficulty is its length.
+
+    All arithmetic is float32.
 
     Raises:
         InputError: the folder holds no such run, or its text is too short.
     """
     args = read_settings(folder / SETTINGS)
-    corpus = get_lm_corpus(args.data, args.dataset)
-    model = build_model(args, corpus, device)
+    args.compile = False  # compiling takes longer than an audit
+    states = is_state(args.dataset)
+    data = (
+        get_state_strings(args.dataset, args.seed)
+        if states
+        else get_lm_corpus(args.data, args.dataset)
+    )
+    model = build_model(args, data, device)
     load_weights(model, folder / WEIGHTS)
     model.eval()
+    audit_data = _audit_strings if states else _audit_text
+    return audit_data(model, data, args, samples, device)
+
+
+def _audit_strings(
+    model: DEQTransformerLM, strings: StateStrings, args: argparse.Namespace, samples: int, device
+) -> Audit:
+    number = math.ceil(samples / len(_FACTORS))
+    drawn = [strings.draw("test", 0, number, factor * args.tgt_len) for factor in _FACTORS]
+
+    def forward(words: Tensor) -> Tensor:
+        f_thres = evaluation_threshold(args, len(words) - 1)
+        return model.log_probs(words, f_thres=f_thres)[1:]  # (L, B, n_token)
+
+    return audit(
+        model,
+        [(words.to(device), answers.to(device)) for words, answers in drawn],
+        correct=lambda p, answers: (p.argmax(-1) == answers).all(dim=0),
+        difficulty=lambda p, answers: torch.full(answers.shape[1:], float(len(answers))),
+        forward=forward,
+        measure="whole strings right",
+    )
+
+
+def _audit_text(
+    model: DEQTransformerLM, corpus: Corpus, args: argparse.Namespace, samples: int, device
+) -> Audit:
     model.reset_length(args.eval_tgt_len, args.mem_len)
     batch = segments(model, corpus.test, args, samples, device)
     rarity = -_log_frequencies(corpus).to(device)
@@ -51,20 +92,6 @@ def audit_run(folder: Path, samples: int, device: torch.device) -> Audit:
         forward=forward,
         measure=MEASURE,
     )
-
-
-def read_settings(path: Path) -> argparse.Namespace:
-    """The settings of a run; flags that are newer than the run have their defaults.
-
-    Raises:
-        InputError: the file is not readable JSON.
-    """
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not readable JSON ({error}): restore it") from error
-    # Compiling takes longer than an audit.
-    return argparse.Namespace(**vars(build_parser().parse_args([])) | saved | {"compile": False})
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,7 +11,8 @@ import torch
 from deq_sequence.evaluation import LESS_MEMORY, evaluate, settings_from
 from deq_sequence.initialization import initialize
 from deq_sequence.model import DEQTransformerLM
-from deq_sequence.options import cutoffs_for, flag_of, own_b_solver, parse
+from deq_sequence.options import build_parser, cutoffs_for, flag_of, own_b_solver, parse
+from deq_sequence.own_settings import evaluation_settings, read_saved
 from deq_sequence.sequence_trainer import SequenceTrainer
 from deq_sequence.state.evaluation import FACTORS, evaluate_states
 from deq_sequence.state.strings import StateStrings, get_state_strings, is_state
@@ -64,16 +65,27 @@ _OF_INITIALIZATION = (
 
 def main(argv: list[str] | None = None) -> int:
     """Run train_transformer.py and return its exit code."""
-    return exit_code("train_transformer.py", lambda: run_command(parse(argv)))
+    return exit_code("train_transformer.py", lambda: _run(argv))
 
 
-def run_command(args: argparse.Namespace) -> Path | None:
-    """Train or evaluate as the arguments say; return the run's folder, or None."""
+def _run(argv: list[str] | None) -> Path | None:
+    asked = build_parser().parse_args(argv)
+    if not asked.eval:
+        return run_command(parse(argv))
+    notes: list[str] = []
+    return run_command(evaluation_settings(argv, _weights(asked).parent, notes.append), notes)
+
+
+def run_command(args: argparse.Namespace, notes: Sequence[str] = ()) -> Path | None:
+    """Train or evaluate as the arguments say; return the run's folder, or None.
+
+    ``notes`` are lines on the settings of an evaluation, to print before its figures.
+    """
     stopping = Stopping(args.max_time)  # the time limit counts from here
     with Processes.joined() as processes:
         device = _set_up(args, processes)
         if args.eval:
-            return evaluate_command(args, device, processes)
+            return evaluate_command(args, device, processes, notes)
         return train_command(args, device, processes, stopping)
 
 
@@ -158,12 +170,7 @@ def _data(args: argparse.Namespace, processes: Processes) -> Corpus | StateStrin
 
 def _settings(values: dict) -> Settings:
     def read(path: Path) -> dict:
-        try:
-            return {flag_of(name): value for name, value in json.loads(path.read_text()).items()}
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path} is not readable JSON ({error}): restore or delete it"
-            ) from error
+        return {flag_of(name): value for name, value in read_saved(path).items()}
 
     flags = {flag_of(name): value for name, value in values.items()}
     return Settings(flags, SETTINGS, json.dumps(values, indent=1) + "\n", read, _FREE, _FIRST)
@@ -192,12 +199,19 @@ def _final_evaluation(trainer: SequenceTrainer, run: Run) -> None:
 
 
 @memory_for(LESS_MEMORY)
-def evaluate_command(args: argparse.Namespace, device: torch.device, processes: Processes) -> None:
+def evaluate_command(
+    args: argparse.Namespace,
+    device: torch.device,
+    processes: Processes,
+    notes: Sequence[str] = (),
+) -> None:
     """Print what saved weights reach at equilibrium, on each part of the data."""
     data = _data(args, processes)
     model = build_model(args, data, device)
-    path = Path(args.load) if args.load else _folder(args) / WEIGHTS
+    path = _weights(args)
     load_weights(model, path)
+    for line in notes if processes.leads else ():
+        print(line)
     for name, text in _evaluations(args, model, data, processes):
         if processes.leads:
             print(f"{path} | {name} | {text}", flush=True)
@@ -240,6 +254,11 @@ def _set_up(args: argparse.Namespace, processes: Processes) -> torch.device:
             print("no GPU is available: --cuda and --multi_gpu have no effect", file=sys.stderr)
         return torch.device("cpu")
     return processes.gpu()
+
+
+def _weights(args: argparse.Namespace) -> Path:
+    """The weights to evaluate."""
+    return Path(args.load) if args.load else _folder(args) / WEIGHTS
 
 
 def _folder(args: argparse.Namespace) -> Path:

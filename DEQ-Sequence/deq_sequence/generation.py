@@ -1,12 +1,18 @@
 """Text generation with a trained model."""
 
+import math
+
 import torch
+from torch import Tensor
 
 from deq_sequence.model import DEQTransformerLM
-from deq_sequence.text.vocabulary import Vocab
+from deq_sequence.text.vocabulary import UNK, Vocab
+from lib.errors import InputError, check, check_count, is_number
+from lib.runs.evaluation_loop import evaluating
+
+_GREEDY = 1e-6  # temperatures below this one count as 0: float32 could not divide by them
 
 
-@torch.no_grad()
 def generate(
     model: DEQTransformerLM,
     vocab: Vocab,
@@ -17,30 +23,63 @@ def generate(
     top_k: int = 40,
     f_thres: int = 30,
     seed: int = 0,
-    skip: tuple[str, ...] = ("<unk>",),
+    skip: tuple[str, ...] = (UNK,),
 ) -> list[str]:
     """Sample ``n_words`` words after ``prompt``, one at a time, with the model's memory.
 
+    A word w is drawn with a probability proportional to p(w)^(1 / temperature), from the ``top_k``
+    most likely ones. The model's mode and solver statistics are left as they were.
+
     Args:
-        prompt: at least one symbol; all must be in the vocabulary.
-        temperature: divisor of the log-probabilities; lower values give more likely text.
-        top_k: number of most likely words to sample from at each position.
+        vocab: the vocabulary of the model.
+        prompt: at least one symbol; one outside the vocabulary stands for ``<unk>``.
+        temperature: lower values give more likely text; 0 always takes the most likely word.
+        top_k: number of most likely words to sample from at each position, at least 1; a number
+            above the vocabulary's size means all.
+        seed: of the draws; torch's own random state is neither used nor changed.
         skip: symbols that are never sampled.
+
+    Raises:
+        InputError: an argument cannot be used, or a symbol of the prompt is unknown and the
+            vocabulary has no ``<unk>``.
     """
-    was_training = model.training
-    model.eval()
+    check_count("n_words", n_words, 0)
+    check_count("top_k", top_k)
+    fits = is_number(temperature) and 0 <= temperature < math.inf
+    check(fits, "temperature", temperature, "a number of at least 0")
+    check(isinstance(seed, int) and 0 <= seed < 2**63, "seed", seed, "from 0 to 2^63 - 1")
+    size = model.n_token
+    check(len(vocab) == size, "the size of the vocabulary", len(vocab), f"{size}, the model's")
+    banned = [vocab.sym2idx[symbol] for symbol in set(skip) if symbol in vocab.sym2idx]
+    left = size - len(banned)
+    check(left > 0, "skip", skip, "fewer symbols than the vocabulary has")
     device = next(model.parameters()).device
+    data = _ids(vocab, prompt).to(device)
+    count = 1 if temperature < _GREEDY else min(top_k, size)
     generator = torch.Generator().manual_seed(seed)
-    banned = [vocab.sym2idx[symbol] for symbol in skip if symbol in vocab.sym2idx]
-    data = torch.tensor([[vocab.sym2idx[symbol]] for symbol in prompt], device=device)  # (L, 1)
-    mems, words = [], []
-    for _ in range(n_words):
-        scores, mems = model.log_prob(data, mems, f_thres=f_thres)
-        scores = scores[0].float().cpu() / temperature
-        scores[banned] = -torch.inf
-        best, ids = scores.topk(min(top_k, len(scores)))
-        choice = ids[torch.multinomial(best.softmax(0), 1, generator=generator)]
-        words += vocab.decode(choice)
-        data = choice.view(1, 1).to(device)
-    model.train(was_training)
+    mems: list[Tensor] = []
+    words: list[str] = []
+    with evaluating(model):
+        for _ in range(n_words):
+            scores, mems = model.log_prob(data, mems, f_thres=f_thres)
+            scores = scores[0].float().cpu() / max(temperature, _GREEDY)
+            scores[banned] = -torch.inf
+            best, ids = scores.topk(count)
+            choice = ids[torch.multinomial(best.softmax(0), 1, generator=generator)]
+            words += vocab.decode(choice)
+            data = choice.view(1, 1).to(device)
     return words
+
+
+def _ids(vocab: Vocab, prompt: list[str]) -> Tensor:
+    """The ids of a prompt, (L, 1)."""
+    is_list = isinstance(prompt, (list, tuple)) and all(isinstance(s, str) for s in prompt)
+    check(is_list and len(prompt) > 0, "prompt", prompt, "a list of at least one symbol")
+    unk = vocab.sym2idx.get(UNK)
+    ids = [vocab.sym2idx.get(symbol, unk) for symbol in prompt]
+    if None in ids:
+        raise InputError(
+            f"the symbol {prompt[ids.index(None)]!r} of the prompt is not in the vocabulary, which "
+            f"has no {UNK} to stand for it"
+        )
+    return torch.tensor(ids)[:, None]

@@ -214,6 +214,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError("--restart_dir has no effect without --restart: add it")
     if args.gpu0_bsz >= 0 and not args.multi_gpu:
         raise InputError("--gpu0_bsz has no effect without --multi_gpu: add it")
+    starts_late = 0 < args.start_train_steps >= args.max_step
+    if starts_late and not (args.restart or args.eval):
+        raise InputError(
+            f"--start_train_steps {args.start_train_steps} leaves no step up to --max_step "
+            f"{args.max_step}: raise the latter"
+        )
     if args.eval and not args.load and args.name == "N/A":
         raise InputError("--eval needs --load WEIGHTS, or the --name of a run with weights")
     _check_state_tracking(args)
@@ -246,8 +252,12 @@ def own_b_solver(args: argparse.Namespace) -> str | None:
 
 def _check_ranges(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
-        finite = not isinstance(value, float) or math.isfinite(value)
-        check(finite, flag_of(name), value, "a finite number")
+        for part in value if isinstance(value, list) else [value]:
+            finite = not isinstance(part, float) or math.isfinite(part)
+            check(finite, flag_of(name), part, "a finite number")
+            small = name == "seed" or not isinstance(part, int) or abs(part) < 2**31
+            check(small, flag_of(name), part, "below 2^31")
+            check("\0" not in str(part), flag_of(name), part, "text without a zero byte")
     at_least = {
         0: "warmup_step max_step start_train_steps pretrain_steps jac_incremental mem_len "
         "rand_f_thres_delta local_size num_threads save_interval patience lr weight_decay clip "
@@ -263,6 +273,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
             check(value >= low, flag_of(name), value, f"{low} or more")
     for name, fits, accepted in (
         ("seed", lambda v: 0 <= v < 2**63, "from 0 to 2^63 - 1"),
+        ("num_threads", lambda v: v <= 1024, "at most 1024"),
         ("max_eval_steps", lambda v: v >= 1 or v == -1, "-1 or 1 or more"),
         ("dropout", lambda v: 0 <= v < 1, "in [0, 1)"),
         ("dropatt", lambda v: 0 <= v < 1, "in [0, 1)"),

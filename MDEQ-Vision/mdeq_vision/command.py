@@ -32,6 +32,7 @@ from mdeq_vision.evaluation import (
 from mdeq_vision.image_trainer import RESUME, ImageTrainer
 from mdeq_vision.model import MDEQNet, MDEQSegNet, get_cls_net
 from mdeq_vision.options import experiment_parser
+from mdeq_vision.own_settings import evaluation_config
 from mdeq_vision.pictures import save_prediction
 from mdeq_vision.stage import unused_keys
 from mdeq_vision.summary import model_summary
@@ -383,24 +384,35 @@ def _trained(
     cfg: CfgNode, cfg_file: Path, build: Callable[[CfgNode], MDEQNet], device: torch.device
 ) -> tuple[MDEQNet, Path]:
     """Return the model with the weights of TEST.MODEL_FILE or the run's best, and their path."""
-    path = Path(cfg.TEST.MODEL_FILE or run_folder(cfg, cfg_file) / WEIGHTS)
+    path = _weights(cfg, cfg_file)
     model = build(cfg)
     with naming("TEST.MODEL_FILE" if cfg.TEST.MODEL_FILE else "the best weights of the run"):
         load_weights(model, path)
     return model.to(device), path
 
 
+def _weights(cfg: CfgNode, cfg_file: str | Path) -> Path:
+    return Path(cfg.TEST.MODEL_FILE or run_folder(cfg, cfg_file) / WEIGHTS)
+
+
 # ---- commands ----------------------------------------------------------------------------------
 
 
-def _command(program: str, description: str, action: Callable) -> Callable:
+def _command(
+    program: str, description: str, action: Callable, *, evaluates: bool = False
+) -> Callable:
     """The function that runs a tool on the words of a command line and returns its exit code."""
 
     def run(argv: list[str] | None = None) -> int:
         def go():
             args = experiment_parser(program, description).parse_intermixed_args(argv)
-            cfg = load_config(args)
+            cfg, notes = load_config(args), []
+            if evaluates:
+                own = _weights(cfg, args.cfg).parent / CONFIG
+                cfg = evaluation_config(args, cfg, own, notes.append)
             with Processes.joined() as processes:
+                for line in notes if processes.leads else ():
+                    print(line)
                 action(cfg, Path(args.cfg), processes)
 
         return exit_code(program, go)
@@ -409,8 +421,16 @@ def _command(program: str, description: str, action: Callable) -> Callable:
 
 
 cls_train = _command("cls_train.py", "Train an image classification model.", train_classifier)
-cls_valid = _command("cls_valid.py", "Evaluate an image classification model.", validate_classifier)
+cls_valid = _command(
+    "cls_valid.py",
+    "Evaluate an image classification model.",
+    validate_classifier,
+    evaluates=True,
+)
 seg_train = _command("seg_train.py", "Train a segmentation model.", train_segmenter)
 seg_test = _command(
-    "seg_test.py", "Predict, and evaluate where there are labels.", predict_segmentation
+    "seg_test.py",
+    "Predict, and evaluate where there are labels.",
+    predict_segmentation,
+    evaluates=True,
 )

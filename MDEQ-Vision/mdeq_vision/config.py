@@ -4,7 +4,7 @@
     update_config(cfg, args)     # args.cfg, args.opts and the folder flags
 
 A key that has no default here raises an InputError that names the nearest known key. Only
-MODEL.EXTRA takes new keys.
+MODEL.EXTRA takes new keys; its section FULL_STAGE does not.
 """
 
 import ast
@@ -18,8 +18,10 @@ from yacs.config import CfgNode
 from lib.deq import DEQ, SAME
 from lib.errors import InputError, check, did_you_mean, is_number, naming
 from lib.solvers.precision import AMP
+from mdeq_vision.stage import check_keys
 
 _NEVER = 100_000_000
+_MOST, _DEEPEST = 10_000, 20  # values and levels of a file of settings
 
 
 def _defaults() -> CfgNode:
@@ -48,7 +50,7 @@ def _defaults() -> CfgNode:
     cfg.MODEL.NAME = "mdeq"
     cfg.MODEL.INIT_WEIGHTS = True  # False leaves PyTorch's default initialisation
     cfg.MODEL.WNORM = False
-    cfg.MODEL.PRETRAINED = ""  # file of backbone weights to start from (extract_pretrained.py)
+    cfg.MODEL.PRETRAINED = ""  # weights to start from, without the last layers (transfer.py)
     cfg.MODEL.NUM_LAYERS = 5  # applications of f in the stacked phase
     cfg.MODEL.NUM_GROUPS = 4
     cfg.MODEL.DROPOUT = 0.0
@@ -158,10 +160,17 @@ def update_config(cfg: CfgNode, args) -> None:
     merged.defrost()
     if getattr(args, "cfg", None):
         merge_file(merged, args.cfg)
+    # In the settings that a run saves, ROOT has DATA_DIR in front: another one may take its place.
+    root, data_dir = Path(merged.DATASET.ROOT), merged.DATA_DIR
+    if data_dir and root.is_relative_to(data_dir):
+        merged.DATASET.ROOT = str(root.relative_to(data_dir))
     opts = list(getattr(args, "opts", None) or [])
     if len(opts) % 2:
         raise InputError(f"overrides are pairs KEY VALUE, but {opts[-1]!r} has no value")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
+        check(
+            key.count(".") < _DEEPEST, "the key", f"{key[:40]}...", f"of at most {_DEEPEST} parts"
+        )
         nested = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
@@ -175,7 +184,6 @@ def update_config(cfg: CfgNode, args) -> None:
         if getattr(args, flag, None) is not None:
             merged[key] = float(getattr(args, flag))
     root, data_dir = Path(merged.DATASET.ROOT), merged.DATA_DIR
-    # In the settings that a run saves, ROOT has DATA_DIR in front already: do not join twice.
     if data_dir and not root.is_relative_to(data_dir):
         merged.DATASET.ROOT = str(data_dir / root)
     _check_values(merged)
@@ -190,12 +198,47 @@ def merge_file(cfg: CfgNode, path: str | Path) -> None:
     if not path.is_file():
         raise InputError(f"no configuration file {path}: the published ones lie in experiments/")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        with naming(str(path)):
+            _check_tree(node)
+        content = None if node is None else loader.construct_document(node)
+    except InputError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds no settings: expected lines KEY: value")
     _merge(cfg, content, str(path))
+
+
+def _check_tree(root: yaml.Node | None) -> None:
+    """Refuse a key that stands twice in a section, and aliases that lead in a circle or to a bomb.
+
+    YAML keeps the last of equal keys without a word; an alias stands for a node of any size.
+    """
+    pending, count = [(root, 0)], 0
+    while pending:
+        node, depth = pending.pop()
+        count += 1
+        if count > _MOST or depth > _DEEPEST:
+            raise InputError(
+                f"more than {_MOST} values or {_DEEPEST} levels: a file of settings has fewer, "
+                "unless an alias leads in a circle"
+            )
+        if isinstance(node, yaml.MappingNode):
+            first: dict = {}
+            for key, value in node.value:
+                name = key.value if isinstance(key, yaml.ScalarNode) else id(key)
+                if first.setdefault(name, key) is not key:
+                    lines = [k.start_mark.line + 1 for k in (first[name], key)]
+                    raise InputError(
+                        f"{name} stands twice, in lines {lines[0]} and {lines[1]}: the first would "
+                        "be lost, so put both into one"
+                    )
+                pending += [(key, depth + 1), (value, depth + 1)]
+        elif isinstance(node, yaml.SequenceNode):
+            pending += [(value, depth + 1) for value in node.value]
 
 
 def flat(cfg: CfgNode, prefix: str = "") -> dict:
@@ -219,6 +262,7 @@ def _merge(cfg: CfgNode, new: Mapping, source: str, section: str = "", root=None
         old = cfg.get(key)
         if is_open:
             value = _literal(value)
+            _check_plain(name, value, source)
         if isinstance(old, CfgNode) or (old is None and isinstance(value, Mapping)):
             if not isinstance(value, Mapping):
                 raise InputError(f"{name} in {source} is {value!r}, but it is a section of keys")
@@ -248,20 +292,42 @@ def _literal(value):
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             value = {"true": True, "false": False}.get(value.lower(), value)
     return list(value) if isinstance(value, tuple) else value
+
+
+def _check_plain(name: str, value, source: str) -> None:
+    """Refuse a number that no program here can hold, a text that no file name can be, an object."""
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, Mapping):
+            parts += [*part, *part.values()]
+        elif isinstance(part, float):
+            check(math.isfinite(part), f"{name} in {source}", part, "finite")
+        elif is_number(part):
+            limit = 63 if name == "SEED" else 31
+            if abs(part) >= 2**limit:  # and perhaps too long to be shown
+                raise InputError(f"{name} in {source} is a number beyond 2^{limit}: lower it")
+        elif isinstance(part, str):
+            check("\0" not in part, f"{name} in {source}", part, "text without a zero byte")
+        else:
+            fits = part is None or isinstance(part, bool)
+            check(fits, f"{name} in {source}", part, "a number, a text or a list of them")
 
 
 def _coerce(name: str, value, old, source: str):
     """Convert ``value`` to the type of the default ``old``; text is parsed by ``_literal``."""
     literal = _literal(value)
-    if isinstance(old, str) and isinstance(value, str):
-        # Keep "2024" as text (it may name a folder), but unquote '""' to the empty text.
-        return literal if isinstance(literal, str) else value
-    value = literal
+    # Keep "2024" as text (it may name a folder), but unquote '""' to the empty text.
+    as_written = isinstance(old, str) and isinstance(value, str) and not isinstance(literal, str)
+    value = value if as_written else literal
     number = is_number(value)
-    check(not number or math.isfinite(value), f"{name} in {source}", value, "finite")
+    if number or isinstance(value, (str, list)):
+        _check_plain(name, value, source)
     if isinstance(old, float) and number:
         return float(value)
     if name == "MODEL.EXPANSION_FACTOR" and number:
@@ -315,6 +381,7 @@ _RANGES: list[tuple[str, Callable, str]] = [
     ("between 0 and 1", lambda v: 0 <= v <= 1, "LOSS.JAC_LOSS_FREQ"),
     ("at least 0 and below 1", lambda v: 0 <= v < 1, "MODEL.DROPOUT TRAIN.MOMENTUM"),
     ("between 0 and 2**63 - 1", lambda v: 0 <= v < 2**63, "SEED"),
+    ("at most 1024", lambda v: v <= 1024, "WORKERS"),
     ("numbers of GPUs, such as (0,1)", lambda v: v and _integers(v, 0), "GPUS"),
     ("a list of epochs", lambda v: _integers(v, 0), "TRAIN.LR_STEP"),
     ("numbers above 0", lambda v: v and all(0 < s < math.inf for s in v), "TEST.SCALE_LIST"),
@@ -339,8 +406,16 @@ def _check_values(cfg: CfgNode) -> None:
             except TypeError:
                 good = False
             check(good, key, values[key], what)
+    for key, value in values.items():
+        check(not isinstance(value, float) or math.isfinite(value), key, value, "finite")
     make_deq(cfg)
+    check_keys(cfg)
     train = cfg.TRAIN
+    end = train.END_EPOCH + train.EXTRA_EPOCH
+    if 0 < train.BEGIN_EPOCH >= end:
+        raise InputError(
+            f"TRAIN.BEGIN_EPOCH {train.BEGIN_EPOCH} leaves no epoch: the last one ends at {end}"
+        )
     if train.OPTIMIZER == "sgd" and train.NESTEROV and train.MOMENTUM == 0:
         raise InputError("TRAIN.NESTEROV needs a TRAIN.MOMENTUM above 0")
     extra_set = cfg.DATASET.EXTRA_TRAIN_SET

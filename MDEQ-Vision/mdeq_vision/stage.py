@@ -1,5 +1,6 @@
 """Checks of MODEL.EXTRA.FULL_STAGE, the shape of a multiscale model."""
 
+import difflib
 from collections.abc import Mapping
 
 from yacs.config import CfgNode
@@ -12,6 +13,8 @@ _ONLY = {"BLOCK": "BASIC", "FUSE_METHOD": "SUM", "NUM_MODULES": 1}
 _LISTS = {"NUM_CHANNELS": (1, None), "NUM_BLOCKS": (1, None), "BIG_KERNELS": (0, 2)}
 _NUMBERS = ("NUM_BRANCHES", "FINAL_CHANSIZE")  # FINAL_CHANSIZE belongs to the classification head
 _HEAD_LISTS = {"HEAD_CHANNELS": (1, None)}
+_KEYS = (*_NUMBERS, *_LISTS, *_HEAD_LISTS, *_ONLY)
+_OF_EXTRA = ("FULL_STAGE", "FINAL_CONV_KERNEL")
 
 
 def full_stage(cfg: CfgNode, *, head: bool = False) -> CfgNode:
@@ -46,19 +49,27 @@ def full_stage(cfg: CfgNode, *, head: bool = False) -> CfgNode:
     return stage
 
 
-def unused_keys(cfg: CfgNode) -> list[str]:
-    """Return a log line for each key of MODEL.EXTRA that no model uses.
+def check_keys(cfg: CfgNode) -> None:
+    """Refuse an unknown key of FULL_STAGE, and a key of MODEL.EXTRA that is nearly a known one.
 
-    MODEL.EXTRA accepts any key, so a misspelled key raises no error.
+    Other keys of MODEL.EXTRA are free, for models of one's own.
     """
-    known = {"MODEL.EXTRA.FINAL_CONV_KERNEL"}
-    known |= {f"{NAME}.{key}" for key in (*_NUMBERS, *_ONLY, *_LISTS, *_HEAD_LISTS)}
-    given = {f"MODEL.EXTRA.{key}" for key in cfg.MODEL.EXTRA if key != "FULL_STAGE"}
-    given |= {f"{NAME}.{key}" for key in cfg.MODEL.EXTRA.FULL_STAGE}
-    return [
-        f"note: {key} has no effect{did_you_mean(key, known - given)}"
-        for key in sorted(given - known)
-    ]
+    extra = cfg.MODEL.EXTRA
+    stage = extra.get("FULL_STAGE")
+    for key in stage if isinstance(stage, Mapping) else ():
+        if key not in _KEYS:
+            hint = did_you_mean(key, _KEYS, otherwise=f": it has {', '.join(_KEYS)}")
+            raise InputError(f"unknown key {NAME}.{key}{hint}")
+    for key in extra:
+        near = difflib.get_close_matches(key.upper(), _OF_EXTRA, n=1, cutoff=0.8)
+        if near and key not in _OF_EXTRA:
+            raise InputError(f"unknown key MODEL.EXTRA.{key}: did you mean {near[0]}?")
+
+
+def unused_keys(cfg: CfgNode) -> list[str]:
+    """Return a log line for each key of MODEL.EXTRA that no model uses."""
+    unused = sorted(cfg.MODEL.EXTRA.keys() - set(_OF_EXTRA))
+    return [f"note: MODEL.EXTRA.{key} has no effect" for key in unused]
 
 
 def check_integer(name: str, value, least: int, largest: int | None = None) -> None:

@@ -14,10 +14,12 @@ from lib.runs.checkpoint import (
     save_atomic,
     strip_wrappers,
 )
-from mdeq_vision.model import MDEQSegNet
+from mdeq_vision.model import MDEQClsNet, MDEQSegNet
 
 # Name prefixes of the parts that both kinds of model share; the heads differ.
 BACKBONE = ("downsample.", "stage0.", "fullstage.")
+# Of a classifier's head, what does not depend on the classes: all but the last layer.
+_CLASSIFIER = ("incre_modules.", "downsamp_modules.", "final_layer.")
 
 
 def extract_pretrained(checkpoint: str | Path, output: str | Path) -> list[str]:
@@ -45,20 +47,22 @@ def extract_pretrained(checkpoint: str | Path, output: str | Path) -> list[str]:
 def load_pretrained(
     model: nn.Module, path: str | Path, log: Callable[[str], None] | None = None
 ) -> None:
-    """Copy the backbone weights in a file to ``model``, if name and shape agree.
+    """Copy the weights in a file to ``model`` where name and shape agree, without its last layers.
 
-    The head keeps its initial weights. ``log`` gets lists of the names that were and were not
-    taken over.
+    A segmentation model takes over the backbone alone. A classification model takes over all but
+    ``classifier``: the file's classes may be others, even if there are as many. ``log`` gets lists
+    of the names that were and were not taken over.
 
     Raises:
         InputError: the file is unreadable, no weight of f fits, or weights are not finite.
     """
     state = strip_wrappers(read_state(path), model)
     own = model.state_dict()
+    parts = (*BACKBONE, *_CLASSIFIER) if isinstance(model, MDEQClsNet) else BACKBONE
     taken = {
         key: value
         for key, value in state.items()
-        if key.startswith(BACKBONE) and key in own and value.shape == own[key].shape
+        if key.startswith(parts) and key in own and value.shape == own[key].shape
     }
     if not any(key.startswith("fullstage.") for key in taken):
         example = next((k for k in own if k.startswith("fullstage.")), "")

@@ -1,13 +1,16 @@
 """Files of tensors: atomic saving, safe loading, and checks that weights match their model."""
 
+import contextlib
 import os
 import pickle
+import re
 import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +20,10 @@ from lib.runs.safe_tensors import is_safetensors, read_safetensors
 
 # Key prefixes in published files, left by wrappers such as DataParallel.
 _WRAPPERS = ("module.", "model.")
+_COMPILED = re.compile(r"(?<![^.])_orig_mod\.")
 _ARCHIVE = b"PK\x03\x04"  # the first bytes of a torch.save file since version 1.6 (a zip archive)
+_REFUSED = "GLOBAL"  # in torch's message on a Python object
+_NUMBERS = {f"{o}{c}" for o in "<>=|" for c in "b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split()}
 _FOLDER = 0x10  # the attribute that marks an archive entry as a folder
 
 
@@ -79,12 +85,39 @@ def _read(file: BinaryIO):
     if archive:
         _verify_archive(file, size)
         file.seek(0)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _numpy_numbers():
         warnings.simplefilter("ignore")  # on the pickle protocol: the error says enough
         content = torch.load(file, map_location="cpu", weights_only=True)
     if not archive and file.tell() != size:
         raise ValueError("more bytes than the tensors need")
     return content
+
+
+class _DType:
+    """Stands for numpy.dtype in a file: the state that numpy's own takes from it could crash it."""
+
+    def __init__(self, code: str, *_):
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1]
+
+
+def _number(dtype: _DType, data: bytes):
+    if f"{dtype.order}{dtype.code}" not in _NUMBERS:
+        raise pickle.UnpicklingError(_REFUSED)
+    return np.frombuffer(data, dtype.order + dtype.code).item()
+
+
+def _numpy_numbers():
+    """A context in which torch.load reads the numbers of NumPy 1 and 2, as Python's.
+
+    People save a best score so. Versions of torch before 2.6 refuse such files.
+    """
+    if torch.__version__ < "2.6":
+        return contextlib.nullcontext()
+    names = [(_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return torch.serialization.safe_globals([(_DType, "numpy.dtype"), *names])
 
 
 def _verify_archive(file: BinaryIO, size: int) -> None:
@@ -121,7 +154,7 @@ def _holds_code(message: str, file: BinaryIO) -> bool:
     file.seek(0)
     head = file.read(2)
     # A plain pickle of protocol 4 or later begins with an opcode that tensor files never have.
-    return "GLOBAL" in message or (head[:1] == pickle.PROTO and head[1:] >= b"\x04")
+    return _REFUSED in message or (head[:1] == pickle.PROTO and head[1:] >= b"\x04")
 
 
 def _damaged(path: Path) -> str:
@@ -131,7 +164,7 @@ def _damaged(path: Path) -> str:
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a file with a state dict into ``model``: published weights, or our own checkpoint.
 
-    A leading "module." or "model.", left by wrappers, is removed from the keys.
+    "module." and "model." before all keys and any "_orig_mod.", left by wrappers, are removed.
 
     Raises:
         InputError: the file is unreadable, keys or shapes differ (the message lists all), or a
@@ -221,8 +254,14 @@ def load_state(
 
 
 def strip_wrappers(state: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Remove wrapper prefixes that all keys share, unless ``model`` has a child of that name."""
+    """Remove wrapper prefixes that all keys share, unless ``model`` has a child of that name.
+
+    The "_orig_mod." of torch.compile is removed wherever it stands, as any part may be compiled.
+    """
     own = {} if model is None else dict(model.named_children())
+    if model is None or not any(_COMPILED.search(key) for key in model.state_dict()):
+        plain = {_COMPILED.sub("", key): value for key, value in state.items()}
+        state = plain if len(plain) == len(state) else state  # no two may become one
     wrappers = [prefix for prefix in _WRAPPERS if prefix[:-1] not in own]
     while state:
         shared = [p for p in wrappers if all(key.startswith(p) for key in state)]

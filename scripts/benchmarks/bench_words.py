@@ -41,7 +41,7 @@ DATA = ROOT / "DEQ-Sequence/data/demo"
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code("bench_words.py", lambda: run(parse(argv)), "calling it again")
+    return exit_code("bench_words.py", lambda: run(parse(argv)))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

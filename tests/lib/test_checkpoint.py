@@ -1,12 +1,14 @@
 """Files of tensors: never half written, never run, never silently wrong."""
 
 import contextlib
+import math
 import os
 import pickle
 import resource
 import warnings
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lib.errors import InputError
-from lib.runs.checkpoint import load, load_state, load_weights, save_atomic
+from lib.runs.checkpoint import load, load_state, load_weights, save_atomic, strip_wrappers
 
 
 @pytest.fixture
@@ -296,6 +298,52 @@ def test_whole_model_is_refused(path, model):
     assert "state_dict()" in refusal(load, path)
 
 
+NUMBERS = [
+    *(np.dtype(code).type(3) for code in "bBhHiIqQ"),
+    *(np.dtype(code).type(-1.5) for code in "efd"),
+    np.bool_(True), np.float64("nan"), np.float64("inf"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["torch", "torch legacy"])
+def test_numbers_of_numpy_are_read_as_those_of_python(path, model, form):
+    """People keep a best score so, as the published training did; also with an older NumPy."""
+    content = {"state_dict": model.state_dict(), "best": NUMBERS, "one": np.float32(0.25)}
+    torch.save(content, path, _use_new_zipfile_serialization=form == "torch")
+    found = load(path)
+    assert found["best"][:-2] == [number.item() for number in NUMBERS[:-2]]
+    assert {type(number) for number in found["best"]} == {int, float, bool}
+    assert math.isnan(found["best"][-2])
+    assert found["one"] == 0.25
+    load_weights(model, path)
+
+
+def test_numbers_of_an_older_numpy_and_of_other_machines(path):
+    torch.save({"a": np.float64(1.5), "b": np.dtype(">f8").type(2.5)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {e.filename: archive.read(e) for e in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in entries.items():
+            archive.writestr(name, data.replace(b"numpy._core.", b"numpy.core."))
+    assert load(path) == {"a": 1.5, "b": 2.5}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        np.str_("a"),
+        np.complex64(1),
+        np.zeros(2),
+        np.datetime64(3, "s"),
+        np.longdouble,
+    ],
+    ids=str,
+)
+def test_other_objects_of_numpy_are_refused(path, content):
+    torch.save({"model": {}, "x": [content, np.float64(1)]}, path)
+    assert "Python objects besides tensors" in refusal(load, path)
+
+
 # --- Weights ----------------------------------------------------------------------------------
 
 
@@ -307,6 +355,35 @@ def test_load_weights(path, model, prefix, under):
     content = {prefix + key: value for key, value in state.items()}
     save_atomic(content if under is None else {under: content, "step": 3}, path)
     load_weights(model, path)
+    assert_same_weights(model, state)
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        lambda key: f"_orig_mod.{key}",
+        lambda key: f"module._orig_mod.{key}",
+        lambda key: f"_orig_mod.module.{key}",
+        lambda key: key.replace("1.", "1._orig_mod."),
+        lambda key: f"_orig_mod.{key.replace('1.', '1._orig_mod.')}",
+    ],
+)
+def test_weights_of_a_compiled_model(path, model, compiled):
+    state = {key: value + 1 for key, value in model.state_dict().items()}
+    save_atomic({compiled(key): value for key, value in state.items()}, path)
+    load_weights(model, path)
+    assert_same_weights(model, state)
+
+
+def test_names_of_compiled_parts_are_kept_where_they_are_needed():
+    state = {"a._orig_mod.b": torch.ones(1), "a.b": torch.zeros(1)}
+    assert strip_wrappers(state) == state  # none of the two is lost
+    odd = {"my_orig_mod.b": torch.ones(1)}
+    assert strip_wrappers(odd) == odd
+    model = nn.Module()
+    model._orig_mod = nn.Linear(2, 2)
+    state = {key: value + 1 for key, value in model.state_dict().items()}
+    load_state(model, state, "here")
     assert_same_weights(model, state)
 
 

@@ -76,7 +76,13 @@ def test_published_settings(show, script):
     name = settings.pop("--name")
     assert script == f"{name}.sh"
     assert settings == RUNS[script]
-    assert as_dict(show(script, "eval")) == settings | {"--eval": True, "--name": name}
+    evaluated = {"--eval": True, "--name": name}
+    gpus = {flag: settings[flag] for flag in ("--multi_gpu", "--gpu0_bsz")}
+    assert as_dict(show(script, "eval")) == evaluated | gpus  # all else is as in the run
+    for load in (["--load", "a"], ["--load=a"]):
+        found = as_dict(show(script, "eval", *load))
+        assert found.pop(load[0], "a") == ("a" if len(load) == 2 else True)
+        assert found == settings | evaluated
 
 
 @pytest.mark.parametrize("script", RUNS)
@@ -88,11 +94,12 @@ def test_flags_after_the_mode_override(show, script):
 
 def test_state_tracking(show):
     """The script's own settings, with any group: nothing else has to be given."""
-    for mode in ("train", "eval"):
-        args = parse(show("state_tracking.sh", mode, "--dataset", "state:A5", "--max_step", "7"))
-        assert (args.dataset, args.max_step, args.eval) == ("state:A5", 7, mode == "eval")
-        assert args.name == "state_tracking"
-        assert args.local_size == 2  # further words reach a position by iterations alone
+    args = parse(show("state_tracking.sh", "train", "--dataset", "state:A5", "--max_step", "7"))
+    assert (args.dataset, args.max_step, args.eval) == ("state:A5", 7, False)
+    assert args.name == "state_tracking"
+    assert args.local_size == 2  # further words reach a position by iterations alone
+    evaluated = {"--eval": True, "--name": "state_tracking", "--dataset": "state:A5"}
+    assert as_dict(show("state_tracking.sh", "eval", "--dataset", "state:A5")) == evaluated
 
 
 TORCHRUN = ["-m", "torch.distributed.run"]
@@ -111,8 +118,12 @@ def test_the_same_settings_under_torchrun(show, script, variables, flags):
     """But for those of the one process that uses all GPUs."""
     published = {**RUNS[script], "--name": script.removesuffix(".sh")}
     del published["--multi_gpu"], published["--gpu0_bsz"]
-    for mode, more in (("train", {}), ("eval", {"--eval": True})):
-        found = as_dict(show(script, mode, torchrun=[*TORCHRUN, *flags], **variables))
+    weights = ["--load", "a"]
+    for mode, words, more in (
+        ("train", [], {}),
+        ("eval", weights, {"--eval": True, "--load": "a"}),
+    ):
+        found = as_dict(show(script, mode, *words, torchrun=[*TORCHRUN, *flags], **variables))
         assert found == published | more
     found = show(script, "train", "--data", "a folder", torchrun=[*TORCHRUN, *flags], **variables)
     assert found[-2:] == ["--data", "a folder"]

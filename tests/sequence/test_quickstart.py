@@ -14,6 +14,7 @@ from deq_sequence.generation import generate
 from deq_sequence.options import parse
 from deq_sequence.quickstart import SETTINGS, main
 from deq_sequence.text.ngram import kneser_ney_bigram_perplexity, unigram_perplexity
+from deq_sequence.text.vocabulary import Vocab
 from lib.errors import InputError
 from lib.runs.checkpoint import load_weights
 from lib.runs.run_folder import WEIGHTS, read_metrics
@@ -273,6 +274,60 @@ def test_skipped_symbols_do_not_appear(model, small_corpus):
     skip = tuple(symbol for symbol in vocab.idx2sym if symbol not in keep)
     words = generate(model, vocab, ["<eos>"], 10, temperature=5.0, skip=skip)
     assert set(words) <= set(keep)
+
+
+def test_temperature_0_is_the_limit(model, small_corpus):
+    greedy = generate(model, small_corpus.vocab, ["<eos>"], 8, top_k=1)
+    for temperature in (0, 1e-300, 1e-5):
+        found = generate(model, small_corpus.vocab, ["<eos>"], 8, temperature=temperature, seed=3)
+        assert found == greedy
+
+
+def test_a_prompt_of_unknown_words(model, small_corpus):
+    """<unk> is a word; a vocabulary without it says which word it does not have."""
+    vocab = small_corpus.vocab
+    known, unknown = (generate(model, vocab, [w, "w1"], 5) for w in ("<unk>", "never-seen"))
+    assert known == unknown
+    without = [symbol if symbol != "<unk>" else "other" for symbol in vocab.idx2sym]
+    with pytest.raises(InputError, match="'never-seen' of the prompt is not in the vocabulary"):
+        generate(model, Vocab.from_symbols(without), ["w1", "never-seen"], 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"prompt": []}, "prompt"),
+        ({"prompt": "w1"}, "prompt"),
+        ({"prompt": [1]}, "prompt"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"n_words": -1}, "n_words"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"f_thres": 0}, "threshold"),
+        ({"vocab": Vocab.from_symbols(["<eos>", "w1"])}, "the size of the vocabulary is 2"),
+    ],
+    ids=str,
+)
+def test_generation_refuses(model, small_corpus, changes, named):
+    model.train()
+    stats = model.deq.stats
+    options = {"vocab": small_corpus.vocab, "prompt": ["w1"], "n_words": 3} | changes
+    with pytest.raises(InputError, match=named):
+        generate(model, **options)
+    assert model.training
+    assert model.deq.stats is stats
+
+
+def test_generation_with_nothing_left(model, small_corpus):
+    with pytest.raises(InputError, match="fewer symbols"):
+        generate(model, small_corpus.vocab, ["w1"], 1, skip=tuple(small_corpus.vocab.idx2sym))
+    assert generate(model, small_corpus.vocab, ["w1"], 0) == []
+    assert len(generate(model, small_corpus.vocab, ["w1"], 2, top_k=10**30)) == 2
 
 
 def test_generation_keeps_the_training_mode(model, small_corpus):

@@ -156,6 +156,67 @@ def test_values_without_sense(key, value):
         resolve(key, value)
 
 
+HUGE = ["9" * 400, "-" + "9" * 400, "0x" + "f" * 9000, str(2**31)]
+
+
+@pytest.mark.parametrize("value", HUGE, ids=len)
+@pytest.mark.parametrize(
+    "key", ["WORKERS", "TRAIN.LR", "TRAIN.SHUFFLE", "MODEL.EXPANSION_FACTOR", "MODEL.EXTRA.X"]
+)
+def test_numbers_beyond_all_measure(key, value, write):
+    """Longer ones cannot become a float, or are too long for Python to print."""
+    for number in (value, f"[{value}]"):
+        if number == value or key == "MODEL.EXTRA.X":
+            with pytest.raises(InputError, match=rf"{key} in the command line is .*2\^31"):
+                resolve(key, number)
+    *sections, name = key.split(".")
+    text = f"{{{name}: {value}}}"
+    for section in reversed(sections):
+        text = f"{{{section}: {text}}}"
+    with pytest.raises(InputError, match=rf"{key} in .*settings\.yaml is .*2\^31"):
+        resolve(cfg=write(text))
+
+
+def test_seeds_may_be_longer():
+    assert resolve("SEED", str(2**63 - 1)).SEED == 2**63 - 1
+    with pytest.raises(InputError, match=r"SEED in the command line is a number beyond 2\^63"):
+        resolve("SEED", str(2**63))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("DATASET.ROOT", "a\0b", "zero byte"),
+        ("MODEL.EXTRA.X", "['a', 'a\0b']", "zero byte"),
+        ("MODEL.EXTRA.X", "1+2j", "a number, a text or a list of them"),
+        ("MODEL.EXTRA.X", "{'a': b'1'}", "a number, a text or a list of them"),
+        ("MODEL.EXTRA.X", "1e999", "finite"),
+        ("TRAIN.LR", "{[]: 1}", "must be a number"),
+        ("MODEL" + ".X" * 5000, "1", "at most 20 parts"),
+        ("WORKERS", "1025", "at most 1024"),
+    ],
+    ids=range(8),
+)
+def test_values_that_no_program_holds(key, value, named):
+    with pytest.raises(InputError, match=named) as caught:
+        resolve(key, value)
+    assert len(str(caught.value)) < 200
+
+
+def test_limits_of_time_are_finite():
+    with pytest.raises(InputError, match="MAX_TIME is inf"):
+        resolve(max_time="9" * 400)
+
+
+@pytest.mark.parametrize(("begin", "extra"), [(5, 0), (9, 0), (8, 3)])
+def test_training_that_begins_at_its_end(begin, extra):
+    opts = ["TRAIN.END_EPOCH", "5", "TRAIN.EXTRA_EPOCH", str(extra), "TRAIN.BEGIN_EPOCH"]
+    opts = ["DATASET.EXTRA_TRAIN_SET", "a" if extra else "", *opts]
+    with pytest.raises(InputError, match=f"BEGIN_EPOCH {begin} leaves no epoch.*at {5 + extra}"):
+        resolve(*opts, str(begin))
+    assert resolve(*opts, str(begin - 1 if begin != 9 else 4)).TRAIN.END_EPOCH == 5
+
+
 def test_odd_number_of_overrides():
     for opts in (["TRAIN.LR"], ["TRAIN.LR", "1", "MODEL.WNORM"]):
         with pytest.raises(InputError, match=f"{opts[-1]}.*has no value"):
@@ -201,6 +262,30 @@ def test_unknown_section_or_case_names_the_nearest(key, near):
         resolve(key, "1")
 
 
+STAGE = "MODEL.EXTRA.FULL_STAGE"
+
+
+@pytest.mark.parametrize(
+    ("key", "near"),
+    [
+        (f"{STAGE}.NUM_BRNCHES", "NUM_BRANCHES"),
+        (f"{STAGE}.num_blocks", "it has NUM_BRANCHES, "),
+        (f"{STAGE}.DROPOUT", "it has NUM_BRANCHES, "),
+        ("MODEL.EXTRA.FULLSTAGE.NUM_BRANCHES", "FULL_STAGE"),
+        ("MODEL.EXTRA.Full_Stage", "FULL_STAGE"),
+        ("MODEL.EXTRA.FINAL_KERNEL", "FINAL_CONV_KERNEL"),
+    ],
+)
+def test_misspelt_keys_of_the_open_section(key, near):
+    """It takes new keys for models of one's own, but the shape of ours has none."""
+    known = [f"{STAGE}.NUM_BLOCKS", "[1]", "MODEL.EXTRA.FINAL_CONV_KERNEL", "1"]
+    with pytest.raises(
+        InputError, match=f"unknown key {key.removesuffix('.NUM_BRANCHES')}.*{near}"
+    ):
+        resolve(*known, key, "3")
+    assert resolve(*known, "MODEL.EXTRA.STAGE1.NUM_BRANCHES", "3").MODEL.EXTRA.STAGE1
+
+
 # --- Files ------------------------------------------------------------------------------------
 
 
@@ -223,6 +308,13 @@ def test_unknown_section_or_case_names_the_nearest(key, near):
         ("LOG_DIR: null", "must be text"),
         ("DATASET: {ROOT: 2020-10-04}", "must be text"),
         ("1: 2", "unknown key 1"),
+        ("TRAIN: {LR: 0.5}\nTEST: {}\nTRAIN: {WD: 0.5}", "TRAIN stands twice, in lines 1 and 3"),
+        ("TRAIN: {LR: 0.5, LR: 0.5}", "LR stands twice, in lines 1 and 1"),
+        ("MODEL: {EXTRA: &a {X: *a}}", "unless an alias leads in a circle"),
+        ("TRAIN: {LR_STEP: &a [*a]}", "unless an alias leads in a circle"),
+        ("? &a [*a]\n: 1", "circle"),
+        (f"a: [{'[' * 30}{']' * 30}]", "20 levels"),
+        (f"a: {'[' * 600}{']' * 600}", "not a YAML file"),
     ],
 )
 def test_bad_files(content, named, write):
@@ -230,6 +322,20 @@ def test_bad_files(content, named, write):
         resolve(cfg=write(content))
     assert "settings.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_aliases_that_multiply(write):
+    """A file of a few lines stands for 2^40 values."""
+    lines = ["a0: &a0 [1, 1]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))]
+    for last in ("", "? *a39\n: 1"):
+        with pytest.raises(InputError, match="more than 10000 values"):
+            resolve(cfg=write("\n".join([*lines, last])))
+
+
+def test_plain_aliases_and_merged_sections(write):
+    text = "TRAIN: &a {LR: 0.5}\nTEST: {SCALE_LIST: &b [0.5, 1]}\nMODEL: {EXTRA: {<<: *a, X: *b}}"
+    cfg = resolve(cfg=write(text))
+    assert cfg.MODEL.EXTRA == {"LR": 0.5, "X": [0.5, 1]}
 
 
 @pytest.mark.parametrize(

@@ -112,12 +112,33 @@ def test_segmentation_starts_from_it(source, write, tmp_path, style, extracted):
         assert any(name.startswith("fullstage_copy.") for name in left) == (style == "published")
 
 
-def test_classification_can_start_from_it_too(source, write):
+@pytest.mark.parametrize("classes", [5, 7])
+@pytest.mark.parametrize("style", STYLES)
+def test_classification_takes_over_all_but_the_last_layer(source, write, style, classes):
+    """Also with as many classes: they may be others. The log says what stays."""
+    lines = []
+    model = MDEQClsNet(tiny_config(3, **SETTINGS, NUM_CLASSES=classes))
+    before = model.classifier.weight.clone()
+    assert (model.classifier.weight.shape == source.classifier.weight.shape) == (classes == 5)
+    load_pretrained(model, write(checkpoint_of(source, style)), lines.append)
+    last = ["classifier.weight", "classifier.bias"]
+    own = model.state_dict()
+    for key, value in source.state_dict().items():
+        assert key in last or torch.equal(own[key], value), key
+    assert torch.equal(model.classifier.weight, before)
+    assert lines[0].endswith(f"{len(own) - 2} of the model's {len(own)} tensors taken over")
+    left, kept = (line.split(": ")[1].split(", ") for line in lines[2:4])
+    assert [key for key in left if not key.startswith("fullstage_copy.")] == kept == last
+
+
+def test_classification_starts_from_a_backbone_alone(source, write, tmp_path):
+    extract_pretrained(write(checkpoint_of(source, "ours")), tmp_path / "backbone.pth")
     model = MDEQClsNet(tiny_config(3, **SETTINGS))
-    load_pretrained(model, write(checkpoint_of(source, "ours")))
-    for key, value in backbone_of(source).items():
-        assert torch.equal(model.state_dict()[key], value), key
-    assert not torch.equal(model.classifier.weight, source.classifier.weight)
+    untouched = {key: value.clone() for key, value in model.state_dict().items()}
+    load_pretrained(model, tmp_path / "backbone.pth")
+    for key, value in model.state_dict().items():
+        expected = source.state_dict() if key.startswith(BACKBONE) else untouched
+        assert torch.equal(value, expected[key]), key
 
 
 def test_heads_are_untouched_even_where_names_and_shapes_agree(source, write):

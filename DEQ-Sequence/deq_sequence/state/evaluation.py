@@ -46,6 +46,11 @@ def threshold(args: argparse.Namespace, length: int) -> int:
     return args.f_thres + round(args.f_thres_per_word * length)
 
 
+def evaluation_threshold(args: argparse.Namespace, length: int) -> int:
+    """Forward threshold of an evaluation: twice that of training, as the tolerance ends a solve."""
+    return 2 * threshold(args, length)
+
+
 def evaluate_states(
     model: DEQTransformerLM,
     strings: StateStrings,
@@ -58,8 +63,6 @@ def evaluate_states(
     stop: Callable[[], bool] = lambda: False,
 ) -> StateEvaluation:
     """Evaluate ``model`` on the first strings of ``split`` with ``length`` elements each.
-
-    The solver may take twice the threshold of training: it stops by its tolerance.
 
     Args:
         args: the settings of the run.
@@ -80,7 +83,7 @@ def evaluate_states(
         drawn = strings.draw(split, index, number, length)
         words, answers = (part[:, own].to(device) for part in drawn)
         with autocast(args.amp, device):
-            found = model.log_probs(words, train_step, 2 * threshold(args, length))[1:]
+            found = model.log_probs(words, train_step, evaluation_threshold(args, length))[1:]
         right = found.argmax(-1) == answers
         nll = -found.gather(-1, answers[..., None])
         return {
