@@ -20,7 +20,7 @@ from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, check_unused
 from lib.runs.run_training import Job, Plan, Settings, run_training
 from lib.solvers.precision import allow_tf32
 from mdeq_vision.config import config, flat, merge_file, update_config
-from mdeq_vision.datasets import get_cls_dataset, get_seg_dataset
+from mdeq_vision.datasets import OWN_VALIDATION, get_cls_dataset, get_seg_dataset
 from mdeq_vision.datasets.cityscapes_lists import write_lists
 from mdeq_vision.evaluation import Evaluation, evaluate_classification, evaluate_segmentation
 from mdeq_vision.image_trainer import RESUME, ImageTrainer
@@ -115,7 +115,8 @@ def train_classifier(
     _refuse_other_task(cfg, "classification")
 
     def build(anew: bool, log: _Log):
-        data = processes.in_turn(lambda: [get_cls_dataset(cfg, name) for name in ("train", "test")])
+        splits = ("train", "valid")
+        data = processes.in_turn(lambda: [get_cls_dataset(cfg, split) for split in splits])
         for line in _class_lines(cfg, data[1]):
             log(line)
         model = get_cls_net(cfg)
@@ -135,7 +136,7 @@ def train_segmenter(
     _refuse_other_task(cfg, "segmentation")
 
     def build(anew: bool, log: _Log):
-        splits = ("train", "test", "extra") if cfg.TRAIN.EXTRA_EPOCH else ("train", "test")
+        splits = ("train", "valid", *(["extra"] if cfg.TRAIN.EXTRA_EPOCH else []))
         data = processes.in_turn(lambda: [get_seg_dataset(cfg, split) for split in splits])
         if not data[1].has_labels:
             raise InputError(f"DATASET.TEST_SET {cfg.DATASET.TEST_SET} names images without labels")
@@ -201,7 +202,7 @@ def _train(
             f"{len(train_set)} training and {len(valid_set)} validation images"
         )
         settings = Settings(flat(cfg), CONFIG, cfg.dump(), _read_settings, _FREE)
-        return Job(trainer, settings, title, notes, lambda run: _log_best(trainer.best, run))
+        return Job(trainer, settings, title, notes, lambda run: _finish(cfg, trainer, run))
 
     inner = folder.relative_to(folder.parents[1])
     plan = Plan(
@@ -229,10 +230,28 @@ def _idle_settings(cfg: CfgNode, model: MDEQNet) -> list[str]:
     return lines
 
 
-def _log_best(best: dict, run: Run) -> None:
-    if best:
-        score = f"{best['name']} {100 * best['score']:.2f}%"
-        run.log(f"best {score} at step {best['step']} ({best['phase']})")
+def _finish(cfg: CfgNode, trainer: ImageTrainer, run: Run) -> None:
+    """Log the best validation; test the last and the best weights on images that chose none."""
+    best, processes = trainer.best, trainer.processes
+    if not best:
+        return
+    score = f"{best['name']} {100 * best['score']:.2f}%"
+    run.log(f"best {score} at step {best['step']} ({best['phase']})")
+    if cfg.DATASET.DATASET not in OWN_VALIDATION:
+        return
+    test_set = trainer.get_dataset(cfg, "test")
+    found = {"last": (trainer.step, trainer.evaluate(test_set))}
+    weights = processes.lead(lambda: run.folder and run.folder / WEIGHTS)  # None in a debug run
+    if weights:
+        if best["step"] == trainer.step:
+            found["best"] = found["last"]
+        else:
+            load_weights(trainer.model, weights)
+            found["best"] = best["step"], trainer.evaluate(test_set)
+    for which, (step, evaluation) in found.items():
+        run.log(f"end of training | test, {which} weights (step {step}) | {evaluation.text()}")
+        values = {"weights": which, "of_step": step, **evaluation.figures}
+        run.record("final_test", trainer.step, **values)
 
 
 def _class_lines(cfg: CfgNode, dataset) -> list[str]:

@@ -134,6 +134,7 @@ class ImageTrainer(Trainer):
         raise NotImplementedError
 
     evaluator: Callable[..., Evaluation]  # a function of mdeq_vision.evaluation
+    get_dataset: Callable[[CfgNode, str], Dataset]  # a function of mdeq_vision.datasets
 
     # ---- a step --------------------------------------------------------------------------------
 
@@ -254,16 +255,20 @@ class ImageTrainer(Trainer):
             f"loss {loss:.4f} | accuracy {100 * accuracy:.2f}%"
         )
 
-    def validate(self) -> tuple[Evaluation, dict, str, float]:
-        found = self.evaluator(
+    def evaluate(self, dataset: Dataset) -> Evaluation:
+        """Evaluate the current weights in the phase of the last update."""
+        return self.evaluator(
             self.cfg,
             self.model,
-            self.valid_set,
+            dataset,
             train_step=self.step - 1,
             device=self.device,
             processes=self.processes,
             stop=lambda: self.stopping.wanted,
         )
+
+    def validate(self) -> tuple[Evaluation, dict, str, float]:
+        found = self.evaluate(self.valid_set)
         record = {"text": found.text(), **found.figures}
         return found, record, found.score, found.figures[found.score]
 
