@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deq_sequence.command import build_model
+from deq_sequence.command import build_model, read_corpus
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.options import build_parser
-from deq_sequence.text.corpus import Corpus, get_lm_corpus
+from deq_sequence.text.corpus import Corpus
 from deq_sequence.text.iterators import LMOrderedIterator
 from deq_sequence.text.ngram import UNIGRAM_SMOOTHING
 from lib.auditing import Audit, audit
@@ -32,7 +32,7 @@ def audit_run(folder: Path, samples: int, device: torch.device) -> Audit:
         InputError: the folder holds no such run, or its text is too short.
     """
     args = read_settings(folder / SETTINGS)
-    corpus = get_lm_corpus(args.data, args.dataset)
+    corpus = read_corpus(args)
     model = build_model(args, corpus, device)
     load_weights(model, folder / WEIGHTS)
     model.eval()

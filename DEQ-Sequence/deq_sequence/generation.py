@@ -3,7 +3,9 @@
 import torch
 
 from deq_sequence.model import DEQTransformerLM
-from deq_sequence.text.vocabulary import Vocab
+from deq_sequence.text.vocabulary import EOS, ByteVocab, Vocab
+
+_WORDS, _BYTES = 40, 200  # lengths of a continuation
 
 
 @torch.no_grad()
@@ -44,3 +46,21 @@ def generate(
         data = choice.view(1, 1).to(device)
     model.train(was_training)
     return words
+
+
+def continuation(
+    model: DEQTransformerLM,
+    vocab: Vocab,
+    prompt: list[str],
+    f_thres: int,
+    seed: int = 0,
+    temperature: float = 0.7,
+) -> str:
+    """One line of text: ``prompt`` in brackets, and 40 words or 200 bytes after it.
+
+    A prompt without a word is the end of a line. The options are those of :func:`generate`.
+    """
+    begin = prompt or [EOS]
+    n = _BYTES if isinstance(vocab, ByteVocab) else _WORDS
+    options = {"temperature": temperature, "f_thres": f_thres, "seed": seed}
+    return f"[{vocab.join(begin)}] {vocab.join(generate(model, vocab, begin, n, **options))}"
