@@ -19,8 +19,9 @@ from lib.runs.retention import versions
 from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, check_unused
 from lib.runs.run_training import Job, Plan, Settings, run_training
 from lib.solvers.precision import allow_tf32
+from mdeq_vision.class_predictions import Prediction, class_table, write_predictions
 from mdeq_vision.config import config, flat, merge_file, update_config
-from mdeq_vision.datasets import OWN_VALIDATION, get_cls_dataset, get_seg_dataset
+from mdeq_vision.datasets import WITH_VALIDATION, get_cls_dataset, get_seg_dataset
 from mdeq_vision.datasets.cityscapes_lists import write_lists
 from mdeq_vision.evaluation import Evaluation, evaluate_classification, evaluate_segmentation
 from mdeq_vision.image_trainer import RESUME, ImageTrainer
@@ -33,7 +34,8 @@ from mdeq_vision.tasks import ClassificationTrainer, SegmentationTrainer
 from mdeq_vision.transfer import extract_pretrained, get_seg_net, load_pretrained
 
 CONFIG = "config.yaml"  # the resolved settings, in the run's folder
-PREDICTIONS = "predictions"  # seg_test's pictures, in the run's folder
+PREDICTIONS = "predictions"  # of seg_test and cls_valid, in the run's folder
+_MOST_CLASSES = 100  # that cls_valid prints one by one
 _Log = Callable[[str], None]
 
 
@@ -237,7 +239,7 @@ def _finish(cfg: CfgNode, trainer: ImageTrainer, run: Run) -> None:
         return
     score = f"{best['name']} {100 * best['score']:.2f}%"
     run.log(f"best {score} at step {best['step']} ({best['phase']})")
-    if cfg.DATASET.DATASET not in OWN_VALIDATION:
+    if cfg.DATASET.DATASET not in WITH_VALIDATION:
         return
     test_set = trainer.get_dataset(cfg, "test")
     found = {"last": (trainer.step, trainer.evaluate(test_set))}
@@ -255,14 +257,17 @@ def _finish(cfg: CfgNode, trainer: ImageTrainer, run: Run) -> None:
 
 
 def _class_lines(cfg: CfgNode, dataset) -> list[str]:
-    """Note it if the network has more outputs than the data set has classes."""
+    """The user's own classes; and a note if the network has more outputs than there are classes."""
     n_classes = len(dataset.classes)
+    shown = cfg.DATASET.DATASET == "own" and n_classes <= _MOST_CLASSES
+    lines = [f"classes: {', '.join(dataset.classes)}"] if shown else []
     if n_classes == cfg.MODEL.NUM_CLASSES:
-        return []
+        return lines
     return [
+        *lines,
         f"note: the {n_classes} classes of {cfg.DATASET.DATASET} are outputs 0 to {n_classes - 1} "
         f"of {cfg.MODEL.NUM_CLASSES}: weights that were trained on more classes number them "
-        "otherwise"
+        "otherwise",
     ]
 
 
@@ -343,9 +348,20 @@ def validate_classifier(cfg: CfgNode, cfg_file: Path, processes: Processes) -> E
     device, _ = _devices(cfg, processes)
     dataset = get_cls_dataset(cfg, "test")
     model, path = _trained(cfg, cfg_file, get_cls_net, device)
-    found = evaluate_classification(cfg, model, dataset, device=device, processes=processes)
+    own: list[Prediction] = []
+    found = evaluate_classification(
+        cfg, model, dataset, device=device, processes=processes, on_prediction=own.append
+    )
+    predictions = [p for part in processes.gather(own) for p in part]
     if processes.leads:
-        print(*_class_lines(cfg, dataset), f"{path} | {found.text()}", sep="\n", flush=True)
+        lines = _class_lines(cfg, dataset)
+        if len(dataset.classes) <= _MOST_CLASSES:
+            lines.append(class_table(predictions, dataset.classes))
+        print(*lines, f"{path} | {found.text()}", sep="\n", flush=True)
+        if hasattr(dataset, "names") and not cfg.DEBUG.DEBUG:
+            file = run_folder(cfg, cfg_file) / PREDICTIONS / "classes.csv"
+            write_predictions(file, predictions, dataset.classes, dataset.names)
+            print(f"predictions in {file}")
     return found
 
 

@@ -15,14 +15,15 @@ from mdeq_vision.datasets.digits import digits_dataset
 from mdeq_vision.datasets.facts import CITYSCAPES, DIGIT_SCENES, SegmentationFacts
 from mdeq_vision.datasets.imagenet import imagenet_dataset
 from mdeq_vision.datasets.loading import make_loader, n_batches, on_device
+from mdeq_vision.datasets.own_scenes import OwnScenes
 from mdeq_vision.datasets.segmentation import SegmentationDataset
 
 __all__ = [
     "CITYSCAPES",
     "CLASSIFICATION",
     "DIGIT_SCENES",
-    "OWN_VALIDATION",
     "SEGMENTATION",
+    "WITH_VALIDATION",
     "SegmentationDataset",
     "SegmentationFacts",
     "get_cls_dataset",
@@ -37,20 +38,22 @@ CLASSIFICATION = {
     "cifar10": cifar10_dataset,
     "imagenet": imagenet_dataset,
     "digits": digits_dataset,
+    "own": imagenet_dataset,
 }
 SEGMENTATION = {
     "cityscapes": Cityscapes,
     "digit_scenes": DigitScenes,
+    "own": OwnScenes,
 }
 # These have validation images apart from the test images. The others validate on DATASET.TEST_SET.
-OWN_VALIDATION = ("digits", "digit_scenes")
+WITH_VALIDATION = ("digits", "digit_scenes")
 
 
 def get_cls_dataset(cfg: Any, split: str) -> Dataset:
     """The 'train', 'valid' or 'test' split of DATASET.DATASET, for classification.
 
     The best weights of a run are chosen on 'valid'. It is the same as 'test' for a data set that is
-    not in OWN_VALIDATION.
+    not in WITH_VALIDATION.
 
     Items are ``(image, label)``: a normalised image, float32 (3, H, W), and an int. The attribute
     ``classes`` lists the class names.
@@ -92,6 +95,6 @@ def _build(
         raise InputError(
             f"DATASET.DATASET {name!r} is no {task} data set: choose {', '.join(builders)}"
         )
-    if split == "valid" and name not in OWN_VALIDATION:
+    if split == "valid" and name not in WITH_VALIDATION:
         split = "test"
     return builders[name](cfg, split)

@@ -25,6 +25,7 @@ class ImageNet(Dataset):
     Attributes:
         classes: names of the class folders.
         samples: (path, label) of each image.
+        names: the path of each image, from ``folder`` on.
 
     Raises:
         InputError: the folder is missing, has no class folder, or has a class folder without
@@ -43,6 +44,7 @@ class ImageNet(Dataset):
             reason = " ".join(str(error).split())
             raise InputError(f"image folder {folder} is not complete: {reason}") from error
         self.classes, self.samples = found.classes, found.samples
+        self.names = [str(Path(path).relative_to(folder)) for path, _ in self.samples]
         self._transform = LazyTransform(_build_transform, size, augment)
 
     def __len__(self) -> int:
@@ -64,7 +66,8 @@ def imagenet_dataset(cfg: Any, split: str) -> ImageNet:
     """
     width, height = cfg.MODEL.IMAGE_SIZE
     if width != height:
-        raise InputError(f"MODEL.IMAGE_SIZE is {[width, height]}, but imagenet's are square")
+        name = cfg.DATASET.DATASET
+        raise InputError(f"MODEL.IMAGE_SIZE is {[width, height]}, but {name}'s are square")
     root, names = Path(cfg.DATASET.ROOT), (cfg.DATASET.TRAIN_SET, cfg.DATASET.TEST_SET)
     own, other = names if split == "train" else names[::-1]
     augment = split == "train" and cfg.DATASET.AUGMENT
