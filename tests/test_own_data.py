@@ -66,7 +66,7 @@ def test_pictures(outputs):
     for shape in own_data.SHAPES:
         pattern = rf"{shape} +\d+\.\d\d  of {N_VAL}"
         assert any(re.fullmatch(pattern, line) for line in printed["tools/cls_valid.py"])
-    file = place / "out/own/cls_mdeq_TINY/predictions/classes.csv"
+    file = place / "out/own_pictures/cls_mdeq_TINY/predictions/classes.csv"
     assert printed["tools/cls_valid.py"][-1] == f"predictions in {file}"
     with open(file, newline="") as lines:
         rows = list(csv.DictReader(lines))
@@ -79,7 +79,7 @@ def test_scenes(outputs):
     for name in ("background", *own_data.SHAPES):
         assert any(re.fullmatch(rf"{name} +[\d.-]+", x) for x in printed["tools/seg_test.py"])
     assert any(re.search(r"mIoU \d", line) for line in printed["tools/seg_test.py"])
-    predictions = place / "out/own/seg_mdeq_TINY/predictions"
+    predictions = place / "out/own_scenes/seg_mdeq_TINY/predictions"
     with Image.open(predictions / "labels/images/val_000.png") as image:
         labels = np.array(image)
     assert set(labels.ravel().tolist()) <= {0, 10, 20, 30}

@@ -259,7 +259,7 @@ def _finish(cfg: CfgNode, trainer: ImageTrainer, run: Run) -> None:
 def _class_lines(cfg: CfgNode, dataset) -> list[str]:
     """The user's own classes; and a note if the network has more outputs than there are classes."""
     n_classes = len(dataset.classes)
-    shown = cfg.DATASET.DATASET == "own" and n_classes <= _MOST_CLASSES
+    shown = cfg.DATASET.DATASET == "own_pictures" and n_classes <= _MOST_CLASSES
     lines = [f"classes: {', '.join(dataset.classes)}"] if shown else []
     if n_classes == cfg.MODEL.NUM_CLASSES:
         return lines

@@ -1,6 +1,7 @@
 """--dataset text: the user's own files, the rules by which their symbols get ids, and refusals."""
 
 import pytest
+import run_progress
 
 from deq_sequence.command import main, read_corpus
 from deq_sequence.options import data_name, folder_of, parse
@@ -143,6 +144,15 @@ def test_the_run_has_the_name_of_the_text(folder, tmp_path):
     (tmp_path / "plays.txt").write_text("a\n")
     assert data_name(arguments(tmp_path / "plays.txt")) == "text-plays"
     assert data_name(parse(["--dataset", "demo"])) == "demo"
+
+
+@pytest.mark.parametrize("data", ["text", "state:S3"])
+def test_the_progress_of_a_run_is_found(folder, tmp_path, data):
+    """Where slurm.sh looks is where the run lies."""
+    argv = ["--dataset", data, "--data", str(folder), "--name", "a", "--work_dir", str(tmp_path)]
+    found = run_progress.folder_of("train_transformer.py", argv)
+    assert found == folder_of(parse([*argv, "--mem_len", "0"]))
+    assert ":" not in found.parent.name
 
 
 @pytest.mark.parametrize("flags", [[], ["--characters"]])

@@ -29,7 +29,7 @@ def test_train_and_predict(root, tmp_path, capsys):
     argv += ["DATASET.ROOT", root, "MODEL.IMAGE_SIZE", "[8,8]", "TRAIN.END_EPOCH", 2]
     argv += ["TEST.NUM_SAMPLES", 0, "TEST.BATCH_SIZE_PER_GPU", 5]
     assert run_tool("cls_train", *argv) == 0
-    folder = tmp_path / "out/own" / OWN.stem
+    folder = tmp_path / "out/own_pictures" / OWN.stem
     assert "\nclasses: Zebra, a, b, café au lait\n" in (folder / "log.txt").read_text()
     capsys.readouterr()
     assert run_tool("cls_valid", *argv) == 0
@@ -55,7 +55,7 @@ def test_train_and_predict(root, tmp_path, capsys):
 def test_debug_writes_no_predictions(root, tmp_path):
     argv = ["--cfg", OWN, "--modelDir", tmp_path / "out", *TINY, *SMALL, "DATASET.ROOT", root]
     assert run_tool("cls_train", *argv, "TRAIN.END_EPOCH", 1) == 0
-    folder = tmp_path / "out/own" / OWN.stem
+    folder = tmp_path / "out/own_pictures" / OWN.stem
     assert run_tool("cls_valid", *argv, "DEBUG.DEBUG", True) == 0
     assert not (folder / "predictions").exists()
 
@@ -73,17 +73,17 @@ def test_predictions_beyond_the_classes(tmp_path):
 @pytest.mark.parametrize(
     ("model", "named"),
     [
-        ({"IMAGE_SIZE": [8, 8], "NUM_CLASSES": 2}, "but own has 3 classes: set it to 3"),
-        ({"IMAGE_SIZE": [8, 6], "NUM_CLASSES": 3}, "but own's are square"),
+        ({"IMAGE_SIZE": [8, 8], "NUM_CLASSES": 2}, "but own_pictures has 3 classes: set it to 3"),
+        ({"IMAGE_SIZE": [8, 6], "NUM_CLASSES": 3}, "but own_pictures's are square"),
     ],
 )
 def test_settings_that_do_not_fit(root, model, named):
     with pytest.raises(InputError, match=named):
-        get_cls_dataset(settings("own", root, MODEL=model), "train")
+        get_cls_dataset(settings("own_pictures", root, MODEL=model), "train")
 
 
 def test_folders_that_differ(root):
     (root / "val/Zebra").rename(root / "val/zebra")
     model = {"IMAGE_SIZE": [8, 8], "NUM_CLASSES": 3}
     with pytest.raises(InputError, match="must have the same class folders, but Zebra is in one"):
-        get_cls_dataset(settings("own", root, MODEL=model), "train")
+        get_cls_dataset(settings("own_pictures", root, MODEL=model), "train")

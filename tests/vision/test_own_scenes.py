@@ -41,7 +41,7 @@ def root(tmp_path):
 
 def dataset(root, split, n=3, **lists):
     sets = {"TRAIN_SET": "lists/train.lst", "TEST_SET": "lists/val.lst", "NUM_CLASSES": n}
-    return get_seg_dataset(settings("own", root, DATASET=sets | lists, TRAIN=SIZE), split)
+    return get_seg_dataset(settings("own_scenes", root, DATASET=sets | lists, TRAIN=SIZE), split)
 
 
 def classes_of(tmp_path, text):
@@ -132,7 +132,7 @@ def test_any_number_of_classes(root, n):
     Image.fromarray(np.full((2, 3), n - 1, np.uint8)).save(root / "a/1_labels.png")
     labels = dataset(root, "train", n)[0][1]
     assert (labels == n - 1).all()
-    with pytest.raises(InputError, match=f"own has {n} classes: set it to {n}"):
+    with pytest.raises(InputError, match=f"own_scenes has {n} classes: set it to {n}"):
         dataset(root, "train", n + 1)
 
 

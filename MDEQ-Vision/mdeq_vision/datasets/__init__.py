@@ -38,12 +38,12 @@ CLASSIFICATION = {
     "cifar10": cifar10_dataset,
     "imagenet": imagenet_dataset,
     "digits": digits_dataset,
-    "own": imagenet_dataset,
+    "own_pictures": imagenet_dataset,
 }
 SEGMENTATION = {
     "cityscapes": Cityscapes,
     "digit_scenes": DigitScenes,
-    "own": OwnScenes,
+    "own_scenes": OwnScenes,
 }
 # These have validation images apart from the test images. The others validate on DATASET.TEST_SET.
 WITH_VALIDATION = ("digits", "digit_scenes")
