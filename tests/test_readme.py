@@ -94,6 +94,21 @@ ELSEWHERE = {
     "python examples/prefix_sums_compared.py --from docs/data/prefix_sums.json "
     "--figure docs/figures/prefix_sums.png": "scripts/test_prefix_sums.py",
     "python examples/mazes.py": "scripts/test_mazes.py",
+    "python examples/own_data.py data/own": "test_own_data.py",
+    "python quickstart.py --dataset text --data ../data/own/text.txt --name own": (
+        "test_own_data.py"
+    ),
+    "python quickstart.py --dataset text --data ../data/own/text.txt --name own --eval "
+    '--prompt "The value of"': "test_own_data.py",
+    **{
+        f"python tools/{tool}.py --cfg experiments/own/{file}_mdeq_TINY.yaml --dataDir ..": (
+            "test_own_data.py"
+        )
+        for tool, file in (
+            *(("cls_train", "cls"), ("cls_valid", "cls")),
+            *(("seg_train", "seg"), ("seg_test", "seg")),
+        )
+    },
     # What made the environment that these tests run in: its result is tested.
     "pip install -r requirements.txt": "test_house.py",
     "bash scripts/test.sh": "test_house.py",

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deq_sequence.command import build_model
+from deq_sequence.command import build_model, read_corpus
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.own_settings import read_settings
 from deq_sequence.state.evaluation import evaluation_threshold
 from deq_sequence.state.strings import StateStrings, get_state_strings, is_state
-from deq_sequence.text.corpus import Corpus, get_lm_corpus
+from deq_sequence.text.corpus import Corpus
 from deq_sequence.text.iterators import LMOrderedIterator
 from deq_sequence.text.ngram import UNIGRAM_SMOOTHING
 from lib.auditing import Audit, audit
@@ -42,11 +42,7 @@ def audit_run(folder: Path, samples: int, device: torch.device) -> Audit:
     args = read_settings(folder / SETTINGS)
     args.compile = False  # compiling takes longer than an audit
     states = is_state(args.dataset)
-    data = (
-        get_state_strings(args.dataset, args.seed)
-        if states
-        else get_lm_corpus(args.data, args.dataset)
-    )
+    data = get_state_strings(args.dataset, args.seed) if states else read_corpus(args)
     model = build_model(args, data, device)
     load_weights(model, folder / WEIGHTS)
     model.eval()

@@ -9,9 +9,19 @@ from pathlib import Path
 import torch
 
 from deq_sequence.evaluation import LESS_MEMORY, evaluate, settings_from
+from deq_sequence.generation import continuation
 from deq_sequence.initialization import initialize
 from deq_sequence.model import DEQTransformerLM
-from deq_sequence.options import build_parser, cutoffs_for, flag_of, own_b_solver, parse
+from deq_sequence.options import (
+    build_parser,
+    cutoffs_for,
+    data_name,
+    flag_of,
+    folder_of,
+    own_b_solver,
+    parse,
+    text_rules,
+)
 from deq_sequence.own_settings import evaluation_settings, read_saved
 from deq_sequence.sequence_trainer import SequenceTrainer
 from deq_sequence.state.evaluation import FACTORS, evaluate_states
@@ -20,7 +30,7 @@ from deq_sequence.state.trainer import StateTrainer
 from deq_sequence.text.corpus import Corpus, get_lm_corpus
 from deq_sequence.text_trainer import LMTrainer
 from deq_sequence.ties import TIE_PROJ_MODES
-from lib.errors import InputError
+from lib.errors import InputError, naming
 from lib.gradients import unused_settings
 from lib.runs.checkpoint import load_weights
 from lib.runs.command_line import exit_code
@@ -36,7 +46,6 @@ from lib.runs.run_folder import (
     Run,
     check_unused,
     is_used,
-    run_folder,
 )
 from lib.runs.run_training import Job, Plan, Settings, run_training
 from lib.solvers.precision import allow_tf32
@@ -118,7 +127,7 @@ def train_command(
     Returns:
         The run's folder, or None in a debug run and in all processes except the first.
     """
-    folder = _folder(args)
+    folder = folder_of(args)
     file = processes.lead(lambda: _checkpoint_to_continue(args, folder))
     kind = StateTrainer if is_state(args.dataset) else LMTrainer
 
@@ -132,7 +141,7 @@ def train_command(
         return Job(
             trainer,
             _settings(vars(args) | {"cutoffs": cutoffs_for(args, len(data.vocab))}),
-            f"{args.dataset}: {data.description}",
+            f"{data_name(args)}: {data.description}",
             _notes(args, model),
             lambda run: _final_evaluation(trainer, run),
         )
@@ -165,7 +174,12 @@ def _checkpoint_to_continue(args: argparse.Namespace, folder: Path) -> Path | No
 def _data(args: argparse.Namespace, processes: Processes) -> Corpus | StateStrings:
     if is_state(args.dataset):
         return get_state_strings(args.dataset, args.seed)
-    return processes.in_turn(lambda: get_lm_corpus(args.data, args.dataset))
+    return processes.in_turn(lambda: read_corpus(args))
+
+
+def read_corpus(args: argparse.Namespace) -> Corpus:
+    """The text that the arguments name."""
+    return get_lm_corpus(args.data, args.dataset, text_rules(args))
 
 
 def _settings(values: dict) -> Settings:
@@ -215,6 +229,10 @@ def evaluate_command(
     for name, text in _evaluations(args, model, data, processes):
         if processes.leads:
             print(f"{path} | {name} | {text}", flush=True)
+    if args.prompt and processes.leads:
+        with naming("--prompt"):
+            prompt = data.vocab.symbols(args.prompt)
+        print(continuation(model, data.vocab, prompt, args.f_thres, args.seed), flush=True)
 
 
 def _evaluations(
@@ -258,10 +276,4 @@ def _set_up(args: argparse.Namespace, processes: Processes) -> torch.device:
 
 def _weights(args: argparse.Namespace) -> Path:
     """The weights to evaluate."""
-    return Path(args.load) if args.load else _folder(args) / WEIGHTS
-
-
-def _folder(args: argparse.Namespace) -> Path:
-    if args.restart_dir:
-        return Path(args.restart_dir)
-    return run_folder(args.work_dir, args.dataset.replace(":", "-"), args.name)
+    return Path(args.load) if args.load else folder_of(args) / WEIGHTS

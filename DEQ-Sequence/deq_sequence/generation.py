@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from deq_sequence.model import DEQTransformerLM
-from deq_sequence.text.vocabulary import UNK, Vocab
+from deq_sequence.text.vocabulary import EOS, UNK, ByteVocab, Vocab
 from lib.errors import InputError, check, check_count, is_number
 from lib.runs.evaluation_loop import evaluating
 
 _GREEDY = 1e-6  # temperatures below this one count as 0: float32 could not divide by them
+_WORDS, _BYTES = 40, 200  # lengths of a continuation
 
 
 def generate(
@@ -69,6 +70,24 @@ def generate(
             words += vocab.decode(choice)
             data = choice.view(1, 1).to(device)
     return words
+
+
+def continuation(
+    model: DEQTransformerLM,
+    vocab: Vocab,
+    prompt: list[str],
+    f_thres: int,
+    seed: int = 0,
+    temperature: float = 0.7,
+) -> str:
+    """One line of text: ``prompt`` in brackets, and 40 words or 200 bytes after it.
+
+    A prompt without a word is the end of a line. The options are those of :func:`generate`.
+    """
+    begin = prompt or [EOS]
+    n = _BYTES if isinstance(vocab, ByteVocab) else _WORDS
+    options = {"temperature": temperature, "f_thres": f_thres, "seed": seed}
+    return f"[{vocab.join(begin)}] {vocab.join(generate(model, vocab, begin, n, **options))}"
 
 
 def _ids(vocab: Vocab, prompt: list[str]) -> Tensor:

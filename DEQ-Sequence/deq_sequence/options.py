@@ -7,12 +7,14 @@ from pathlib import Path
 from deq_sequence.layer import INJECTIONS
 from deq_sequence.state.groups import KINDS, get_group
 from deq_sequence.state.strings import PREFIX, is_state
-from deq_sequence.text.corpus import DATASETS
+from deq_sequence.text.corpus import DATASETS, OWN, Dataset
+from deq_sequence.text.demo_corpus import SPLITS
 from deq_sequence.ties import TIE_PROJ_MODES
 from lib.deq import DEQ
 from lib.errors import InputError, check, naming
 from lib.gradients import GRADIENTS
 from lib.runs.command_line import Parser
+from lib.runs.run_folder import run_folder
 from lib.solvers import ADJOINT_SOLVERS, SOLVERS
 from lib.solvers.precision import AMP
 from lib.solvers.specs import Names
@@ -26,6 +28,13 @@ FOLDERS = {
     "enwik8": "data/enwik8",
     "text8": "data/text8",
     "demo": "data/demo",
+}
+# The flags of --dataset text alone, with their defaults.
+_OF_OWN_TEXT = {
+    "characters": False,
+    "lower_case": False,
+    "min_count": DATASETS[OWN].min_count,
+    "held_out": DATASETS[OWN].held_out,
 }
 
 
@@ -56,13 +65,24 @@ def _data_flags(group) -> None:
     add(
         "--data",
         default=DEFAULT_DATA,
-        help="data folder (if absent, and for other sets: data/<set>)",
+        help="data folder (if absent, and for other sets: data/<set>); text: or one text file",
     )
     add(
         "--dataset",
         default="wt103",
         choices=_Datasets(DATASETS),
-        help=f"demo: without a download; {PREFIX}GROUP: running products in {KINDS}",
+        help="demo: without a download; text: your own --data, a folder with train.txt, valid.txt "
+        f"and test.txt or one file; {PREFIX}GROUP: running products in {KINDS}",
+    )
+    own = _OF_OWN_TEXT
+    add("--characters", action="store_true", help="text: a symbol is a byte, not a word")
+    add("--lower_case", action="store_true", help="text: in lower case")
+    add("--min_count", type=int, default=own["min_count"], help="text: rarer words become <unk>")
+    add(
+        "--held_out",
+        type=float,
+        default=own["held_out"],
+        help="text, one file: the share of validation text, and of test text, at its end",
     )
     add("--batch_size", type=int, default=60, help="sequences per step")
     add("--batch_chunk", type=int, default=1, help="parts of a batch, for less memory")
@@ -165,6 +185,7 @@ def _run_flags(group) -> None:
     add("--gpu0_bsz", type=int, default=-1, help="sequences on GPU 0; -1 is an even share")
     add("--num_threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
     add("--eval", action="store_true", help="evaluate --load, or the best weights of the run")
+    add("--prompt", default="", help="with --eval: let the model continue this text")
     add("--load", default="", help="weights to start from (not by a restart) or to evaluate")
     add("--log-interval", type=int, default=200, help="steps between log lines")
     add("--eval-interval", type=int, default=4000, help="steps between evaluations")
@@ -222,12 +243,32 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         )
     if args.eval and not args.load and args.name == "N/A":
         raise InputError("--eval needs --load WEIGHTS, or the --name of a run with weights")
+    if args.prompt and not args.eval:
+        raise InputError("--prompt has no effect without --eval: add it")
+    _check_own_text(args)
     _check_state_tracking(args)
     _check_ranges(args)
     with naming("--f_solver, --b_solver and --grad"):
         deq = DEQ(args.f_solver, own_b_solver(args), grad=args.grad)
     deq.grad.refuse_threshold(args.f_thres, "--f_thres")
     return args
+
+
+def _check_own_text(args: argparse.Namespace) -> None:
+    given = [f"--{name}" for name, default in _OF_OWN_TEXT.items() if vars(args)[name] != default]
+    if args.dataset != OWN:
+        if given:
+            raise InputError(f"{given[0]} has no effect without --dataset {OWN}")
+        return
+    if args.data == DEFAULT_DATA and not Path(args.data).exists():
+        raise InputError(
+            f"--dataset {OWN} needs --data: a folder with train.txt, valid.txt and test.txt, or "
+            "one text file"
+        )
+    if args.characters and "--min_count" in given:
+        raise InputError("--min_count has no effect with --characters: leave it out")
+    if "--held_out" in given and Path(args.data).is_dir():
+        raise InputError(f"--held_out has no effect on --data {args.data}, a folder: leave it out")
 
 
 def _check_state_tracking(args: argparse.Namespace) -> None:
@@ -240,7 +281,7 @@ def _check_state_tracking(args: argparse.Namespace) -> None:
         get_group(args.dataset.removeprefix(PREFIX))
     if args.mem_len:
         raise InputError(f"--dataset {args.dataset} has no memory: add --mem_len 0")
-    for flag in ("--varlen", "--spectral_radius_mode"):
+    for flag in ("--varlen", "--spectral_radius_mode", "--prompt"):
         if getattr(args, flag[2:]):
             raise InputError(f"--dataset {args.dataset} makes no use of {flag}: leave it out")
 
@@ -265,7 +306,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
         "grow_below f_thres_per_word",
         1: "n_layer eval_n_layer n_head d_head d_model d_embed d_inner div_val batch_size "
         "batch_chunk eval_batch_size tgt_len eval_tgt_len f_thres b_thres log_interval "
-        "eval_interval max_skipped keep_checkpoints",
+        "eval_interval max_skipped keep_checkpoints min_count",
     }
     for low, names in at_least.items():
         for name in names.split():
@@ -279,6 +320,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
         ("dropatt", lambda v: 0 <= v < 1, "in [0, 1)"),
         ("jac_loss_freq", lambda v: 0 <= v <= 1, "in [0, 1]"),
         ("decay_rate", lambda v: 0 < v < 1, "in (0, 1)"),
+        ("held_out", lambda v: 0 < v < 0.5, "in (0, 0.5)"),
     ):
         check(fits(getattr(args, name)), f"--{name}", getattr(args, name), accepted)
     if args.batch_size % args.batch_chunk:
@@ -292,6 +334,30 @@ def _check_ranges(args: argparse.Namespace) -> None:
 def flag_of(name: str) -> str:
     """The flag of a setting: the published names of intervals have a dash."""
     return "--" + (name.replace("_", "-") if name.endswith("_interval") else name)
+
+
+def text_rules(args: argparse.Namespace) -> Dataset | None:
+    """How the symbols of --dataset text get ids; None for other data."""
+    if args.dataset != OWN:
+        return None
+    own = {name: getattr(args, name) for name in _OF_OWN_TEXT}
+    # Bytes are few, and all must be known; words of validation and test must not be counted.
+    return Dataset(counted=SPLITS if args.characters else ("train",), **own)
+
+
+def data_name(args: argparse.Namespace) -> str:
+    """The data's name in the log and in the run's folder; own text has that of its --data."""
+    if args.dataset != OWN:
+        return args.dataset
+    path = Path(args.data).resolve()
+    return f"{OWN}-{path.stem if path.is_file() else path.name}"
+
+
+def folder_of(args: argparse.Namespace) -> Path:
+    """The folder of the run: that of --restart_dir, or the one of its data and its --name."""
+    if args.restart_dir:
+        return Path(args.restart_dir)
+    return run_folder(args.work_dir, data_name(args).replace(":", "-"), args.name)
 
 
 def cutoffs_for(args: argparse.Namespace, n_token: int) -> list[int]:

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import torch
 
-from deq_sequence.command import build_model, run_command
+from deq_sequence.command import build_model, read_corpus, run_command
 from deq_sequence.options import parse
-from deq_sequence.text.corpus import get_lm_corpus
 from deq_sequence.text_report import report
 from lib.runs.checkpoint import load_weights
 from lib.runs.command_line import exit_code
@@ -40,7 +39,7 @@ def _train_and_report(argv: list[str], room: Path) -> None:
 
 
 def _report(args: argparse.Namespace, folder: Path) -> None:
-    corpus = get_lm_corpus(args.data, args.dataset)
+    corpus = read_corpus(args)
     # Generation adds word by word, so every call has another length and would be compiled again.
     args = argparse.Namespace(**vars(args) | {"compile": False})
     model = build_model(args, corpus, torch.device("cpu"))

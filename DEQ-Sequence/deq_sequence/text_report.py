@@ -1,20 +1,22 @@
 """The report of a finished run: a table, curves, and a text sample from the model."""
 
 import argparse
+import math
 from pathlib import Path
 
 import torch
 
 from deq_sequence.evaluation import evaluate, settings_from
-from deq_sequence.generation import generate
+from deq_sequence.generation import continuation
 from deq_sequence.model import DEQTransformerLM
-from deq_sequence.text.corpus import Corpus
+from deq_sequence.text.corpus import OWN, Corpus
 from deq_sequence.text.ngram import kneser_ney_bigram_perplexity, unigram_perplexity
 from lib.errors import InputError
 from lib.runs.finished_run import CURVES, draw_curves, series, solver_rows, table
 from lib.runs.run_folder import peak_memory_mib, read_metrics
 
-_PROMPTS = ("this function returns", "the object is")
+_PROMPTS = ("this function returns", "the object is")  # of the demo text
+_PROMPT_LENGTH = {False: 3, True: 30}  # words or bytes of a prompt from the test text
 _SRADIUS_SEGMENTS = 2  # segments of the validation text, 150 Jacobian products each
 
 
@@ -49,12 +51,19 @@ def report(args: argparse.Namespace, folder: Path, model: DEQTransformerLM, corp
     )
     stacked = args.max_step <= args.pretrain_steps
     ended = "stacked (end of training)" if stacked else "equilibrium"
+    before = _stacked(records)
+
+    def shown(perplexity: float) -> str:
+        return f"{math.log2(perplexity):.3f}" if corpus.characters else f"{perplexity:.1f}"
+
     rows = [
-        ("perplexity", "valid", "test"),
-        ("unigram", f"{ngrams['unigram_valid']:.1f}", f"{ngrams['unigram_test']:.1f}"),
-        ("Kneser-Ney bigram", f"{ngrams['bigram_valid']:.1f}", f"{ngrams['bigram_test']:.1f}"),
-        ("stacked (end of pre-training)", _stacked(records), ""),
-        (ended, f"{_perplexity(valid):.1f}", f"{_perplexity(test):.1f}"),
+        ("bits per character" if corpus.characters else "perplexity", "valid", "test"),
+        *(
+            (title, *(shown(ngrams[f"{name}_{split}"]) for split in ("valid", "test")))
+            for title, name in (("unigram", "unigram"), ("Kneser-Ney bigram", "bigram"))
+        ),
+        ("stacked (end of pre-training)", "none" if before is None else shown(before), ""),
+        (ended, shown(_perplexity(valid)), shown(_perplexity(test))),
         ("test / unigram", "", f"{_perplexity(test) / ngrams['unigram_test']:.3f}"),
         ("", "", ""),
         *solver_rows(records, args.pretrain_steps, test),
@@ -63,11 +72,16 @@ def report(args: argparse.Namespace, folder: Path, model: DEQTransformerLM, corp
         ("peak memory", f"{peak_memory_mib(device):.0f} MiB", ""),
     ]
     lines = [*table(rows), "", f"curves: {folder / CURVES}", "", "a few words from the model:"]
-    for prompt in _PROMPTS:
-        known = [word for word in prompt.split() if word in corpus.vocab.sym2idx] or ["<eos>"]
-        words = generate(model, corpus.vocab, known, 40, temperature=0.7, f_thres=args.f_thres)
-        lines.append(f"[{' '.join(known)}] {' '.join(words).replace('<eos>', '/')}")
+    lines += [continuation(model, corpus.vocab, p, args.f_thres) for p in _prompts(corpus)]
     return "\n".join(lines)
+
+
+def _prompts(corpus: Corpus) -> list[list[str]]:
+    """Beginnings of text: known words of _PROMPTS, or the beginning of the user's own test text."""
+    vocab = corpus.vocab
+    if corpus.dataset == OWN:
+        return [vocab.decode(corpus.test[: _PROMPT_LENGTH[corpus.characters]])]
+    return [[word for word in p.split() if word in vocab.sym2idx] for p in _PROMPTS]
 
 
 def last_record(records: list[dict], kind: str, **values) -> dict:
@@ -101,8 +115,8 @@ def _perplexity(record: dict) -> float:
     return _exp([record["loss"]])[0]
 
 
-def _stacked(records: list[dict]) -> str:
-    """Validation perplexity at the end of the stacked phase."""
+def _stacked(records: list[dict]) -> float | None:
+    """Validation perplexity at the end of the stacked phase, if there was one."""
     stacked = [r for r in records if r.get("phase") == "stacked"]
     losses = series(stacked, "valid", "loss")[1]
-    return f"{_exp(losses)[-1]:.1f}" if losses else "none"
+    return _exp(losses)[-1] if losses else None

@@ -20,8 +20,9 @@ from lib.runs.retention import versions
 from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, check_unused
 from lib.runs.run_training import Job, Plan, Settings, run_training
 from lib.solvers.precision import allow_tf32
+from mdeq_vision.class_predictions import Prediction, class_table, write_predictions
 from mdeq_vision.config import config, flat, merge_file, update_config
-from mdeq_vision.datasets import get_cls_dataset, get_seg_dataset
+from mdeq_vision.datasets import WITH_VALIDATION, get_cls_dataset, get_seg_dataset
 from mdeq_vision.datasets.cityscapes_lists import write_lists
 from mdeq_vision.evaluation import (
     LESS_MEMORY,
@@ -40,7 +41,8 @@ from mdeq_vision.tasks import ClassificationTrainer, SegmentationTrainer
 from mdeq_vision.transfer import extract_pretrained, get_seg_net, load_pretrained
 
 CONFIG = "config.yaml"  # the resolved settings, in the run's folder
-PREDICTIONS = "predictions"  # seg_test's pictures, in the run's folder
+PREDICTIONS = "predictions"  # of seg_test and cls_valid, in the run's folder
+_MOST_CLASSES = 100  # that cls_valid prints one by one
 _Log = Callable[[str], None]
 
 
@@ -122,7 +124,8 @@ def train_classifier(
     _refuse_other_task(cfg, "classification")
 
     def build(anew: bool, log: _Log):
-        data = processes.in_turn(lambda: [get_cls_dataset(cfg, name) for name in ("train", "test")])
+        splits = ("train", "valid")
+        data = processes.in_turn(lambda: [get_cls_dataset(cfg, split) for split in splits])
         for line in _class_lines(cfg, data[1]):
             log(line)
         model = get_cls_net(cfg)
@@ -142,7 +145,7 @@ def train_segmenter(
     _refuse_other_task(cfg, "segmentation")
 
     def build(anew: bool, log: _Log):
-        splits = ("train", "test", "extra") if cfg.TRAIN.EXTRA_EPOCH else ("train", "test")
+        splits = ("train", "valid", *(["extra"] if cfg.TRAIN.EXTRA_EPOCH else []))
         data = processes.in_turn(lambda: [get_seg_dataset(cfg, split) for split in splits])
         if not data[1].has_labels:
             raise InputError(f"DATASET.TEST_SET {cfg.DATASET.TEST_SET} names images without labels")
@@ -208,7 +211,7 @@ def _train(
             f"{len(train_set)} training and {len(valid_set)} validation images"
         )
         settings = Settings(flat(cfg), CONFIG, cfg.dump(), _read_settings, _FREE, _FIRST)
-        return Job(trainer, settings, title, notes, lambda run: _log_best(trainer.best, run))
+        return Job(trainer, settings, title, notes, lambda run: _finish(cfg, trainer, run))
 
     inner = folder.relative_to(folder.parents[1])
     plan = Plan(
@@ -238,21 +241,42 @@ def _idle_settings(cfg: CfgNode, model: MDEQNet) -> list[str]:
     return lines
 
 
-def _log_best(best: dict, run: Run) -> None:
-    if best:
-        score = f"{best['name']} {100 * best['score']:.2f}%"
-        run.log(f"best {score} at step {best['step']} ({best['phase']})")
+def _finish(cfg: CfgNode, trainer: ImageTrainer, run: Run) -> None:
+    """Log the best validation; test the last and the best weights on images that chose none."""
+    best, processes = trainer.best, trainer.processes
+    if not best:
+        return
+    score = f"{best['name']} {100 * best['score']:.2f}%"
+    run.log(f"best {score} at step {best['step']} ({best['phase']})")
+    if cfg.DATASET.DATASET not in WITH_VALIDATION:
+        return
+    test_set = trainer.get_dataset(cfg, "test")
+    found = {"last": (trainer.step, trainer.evaluate(test_set))}
+    weights = processes.lead(lambda: run.folder and run.folder / WEIGHTS)  # None in a debug run
+    if weights:
+        if best["step"] == trainer.step:
+            found["best"] = found["last"]
+        else:
+            load_weights(trainer.model, weights)
+            found["best"] = best["step"], trainer.evaluate(test_set)
+    for which, (step, evaluation) in found.items():
+        run.log(f"end of training | test, {which} weights (step {step}) | {evaluation.text()}")
+        values = {"weights": which, "of_step": step, **evaluation.figures}
+        run.record("final_test", trainer.step, **values)
 
 
 def _class_lines(cfg: CfgNode, dataset) -> list[str]:
-    """Note it if the network has more outputs than the data set has classes."""
+    """The user's own classes; and a note if the network has more outputs than there are classes."""
     n_classes = len(dataset.classes)
+    shown = cfg.DATASET.DATASET == "own_pictures" and n_classes <= _MOST_CLASSES
+    lines = [f"classes: {', '.join(dataset.classes)}"] if shown else []
     if n_classes == cfg.MODEL.NUM_CLASSES:
-        return []
+        return lines
     return [
+        *lines,
         f"note: the {n_classes} classes of {cfg.DATASET.DATASET} are outputs 0 to {n_classes - 1} "
         f"of {cfg.MODEL.NUM_CLASSES}: weights that were trained on more classes number them "
-        "otherwise"
+        "otherwise",
     ]
 
 
@@ -340,9 +364,20 @@ def validate_classifier(cfg: CfgNode, cfg_file: Path, processes: Processes) -> E
     device, _ = _devices(cfg, processes)
     dataset = get_cls_dataset(cfg, "test")
     model, path = _trained(cfg, cfg_file, get_cls_net, device)
-    found = evaluate_classification(cfg, model, dataset, device=device, processes=processes)
+    own: list[Prediction] = []
+    found = evaluate_classification(
+        cfg, model, dataset, device=device, processes=processes, on_prediction=own.append
+    )
+    predictions = [p for part in processes.gather(own) for p in part]
     if processes.leads:
-        print(*_class_lines(cfg, dataset), f"{path} | {found.text()}", sep="\n", flush=True)
+        lines = _class_lines(cfg, dataset)
+        if len(dataset.classes) <= _MOST_CLASSES:
+            lines.append(class_table(predictions, dataset.classes))
+        print(*lines, f"{path} | {found.text()}", sep="\n", flush=True)
+        if hasattr(dataset, "names") and not cfg.DEBUG.DEBUG:
+            file = run_folder(cfg, cfg_file) / PREDICTIONS / "classes.csv"
+            write_predictions(file, predictions, dataset.classes, dataset.names)
+            print(f"predictions in {file}")
     return found
 
 

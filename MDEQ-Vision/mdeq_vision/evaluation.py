@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 from lib.runs.evaluation_loop import evaluate_batches
 from lib.runs.processes import Processes
 from lib.solvers.precision import autocast
+from mdeq_vision.class_predictions import Prediction
 from mdeq_vision.datasets import SegmentationDataset, make_loader, on_device
 from mdeq_vision.inference import predict
 from mdeq_vision.losses import SegmentationLoss
@@ -50,11 +51,13 @@ def evaluate_classification(
     train_step: int = -1,
     device: torch.device,
     processes: Processes,
+    on_prediction: Callable[[Prediction], object] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Loss, top-1 and top-5 accuracy over ``dataset``, or its first TEST.NUM_SAMPLES images.
 
     Args:
+        on_prediction: called for each image of this process.
         train_step: selects the phase as in the model's forward; -1 is the equilibrium phase.
         stop: called before each batch; True ends the evaluation.
 
@@ -64,14 +67,18 @@ def evaluate_classification(
     forward = partial(_forward, model, cfg, device, train_step)
 
     def measure(batch: list[Tensor]) -> dict:
-        images, target = batch
+        indices, images, target = batch
         output, radius = forward(images)
         output = output.float()
+        if on_prediction is not None:
+            columns = (indices, target, *reversed(output.softmax(dim=1).max(dim=1)))
+            for values in zip(*(column.tolist() for column in columns), strict=True):
+                on_prediction(Prediction(*values))
         loss = torch.nn.functional.cross_entropy(output, target, reduction="sum")
         hits = topk_correct(output, target)
         return {"images": len(images), "loss": loss, "top1": hits[1], "top5": hits[5], **radius}
 
-    batches = evaluation_batches(cfg, dataset, device, processes)
+    batches = evaluation_batches(cfg, _Numbered(dataset), device, processes)
     sums, means = evaluate_batches(model, batches, measure, processes=processes, stop=stop)
     figures = {name: sums[name] / sums["images"] for name in ("loss", "top1", "top5")}
     return Evaluation("top1", int(sums["images"]), figures | _solver_figures(sums, means))
@@ -181,7 +188,7 @@ def _solver_figures(sums: dict[str, float], means: dict[str, float]) -> dict[str
 class _Numbered(torch.utils.data.Dataset):
     """Items (index, image, label); the index leads from a prediction to the image's name."""
 
-    def __init__(self, dataset: SegmentationDataset):
+    def __init__(self, dataset: torch.utils.data.Dataset):
         self.dataset = dataset
 
     def __len__(self) -> int:

@@ -29,7 +29,7 @@ def report_classification(cfg: CfgNode, folder: Path) -> str:
             cfg, model, dataset, device=torch.device("cpu"), processes=Processes()
         )
 
-    return _report(cfg, folder, evaluate, "test accuracy")
+    return _report(cfg, folder, evaluate, "accuracy")
 
 
 def report_segmentation(cfg: CfgNode, folder: Path) -> str:
@@ -48,7 +48,7 @@ def report_segmentation(cfg: CfgNode, folder: Path) -> str:
             on_prediction=predictions.__setitem__,
         )
 
-    text = _report(cfg, folder, evaluate, "test mIoU")
+    text = _report(cfg, folder, evaluate, "mIoU")
     _draw_scenes(dataset, predictions, folder / SCENES)
     return f"{text}\nscenes: {folder / SCENES}"
 
@@ -68,18 +68,10 @@ def _report(cfg: CfgNode, folder: Path, evaluate, title: str) -> str:
     radius = evaluate(few).figures["sradius"]
     best = evaluate(cfg)
     name, figures = best.score, best.figures
-
-    def ended(phase: str) -> tuple[str, str]:
-        """The last score of a phase, and its step."""
-        steps, scores = series([r for r in records if r.get("phase") == phase], "valid", name)
-        return (f"{100 * scores[-1]:.2f}%", str(steps[-1])) if steps else ("none", "")
-
     draw_curves(records, border, folder / CURVES, lambda axes: _draw_scores(axes, records, name))
     rows = [
-        (f"{title} ({best.images} images)", "", "step"),
-        ("stacked (end of pre-training)", *ended("stacked")),
-        ("equilibrium (end of training)", *ended("equilibrium")),
-        ("equilibrium (best weights)", f"{100 * figures[name]:.2f}%", ""),
+        (f"{title} ({best.images} test images)", "valid", "test"),
+        *_score_rows(records, name),
         ("", "", ""),
         *solver_rows(records, border, figures),
         ("", "", ""),
@@ -89,11 +81,26 @@ def _report(cfg: CfgNode, folder: Path, evaluate, title: str) -> str:
     return "\n".join([*table(rows), "", f"curves: {folder / CURVES}"])
 
 
+def _score_rows(records: list[dict], name: str) -> list[tuple[str, str, str]]:
+    """Rows with validation and test scores: of each phase's end, and of the best weights."""
+    valid = {r["step"]: r for r in records if r["kind"] == "valid"}
+    tested = {r["weights"]: r for r in records if r["kind"] == "final_test"}
+    phase = valid[tested["best"]["of_step"]]["phase"]
+    rows = []
+    if before := [r for r in valid.values() if r["phase"] != phase]:
+        rows.append(("stacked (end of pre-training)", f"{100 * before[-1][name]:.2f}%", ""))
+    for which, title in (("last", "end of training"), ("best", "best in validation")):
+        record = tested[which]
+        scores = (f"{100 * r[name]:.2f}%" for r in (valid[record["of_step"]], record))
+        rows.append((f"{phase} ({title}, step {record['of_step']})", *scores))
+    return rows
+
+
 def _draw_scores(axes, records: list[dict], name: str) -> None:
     """Plot training accuracy and validation score, in percent, over the steps."""
     for kind, key, style in (("train", "accuracy", "-"), ("valid", name, "o-")):
         steps, scores = series(records, kind, key)
-        label = "training accuracy" if kind == "train" else f"test {key}"
+        label = "training accuracy" if kind == "train" else f"validation {key}"
         axes.plot(steps, [100 * score for score in scores], style, label=label)
     axes.set(ylabel="percent")
 

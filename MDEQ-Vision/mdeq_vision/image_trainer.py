@@ -142,6 +142,7 @@ class ImageTrainer(Trainer):
         raise NotImplementedError
 
     evaluator: Callable[..., Evaluation]  # a function of mdeq_vision.evaluation
+    get_dataset: Callable[[CfgNode, str], Dataset]  # a function of mdeq_vision.datasets
 
     # ---- a step --------------------------------------------------------------------------------
 
@@ -262,11 +263,15 @@ class ImageTrainer(Trainer):
             f"loss {loss:.4f} | accuracy {100 * accuracy:.2f}%"
         )
 
-    def _evaluate(self, cfg: CfgNode, train_step: int) -> Evaluation:
+    def evaluate(self, dataset: Dataset) -> Evaluation:
+        """Evaluate the current weights in the phase of the last update."""
+        return self._evaluate(dataset, self.cfg, self.step - 1)
+
+    def _evaluate(self, dataset: Dataset, cfg: CfgNode, train_step: int) -> Evaluation:
         return self.evaluator(
             cfg,
             self.model,
-            self.valid_set,
+            dataset,
             train_step=train_step,
             device=self.device,
             processes=self.processes,
@@ -278,10 +283,10 @@ class ImageTrainer(Trainer):
         cfg.defrost()
         cfg.WORKERS = 0  # processes would take longer to start than a batch to load
         cfg.TEST.NUM_SAMPLES = cfg.TEST.BATCH_SIZE_PER_GPU * self.processes.world_size
-        self._evaluate(cfg, self.step)
+        self._evaluate(self.valid_set, cfg, self.step)
 
     def validate(self) -> tuple[Evaluation, dict, str, float]:
-        found = self._evaluate(self.cfg, self.step - 1)
+        found = self.evaluate(self.valid_set)
         record = {"text": found.text(), **found.figures}
         return found, record, found.score, found.figures[found.score]
 

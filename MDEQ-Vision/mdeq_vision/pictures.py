@@ -65,22 +65,30 @@ def overlay(
 
 
 def to_label_ids(train_ids: ArrayLike, label_ids: Sequence[int]) -> np.ndarray:
-    """Official label ids of predicted classes, uint8 (H, W), for submission files.
+    """Official label ids of predicted classes, (H, W), for submission files.
 
     Args:
         train_ids: classes, (H, W), integers in [0, n).
-        label_ids: official id of every class, n numbers of 0 to 255.
+        label_ids: official id of every class, n numbers of 0 to 65535.
+
+    Returns:
+        uint8, or uint16 if an id is above 255.
     """
     table = np.asarray(label_ids)
-    if table.ndim != 1 or table.min() < 0 or table.max() > 255:
-        raise InputError(f"label_ids must be numbers of 0 to 255, one per class: {label_ids}")
-    return table.astype(np.uint8)[_index(train_ids, len(table), None)]
+    if table.ndim != 1 or table.min() < 0 or table.max() > 65535:
+        raise InputError(f"label_ids must be numbers of 0 to 65535, one per class: {label_ids}")
+    kind = np.uint8 if table.max() <= 255 else np.uint16
+    return table.astype(kind)[_index(train_ids, len(table), None)]
 
 
 def save_png(array: ArrayLike, path: Path) -> None:
-    """Write uint8 (H, W) or (H, W, 3) as a PNG, whole or not at all; create its folder."""
+    """Write uint8 (H, W) or (H, W, 3), or uint16 (H, W), as a PNG, whole or not at all.
+
+    The folder is created if absent.
+    """
     array = np.asarray(array)
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,)):
+    fits = {2: (np.uint8, np.uint16), 3: (np.uint8,)}.get(array.ndim, ())
+    if array.dtype not in fits or array.shape[2:] not in ((), (3,)):
         raise InputError(
             f"a PNG is written of uint8 (H, W) or (H, W, 3), not of {array.dtype} {array.shape}"
         )

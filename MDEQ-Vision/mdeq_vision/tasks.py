@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mdeq_vision.datasets import get_cls_dataset, get_seg_dataset
 from mdeq_vision.evaluation import evaluate_classification, evaluate_segmentation
 from mdeq_vision.image_trainer import ImageTrainer
 from mdeq_vision.losses import SegmentationLoss
@@ -14,6 +15,7 @@ class ClassificationTrainer(ImageTrainer):
     """Trains with cross-entropy; reports top-1 accuracy."""
 
     evaluator = staticmethod(evaluate_classification)
+    get_dataset = staticmethod(get_cls_dataset)
 
     def weight(self, target: Tensor) -> Tensor:
         return torch.tensor(len(target), device=target.device)
@@ -32,6 +34,7 @@ class SegmentationTrainer(ImageTrainer):
 
     drop_last = one_gpu = True
     evaluator = staticmethod(evaluate_segmentation)
+    get_dataset = staticmethod(get_seg_dataset)
 
     def __init__(self, cfg, model, train_set, *args, **kwargs):
         super().__init__(cfg, model, train_set, *args, **kwargs)

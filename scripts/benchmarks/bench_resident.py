@@ -130,7 +130,7 @@ def _image_command(name: str, args: argparse.Namespace, folder: str):
     opts += [f"SAVE_FREQ {args.every} PRINT_FREQ {max(args.steps // 40, 1)}"]
     opts = [*" ".join(opts).split(), "OUTPUT_DIR", folder, "LOG_DIR", f"{folder}/events"]
     # An epoch is an eighth of the run, or all the data. Each epoch ends with a validation.
-    batches, n = max(args.steps // 8, 1), {"digits": 1438, "scenes": 1000}[name]
+    batches, n = max(args.steps // 8, 1), {"digits": 1259, "scenes": 1000}[name]
     cfg = image_configuration(name, *opts, tiny=args.tiny)
     whole = n // cfg.TRAIN.BATCH_SIZE_PER_GPU
     cfg.defrost()

@@ -14,10 +14,10 @@ prints the run's state and last step, such as "stopped 1200". The states are
 import sys
 from pathlib import Path
 
-from deq_sequence.options import build_parser
+from deq_sequence import options
 from lib.errors import InputError
 from lib.runs.command_line import exit_code
-from lib.runs.run_folder import read_metrics, run_folder
+from lib.runs.run_folder import read_metrics
 from mdeq_vision import command
 from mdeq_vision.options import experiment_parser
 
@@ -32,13 +32,13 @@ def folder_of(file: str, flags: list[str]) -> Path:
     if name in ("cls_train.py", "seg_train.py"):
         args, _ = experiment_parser(name, "").parse_known_intermixed_args(flags)
         return command.run_folder(command.load_config(args), args.cfg)
-    parser = build_parser()
+    parser = options.build_parser()
     if name.endswith(".sh"):
         parser.set_defaults(name=name.removesuffix(".sh"))  # as launch.sh does
     args, _ = parser.parse_known_args(flags)
     if args.name == "N/A":
         raise InputError("a run that may be continued needs a name: add --name")
-    return run_folder(args.work_dir, args.dataset, args.name)
+    return options.folder_of(args)
 
 
 def progress(folder: Path) -> tuple[str, int]:

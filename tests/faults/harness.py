@@ -38,7 +38,7 @@ _IMAGES = f"""
     TEST.BATCH_SIZE_PER_GPU 2
 """
 # Loading in a process of its own in one of the two, so that a signal to the group meets it too.
-_DIGITS = "MODEL.IMAGE_SIZE [8,8] PERCENT 0.035 WORKERS 1"
+_DIGITS = "MODEL.IMAGE_SIZE [8,8] PERCENT 0.039 WORKERS 1"
 _SCENES = """
     TRAIN.IMAGE_SIZE [32,32] TRAIN.BASE_SIZE 32 TRAIN.FLIP True TRAIN.MULTI_SCALE True
     PERCENT 0.05 WORKERS 0

@@ -169,8 +169,8 @@ def image_config(case: Case):
 def image_sets(model: str, n: int):
     """Training and validation images of the embedded data, at the size of ``SMALL``."""
     cfg, get = image_config(Case(model)), TASKS[model][1]
-    with mock.patch.dict(digit_scenes.N_SCENES, train=n, test=VALID):
-        train, valid = (get(cfg, split) for split in ("train", "test"))
+    with mock.patch.dict(digit_scenes.N_SCENES, train=n, valid=VALID):
+        train, valid = (get(cfg, split) for split in ("train", "valid"))
     return InDouble(train, n), InDouble(valid, VALID)
 
 

@@ -252,7 +252,7 @@ def test_numbers_that_turn_into_something_else(tmp_path, end):
 
 def test_unknown_dataset_lists_the_known_ones(datadir):
     assert message_of(datadir, "wt104") == (
-        "unknown dataset 'wt104': choose one of wt103, wt2, ptb, enwik8, text8, demo"
+        "unknown dataset 'wt104': choose one of wt103, wt2, ptb, enwik8, text8, demo, text"
     )
 
 

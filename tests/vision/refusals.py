@@ -117,7 +117,7 @@ class Place:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """What takes most of the time of such a short run, and is tested elsewhere, is left out."""
-    monkeypatch.setattr(digit_scenes, "N_SCENES", {"train": 40, "test": 8})
+    monkeypatch.setattr(digit_scenes, "N_SCENES", {"train": 40, "test": 8, "valid": 8})
     monkeypatch.setattr(command, "model_summary", lambda *arguments: "")
 
 
@@ -127,7 +127,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     place = Place(folder, folder, None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digit_scenes, "N_SCENES", {"train": 40, "test": 8})
+        patch.setattr(digit_scenes, "N_SCENES", {"train": 40, "test": 8, "valid": 8})
         short = ["TRAIN.END_EPOCH", "1"]
         assert run_tool("cls_train", *place.digits(*short)) == 0
         assert run_tool("seg_train", *place.scenes(*short)) == 0

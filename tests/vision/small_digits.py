@@ -19,7 +19,7 @@ SMALL = f"""
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, request):
     """What takes most of the time of such a short run, and is tested elsewhere, is left out."""
-    monkeypatch.setattr(digit_scenes, "N_SCENES", {"train": 40, "test": 8})
+    monkeypatch.setattr(digit_scenes, "N_SCENES", {"train": 40, "test": 8, "valid": 8})
     if "summary" not in request.node.name:
         monkeypatch.setattr(command, "model_summary", lambda *arguments: "")
 

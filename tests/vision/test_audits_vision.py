@@ -28,8 +28,8 @@ def test_a_classifier(digits, capsys):  # noqa: F811
     found = audited(folder, 8)
     assert capsys.readouterr().out.splitlines()[-1] == str(folder / "audit.json")
     assert (found["samples"], found["threshold"], found["measure"]) == (8, 4, "accuracy")
-    validated = [r for r in read_metrics(folder) if r["kind"] == "valid"][-1]
-    assert own(found)["measure"] == pytest.approx(validated["top1"])  # of the same eight images
+    tested = [r for r in read_metrics(folder) if r["kind"] == "final_test"][-1]
+    assert own(found)["measure"] == pytest.approx(tested["top1"])  # of the same eight images
 
 
 def test_a_segmentation(tmp_path, capsys):
@@ -38,8 +38,8 @@ def test_a_segmentation(tmp_path, capsys):
     folder = tmp_path / "digit_scenes" / SCENES.stem
     found = audited(folder, 8)
     assert (found["samples"], found["measure"]) == (8, "pixel accuracy")
-    validated = [r for r in read_metrics(folder) if r["kind"] == "valid"][-1]
-    assert own(found)["measure"] == pytest.approx(validated["pixel_accuracy"], rel=1e-5)
+    tested = [r for r in read_metrics(folder) if r["kind"] == "final_test"][-1]
+    assert own(found)["measure"] == pytest.approx(tested["pixel_accuracy"], rel=1e-5)
     assert found["effort"]["said"] == "cannot be told from 8 samples"
 
 

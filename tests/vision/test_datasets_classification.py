@@ -250,14 +250,16 @@ DIGITS = {"MODEL": {"IMAGE_SIZE": [16, 16], "NUM_CLASSES": 10}}
 
 
 def test_digits_are_split_by_class_and_kept_apart():
-    train, test = (split_digits()[split] for split in SPLITS)
-    assert len(train.labels) + len(test.labels) == 1797
-    share = np.bincount(test.labels) / (np.bincount(test.labels) + np.bincount(train.labels))
-    assert ((share > 0.19) & (share < 0.21)).all()
+    splits = split_digits()
+    counts = {name: np.bincount(digits.labels) for name, digits in splits.items()}
+    assert sum(counts.values()).sum() == 1797
+    for name, wanted in (("train", 0.7), ("test", 0.2), ("valid", 0.1)):
+        assert (abs(counts[name] / sum(counts.values()) - wanted) < 0.01).all()
+    train = splits["train"]
     assert train.images.min() == 0
     assert train.images.max() == 1
-    known = {image.tobytes() for image in train.images}
-    assert not any(image.tobytes() in known for image in test.images)
+    images = [{image.tobytes() for image in digits.images} for digits in splits.values()]
+    assert len(set.union(*images)) == sum(map(len, images))
     with pytest.raises(ValueError, match="read-only"):
         train.images[0] = 0
 
@@ -291,5 +293,16 @@ def test_digit_items():
 def test_unknown_names_are_refused_with_those_that_are():
     with pytest.raises(InputError, match=f"'mnist'.*choose {', '.join(CLASSIFICATION)}"):
         get_cls_dataset(settings("mnist"), "train")
-    with pytest.raises(InputError, match="split 'valid': choose 'train' or 'test'"):
-        get_cls_dataset(settings("digits", **DIGITS), "valid")
+    with pytest.raises(InputError, match="split 'val': choose 'train' or 'valid' or 'test'"):
+        get_cls_dataset(settings("digits", **DIGITS), "val")
+
+
+def test_validation_images(tmp_path):
+    """The digits' own, without random changes; of a published data set those of the test."""
+    valid = get_cls_dataset(settings("digits", **DIGITS), "valid")
+    assert valid.labels == split_digits()["valid"].labels.tolist()
+    assert torch.equal(valid[5][0], valid[5][0])
+    write_cifar10(tmp_path)
+    cfg = settings("cifar10", tmp_path, **CIFAR)
+    valid, test = (get_cls_dataset(cfg, split) for split in ("valid", "test"))
+    np.testing.assert_array_equal(valid.images, test.images)

@@ -344,7 +344,7 @@ def test_centre_crop_is_of_the_image_at_scale_1(base_size):
 
 
 def test_centre_crop_test_items(pristine):
-    """Of the test split alone, with and without labels; pictures are cut like items."""
+    """Of the evaluated splits, with and without labels; pictures are cut like items."""
     test = {"CENTER_CROP_TEST": True, "IMAGE_SIZE": [60, 40], "BASE_SIZE": 128}
     window = (slice(12, 52), slice(34, 94))
 
@@ -360,6 +360,7 @@ def test_centre_crop_test_items(pristine):
         assert torch.equal(image, full_image[(slice(None), *window)])
         assert torch.equal(labels, full_labels[window])
         np.testing.assert_array_equal(cropped.picture(1), whole.picture(1)[window])
+    assert torch.equal(dataset("valid")[1][0], dataset("test")[1][0])
     assert dataset("train")[0][0].shape == (3, 48, 96)
 
 
@@ -417,11 +418,11 @@ def test_scene_is_a_function_of_split_and_number():
 
 
 def test_scenes_use_the_digits_of_their_split_only(monkeypatch):
-    """Test scenes do not change with the training digits, nor the other way round."""
+    """Test scenes do not change with the training digits, nor the other way round, and so on."""
     from mdeq_vision.datasets import digit_scenes
 
     splits = split_digits()
-    for split, other in (("test", "train"), ("train", "test")):
+    for split, other in (("test", "train"), ("train", "valid"), ("valid", "test")):
         before = render_scene(split, 0, (64, 64))[1]
         monkeypatch.setattr(digit_scenes, "split_digits", lambda s=split: {s: splits[s]})
         np.testing.assert_array_equal(before, render_scene(split, 0, (64, 64))[1])

@@ -39,7 +39,7 @@ EXTRA_LIST = "list/cityscapes/trainval.lst"
 def quick(monkeypatch):
     """What takes most of the time of such a short run, and is tested elsewhere, is left out."""
     monkeypatch.setattr(command, "model_summary", lambda *arguments: "")
-    monkeypatch.setattr(digit_scenes, "N_SCENES", {"train": 4, "test": 4})
+    monkeypatch.setattr(digit_scenes, "N_SCENES", {"train": 4, "test": 4, "valid": 4})
 
 
 @pytest.fixture(scope="module")

@@ -29,10 +29,10 @@ CPU = torch.device("cpu")
 # ---- evaluating a run ---------------------------------------------------------------------------
 
 
-def test_cls_valid_prints_the_best_validation(digits, capsys):
+def test_cls_valid_prints_the_test_of_the_best_weights(digits, capsys):
     folder = digits("TEST.NUM_SAMPLES", 0, "TEST.BATCH_SIZE_PER_GPU", 64)
     log = (folder / LOG).read_text()
-    (line,) = re.findall(r"valid \(equilibrium\) \| (.*)", log)
+    (line,) = re.findall(r"test, best weights \(step 6\) \| (.*)", log)
     capsys.readouterr()
     argv = digits.argv("TEST.NUM_SAMPLES", 0, "TEST.BATCH_SIZE_PER_GPU", 64)
     assert run_tool("cls_valid", *argv) == 0

@@ -70,9 +70,12 @@ def test_to_label_ids():
     found = to_label_ids([[0, 2], [1, 1]], FACTS.label_ids)
     assert found.dtype == np.uint8
     assert found.tolist() == [[7, 11], [8, 8]]
+    wide = to_label_ids([[0, 1]], (7, 300))
+    assert wide.dtype == np.uint16
+    assert wide.tolist() == [[7, 300]]
     with pytest.raises(InputError, match="label 255"):
         to_label_ids(IDS, FACTS.label_ids)
-    with pytest.raises(InputError, match="label_ids must be numbers of 0 to 255"):
+    with pytest.raises(InputError, match="label_ids must be numbers of 0 to 65535"):
         to_label_ids([[0]], (7, -1))
 
 
@@ -96,7 +99,7 @@ def test_bad_arrays(function, arguments, message):
 # ---- files -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("array", [picture(), IDS.astype(np.uint8)])
+@pytest.mark.parametrize("array", [picture(), IDS.astype(np.uint8), IDS.astype(np.uint16) + 256])
 def test_save_png(tmp_path, array):
     path = tmp_path / "new" / "folder" / "image.png"
     save_png(array, path)

@@ -25,13 +25,13 @@ OVERRIDES = {
     "digits": [*TINY_DIGITS, *SMALL],
     "scenes": [*TINY_SCENES, *SMALL, "PERCENT", "0.3"],
 }
-SCORES = {"digits": ("test accuracy", "top1"), "scenes": ("test mIoU", "mIoU")}
+SCORES = {"digits": ("accuracy", "top1"), "scenes": ("mIoU", "mIoU")}
 
 
 @pytest.fixture(autouse=True, scope="module")
 def few_scenes():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digit_scenes, "N_SCENES", {"train": 40, "test": 8})
+        patch.setattr(digit_scenes, "N_SCENES", {"train": 40, "test": 8, "valid": 8})
         yield
 
 
@@ -75,11 +75,15 @@ def test_report(finished):
     table, records = rows((folder / "report.txt").read_text()), read_metrics(folder)
     valid = [r for r in records if r["kind"] == "valid"]
     stacked = [r for r in valid if r["phase"] == "stacked"][-1]
-    last = valid[-1]
-    assert f"{title} (8 images)" in table
-    assert table["stacked (end of pre-training)"] == [f"{100 * stacked[score]:.2f}%", "4"]
-    assert table["equilibrium (end of training)"] == [f"{100 * last[score]:.2f}%", "6"]
-    assert table["equilibrium (best weights)"] == [f"{100 * last[score]:.2f}%"]
+    tested = {r["weights"]: r for r in records if r["kind"] == "final_test"}
+    last = tested["last"]
+    assert table[f"{title} (8 test images)"] == ["valid", "test"]
+    assert table["stacked (end of pre-training)"] == [f"{100 * stacked[score]:.2f}%"]
+    for name, which in (("end of training", "last"), ("best in validation", "best")):
+        step = tested[which]["of_step"]
+        (chosen,) = (r for r in valid if r["step"] == step)
+        figures = [f"{100 * r[score]:.2f}%" for r in (chosen, tested[which])]
+        assert table[f"equilibrium ({name}, step {step})"] == figures
 
     solved = [r for r in records if r["kind"] == "train" and r["step"] > 4]
     for which in ("forward", "backward"):

@@ -37,7 +37,7 @@ SCENES_ONLY = """
 """.split()
 # Two epochs of four steps: saved after 2, 4 (an epoch), 5 (the border), 6 and 8.
 KINDS = {
-    "cls": ("cls_train", DIGITS, "digits", [*TINY_DIGITS, *NARROW, "PERCENT", "0.012"]),
+    "cls": ("cls_train", DIGITS, "digits", [*TINY_DIGITS, *NARROW, "PERCENT", "0.0137"]),
     "seg": ("seg_train", SCENES, "digit_scenes", [*TINY, *NARROW, *SCENES_ONLY]),
 }
 LAST = 8
@@ -67,7 +67,7 @@ class Settings:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """What takes most of the time of such a short run, and is tested elsewhere, is left out."""
-    monkeypatch.setattr(digit_scenes, "N_SCENES", {"train": 40, "test": 8})
+    monkeypatch.setattr(digit_scenes, "N_SCENES", {"train": 40, "test": 8, "valid": 8})
     monkeypatch.setattr(command, "model_summary", lambda *arguments: "")
 
 
@@ -249,7 +249,7 @@ def killed_run(settings, kills, *more):
 
 
 # Thirty steps, the border in the middle.
-LONGER = "TRAIN.PRETRAIN_STEPS 15 PERCENT 0.042 TRAIN.END_EPOCH 2 SAVE_FREQ 4".split()
+LONGER = "TRAIN.PRETRAIN_STEPS 15 PERCENT 0.048 TRAIN.END_EPOCH 2 SAVE_FREQ 4".split()
 
 
 @pytest.mark.slow  # faults/test_kills.py kills runs by default
@@ -264,7 +264,8 @@ def test_killed(digits):
 )
 def test_killed_at_other_steps(kind, tmp_path, monkeypatch, kills, workers):
     settings = Settings(kind, tmp_path)
-    monkeypatch.setattr(digit_scenes, "N_SCENES", {"train": 1000, "test": 200})  # as the command
+    as_the_command = {"train": 1000, "test": 200, "valid": 100}
+    monkeypatch.setattr(digit_scenes, "N_SCENES", as_the_command)
     more = [*LONGER, "WORKERS", str(workers)]
     killed_run(settings, kills, *more, *(["PERCENT", "0.06"] if kind == "seg" else []))
 

@@ -37,7 +37,7 @@ WINDOWS = """
 
 @pytest.fixture(autouse=True)
 def few_scenes(monkeypatch):
-    monkeypatch.setattr(digit_scenes, "N_SCENES", {"train": 4, "test": 6})
+    monkeypatch.setattr(digit_scenes, "N_SCENES", {"train": 4, "test": 6, "valid": 6})
 
 
 @pytest.fixture(scope="module")

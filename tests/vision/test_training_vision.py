@@ -23,6 +23,7 @@ digits, quick = small_digits.digits, small_digits.quick  # fixtures
 # So few iterations do not converge.
 pytestmark = pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
 CPU = torch.device("cpu")
+N_VALID, N_TEST = 179, 359  # digits
 
 
 # ---- weight of the Jacobian loss -----------------------------------------------------------------
@@ -100,13 +101,17 @@ def test_runs_of_one_phase(digits, border):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Validations with these scores; the weights that each of them saw."""
-    seen = []
+    """Validations with these scores, and tests that count up; the weights that each of them saw."""
 
     def script(*scores):
+        seen, left = [], iter(scores)
+
         def evaluate(cfg, model, dataset, **options):
+            of_test = len(dataset) == N_TEST
+            assert of_test or len(dataset) == N_VALID
+            score = len(seen) / 100 if of_test else next(left)
             seen.append(state_of(model))
-            figures = {"loss": 1.0, "top1": scores[len(seen) - 1], "top5": 1.0, "nfe": 0.0}
+            figures = {"loss": 1.0, "top1": score, "top5": 1.0, "nfe": 0.0}
             return Evaluation("top1", 1, figures | {"abs_residual": 0.0, "rel_residual": 0.0})
 
         monkeypatch.setattr(ClassificationTrainer, "evaluator", staticmethod(evaluate))
@@ -124,12 +129,18 @@ def scripted(monkeypatch):
     ],
 )
 def test_best_and_last(digits, scripted, scores, best):
+    """Chosen by the validations; both are tested at the end, on other images."""
     seen = scripted(*scores)
     folder = digits("TRAIN.END_EPOCH", 4)  # after 3, 4 (the border), 6, 9 and 12 steps
     assert_same(load(folder / WEIGHTS), seen[best])
     checkpoint = load(folder / CHECKPOINT)
-    assert_same(checkpoint["state_dict"], seen[-1])
+    assert_same(checkpoint["state_dict"], seen[4])
     step = (3, 4, 6, 9, 12)[best]
+    assert_same(seen[5], seen[4])
+    if best != 4:
+        assert_same(seen[6], seen[best])
+    tested = [(r["weights"], r["of_step"], r["top1"]) for r in of_kind(folder, "final_test")]
+    assert tested == [("last", 12, 0.05), ("best", step, 0.05 if best == 4 else 0.06)]
     assert checkpoint["best"]["step"] == step
     line = f"best top1 {100 * scores[best]:.2f}% at step {step} (equilibrium)"
     assert line in (folder / LOG).read_text()
@@ -159,7 +170,7 @@ def test_lines_between_are_means(digits, tmp_path):
             assert record["jac_loss"] == pytest.approx(sum(with_jac) / len(with_jac), rel=1e-6)
 
 
-@pytest.mark.parametrize(("percent", "steps"), [(0.02, 7), (0.0001, 1)])
+@pytest.mark.parametrize(("percent", "steps"), [(0.02, 6), (0.0001, 1)])
 def test_percent(digits, percent, steps):
     """Of 360 batches of four, the last of two images."""
     folder = digits("--percent", percent, "TRAIN.END_EPOCH", 1, "TRAIN.PRETRAIN_STEPS", 1)
@@ -240,7 +251,7 @@ def test_summary_and_places_are_in_the_log(digits):
     assert f"Total params: {n:,}" in log
     assert f"{n} parameters | cpu | 1 process(es)" in log
     assert f"run folder {digits.folder}" in log
-    assert "1438 training and 359 validation images" in log
+    assert "1259 training and 179 validation images" in log
 
 
 def test_outputs_without_a_class_are_noted(digits, capsys):

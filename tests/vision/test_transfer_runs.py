@@ -26,7 +26,7 @@ BACKBONE = ("downsample.", "stage0.", "fullstage.")
 
 @pytest.fixture(autouse=True)
 def few_scenes(monkeypatch):
-    monkeypatch.setattr(digit_scenes, "N_SCENES", {"train": 40, "test": 8})
+    monkeypatch.setattr(digit_scenes, "N_SCENES", {"train": 40, "test": 8, "valid": 8})
 
 
 @pytest.fixture(scope="module")

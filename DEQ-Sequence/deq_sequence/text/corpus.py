@@ -1,25 +1,31 @@
 """Text data sets as token ids: ``get_lm_corpus(datadir, dataset)``."""
 
 import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass
+from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import torch
 
 from deq_sequence.text import corpus_cache
 from deq_sequence.text.demo_corpus import SPLITS, build_demo_corpus
+from deq_sequence.text.one_file import split_file
 from deq_sequence.text.text_files import read_bytes, read_lines
-from deq_sequence.text.vocabulary import ByteVocab, Vocab
+from deq_sequence.text.vocabulary import UNK, ByteVocab, Vocab
 from lib.errors import InputError
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The properties of a data set."""
+    """The properties of a data set: how its symbols get ids."""
 
     counted: tuple[str, ...] = ("train",)  # splits whose symbols form the vocabulary, in order
     lower_case: bool = False
     characters: bool = False  # symbols are bytes; bits per character instead of perplexity
+    min_count: int = 1  # of words: those that are counted less often become <unk>
+    held_out: float = 0.05  # of one file: the share of valid, and of test
 
 
 # As in Transformer-XL: the published results use its vocabularies.
@@ -30,7 +36,9 @@ DATASETS = {
     "enwik8": Dataset(counted=SPLITS, characters=True),
     "text8": Dataset(counted=SPLITS, characters=True),
     "demo": Dataset(),
+    "text": Dataset(min_count=2),  # the user's own; the command line has its rules
 }
+OWN = "text"
 
 
 @dataclass(eq=False)
@@ -42,11 +50,16 @@ class Corpus:
     train: torch.Tensor
     valid: torch.Tensor
     test: torch.Tensor
+    rules: Dataset
 
     @property
     def description(self) -> str:
-        """The sizes, for the log."""
-        return f"{len(self.train)} training tokens, {len(self.vocab)} types"
+        """The sizes, for the log; and the share of <unk>, if rare words became it."""
+        text = f"{len(self.train)} training tokens, {len(self.vocab)} types"
+        if self.rules.min_count == 1 or self.characters:
+            return text
+        unknown = (self.valid == self.vocab.sym2idx[UNK]).float().mean().item()
+        return f"{text}, {100 * unknown:.1f} % of the validation tokens are {UNK}"
 
     def fingerprint(self) -> str:
         """A short text that changes if a token of any split changes."""
@@ -60,10 +73,10 @@ class Corpus:
     @property
     def characters(self) -> bool:
         """Whether symbols are bytes."""
-        return DATASETS[self.dataset].characters
+        return self.rules.characters
 
 
-def get_lm_corpus(datadir: str | Path, dataset: str) -> Corpus:
+def get_lm_corpus(datadir: str | Path, dataset: str, rules: Dataset | None = None) -> Corpus:
     """Read ``train.txt``, ``valid.txt`` and ``test.txt`` of a data set.
 
     The first call saves the ids in a cache file in ``datadir``. Later calls read the cache in
@@ -72,8 +85,10 @@ def get_lm_corpus(datadir: str | Path, dataset: str) -> Corpus:
 
     Args:
         datadir: folder of the three files. They hold UTF-8 text with a sentence or paragraph per
-            line; for enwik8 and text8 the bytes themselves.
+            line; for enwik8 and text8 the bytes themselves. For ``text``, it may be one file,
+            which is cut in three.
         dataset: a key of ``DATASETS``.
+        rules: how symbols get ids, for ``text``; by default the entry in ``DATASETS``.
 
     Raises:
         InputError: the data set is unknown; the folder or a file is missing; a file is empty or
@@ -85,22 +100,28 @@ def get_lm_corpus(datadir: str | Path, dataset: str) -> Corpus:
     if dataset == "demo":
         build_demo_corpus(datadir)
     paths = _source_files(datadir, dataset)
-    facts = DATASETS[dataset]
-    cache = corpus_cache.cache_path(datadir, dataset)
-    key = corpus_cache.cache_key(dataset, astuple(facts), list(paths.values()))
+    rules = DATASETS[dataset] if rules is None else rules
+    sources = list(dict.fromkeys(paths.values()))
+    name = f"{dataset}.{datadir.name}" if datadir.is_file() else dataset
+    cache = corpus_cache.cache_path(sources[0].parent, name)
+    key = corpus_cache.cache_key(dataset, astuple(rules), sources)
     cached = corpus_cache.load(cache, key)
     if cached is None:
-        vocab, ids = (_read_bytes if facts.characters else _read_words)(paths, facts)
+        vocab, ids = _encode(dataset, paths, rules)
         corpus_cache.save(cache, key, vocab.idx2sym, ids)
     else:
         idx2sym, ids = cached
-        kind = ByteVocab if facts.characters else Vocab
-        vocab = kind.from_symbols(idx2sym, lower_case=facts.lower_case)
-    return Corpus(dataset, vocab, *(ids[split] for split in SPLITS))
+        kind = ByteVocab if rules.characters else Vocab
+        vocab = kind.from_symbols(idx2sym, lower_case=rules.lower_case)
+    return Corpus(dataset, vocab, *(ids[split] for split in SPLITS), rules)
 
 
 def _source_files(datadir: Path, dataset: str) -> dict[str, Path]:
     way_out = f"fetch it with 'bash get_data.sh {dataset}' in DEQ-Sequence, or try --dataset demo"
+    if dataset == OWN:
+        way_out = "name a folder with train.txt, valid.txt and test.txt by --data, or one text file"
+        if datadir.is_file():
+            return dict.fromkeys(SPLITS, datadir)
     if not datadir.is_dir():
         raise InputError(f"data folder {datadir} does not exist: {way_out}")
     paths = {split: datadir / f"{split}.txt" for split in SPLITS}
@@ -112,21 +133,42 @@ def _source_files(datadir: Path, dataset: str) -> dict[str, Path]:
     return paths
 
 
-def _read_words(paths: dict[str, Path], facts: Dataset) -> tuple[Vocab, dict[str, torch.Tensor]]:
-    vocab = Vocab(lower_case=facts.lower_case)
-    for split in facts.counted:
-        vocab.count(read_lines(paths[split]))
-    vocab.build()
-    return vocab, {
-        split: vocab.encode(read_lines(path), source=str(path)) for split, path in paths.items()
-    }
+def _encode(
+    dataset: str, paths: dict[str, Path], rules: Dataset
+) -> tuple[Vocab, dict[str, torch.Tensor]]:
+    """The vocabulary, and per split the token ids."""
+    one_file = len(set(paths.values())) == 1
+    lines: dict[str, Callable[[], Iterable[str]]]  # per split, what opens its lines
+    if one_file:
+        parts = split_file(paths["train"], rules.held_out, whole_lines=not rules.characters)
+        lines = {split: partial(StringIO, part) for split, part in parts.items()}
+    else:
+        lines = {split: partial(read_lines, path) for split, path in paths.items()}
+    sources = {s: f"{path} ({s})" if one_file else str(path) for s, path in paths.items()}
+    if not rules.characters:
+        return _encode_words(lines, sources, rules)
+    if dataset != OWN:
+        return _encode_bytes({s: read_bytes(path) for s, path in paths.items()}, sources, rules)
+    texts = {split: "".join(open_lines()) for split, open_lines in lines.items()}
+    if rules.lower_case:
+        texts = {split: text.lower() for split, text in texts.items()}
+    return _encode_bytes({s: text.encode() for s, text in texts.items()}, sources, rules)
 
 
-def _read_bytes(paths: dict[str, Path], facts: Dataset) -> tuple[Vocab, dict[str, torch.Tensor]]:
-    vocab = ByteVocab()
-    raw = {split: read_bytes(path) for split, path in paths.items()}
-    vocab.count(raw[split] for split in facts.counted)
+def _encode_words(
+    lines: dict[str, Callable[[], Iterable[str]]], sources: dict[str, str], rules: Dataset
+) -> tuple[Vocab, dict[str, torch.Tensor]]:
+    vocab = Vocab(lower_case=rules.lower_case, min_count=rules.min_count)
+    for split in rules.counted:
+        vocab.count(lines[split]())
     vocab.build()
-    return vocab, {
-        split: vocab.encode([raw[split]], source=str(path)) for split, path in paths.items()
-    }
+    return vocab, {s: vocab.encode(lines[s](), source=source) for s, source in sources.items()}
+
+
+def _encode_bytes(
+    raw: dict[str, bytes], sources: dict[str, str], rules: Dataset
+) -> tuple[Vocab, dict[str, torch.Tensor]]:
+    vocab = ByteVocab(lower_case=rules.lower_case)
+    vocab.count(raw[split] for split in rules.counted)
+    vocab.build()
+    return vocab, {s: vocab.encode([raw[s]], source=source) for s, source in sources.items()}

@@ -22,13 +22,16 @@ class Vocab:
     of falling count; words of equal count are in first-seen order. These are the rules of
     Transformer-XL (Dai et al. 2019, arXiv 1901.02860), so ids agree with the published weights.
 
+    With a ``min_count`` above 1, words that were counted less often are left out: they become
+    ``<unk>``, which is then a word of the vocabulary, with the sum of their counts.
+
     Attributes:
         idx2sym: list of str, the symbol of each id.
         sym2idx: dict of str to int, the id of each symbol.
     """
 
-    def __init__(self, *, lower_case: bool = False):
-        self.lower_case = lower_case
+    def __init__(self, *, lower_case: bool = False, min_count: int = 1):
+        self.lower_case, self.min_count = lower_case, min_count
         self.counter: Counter = Counter()
         self._set_symbols([])
 
@@ -49,9 +52,14 @@ class Vocab:
 
     def build(self) -> None:
         """Assign ids according to the counts so far."""
+        counts = self.counter
+        if self.min_count > 1:
+            rare = sum(count for count in counts.values() if count < self.min_count)
+            kept = {word: count for word, count in counts.items() if count >= self.min_count}
+            counts = Counter(kept | {UNK: kept.get(UNK, 0) + rare})
         # most_common keeps first-seen order among equal counts. A literal <eos> in the text gets
         # no second entry: it is the end-of-line symbol.
-        words = (word for word, _ in self.counter.most_common() if word != EOS)
+        words = (word for word, _ in counts.most_common() if word != EOS)
         self._set_symbols([EOS, *words])
 
     def encode(self, lines: Iterable[str], source: str = "text") -> torch.Tensor:
@@ -73,7 +81,8 @@ class Vocab:
                     raise InputError(
                         f"{source}, line {number}: the word {error.args[0]!r} is not in the "
                         f"vocabulary, which has no {UNK} to stand for it: "
-                        f"write {UNK} for rare words in the training text"
+                        f"write {UNK} for rare words in the training text, or raise --min_count "
+                        "of --dataset text"
                     ) from None
                 ids.fromlist([lookup.get(word, unk) for word in self._split(line)])
             ids.append(lookup[EOS])
@@ -95,6 +104,14 @@ class Vocab:
             if not 0 <= i < len(self):  # a negative index would count from the end of the list
                 raise InputError(f"token id {i} is outside the vocabulary of {len(self)} symbols")
         return [self.idx2sym[i] for i in ids]
+
+    def symbols(self, text: str) -> list[str]:
+        """The symbols of a line without its end, such as a prompt; errors are those of encode."""
+        return self.decode(self.encode([text])[:-1])
+
+    def join(self, symbols: Iterable[str]) -> str:
+        """The text that symbols stand for, in one line; a slash for the end of a line."""
+        return " ".join("/" if symbol == EOS else symbol for symbol in symbols)
 
     def _split(self, line: str) -> list[str]:
         return (line.lower() if self.lower_case else line).split()
@@ -137,3 +154,11 @@ class ByteVocab(Vocab):
                 f"counted text: count all files that are to be encoded"
             )
         return torch.from_numpy(ids)
+
+    def symbols(self, text: str) -> list[str]:
+        text = text.lower() if self.lower_case else text
+        return self.decode(self.encode([text.encode()]))
+
+    def join(self, symbols: Iterable[str]) -> str:
+        text = "".join(symbols).encode("latin-1").decode(errors="replace")
+        return text.replace("\n", "/")

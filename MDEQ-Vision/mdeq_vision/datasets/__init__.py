@@ -16,6 +16,7 @@ from mdeq_vision.datasets.facts import CITYSCAPES, DIGIT_SCENES, SegmentationFac
 from mdeq_vision.datasets.fingerprint import fingerprint
 from mdeq_vision.datasets.imagenet import imagenet_dataset
 from mdeq_vision.datasets.loading import make_loader, n_batches, on_device
+from mdeq_vision.datasets.own_scenes import OwnScenes
 from mdeq_vision.datasets.segmentation import SegmentationDataset
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "CLASSIFICATION",
     "DIGIT_SCENES",
     "SEGMENTATION",
+    "WITH_VALIDATION",
     "SegmentationDataset",
     "SegmentationFacts",
     "fingerprint",
@@ -38,15 +40,22 @@ CLASSIFICATION = {
     "cifar10": cifar10_dataset,
     "imagenet": imagenet_dataset,
     "digits": digits_dataset,
+    "own_pictures": imagenet_dataset,
 }
 SEGMENTATION = {
     "cityscapes": Cityscapes,
     "digit_scenes": DigitScenes,
+    "own_scenes": OwnScenes,
 }
+# These have validation images apart from the test images. The others validate on DATASET.TEST_SET.
+WITH_VALIDATION = ("digits", "digit_scenes")
 
 
 def get_cls_dataset(cfg: Any, split: str) -> Dataset:
-    """The 'train' or 'test' split of DATASET.DATASET, for classification.
+    """The 'train', 'valid' or 'test' split of DATASET.DATASET, for classification.
+
+    The best weights of a run are chosen on 'valid'. It is the same as 'test' for a data set that is
+    not in WITH_VALIDATION.
 
     Items are ``(image, label)``: a normalised image, float32 (3, H, W), and an int. The attribute
     ``classes`` lists the class names.
@@ -66,18 +75,21 @@ def get_cls_dataset(cfg: Any, split: str) -> Dataset:
 
 
 def get_seg_dataset(cfg: Any, split: str) -> SegmentationDataset:
-    """The 'train', 'extra' or 'test' split of DATASET.DATASET, for segmentation.
+    """The 'train', 'extra', 'valid' or 'test' split of DATASET.DATASET, for segmentation.
 
-    'extra' is DATASET.EXTRA_TRAIN_SET, the data of a second stage of training.
+    'extra' is DATASET.EXTRA_TRAIN_SET, the data of a second stage of training. 'valid' is as in
+    :func:`get_cls_dataset`.
 
     Raises:
         InputError: the name or split is unknown, files are missing or damaged, or settings do
             not fit the data set.
     """
-    return _build(SEGMENTATION, cfg, split, "segmentation", ("train", "extra", "test"))
+    return _build(SEGMENTATION, cfg, split, "segmentation", ("train", "extra", "valid", "test"))
 
 
-def _build(builders: dict, cfg: Any, split: str, task: str, splits=("train", "test")) -> Any:
+def _build(
+    builders: dict, cfg: Any, split: str, task: str, splits: tuple = ("train", "valid", "test")
+) -> Any:
     name = cfg.DATASET.DATASET
     if split not in splits:
         raise InputError(f"split {split!r}: choose {' or '.join(map(repr, splits))}")
@@ -85,4 +97,6 @@ def _build(builders: dict, cfg: Any, split: str, task: str, splits=("train", "te
         raise InputError(
             f"DATASET.DATASET {name!r} is no {task} data set: choose {', '.join(builders)}"
         )
+    if split == "valid" and name not in WITH_VALIDATION:
+        split = "test"
     return builders[name](cfg, split)

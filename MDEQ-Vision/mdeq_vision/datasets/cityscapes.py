@@ -1,6 +1,6 @@
-"""Cityscapes: street scenes with a class per pixel, found through list files."""
+"""Images with a class per pixel that are found through list files; Cityscapes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from mdeq_vision.datasets.cityscapes_labels import (
     is_named_officially,
     read_train_ids,
 )
-from mdeq_vision.datasets.facts import CITYSCAPES
+from mdeq_vision.datasets.facts import CITYSCAPES, SegmentationFacts
 from mdeq_vision.datasets.image_reading import read_rgb, read_size
 from mdeq_vision.datasets.segmentation import SegmentationDataset, require_unique_names
 
@@ -22,32 +22,47 @@ LISTS = {"train": "TRAIN_SET", "extra": "EXTRA_TRAIN_SET", "test": "TEST_SET"}
 WAY_OUT = "write the lists with 'python tools/make_cityscapes_lists.py'"
 
 
-class Cityscapes(SegmentationDataset):
+class ListedImages(SegmentationDataset):
     """The images of a list file, in the file's order. See SegmentationDataset for the items.
 
     The list file is DATASET.TRAIN_SET, EXTRA_TRAIN_SET or TEST_SET, relative to DATASET.ROOT. Each
-    line has an image path and a label path, relative to ROOT/cityscapes, with a tab or blanks
-    between them. Or all lines have an image path only. Paths with blanks need the tab.
+    line has an image path and a label path, relative to ``folder``, with a tab or blanks between
+    them. Or all lines have an image path only. Paths with blanks need the tab.
 
-    Label files named *TrainIds or *train_id hold train ids, other files label ids.
+    Args:
+        cfg, split, facts: as for SegmentationDataset.
+        folder: the folder of the images and labels.
+        way_out: how to get right lists, for messages.
+        check_pair: refuses an image and its labels (or None) by their paths.
 
     Raises:
         InputError: the list is missing, empty or malformed; or it names a file that does not
-            exist, that has no labels by its name, or that has labels of another scene. On access:
-            a file cannot be read, image and labels differ in size, or a label is unknown.
+            exist, or that ``check_pair`` refuses. On access: a file cannot be read, image and
+            labels differ in size, or a label is unknown.
     """
 
-    def __init__(self, cfg: Any, split: str):
-        super().__init__(cfg, split, CITYSCAPES)
-        root = Path(cfg.DATASET.ROOT)
-        list_path, self._folder = root / cfg.DATASET[LISTS[split]], root / FOLDER
-        self.samples = read_list(list_path, self._folder)
+    def __init__(
+        self,
+        cfg: Any,
+        split: str,
+        facts: SegmentationFacts,
+        *,
+        folder: Path,
+        way_out: str,
+        check_pair: Callable[[Path, Path | None], None] = lambda image, labels: None,
+    ):
+        super().__init__(cfg, split, facts)
+        list_path, self._folder = Path(cfg.DATASET.ROOT) / cfg.DATASET[LISTS[split]], folder
+        self.samples = read_list(list_path, folder, way_out, check_pair)
         self.has_labels = self.samples[0][1] is not None
-        self.notes = _notes(list_path, [labels for _, labels in self.samples if labels])
         if split != "test" and not self.has_labels:
-            raise InputError(f"{list_path} names no labels: training needs them ({WAY_OUT})")
+            raise InputError(f"{list_path} names no labels: training needs them ({way_out})")
         if split == "test":
             require_unique_names([self.name(i) for i in range(len(self))], list_path)
+
+    def read_train_ids(self, path: Path) -> np.ndarray:
+        """The labels in a file as train ids or IGNORE: (H, W) uint8."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -67,7 +82,7 @@ class Cityscapes(SegmentationDataset):
 
     def _read_train_ids(self, index: int, image: Image.Image) -> np.ndarray:
         image_path, label_path = self.samples[index]
-        train_ids = read_train_ids(label_path)
+        train_ids = self.read_train_ids(label_path)
         height, width = train_ids.shape
         if (width, height) != image.size:
             raise InputError(
@@ -77,18 +92,40 @@ class Cityscapes(SegmentationDataset):
         return train_ids
 
 
-def read_list(path: Path, folder: Path) -> list[tuple[Path, Path | None]]:
+class Cityscapes(ListedImages):
+    """Street scenes in ROOT/cityscapes. See ListedImages for the lists.
+
+    Label files named *TrainIds or *train_id hold train ids, other files label ids.
+
+    Raises:
+        InputError: as ListedImages; or a file has no labels by its name, or those of another scene.
+    """
+
+    def __init__(self, cfg: Any, split: str):
+        folder = Path(cfg.DATASET.ROOT) / FOLDER
+        options = {"folder": folder, "way_out": WAY_OUT, "check_pair": check_names}
+        super().__init__(cfg, split, CITYSCAPES, **options)
+        list_path = Path(cfg.DATASET.ROOT) / cfg.DATASET[LISTS[split]]
+        self.notes = _notes(list_path, [labels for _, labels in self.samples if labels])
+
+    def read_train_ids(self, path: Path) -> np.ndarray:
+        return read_train_ids(path)
+
+
+def read_list(
+    path: Path, folder: Path, way_out: str, check_pair: Callable[[Path, Path | None], None]
+) -> list[tuple[Path, Path | None]]:
     """Read a list file: pairs (image, labels or None) of existing paths below ``folder``.
 
     Raises:
-        InputError: see Cityscapes.
+        InputError: see ListedImages.
     """
     try:
         # No other character ends a line: str.splitlines() would cut names with U+2028 or others.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise InputError(f"list file {path} cannot be read ({reason}): {WAY_OUT}") from error
+        raise InputError(f"list file {path} cannot be read ({reason}): {way_out}") from error
     samples: list[tuple[Path, Path | None]] = []
     missing: list[tuple[int, Path]] = []
     for number, line in enumerate(lines, start=1):
@@ -102,15 +139,15 @@ def read_list(path: Path, folder: Path) -> list[tuple[Path, Path | None]]:
         missing += [(number, file) for file in files if not _is_file(file)]
         image, labels = files if len(files) == 2 else (files[0], None)
         with naming(f"{path}, line {number}"):
-            check_names(image, labels)
+            check_pair(image, labels)
         samples.append((image, labels))
     if not samples:
-        raise InputError(f"list file {path} is empty: {WAY_OUT}")
+        raise InputError(f"list file {path} is empty: {way_out}")
     if missing:
         number, file = missing[0]
         raise InputError(
             f"{path}, line {number}: {file} does not exist ({len(missing)} files of the list are "
-            f"missing): check DATASET.ROOT, or {WAY_OUT}"
+            f"missing): check DATASET.ROOT, or {way_out}"
         )
     return samples
 

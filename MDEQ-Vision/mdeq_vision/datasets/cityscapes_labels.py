@@ -70,7 +70,7 @@ def read_train_ids(path: Path) -> np.ndarray:
         _refuse_above(labels, N_TRAIN_IDS, path, "train id")
         train_ids = np.where(labels < 0, IGNORE, labels).astype(np.uint8)
     if colours is not None:
-        _check_colours(labels, train_ids, colours, path)
+        check_colours(labels, train_ids, colours, CITYSCAPES.palette, path, OFFICIAL)
     return train_ids
 
 
@@ -84,9 +84,23 @@ def to_train_ids(label_ids: np.ndarray, path: Path) -> np.ndarray:
     return TRAIN_IDS[label_ids]  # -1 indexes the last entry, 255: the same class
 
 
-def _check_colours(labels, train_ids, colours: np.ndarray, path: Path) -> None:
-    """Refuse a coloured picture saved with a palette: its values number colours, not classes."""
-    classes = {rgb: train_id for train_id, rgb in enumerate(CITYSCAPES.palette)}
+def check_colours(
+    labels: np.ndarray,
+    train_ids: np.ndarray,
+    colours: np.ndarray,
+    palette: tuple[tuple[int, int, int], ...],
+    path: Path,
+    way_out: str,
+) -> None:
+    """Refuse a coloured picture saved with a palette: its values number colours, not classes.
+
+    Args:
+        labels, train_ids: (H, W), as in the file, and what they stand for.
+        colours: (n, 3), the file's palette.
+        palette: the colours of the classes.
+        path: the file, for the message; ``way_out`` is its advice.
+    """
+    classes = {rgb: train_id for train_id, rgb in enumerate(palette)}
     right = wrong = 0
     for label in np.unique(labels[labels < len(colours)]):
         of_colour = classes.get(tuple(colours[label].tolist()))
@@ -97,7 +111,7 @@ def _check_colours(labels, train_ids, colours: np.ndarray, path: Path) -> None:
     if wrong > max(right, 1):
         raise InputError(
             f"labels {path} have a palette with the colours of other classes, so they are a "
-            f"coloured picture: {OFFICIAL}"
+            f"coloured picture: {way_out}"
         )
 
 

@@ -2,7 +2,7 @@
 
 Digits of scikit-learn have varying size, place and colour on a varying background. Digit d is
 class d + 1; background is class 0. Scene i of a split is a pure function of the split, i and the
-size. Test scenes contain test digits only.
+size. The scenes of a split contain digits of this split only.
 """
 
 import colorsys
@@ -16,7 +16,7 @@ from mdeq_vision.datasets.digits import split_digits
 from mdeq_vision.datasets.facts import DIGIT_SCENES
 from mdeq_vision.datasets.segmentation import SegmentationDataset
 
-N_SCENES = {"train": 1000, "test": 200}
+N_SCENES = {"train": 1000, "test": 200, "valid": 100}  # a split's place here is part of its seed
 SEED = 2024
 N_DIGITS = (3, 6)  # fewest and most digits in a scene; fewer if there is no room
 # Smallest and largest side of a digit's square, relative to the scene's shorter side. The square

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from lib.extras import needs
 
 MEAN, STD = 0.3, 0.31  # of resized images with pixels in [0, 1]
-TEST_SHARE = 0.2
+HELD_OUT = {"test": 0.2, "valid": 0.1}  # shares of each class; in this order
 SPLIT_SEED = 0
 # Largest random changes of a training image: shift in pixels of the 8x8 image, turn in degrees,
 # and the factor by which it grows or shrinks.
@@ -31,19 +31,22 @@ class Digits(NamedTuple):
 
 @functools.lru_cache(maxsize=1)
 def split_digits() -> dict[str, Digits]:
-    """The digits in two fixed splits, 'train' (about 80 %) and 'test'; each has every class."""
+    """The digits in fixed splits, 'train' (70 %), 'test' and 'valid'; each has every class."""
     with needs("images"):
         from sklearn.datasets import load_digits  # imported here: it takes a second
 
     images, labels = load_digits(return_X_y=True)
     images = (images.reshape(-1, SIDE, SIDE) / 16).astype(np.float32)
     rng = np.random.default_rng(SPLIT_SEED)
-    is_test = np.zeros(len(labels), bool)
+    of_split = np.full(len(labels), "train", dtype=object)
     for label in range(10):
-        of_class = np.flatnonzero(labels == label)
-        is_test[rng.permutation(of_class)[: round(TEST_SHARE * len(of_class))]] = True
+        left = rng.permutation(np.flatnonzero(labels == label))
+        counts = {name: round(share * len(left)) for name, share in HELD_OUT.items()}
+        for name, count in counts.items():
+            of_split[left[:count]], left = name, left[count:]
     splits = {}
-    for name, chosen in (("train", ~is_test), ("test", is_test)):
+    for name in ("train", *HELD_OUT):
+        chosen = of_split == name
         splits[name] = Digits(images[chosen], labels[chosen].astype(np.int64))
         for array in splits[name]:
             array.flags.writeable = False  # one copy for all callers
@@ -54,7 +57,7 @@ class DigitImages(Dataset):
     """Items ``(image, label)``: a normalised grey image, float32 (3, H, W), and a label 0..9.
 
     Args:
-        split: 'train' or 'test'.
+        split: 'train', 'valid' or 'test'.
         image_size: (width, height) to which the 8x8 image is resized bilinearly.
         augment: shift, turn and zoom the image at random.
     """

@@ -35,9 +35,11 @@ def read_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
         InputError: the file does not exist, is no image, is truncated, has several channels, or
             has a lossy format.
     """
-    image = _read(path)
-    if image.format in ("JPEG", "JPEG2000"):
-        raise InputError(f"label image {path} is a {image.format}, which changes values: use PNG")
+    return labels_of(read_label_image(path), path)
+
+
+def labels_of(image: Image.Image, path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The labels and the palette of an image that was read from ``path``; as ``read_labels``."""
     labels = np.array(image)
     if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer):
         raise InputError(
@@ -46,6 +48,18 @@ def read_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
         )
     colours = image.getpalette("RGB") if image.mode == "P" else None
     return labels, None if colours is None else np.array(colours, np.uint8).reshape(-1, 3)
+
+
+def read_label_image(path: str | Path) -> Image.Image:
+    """Read an image file of labels.
+
+    Raises:
+        InputError: the file does not exist, is no image, is truncated, or has a lossy format.
+    """
+    image = _read(path)
+    if image.format in ("JPEG", "JPEG2000"):
+        raise InputError(f"label image {path} is a {image.format}, which changes values: use PNG")
+    return image
 
 
 def read_size(path: str | Path) -> tuple[int, int]:

@@ -26,6 +26,7 @@ class ImageNet(Dataset):
     Attributes:
         classes: names of the class folders.
         samples: (path, label) of each image.
+        names: the path of each image, from ``folder`` on.
 
     Raises:
         InputError: the folder is missing, has no class folder, or has a class folder without
@@ -43,14 +44,15 @@ class ImageNet(Dataset):
         except FileNotFoundError as error:
             reason = " ".join(str(error).split())
             raise InputError(f"image folder {folder} is not complete: {reason}") from error
-        self.classes, self.samples, self._folder = found.classes, found.samples, folder
+        self.classes, self.samples = found.classes, found.samples
+        self.names = [Path(path).relative_to(folder).as_posix() for path, _ in self.samples]
         self._transform = LazyTransform(_build_transform, size, augment)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def contents(self) -> Iterator[str]:
-        return (Path(path).relative_to(self._folder).as_posix() for path, _ in self.samples)
+        return iter(self.names)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
@@ -68,7 +70,8 @@ def imagenet_dataset(cfg: Any, split: str) -> ImageNet:
     """
     width, height = cfg.MODEL.IMAGE_SIZE
     if width != height:
-        raise InputError(f"MODEL.IMAGE_SIZE is {[width, height]}, but imagenet's are square")
+        name = cfg.DATASET.DATASET
+        raise InputError(f"MODEL.IMAGE_SIZE is {[width, height]}, but {name}'s are square")
     root, names = Path(cfg.DATASET.ROOT), (cfg.DATASET.TRAIN_SET, cfg.DATASET.TEST_SET)
     own, other = names if split == "train" else names[::-1]
     augment = split == "train" and cfg.DATASET.AUGMENT

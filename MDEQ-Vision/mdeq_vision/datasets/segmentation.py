@@ -19,7 +19,7 @@ class SegmentationDataset(Dataset):
 
     Item i is ``(image, labels)``: a normalised image, float32 (3, H, W), and labels int64 (H, W),
     train ids 0..n-1 or ``TRAIN.IGNORE_LABEL``. Items of the training splits are transformed by
-    TrainingGeometry. Items of the test split are whole images, or with TEST.CENTER_CROP_TEST
+    TrainingGeometry. Items of the other splits are whole images, or with TEST.CENTER_CROP_TEST
     their centres, cut out by CentreCrop. Without labels (``has_labels`` is False) every pixel is
     ignored.
 
@@ -27,7 +27,7 @@ class SegmentationDataset(Dataset):
         cfg: the configuration. DATASET.NUM_CLASSES and TRAIN.IGNORE_LABEL are read; for training
             also TRAIN.IMAGE_SIZE, BASE_SIZE, SCALE_FACTOR, MULTI_SCALE, FLIP, DOWNSAMPLERATE; for
             testing TEST.CENTER_CROP_TEST, IMAGE_SIZE, BASE_SIZE.
-        split: 'train', 'extra' or 'test'.
+        split: 'train', 'extra', 'valid' or 'test'.
         facts: the facts about this data set.
 
     Attributes:
@@ -52,7 +52,8 @@ class SegmentationDataset(Dataset):
         self.split, self.facts, self.has_labels = split, facts, True
         self.notes: list[str] = []
         self._ignore_label = ignore
-        self._geometry = test_geometry(cfg) if split == "test" else training_geometry(cfg)
+        self._for_training = split in ("train", "extra")
+        self._geometry = training_geometry(cfg) if self._for_training else test_geometry(cfg)
         self._mean = torch.tensor(facts.mean).view(3, 1, 1)
         self._std = torch.tensor(facts.std).view(3, 1, 1)
 
@@ -93,9 +94,9 @@ class SegmentationDataset(Dataset):
             )
 
     def picture(self, index: int) -> np.ndarray:
-        """The image of a test item before normalisation: (H, W, 3) uint8, RGB."""
+        """The image of an evaluated item before normalisation: (H, W, 3) uint8, RGB."""
         image = self._read_image(index)
-        if self.split == "test" and self._geometry is not None:
+        if not self._for_training and self._geometry is not None:
             return self._geometry(image, np.zeros(image.size[::-1], np.uint8))[0]
         return np.array(image)
 
