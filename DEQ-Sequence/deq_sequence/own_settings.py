@@ -18,7 +18,7 @@ CHOSEN = frozenset(
 )
 # These belong to a process, not to a run: only the command line sets them.
 _OF_THE_PROCESS = frozenset(
-    "eval load work_dir name debug restart auto_restart restart_dir max_time multi_gpu "
+    "eval load prompt work_dir name debug restart auto_restart restart_dir max_time multi_gpu "
     "gpu0_bsz".split()
 )
 

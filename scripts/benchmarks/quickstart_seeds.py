@@ -33,7 +33,7 @@ EXTRA = {name: [] for name in MODELS}  # more flags or overrides of each model, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code("quickstart_seeds.py", lambda: run(read(argv)), "calling it again")
+    return exit_code("quickstart_seeds.py", lambda: run(read(argv)))
 
 
 def read(argv: list[str] | None) -> argparse.Namespace:

@@ -234,7 +234,7 @@ def _(place):
 
 @case("--restart without a run")
 def _(place):
-    return ["--restart", *FRESH], f"fresh/{CHECKPOINT}"
+    return ["--restart", *FRESH], "fresh holds no run: check --name"
 
 
 @case("--restart without a name")
