@@ -1,7 +1,7 @@
 """The commands of tools/: read the configuration, set up, then train or evaluate."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -358,8 +358,10 @@ def _batch_size_lines(cfg_file: Path, batch_size: int) -> list[str]:
 
 
 @memory_for(LESS_MEMORY)
-def validate_classifier(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Evaluation:
-    """Evaluate a classification model at the fixed point and print the figures."""
+def validate_classifier(
+    cfg: CfgNode, cfg_file: Path, processes: Processes, notes: Sequence[str] = ()
+) -> Evaluation:
+    """Evaluate a classification model at the fixed point and print the figures, after ``notes``."""
     _refuse_other_task(cfg, "classification")
     device, _ = _devices(cfg, processes)
     dataset = get_cls_dataset(cfg, "test")
@@ -370,7 +372,7 @@ def validate_classifier(cfg: CfgNode, cfg_file: Path, processes: Processes) -> E
     )
     predictions = [p for part in processes.gather(own) for p in part]
     if processes.leads:
-        lines = _class_lines(cfg, dataset)
+        lines = [*notes, *_class_lines(cfg, dataset)]
         if len(dataset.classes) <= _MOST_CLASSES:
             lines.append(class_table(predictions, dataset.classes))
         print(*lines, f"{path} | {found.text()}", sep="\n", flush=True)
@@ -382,8 +384,10 @@ def validate_classifier(cfg: CfgNode, cfg_file: Path, processes: Processes) -> E
 
 
 @memory_for(LESS_MEMORY)
-def predict_segmentation(cfg: CfgNode, cfg_file: Path, processes: Processes) -> Evaluation:
-    """Write a segmentation model's predictions; if there are labels, print the figures."""
+def predict_segmentation(
+    cfg: CfgNode, cfg_file: Path, processes: Processes, notes: Sequence[str] = ()
+) -> Evaluation:
+    """Write a model's predictions; print ``notes``, and the figures if there are labels."""
     _refuse_other_task(cfg, "segmentation")
     device, _ = _devices(cfg, processes)
     dataset = get_seg_dataset(cfg, "test")
@@ -404,7 +408,7 @@ def predict_segmentation(cfg: CfgNode, cfg_file: Path, processes: Processes) -> 
         on_prediction=None if cfg.DEBUG.DEBUG else save,
     )
     if processes.leads:
-        for line in dataset.notes:
+        for line in (*notes, *dataset.notes):
             print(line)
         if dataset.has_labels:
             print(found.confusion.table(dataset.facts.class_names))
@@ -441,14 +445,12 @@ def _command(
     def run(argv: list[str] | None = None) -> int:
         def go():
             args = experiment_parser(program, description).parse_intermixed_args(argv)
-            cfg, notes = load_config(args), []
+            cfg, more = load_config(args), []
             if evaluates:
-                own = _weights(cfg, args.cfg).parent / CONFIG
-                cfg = evaluation_config(args, cfg, own, notes.append)
+                own, notes = _weights(cfg, args.cfg).parent / CONFIG, []
+                cfg, more = evaluation_config(args, cfg, own, notes.append), [notes]
             with Processes.joined() as processes:
-                for line in notes if processes.leads else ():
-                    print(line)
-                action(cfg, Path(args.cfg), processes)
+                action(cfg, Path(args.cfg), processes, *more)
 
         return exit_code(program, go)
 

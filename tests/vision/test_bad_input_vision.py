@@ -243,7 +243,7 @@ def _(place):
     argv = place.cityscapes("TEST.MODEL_FILE", place.weights(edit, "digit_scenes"), "WORKERS", "1")
     for path in (place.data / "cityscapes").rglob("frankfurt_000001*.png"):
         Image.open(path).crop((0, 0, 60, 32)).save(path)
-    return "seg_test", argv, "60x32, 64x32", "batch size to 1"
+    return "seg_test", argv, "TEST.BATCH_SIZE_PER_GPU is ", "60x32, 64x32", "set it to 1"
 
 
 # ---- the test
