@@ -9,7 +9,7 @@ import re
 from itertools import product
 
 FORWARD = """
-    anderson broyden fixed_point_iteration newton_krylov
+    anderson broyden fixed_point_iteration:damping=0.5 newton_krylov
     anderson:stop=sample anderson:m=3,restart=true
     broyden:memory=4 broyden:stop=sample broyden:damping=0.8
 """.split()

@@ -152,7 +152,7 @@ def of_kinds(names, cls, seg):
     ("kind", "solver"),
     of_kinds(
         FORWARD,
-        ["anderson", "broyden:stop=sample", "fixed_point_iteration"],
+        ["anderson", "broyden:stop=sample", "fixed_point_iteration:damping=0.5"],
         ["newton_krylov:inner=4"],
     ),
 )

@@ -115,6 +115,7 @@ def scripted(monkeypatch):
             return Evaluation("top1", 1, figures | {"abs_residual": 0.0, "rel_residual": 0.0})
 
         monkeypatch.setattr(ClassificationTrainer, "evaluator", staticmethod(evaluate))
+        monkeypatch.setattr(ClassificationTrainer, "rehearse", lambda trainer: None)
         return seen
 
     return script
@@ -336,7 +337,7 @@ def test_model_file(digits, tmp_path, monkeypatch):
     weights = load(digits("TRAIN.END_EPOCH", 1) / WEIGHTS)
     started = []
     monkeypatch.setattr(
-        ImageTrainer, "train", lambda self, run: started.append(state_of(self.model))
+        ImageTrainer, "train", lambda self, *run: started.append(state_of(self.model))
     )
     more = ["--modelDir", tmp_path / "next", "TRAIN.MODEL_FILE", digits.folder / WEIGHTS]
     assert run_tool("cls_train", *digits.argv(*more)) == 0

@@ -51,7 +51,7 @@ def started(monkeypatch):
     """The weights that training starts with; no step is taken."""
     states = []
 
-    def train(self, run):
+    def train(self, *run):
         states.append({k: v.clone() for k, v in self.model.state_dict().items()})
 
     monkeypatch.setattr(SegmentationTrainer, "train", train)
