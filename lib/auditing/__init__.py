@@ -1,17 +1,17 @@
 r"""Is this model an equilibrium? An audit of any model that holds a :class:`~lib.deq.DEQ`.
 
-A low loss does not show that a model uses its fixed point. The answer may be read from the start,
+A low loss does not show that a model uses its fixed point: the answer may be read from the start,
 the iteration may never settle, or another start may lead to another answer. The audit calls the
-model with its solves skipped, cut, lengthened and started elsewhere, and gives five findings:
+model with its solves skipped, cut, lengthened and started elsewhere, and gives five findings
 
 1. the measure when the solver is skipped or ends earlier or later (the solve that need not be
    made: arXiv 2607.11116);
 2. the points that other starts lead to: path independence (Anil et al. 2022, arXiv 2211.09961);
 3. whether the residual of a sample tells that its answer is wrong;
 4. whether harder samples take more evaluations;
-5. the spectral radius of df/dz at the solution;
+5. the spectral radius of df/dz at the solution
 
-and one verdict, by the rules of :func:`~lib.auditing.findings.judge`.
+and a verdict, by the rules of :func:`~lib.auditing.findings.judge`.
 
 Example (a contraction, whose state answers whether a number is positive)::
 
@@ -32,6 +32,7 @@ Example (a contraction, whose state answers whether a number is positive)::
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,6 @@ from lib.solvers.norms import relative
 __all__ = ["ADVICE", "OWN", "Audit", "Rules", "audit"]
 
 RADIUS_PRODUCTS = 100
-SEED = 0  # of what the model draws at random, such as a start
 
 
 def audit(
@@ -75,7 +75,7 @@ def audit(
         batches: pairs (inputs, target), as a DataLoader gives them. Every state of the model has
             one row per sample.
         correct: (output, target) -> score of each sample, (B,): right or wrong (True, False), or a
-            number that is higher if the answer is better.
+            number, higher if the answer is better.
         difficulty: (output, target) -> difficulty of each sample, (B,), such as a length.
         forward: inputs -> output; by default ``model(inputs)``.
         measure: the name of the mean score, for the report.
@@ -102,8 +102,8 @@ def audit(
         for batch in batches:
             pair = isinstance(batch, (tuple, list)) and len(batch) == 2
             check(pair, "a batch", type(batch).__name__, "a pair (inputs, target)")
-            run = _Runner(probe, forward or model, *batch, correct, difficulty)
-            parts.append(_passes(run, starts, rules))
+            run = partial(_run, probe, forward or model, *batch, correct, difficulty)
+            parts.append(_passes(run, probe, starts, rules))
     if not parts:
         raise InputError("batches is empty: an audit needs samples")
     return _report(parts, starts, measure, rules)
@@ -134,24 +134,17 @@ class _Pass:
         self.distance = np.max(away, axis=0) if away else np.zeros(len(score))
 
 
-class _Runner:
-    """Calls the model on one batch as a request says."""
-
-    def __init__(self, probe: Probe, call, inputs, target, correct, difficulty):
-        self.probe, self.call, self.inputs, self.target = probe, call, inputs, target
-        self.correct, self.difficulty = correct, difficulty
-
-    def __call__(self, request: Request) -> _Pass:
-        self.probe.request, self.probe.found = request, []
-        with torch.random.fork_rng():
-            torch.manual_seed(SEED)
-            output = self.call(self.inputs)
-        if not self.probe.found:
-            raise InputError("the model called no DEQ: audit finds nothing to look at")
-        score, hard = _row(self.correct(output, self.target), "correct"), None
-        if self.difficulty is not None:
-            hard = _row(self.difficulty(output, self.target), "difficulty")
-        return _Pass(score, hard, self.probe.found, request.around)
+def _run(probe: Probe, call, inputs, target, correct, difficulty, request: Request) -> _Pass:
+    """Call the model on one batch as a request says."""
+    probe.request, probe.found = request, []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of what the model draws at random, such as a start
+        output = call(inputs)
+    if not probe.found:
+        raise InputError("the model called no DEQ: audit finds nothing to look at")
+    score = _row(correct(output, target), "correct")
+    hard = None if difficulty is None else _row(difficulty(output, target), "difficulty")
+    return _Pass(score, hard, probe.found, request.around)
 
 
 def _row(values: Tensor, name: str) -> np.ndarray:
@@ -167,7 +160,7 @@ def _cuts(threshold: int) -> list[int]:
     return [2**i for i in range(1, threshold.bit_length()) if 2**i < threshold]
 
 
-def _passes(run: _Runner, starts: list, rules: Rules) -> dict[Any, _Pass]:
+def _passes(run: Callable, probe: Probe, starts: list, rules: Rules) -> dict[Any, _Pass]:
     """All passes over one batch, by the names of cuts and by starts."""
     own = run(Request())
     patient = Request(times=rules.longer[-1], least=rules.least, eps=1.0)
@@ -180,7 +173,7 @@ def _passes(run: _Runner, starts: list, rules: Rules) -> dict[Any, _Pass]:
         "patient": run(patient),
         "reference": run(replace(tight, products=RADIUS_PRODUCTS)),
     }
-    around = tuple(run.probe.found)
+    around = tuple(probe.found)
     return found | {s: run(replace(tight, start=s, around=around)) for s in starts}
 
 

@@ -8,6 +8,8 @@ import numpy as np
 
 OWN = "own threshold"  # the cut at which the model is used
 
+_UNKNOWN = dict.fromkeys(("correlation", "auc", "low", "high"))
+
 # What to do about each verdict.
 ADVICE = {
     "equilibrium": "any start and solver will do, and more evaluations do no harm",
@@ -47,7 +49,7 @@ class Audit:
         verdict, reason: see :func:`judge`.
         measure, samples, threshold, eps: the measure's name; the number of samples; the model's
             largest threshold and tolerance. A sample with a residual below ``eps`` has settled.
-        budget, patient: the evaluations that a sample may take to settle, and how many then do.
+        budget, patient: the evaluations that a sample may take to settle, and the share that does.
         enough: the cut from which on the measure is the same as at the model's own threshold.
         cuts: finding 1, a dict for each cut: name, evaluations (mean), measure, residual (relative,
             over all samples), settled (share), met (residual of each batch below eps).
@@ -172,7 +174,7 @@ def correctness(residual: np.ndarray, score: np.ndarray, rules: Rules) -> dict:
     """Finding 3, from the relative residual and the score of each sample (N,)."""
     n, rank = len(score), rank_correlation(residual, score)
     right, wrong = residual[score == 1], residual[score == 0]
-    found = {"correlation": rank, "auc": None, "low": None, "high": None}
+    found = _UNKNOWN | {"correlation": rank}
     if len(right) + len(wrong) < n:  # the score is not right or wrong
         less, more = (
             f"a {size} residual goes with a higher score" for size in ("smaller", "larger")
@@ -199,24 +201,23 @@ def effort(
 
     A sample that has not settled has spent its budget, which says nothing of its difficulty.
     """
-    found = {"correlation": None, "auc": None, "low": None, "high": None}
     if hard is None:
-        return found | {"said": "unknown: no difficulty is given"}
+        return _UNKNOWN | {"said": "unknown: no difficulty is given"}
     if evaluations is None:
-        return found | {"said": "unknown: the solver does not count evaluations per sample"}
+        return _UNKNOWN | {"said": "unknown: the solver does not count evaluations per sample"}
     if settled.mean() < rules.share:
-        return found | {"said": f"cannot be told: {settled.mean():.0%} of the samples settle"}
+        return _UNKNOWN | {"said": f"cannot be told: {settled.mean():.0%} of the samples settle"}
     evaluations, hard = evaluations[settled], hard[settled]
     n, rank = len(hard), rank_correlation(evaluations, hard)
     if n < rules.samples or rank is None:
-        why = f"from {n} samples" if n < rules.samples else "from figures that are all the same"
-        return found | {"said": f"cannot be told {why}"}
+        why = f"{n} samples" if n < rules.samples else "figures that are all the same"
+        return _UNKNOWN | {"said": f"cannot be told from {why}"}
     upper = hard > np.median(hard)
     low, high = (float(evaluations[part].mean()) for part in (~upper, upper))
     less, more = (f"harder samples take {what}" for what in ("fewer", "more"))
     said = _told(rank, 1 / math.sqrt(n), less, more)
     said += f" (rank correlation {rank:.2f}; {low:.1f} if easier, {high:.1f} if harder)"
-    return found | {"correlation": rank, "low": low, "high": high, "said": said}
+    return _UNKNOWN | {"correlation": rank, "low": low, "high": high, "said": said}
 
 
 def judge(

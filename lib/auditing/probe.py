@@ -1,4 +1,4 @@
-"""A probe in the place of a model's solvers: it cuts, lengthens and restarts the model's solves."""
+"""A probe in the place of a model's solvers: it cuts, lengthens and restarts their solves."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,24 +27,17 @@ EPS = 1e-3  # tolerance of a solver that has none
 
 @dataclass(frozen=True)
 class Request:
-    """How the solves of one forward pass differ from the model's own; by default not at all.
+    """How the solves of one forward pass differ from the model's own; by default not at all."""
 
-    Attributes:
-        evaluations: at most so many, of f and of products; 0 hands the start itself to the head.
-        times, least: allow this many times the model's own threshold, and at least ``least``.
-        eps: a multiple of the tolerance, by which each sample stops by itself; 0: do not stop.
-        start: (kind, scale, seed): noise of ``scale`` * rms(z) * N(0, 1), alone ('drawn') or added
-            to the solution z of the same solve in ``around`` ('displaced').
-        products: with the Jacobian, for the spectral radius at the solution.
-    """
-
-    evaluations: int | None = None
-    times: int = 1
-    least: int = 0
-    eps: float | None = None
+    evaluations: int | None = None  # at most so many; 0 hands the start itself to the head
+    times: int = 1  # the model's own threshold so many times,
+    least: int = 0  # and at least so many
+    eps: float | None = None  # times the tolerance: each sample stops by itself; 0: do not stop
+    # (kind, scale, seed): noise of scale * rms(z) * N(0, 1), alone ('drawn') or added to z, the
+    # solution of the same solve in ``around`` ('displaced').
     start: tuple[str, float, int] | None = None
     around: tuple["Solution", ...] = ()
-    products: int = 0
+    products: int = 0  # with the Jacobian, for the spectral radius at the solution
 
 
 @dataclass
@@ -83,8 +76,8 @@ class Probe:
         if request.evaluations == 0:
             solution = {"result": z0.clone(), "nfe": 0}
         else:
-            change = _changed if ours else _limited
-            solution = change(own, request, threshold, eps)(f, z0, stop_mode=stop_mode)
+            solver = _changed(own, ours, request, threshold, eps)
+            solution = solver(f, z0, stop_mode=stop_mode)
         z = solution["result"]
         fz = f(z)
         parts = [torch.linalg.vector_norm(v.flatten(1).double(), dim=1) for v in (fz - z, fz)]
@@ -117,19 +110,14 @@ class Probe:
         return scale * rms * noise + (z if kind == "displaced" else 0)
 
 
-def _granted(request: Request, threshold: int) -> int:
+def _changed(own: Callable, ours: bool, request: Request, threshold: int, eps: float) -> Callable:
+    """A solver with the budget and the tolerance of a request."""
     granted = max(request.times * threshold, request.least)
-    return granted if request.evaluations is None else min(granted, request.evaluations)
-
-
-def _limited(own: Callable, request: Request, threshold: int, eps: float) -> Callable:
-    """A user's own solver: it has a threshold, and no more is known of it."""
-    return partial(own, threshold=_granted(request, threshold))
-
-
-def _changed(own: Callable, request: Request, threshold: int, eps: float) -> Callable:
-    """One of our solvers with the budget and the tolerance of a request."""
-    (function, options), granted = unwrapped(own), _granted(request, threshold)
+    if request.evaluations is not None:
+        granted = min(granted, request.evaluations)
+    if not ours:  # a user's own: it has a threshold, and no more is known of it
+        return partial(own, threshold=granted)
+    function, options = unwrapped(own)
     options = dict(options) | {"threshold": max(granted, threshold)}
     if request.evaluations is not None:
         options["max_nfe"] = min(granted, options.get("max_nfe") or granted)
@@ -177,12 +165,9 @@ def probing(model: nn.Module | DEQ, eps: float | None) -> Iterator[Probe]:
         for part in parts:
             part.training = False
         for deq, solver, grad, _ in own:
-            if isinstance(
-                grad, Iteration
-            ):  # it replaces the solver; is audited without a tolerance
-                solver = partial(
-                    fixed_point_iteration, eps=0.0, damping=getattr(grad, "damping", 1.0)
-                )
+            if isinstance(grad, Iteration):  # it replaces the solver, and has no tolerance
+                damping = getattr(grad, "damping", 1.0)
+                solver = partial(fixed_point_iteration, eps=0.0, damping=damping)
             deq.grad, deq.f_solver = _Outlet(grad, probe), partial(probe.solve, solver)
             deq.stats = SolverStats()
         with torch.no_grad(), warnings.catch_warnings():
