@@ -1,4 +1,4 @@
-"""The figures of an audit, its rules and its verdict. The report is :class:`Audit`."""
+"""The figures of an audit, its rules, its verdict and its report."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -33,7 +33,7 @@ class Rules:
 
     longer: tuple[int, ...] = (2, 4)  # times the threshold, in finding 1; the last: to settle
     least: int = 100  # evaluations that a sample may take to settle in any case
-    tighter: float = 0.1  # times the tolerance, for solves whose points are compared
+    tighter: float = 0.1  # times the tolerance, where points are compared
     samples: int = 20  # fewer give no verdict
     each: int = 5  # fewer right or wrong ones say nothing about the residual
     share: float = 0.95  # of samples or solves for which a property has to hold
@@ -56,10 +56,10 @@ class Audit:
         starts: finding 2, a dict for each start: kind, scale, seed, settled (share), distance (to
             the point from the model's own start, relative, median), elsewhere (share that settles
             more than ``rules.same_point`` away), change (of the measure).
-        correctness, effort: findings 3 and 4: said (in words), correlation (rank), auc, low, high.
-            auc is the probability that a wrong sample has a larger residual than a right one; low
-            and high are the mean residual if right and if wrong, and the mean evaluations of the
-            easier and of the harder half. None: not known.
+        correctness, effort: findings 3 and 4: said (in words), correlation (rank), auc (the
+            probability that a wrong sample has a larger residual than a right one), low and high
+            (the mean residual if right and if wrong; the mean evaluations of the easier and of the
+            harder half). None: not known.
         radius: finding 5, of the samples that settled: samples, mean, largest, below_one (share).
     """
 
@@ -167,7 +167,8 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 def _told(value: float | None, error: float, less: str, more: str) -> str:
     """Which of the two, if a figure is more than two standard errors from 0."""
-    return "no relation" if abs(value or 0) <= 2 * error else more if (value or 0) > 0 else less
+    value = value or 0
+    return "no relation" if abs(value) <= 2 * error else more if value > 0 else less
 
 
 def correctness(residual: np.ndarray, score: np.ndarray, rules: Rules) -> dict:
@@ -197,9 +198,9 @@ def correctness(residual: np.ndarray, score: np.ndarray, rules: Rules) -> dict:
 def effort(
     evaluations: np.ndarray | None, hard: np.ndarray | None, settled: np.ndarray, rules: Rules
 ) -> dict:
-    """Finding 4, from the evaluations and the difficulty of each sample (N,).
+    """Finding 4, from the evaluations and the difficulty of each sample (N,) that has settled.
 
-    A sample that has not settled has spent its budget, which says nothing of its difficulty.
+    Another has spent its budget, which says nothing of its difficulty.
     """
     if hard is None:
         return _UNKNOWN | {"said": "unknown: no difficulty is given"}

@@ -215,9 +215,9 @@ def _unscaled(solution: dict, scale: np.ndarray) -> dict:
             out[name] = value / scale if of_host else _times(value, 1 / scale)
     if (scale != scale[0]).any():
         if "norms" in out:
-            lowest = dict(zip(("abs", "rel"), totals(out["norms"]), strict=True))
-            out |= {"abs_lowest": lowest["abs"], "rel_lowest": lowest["rel"]}
-            out["lowest"] = lowest[solution["stop_mode"]]
+            g, relative = totals(out["norms"])
+            lowest = g if absolute else relative
+            out |= {"abs_lowest": g, "rel_lowest": relative, "lowest": lowest}
         return out
     for name in ["abs_lowest", "lowest", "eps"] if absolute else ["abs_lowest"]:
         if name in solution:
