@@ -45,14 +45,14 @@ VECTORS = {
 
 
 class HutchinsonEstimate(NamedTuple):
-    """The mean over random vectors, and the standard error of this mean, each (B,)."""
+    """The result of :func:`squared_frobenius_norm`."""
 
     estimate: Tensor
     standard_error: Tensor
 
 
 class Eigenvalues(NamedTuple):
-    """Eigenvalues in order of decreasing modulus, (B, k) complex; residuals, (B, k) real."""
+    """The result of :func:`leading_eigenvalues`, in order of decreasing modulus."""
 
     values: Tensor
     residuals: Tensor
@@ -128,7 +128,7 @@ def jac_loss_weight_at(
     By default, as in the language models, an interval is completed at each multiple of
     ``increment_every`` after step ``start`` (the end of pre-training). With ``from_start``, as in
     the image models, intervals begin at ``start``. With ``increment_every`` of 0 or less the weight
-    stays ``base``. The weight depends on the step alone, so a resumed run needs no state.
+    stays ``base``. It depends on the step alone, so a resumed run needs no state.
     """
     if increment_every <= 0 or step <= start:
         return base
@@ -150,7 +150,7 @@ def power_method(f0: Tensor, z0: Tensor, n_iters: int = 200) -> tuple[Tensor, Te
         n_iters: total number of products with J', at least 1.
 
     Returns:
-        The last normalised power iterate, in the shape of ``z0``, and the spectral radius (B, 1).
+        The last normalised power iterate, shaped like ``z0``, and the spectral radius (B, 1).
     """
     _check_pair(f0, z0)
     check_count("n_iters", n_iters, 1)
@@ -178,8 +178,8 @@ def leading_eigenvalues(
     shows only an error of that size.
 
     A sample whose Krylov space is exhausted continues from a new random vector. So small, zero and
-    scaled identity Jacobians give all their k eigenvalues. Otherwise copies of a multiple
-    eigenvalue may be missing.
+    scaled identity Jacobians give all their k eigenvalues. If it is not exhausted, copies of a
+    multiple eigenvalue may be missing.
 
     Args:
         k: number of eigenvalues, from 1 to D. The last one may be half of a conjugate pair.
@@ -188,9 +188,9 @@ def leading_eigenvalues(
         tol: a sample is done once its k residuals are at most tol times its largest modulus.
 
     Returns:
-        Values, (B, k) complex, and residuals, (B, k), in the precision of ``z0``, at least float32.
-        In a conjugate pair the value above the real axis comes first. A sample whose Jacobian is
-        not finite has NaN and does not affect the other samples.
+        Values, (B, k) complex, and residuals, (B, k) real, in the precision of ``z0``, at least
+        float32. In a conjugate pair the value above the real axis comes first. A sample whose
+        Jacobian is not finite has NaN and does not affect the other samples.
     """
     _check_pair(f0, z0)
     size = z0.shape[1:].numel()
@@ -209,8 +209,8 @@ def contraction_bound(f0: Tensor, z0: Tensor, steps: int = 50) -> Tensor:
     It bounds the spectral radius. The estimate is the square root of the largest Ritz value of J'J,
     from Lanczos' process with full reorthogonalisation, started at the random vector J'u.
 
-    Up to rounding, the estimate approaches ||J||_2 from below. With u uniform on the sphere in D
-    dimensions, and for any J, it is below sqrt(1 - e) ||J||_2 with a probability of at most
+    Up to rounding, the estimate approaches ||J||_2 from below. For u uniform on the sphere in D
+    dimensions and any J, it is below sqrt(1 - e) ||J||_2 with a probability of at most
     1.648 sqrt(D) exp(-(2 steps - 1) sqrt(e)) (Kuczynski and Wozniakowski 1992, SIAM J. Matrix Anal.
     Appl. 13, 1094). With 50 steps and D = 100 000, at most one estimate in a hundred is more than
     0.6 % too low.
@@ -261,11 +261,8 @@ def _transposed_product(f0: Tensor, z0: Tensor) -> Map:
 def _product(f0: Tensor, z0: Tensor, u: Tensor, v: Tensor) -> Map:
     """The function x -> J x on (B, D): J is the transposed Jacobian of the linear map u -> J'u.
 
-    The product is tested on v = J'u, for which u'(J v) = v'v. The test is needed because autograd
-    may silently treat a backward that is not differentiable as a constant.
-
-    Raises:
-        InputError: the backward of f is not differentiable.
+    It is tested on v = J'u, for which u'(J v) = v'v: autograd may silently treat a backward that is
+    not differentiable as a constant.
     """
     reason, cause = "J v does not match J'u", None
     try:
@@ -305,7 +302,7 @@ def _check_pair(f0: Tensor, z0: Tensor) -> None:
 
 
 def arnoldi(product: Map, v: Tensor, steps: int, *, renew: bool = False) -> Iterator[Tensor]:
-    """Arnoldi's process for A, given by its products, from v (B, D), for m = 1, ..., ``steps``.
+    """Arnoldi's process from v (B, D), for m = 1, ..., ``steps`` products with A.
 
     A V = V H + h w e_m'. The columns of (V, w) are orthonormal and span the Krylov space of v.
     Yields (B, m + 1, m): H in Hessenberg form, and a last row that holds only h. The eigenvalues t
@@ -338,10 +335,7 @@ def arnoldi(product: Map, v: Tensor, steps: int, *, renew: bool = False) -> Iter
 
 
 def leading_ritz_values(product: Map, v: Tensor, k: int, steps: int, tol: float) -> Eigenvalues:
-    """:func:`leading_eigenvalues` from v (B, D), by products.
-
-    The values of a sample that is done are fixed, so they do not depend on the other samples.
-    """
+    """:func:`leading_eigenvalues`, from v (B, D)."""
     steps = min(steps, v.shape[1])
     done = torch.zeros(len(v), 1, dtype=torch.bool, device=v.device)
     values = residuals = v.new_zeros(())
@@ -350,6 +344,7 @@ def leading_ritz_values(product: Map, v: Tensor, k: int, steps: int, tol: float)
         if m < steps and (m < k or m % _CHECK_EVERY):
             continue
         found = ritz_values(hessenberg, k)
+        # A sample that is done must not depend on how long the others take.
         values = torch.where(done, values, found.values)
         residuals = torch.where(done, residuals, found.residuals)
         done = ~(residuals > tol * values[:, :1].abs()).any(dim=1, keepdim=True)

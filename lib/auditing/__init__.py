@@ -374,12 +374,11 @@ def _report(parts: list[dict[Any, _Pass]], starts: list, measure: str, rules: Ru
     scores = {name: of(name, "score") for name in names}
     cuts, others = [at(name) for name in names], [started(start) for start in starts]
     radii = of("reference", "radius")[of("reference", "settled")]
-    radius: dict[str, Any] = dict.fromkeys(("mean", "largest", "below_one")) | {
-        "samples": len(radii)
-    }
+    radius: dict[str, Any] = dict.fromkeys(("mean", "largest", "below_one"))
     if len(radii):
         figures = radii.mean(), radii.max(), (radii < 1).mean()
-        radius |= dict(zip(radius, map(float, figures), strict=False))
+        radius = dict(zip(radius, map(float, figures), strict=True))
+    radius["samples"] = len(radii)
     patient = float(of("patient", "settled").mean())
     spent = of("patient", "evaluations")
     counted = all(part["patient"].counted for part in parts)

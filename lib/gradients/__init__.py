@@ -68,7 +68,7 @@ class Gradient:
         """Raise an InputError for a forward solver that this gradient cannot work with."""
 
     def refuse_threshold(self, f_thres: int, name: str = "f_thres", more: int = 0) -> None:
-        """Accept any threshold: only some iterations limit it."""
+        """Accept any threshold: only iterations limit it."""
 
     def attach(self, solved: Solved) -> Tensor:
         """The output state, a new tensor, with this gradient if autograd records."""
@@ -78,7 +78,7 @@ class Gradient:
         """The forward-mode tangent of the output state; this gradient is its transpose.
 
         Raises:
-            InputError: this gradient has no forward mode.
+            InputError: there is none.
         """
         raise InputError(
             f"grad {type(self).__name__} has no forward mode: take grad ift, jfb or phantom, or "

@@ -8,6 +8,7 @@ whether J lets plain iteration do so.
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -28,9 +29,8 @@ from lib.solvers.specs import unwrapped
 from lib.solvers.stats import all_finite
 from lib.solvers.transforms import tangent_of
 
-# A solution whose residual ||A y + b - y|| / ||b|| is above this is compared with y = b. If the
-# better of the two is still above this, a warning follows. With a nearly singular I - A, a solution
-# with residual 0.14 had an error larger than its own norm (scripts/benchmarks/bench_adjoints.py).
+# The largest residual ||A y + b - y|| / ||b|| of a good solution. With a nearly singular I - A, one
+# of residual 0.14 had an error larger than its own norm (scripts/benchmarks/bench_adjoints.py).
 POOR = 0.1
 
 _RISING = 6  # a residual that rises over so many last evaluations shows divergence
@@ -43,6 +43,7 @@ def warn(message: str) -> None:
     warnings.warn(message, DEQWarning, stacklevel=5)
 
 
+@dataclass(frozen=True)
 class LinearSolve:
     """Solve y = A y + b, and judge the solution by ||A y + b - y|| / ||b|| per sample.
 
@@ -55,7 +56,7 @@ class LinearSolve:
       sample if the solver stops per sample.
     - A sample takes y = b if its residual is above :data:`POOR` and that of y = b is smaller; if
       its solution is y = 0; or if its products are not finite.
-    - A warning follows if a residual is still large.
+    - A warning follows if a residual is still above :data:`POOR`.
 
     Args:
         solver: a solver of :mod:`lib.solvers`, or a user-defined one.
@@ -65,18 +66,13 @@ class LinearSolve:
         group: processes among which products communicate (:mod:`lib.solvers.lockstep`).
     """
 
-    def __init__(
-        self,
-        solver: Callable[..., dict],
-        threshold: int,
-        stop_mode: str,
-        report: Callable[[dict], None],
-        name: str = "adjoint",
-        of: str = "gradient",
-        group: ProcessGroup | None = None,
-    ):
-        self._solver, self._threshold, self._stop_mode = solver, threshold, stop_mode
-        self._report, self._name, self._of, self._group = report, name, of, group
+    solver: Callable[..., dict]
+    threshold: int
+    stop_mode: str
+    report: Callable[[dict], None]
+    name: str = "adjoint"
+    of: str = "gradient"
+    group: ProcessGroup | None = None
 
     @torch.no_grad()
     def __call__(
@@ -97,33 +93,33 @@ class LinearSolve:
             make_precise: returns the product in float32, if ``product`` is in half precision.
         """
         options = {
-            "threshold": self._threshold if threshold is None else threshold,
-            "stop_mode": self._stop_mode,
+            "threshold": self.threshold if threshold is None else threshold,
+            "stop_mode": self.stop_mode,
         }
         y0 = torch.zeros_like(b) if start is None else start
         if b.is_meta:  # no values to judge
-            return self._solver(Affine(product, b), y0, **options)["result"]
-        with lockstep(product, b, self._group) as product:
+            return self.solver(Affine(product, b), y0, **options)["result"]
+        with lockstep(product, b, self.group) as product:
             norms = sample_norms(b)
             scale = self._scale(norms)
             scaled, y0 = _times(b, scale), _times(y0, scale)
             step = Affine(product, scaled, y0 if start is None else None)  # A 0 = 0
             if make_precise is None:
-                solution = self._solver(step, y0, **options)
+                solution = self.solver(step, y0, **options)
             else:
                 solution = solve_in_stages(
-                    self._solver, step, lambda: Affine(make_precise(), scaled), y0, **options
+                    self.solver, step, lambda: Affine(make_precise(), scaled), y0, **options
                 )
             solution = _unscaled(solution, scale)
-            self._report(solution)
+            self.report(solution)
             return self._judged(solution, product, b, norms)
 
     def _scale(self, norms: np.ndarray) -> np.ndarray:
-        """The powers of two (B,) that scale b: all the same unless the solver stops per sample."""
+        """The powers of two (B,) that scale b."""
         finite = np.where(np.isfinite(norms), norms, 0.0)
-        alone = unwrapped(self._solver)[1].get("stop") == "sample"
+        alone = unwrapped(self.solver)[1].get("stop") == "sample"
         sizes = finite if alone else np.full_like(finite, math.hypot(*finite))
-        least = 0.5 if self._stop_mode == "abs" else 2.0**-40
+        least = 0.5 if self.stop_mode == "abs" else 2.0**-40
         fits = (sizes == 0) | ((least <= sizes) & (sizes <= 2.0**40)) | ~np.isfinite(sizes)
         return np.exp2(np.where(fits, 0, np.minimum(-np.frexp(sizes)[1], _MOST_SCALE)))
 
@@ -134,8 +130,7 @@ class LinearSolve:
         if not all_finite(solution):
             lost = ~solution["finite"].cpu().numpy()
             warn(
-                f"the {self._name} of some samples is not finite: they pass their "
-                f"{self._of} unsolved"
+                f"the {self.name} of some samples is not finite: they pass their {self.of} unsolved"
             )
         if "norms" in solution:
             residual = _relative(solution["norms"][0], norms)
@@ -157,14 +152,14 @@ class LinearSolve:
         else:
             return y
         warn(
-            f"the {self._name} is not solved ({what}), so the {self._of} may be far off: raise "
+            f"the {self.name} is not solved ({what}), so the {self.of} may be far off: raise "
             "b_thres, take another b_solver (gmres), or regularise the Jacobian"
         )
         return y
 
 
 def _rises(solution: dict) -> bool:
-    """Whether the residual rose to the threshold: that of the best point says little then."""
+    """Whether the residual rose to the end: that of the best point says little then."""
     last = solution.get("abs_trace", [])[-_RISING:]
     grows = all(a < b for a, b in pairwise(last))
     return solution.get("reason") == "threshold" and len(last) == _RISING and grows
@@ -294,7 +289,7 @@ class Tangents:
     """Products with J at a point, and solves with I - J, by forward-mode differentiation of f.
 
     Args:
-        f: the layer. The call is inside a dual level in which the inputs of f have tangents.
+        f: the layer, inside a dual level in which its inputs have tangents.
         point: z*, without a tangent.
         shift: J_x dx, the tangent of f(point).
         solve: the linear solve.
@@ -340,7 +335,7 @@ class RadiusWatch:
         self.passes, self.said = 0, False
 
     def __call__(self, product: Map, grad: Tensor) -> None:
-        """Count one backward pass; ``product`` is v -> J'v, ``grad`` the incoming gradient."""
+        """Count a backward pass: v -> J'v, and the incoming gradient."""
         self.passes += 1
         if self.said or self.passes % EVERY or grad.is_meta or _several_processes():
             return
@@ -357,9 +352,9 @@ class RadiusWatch:
 
 @torch.no_grad()
 def growth(product: Map, start: Tensor) -> float:
-    """The growth per product over the last half of the products, the largest of the samples.
+    """The growth per product over their last half, from ``start`` (B, ...): the largest of a batch.
 
-    ``start`` is (B, ...). A sample whose start is zero counts as 0; NaN if a product is not finite.
+    A start of zero counts as 0; NaN if a product is not finite.
     """
     dtype = torch.promote_types(start.dtype, torch.float32)
     smallest = torch.finfo(dtype).tiny

@@ -7,7 +7,7 @@ by ``z += x``, and would change the result of ``autograd.grad(L, z)``.)
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lib.errors import InputError
+from lib.solvers.maps import Map
 from lib.solvers.transforms import differentiating_forward, refuse_batched, tangent_of
 
 
 def attach(
     fz: Tensor,
-    change: Callable[[Tensor], Tensor],
-    linear: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None,
+    change: Map,
+    linear: tuple[Map, Map] | None = None,
 ) -> Tensor:
     """A copy of f(z*) whose incoming gradient g = dL/dz reaches f as ``change(g)``.
 
@@ -97,7 +98,7 @@ class _Linear(torch.autograd.Function):
     """A linear map whose backward is its transpose. The anchor gives its output a graph."""
 
     @staticmethod
-    def forward(ctx, grad: Tensor, anchor: Tensor, change: Callable, transposed: Callable):
+    def forward(ctx, grad: Tensor, anchor: Tensor, change: Map, transposed: Map):
         ctx.transposed = transposed
         return change(grad)
 
@@ -114,7 +115,7 @@ class _Linear(torch.autograd.Function):
 
 
 def with_tangent(value: Tensor, tangent: Tensor) -> Tensor:
-    """The dual tensor of a value and its forward-mode tangent, which cannot be differentiated."""
+    """The dual tensor of a value and a tangent, which cannot be differentiated."""
     if value.requires_grad and torch.is_grad_enabled():
         tangent = refuse_derivative(tangent, value)
     return forward_ad.make_dual(value, tangent)

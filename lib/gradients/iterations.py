@@ -24,8 +24,8 @@ from lib.solvers.norms import TINY, relative
 from lib.solvers.precision import same_autocast
 from lib.solvers.transforms import tangent_of
 
-# Going back to the start, the rounding error of the pair may grow to this fraction of a rounding
-# error in the format of f. Then about one number in a million of the input of f changes.
+# On the way back the rounding error of the pair may grow to this fraction of one in the format of
+# f. Then about one number in a million of the input of f changes.
 _GROWN = 1e-6
 _SPLIT = 2.0**27 + 1  # splits a float64 into two halves of 26 bits (Dekker)
 
@@ -80,17 +80,17 @@ class Unroll(Iteration):
     ) -> tuple[Tensor, dict[int, Tensor], dict]:
         check_arguments(f, z0, evaluations)
         value = partial(checked_value, f)
-        z, states, steps = z0, {}, _Steps()
+        z, states, steps = z0, {}, []
         for i in range(1, evaluations + 1):
             if self.checkpointing and torch.is_grad_enabled():
                 fz = checkpoint(value, z, use_reentrant=False, preserve_rng_state=False)
             else:
                 fz = value(z)
-            steps.add(z, fz)
+            steps.append(_norms(z, fz))
             z = fz if self.damping == 1 else torch.lerp(z, fz, self.damping)
             if i in indexing:
                 states[i] = z
-        return z, states, steps.solution(z)
+        return z, states, _solution(z, steps)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Reversible(Iteration):
         check(good, "damping", self.damping, "between 0 and 1: a full step cannot be undone")
 
     def refuse_threshold(self, evaluations: int, name: str = "f_thres", more: int = 0) -> None:
-        # The error term makes the pair more precise than the format of f by the digits of float64.
+        # The pair is more precise than the format of f by the digits of float64.
         allowed = math.log(_GROWN / torch.finfo(torch.float64).eps)
         shrinks = -math.log1p(-self.damping)
         if (evaluations + more) // 2 * shrinks > allowed:
@@ -142,7 +142,7 @@ class Reversible(Iteration):
         n = max(evaluations // 2, 1)
         history = _History(f, z0, self.damping)
         start = z0.double(), torch.zeros_like(z0, dtype=history.rest)
-        pair, states, steps = [start, start], {}, _Steps()  # y, z
+        pair, states, steps = [start, start], {}, []  # y, z
         for i in range(1, 2 * n + 1):
             at, moved = _roles(i)
             point = pair[at][0].to(z0.dtype)
@@ -152,13 +152,13 @@ class Reversible(Iteration):
                     "grad reversible has no forward mode: take grad ift, jfb or phantom, or "
                     "reverse mode (backward)"
                 )
-            steps.add(point, fz)
+            steps.append(_norms(point, fz))
             pair[moved] = _Damped.apply(*pair[moved], fz, self.damping)
             if i in indexing:
                 states[i] = pair[moved][0].to(z0.dtype)
         history.close(pair)
         z = pair[1][0].to(z0.dtype)
-        return z, states, steps.solution(z)
+        return z, states, _solution(z, steps)
 
 
 class _Damped(torch.autograd.Function):
@@ -178,7 +178,7 @@ class _Damped(torch.autograd.Function):
 
 
 def _roles(i: int) -> tuple[int, int]:
-    """For evaluation i (from 1): which of (y, z) is the input of f, and which is updated."""
+    """For evaluation i: which of (y, z) is the input of f, and which is updated."""
     return (1, 0) if i % 2 else (0, 1)
 
 
@@ -273,50 +273,44 @@ def _never(value):
     raise RuntimeError("this graph has no backward of its own")
 
 
-class _Steps:
-    """Collects the residuals of an iteration and makes its result dict."""
+@torch.no_grad()
+def _norms(z: Tensor, fz: Tensor) -> Tensor:
+    """||fz - z|| and ||fz|| of each sample, (2, B)."""
+    z, fz = (v.flatten(1).to(torch.promote_types(fz.dtype, torch.float32)) for v in (z, fz))
+    return torch.stack([torch.linalg.vector_norm(v, dim=1) for v in (fz - z, fz)])
 
-    def __init__(self):
-        self._norms: list[Tensor] = []
 
-    @torch.no_grad()
-    def add(self, z: Tensor, fz: Tensor) -> None:
-        """Record the evaluation fz = f(z)."""
-        parts = [v.flatten(1).to(torch.promote_types(fz.dtype, torch.float32)) for v in (z, fz)]
-        norms = [torch.linalg.vector_norm(v, dim=1) for v in (parts[1] - parts[0], parts[1])]
-        self._norms.append(torch.stack(norms))
-
-    def solution(self, z: Tensor) -> dict:
-        """A dict like a solver's (see :mod:`lib.solvers`), with the last state z as its result."""
-        norms = torch.stack(self._norms).double().cpu().numpy()  # (n, 2, B)
-        absolute, value = np.linalg.norm(norms, axis=2).T
-        ratio, residual = relative(absolute, value), relative(*norms[-1])
-        finite = np.asarray(np.isfinite(norms).all((0, 1)))
-        per_sample = {
-            "residual": residual,
-            "converged": residual == 0,
-            "finite": finite,
-            "sample_nfe": np.full(len(finite), len(norms)),
-        }
-        return {
-            "result": z.detach(),
-            "lowest": float(ratio[-1]),
-            "abs_lowest": float(absolute[-1]),
-            "rel_lowest": float(ratio[-1]),
-            "nstep": len(norms) - 1,
-            "prot_break": not np.isfinite(ratio[-1]),
-            "abs_trace": absolute.tolist(),
-            "rel_trace": ratio.tolist(),
-            "nfe": len(norms),
-            "products": 0,
-            "reason": "threshold",
-            "all_finite": bool(finite.all()),
-            "norms": norms[-1],
-            "eps": 0.0,  # no tolerance
-            **{k: to_device(v, z.device) for k, v in per_sample.items()},
-            "threshold": len(norms),
-            "stop_mode": "rel",
-        }
+def _solution(z: Tensor, steps: list[Tensor]) -> dict:
+    """A dict like a solver's (see :mod:`lib.solvers`): its result z, and the norms of all steps."""
+    norms = torch.stack(steps).double().cpu().numpy()  # (n, 2, B)
+    absolute, value = np.linalg.norm(norms, axis=2).T
+    ratio, residual = relative(absolute, value), relative(*norms[-1])
+    finite = np.asarray(np.isfinite(norms).all((0, 1)))
+    per_sample = {
+        "residual": residual,
+        "converged": residual == 0,
+        "finite": finite,
+        "sample_nfe": np.full(len(finite), len(norms)),
+    }
+    return {
+        "result": z.detach(),
+        "lowest": float(ratio[-1]),
+        "abs_lowest": float(absolute[-1]),
+        "rel_lowest": float(ratio[-1]),
+        "nstep": len(norms) - 1,
+        "prot_break": not np.isfinite(ratio[-1]),
+        "abs_trace": absolute.tolist(),
+        "rel_trace": ratio.tolist(),
+        "nfe": len(norms),
+        "products": 0,
+        "reason": "threshold",
+        "all_finite": bool(finite.all()),
+        "norms": norms[-1],
+        "eps": 0.0,  # no tolerance
+        **{k: to_device(v, z.device) for k, v in per_sample.items()},
+        "threshold": len(norms),
+        "stop_mode": "rel",
+    }
 
 
 # Elementwise arithmetic on unevaluated sums hi + lo, with twice the digits of float64: hi is the
