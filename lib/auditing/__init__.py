@@ -29,13 +29,13 @@ Example (a contraction, whose state answers whether a number is positive)::
     'equilibrium'
 """
 
-import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,7 @@ def audit(
         check_count("a number in seeds", seed, 0)
     check(len(scales) > 0 and len(seeds) > 0, "scales and seeds", (scales, seeds), "not empty")
     rules = rules or Rules()
-    starts = list(itertools.product(("displaced", "drawn"), scales, seeds))
+    starts = list(product(("displaced", "drawn"), scales, seeds))
     parts: list[dict[Any, _Pass]] = []
     with probing(model, eps) as probe:
         for batch in batches:
@@ -288,7 +288,7 @@ class _Pass:
         self.radius = np.stack([s.radius for s in found]).max(axis=0)
         self.met, self.counted = all(s.met for s in found), all(s.counted for s in found)
         self.threshold, self.eps = max(s.threshold for s in found), max(s.eps for s in found)
-        # Without another start ``around`` is empty, and there is no distance.
+        # Without another start ``around`` is empty.
         states = zip(found, around, strict=False)
         pairs = [[s.z.flatten(1).double().cpu().numpy() for s in pair] for pair in states]
         away = [relative(*(np.linalg.norm(v, axis=1) for v in (a - b, b))) for a, b in pairs]

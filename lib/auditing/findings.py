@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 
 OWN = "own threshold"  # the cut at which the model is used
-
 _UNKNOWN = dict.fromkeys(("correlation", "auc", "low", "high"))
 
-# What to do about each verdict.
-ADVICE = {
+ADVICE = {  # what to do about each verdict
     "equilibrium": "any start and solver will do, and more evaluations do no harm",
     "unstable equilibrium": "plain iteration leaves the point: keep the solver, or add the "
     "Jacobian loss",
@@ -96,8 +94,10 @@ class Audit:
         ]  # fmt: skip
         radius = "no sample settled"
         if self.radius["samples"]:
-            radius = "mean {mean:.3f}, largest {largest:.3f}, below 1 for {below_one:.0%} of the "
-            radius = f"{radius}{{samples}} samples that settled".format(**self.radius)
+            radius = (
+                "mean {mean:.3f}, largest {largest:.3f}, below 1 for {below_one:.0%} of the "
+                "{samples} samples that settled"
+            ).format(**self.radius)
         return "\n".join(
             [
                 f"verdict: {self.verdict}",
@@ -133,8 +133,8 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def compare(before: np.ndarray, after: np.ndarray, tolerance: float) -> str:
-    """'same' if two paired means differ by at most the tolerance. 'higher' or 'lower' if they
-    differ by more, and by two standard errors of the paired differences; else 'unclear'."""
+    """'same' if paired means differ by at most the tolerance; 'higher' or 'lower' if they differ by
+    more, and by two standard errors of the paired differences; else 'unclear'."""
     change = after - before
     mean = float(change.mean())
     if abs(mean) <= tolerance:

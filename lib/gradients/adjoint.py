@@ -52,8 +52,8 @@ class LinearSolve:
 
     - b is scaled by a power of two, which is exact, where its norm is out of the range whose
       squares float32 holds. In stop mode 'abs' also where the norm is below 1/2: an absolute
-      tolerance means eps times min(1, ||b||). The norm is that of the whole batch, or of each
-      sample if the solver stops per sample.
+      tolerance means eps times min(1, ||b||). The norm is of the whole batch, or of each sample if
+      the solver stops per sample.
     - A sample takes y = b if its residual is above :data:`POOR` and that of y = b is smaller; if
       its solution is y = 0; or if its products are not finite.
     - A warning follows if a residual is still above :data:`POOR`.
@@ -144,10 +144,12 @@ class LinearSolve:
             if passes.any():
                 y = torch.where(_column(to_device(passes, b.device), b), b, y)
                 residual = np.where(passes, simple, residual)
+        last = solution.get("abs_trace", [])[-_RISING:]
+        rises = len(last) == _RISING and all(a < b for a, b in pairwise(last))
         left = residual[~(residual <= POOR) & ~lost]
         if left.size:  # one digit: Python shows equal warning texts once
             what = f"relative residual up to {left.max():.1g}"
-        elif _rises(solution):  # the iteration diverged after its best point
+        elif rises and solution.get("reason") == "threshold":  # the best point says little then
             what = "its residual rose to the end"
         else:
             return y
@@ -156,13 +158,6 @@ class LinearSolve:
             "b_thres, take another b_solver (gmres), or regularise the Jacobian"
         )
         return y
-
-
-def _rises(solution: dict) -> bool:
-    """Whether the residual rose to the end: that of the best point says little then."""
-    last = solution.get("abs_trace", [])[-_RISING:]
-    grows = all(a < b for a, b in pairwise(last))
-    return solution.get("reason") == "threshold" and len(last) == _RISING and grows
 
 
 def sample_norms(vectors: Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Attach an implicit gradient to a state, and refuse the uses of PyTorch that do not fit it.
+"""Attach an implicit gradient to a state, and refuse the uses of PyTorch that do not fit.
 
 The user's state is a copy of f(z*), and the gradient is a hook on the autograd *node* of that copy.
 So the state is an ordinary tensor: the user may change it in place, put hooks on it, ask for its

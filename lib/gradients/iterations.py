@@ -197,7 +197,7 @@ class _History:
         self._autocast = same_autocast(z0.device)
         self._evaluations: dict[int, dict] = {}  # by number, from 1
         self._end: list[Pair] = []
-        self._pair: list[Pair] = []  # the pair after evaluation number _at
+        self._pair: list[Pair] = []  # after evaluation number _at
         self._at, self._open, self._values = 0, None, []
 
     def evaluate(self, i: int, point: Tensor) -> Tensor:
@@ -251,9 +251,8 @@ class _History:
                 "same at every call (if it fills a cache in the first one, call it once before)"
             )
         high, rest = self._pair[moved]
-        value = fz.detach().double()
-        high, more = take_apart((high, rest.double()), value, self._damping)
-        self._pair[moved] = high, more.to(rest.dtype)
+        old = take_apart((high, rest.double()), fz.detach().double(), self._damping)
+        self._pair[moved] = old[0], old[1].to(rest.dtype)
         self._at, self._open, self._values = i - 1, i, values
         if self._at == 0:
             self._check_start()
