@@ -38,10 +38,9 @@ from torch.distributed import ProcessGroup
 
 from lib.errors import DEQWarning, InputError, check, check_count
 from lib.gradients import Gradient, Solved, get_gradient
-from lib.gradients.adjoint import Adjoint, LinearSolve, Tangents, warn
+from lib.gradients.adjoint import Adjoint, LinearSolve, RadiusWatch, Tangents, warn
 from lib.gradients.attachment import own_saved_tensors, recording_for, with_tangent
 from lib.gradients.iterations import Iteration
-from lib.gradients.radius import RadiusWatch
 from lib.jacobian import jac_loss_estimate, power_method
 from lib.layer_utils import list2vec, vec2list
 from lib.parametrizations import weights_held

@@ -1,17 +1,17 @@
 r"""Is this model an equilibrium? An audit of any model that holds a :class:`~lib.deq.DEQ`.
 
-A low loss does not show that a model uses its fixed point. The answer may be read from the start,
+A low loss does not show that a model uses its fixed point: the answer may be read from the start,
 the iteration may never settle, or another start may lead to another answer. The audit calls the
-model with its solves skipped, cut, lengthened and started elsewhere, and gives five findings:
+model with its solves skipped, cut, lengthened and started elsewhere, and gives five findings
 
 1. the measure when the solver is skipped or ends earlier or later (the solve that need not be
    made: arXiv 2607.11116);
 2. the points that other starts lead to: path independence (Anil et al. 2022, arXiv 2211.09961);
 3. whether the residual of a sample tells that its answer is wrong;
 4. whether harder samples take more evaluations;
-5. the spectral radius of df/dz at the solution;
+5. the spectral radius of df/dz at the solution
 
-and one verdict, by the rules of :func:`~lib.auditing.findings.judge`.
+and a verdict, by the rules of :func:`~lib.auditing.findings.judge`.
 
 Example (a contraction, whose state answers whether a number is positive)::
 
@@ -29,9 +29,13 @@ Example (a contraction, whose state answers whether a number is positive)::
     'equilibrium'
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from inspect import signature
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -39,15 +43,21 @@ import torch
 from torch import Tensor, nn
 
 from lib.auditing.findings import ADVICE, OWN, Audit, Rules, correctness, effort, enough, judge
-from lib.auditing.probe import Probe, Request, Solution, probing
 from lib.deq import DEQ
-from lib.errors import InputError, check, check_count, check_number
+from lib.errors import DEQWarning, InputError, check, check_count, check_number
+from lib.gradients import Gradient, Solved
+from lib.gradients.attachment import recording_for
+from lib.gradients.iterations import Iteration
+from lib.jacobian import power_method
+from lib.solvers import SOLVERS, fixed_point_iteration
 from lib.solvers.norms import relative
+from lib.solvers.specs import unwrapped
+from lib.solvers.stats import SolverStats, solve_figures
 
 __all__ = ["ADVICE", "OWN", "Audit", "Rules", "audit"]
 
 RADIUS_PRODUCTS = 100
-SEED = 0  # of what the model draws at random, such as a start
+EPS = 1e-3  # tolerance of a solver that has none
 
 
 def audit(
@@ -72,10 +82,10 @@ def audit(
 
     Args:
         model: a module with DEQs among the attributes of its parts; or a DEQ, with ``forward``.
-        batches: pairs (inputs, target), as a DataLoader gives them. Every state of the model has
-            one row per sample.
+        batches: pairs (inputs, target), as of a DataLoader. Every state of the model has one row
+            per sample.
         correct: (output, target) -> score of each sample, (B,): right or wrong (True, False), or a
-            number that is higher if the answer is better.
+            number, higher if the answer is better.
         difficulty: (output, target) -> difficulty of each sample, (B,), such as a length.
         forward: inputs -> output; by default ``model(inputs)``.
         measure: the name of the mean score, for the report.
@@ -85,8 +95,7 @@ def audit(
         rules: the thresholds.
 
     Raises:
-        InputError: the model has no DEQ, there is no batch, or there is not one score and one row
-            of the state per sample.
+        InputError: no DEQ, no batch, or not one score and one row of the state per sample.
     """
     if eps is not None:
         check_number("eps", eps, positive=True)
@@ -96,17 +105,169 @@ def audit(
         check_count("a number in seeds", seed, 0)
     check(len(scales) > 0 and len(seeds) > 0, "scales and seeds", (scales, seeds), "not empty")
     rules = rules or Rules()
-    starts = list(itertools.product(("displaced", "drawn"), scales, seeds))
+    starts = list(product(("displaced", "drawn"), scales, seeds))
     parts: list[dict[Any, _Pass]] = []
     with probing(model, eps) as probe:
         for batch in batches:
             pair = isinstance(batch, (tuple, list)) and len(batch) == 2
             check(pair, "a batch", type(batch).__name__, "a pair (inputs, target)")
-            run = _Runner(probe, forward or model, *batch, correct, difficulty)
-            parts.append(_passes(run, starts, rules))
+            run = partial(_run, probe, forward or model, *batch, correct, difficulty)
+            parts.append(_passes(run, probe, starts, rules))
     if not parts:
         raise InputError("batches is empty: an audit needs samples")
     return _report(parts, starts, measure, rules)
+
+
+@dataclass(frozen=True)
+class Request:
+    """How the solves of one forward pass differ from the model's own; by default not at all."""
+
+    evaluations: int | None = None  # at most so many, with products; 0: the head gets the start
+    times: int = 1  # the model's own threshold so many times,
+    least: int = 0  # and at least so many
+    eps: float | None = None  # times the tolerance: each sample stops by itself; 0: do not stop
+    # (kind, scale, seed): noise of scale * rms(z) * N(0, 1), alone ('drawn') or added to z, the
+    # solution of the same solve in ``around`` ('displaced').
+    start: tuple[str, float, int] | None = None
+    around: tuple["Solution", ...] = ()
+    products: int = 0  # with the Jacobian, for the spectral radius at the solution
+
+
+@dataclass
+class Solution:
+    """One solve. Its state z (B, ...) is judged by an evaluation of f; figures are on the host."""
+
+    z: Tensor
+    norms: np.ndarray  # ||f(z) - z|| and ||f(z)|| of each sample, (2, B)
+    settled: np.ndarray  # residual below the tolerance, (B,)
+    met: bool  # the same over the whole batch, as a solver may stop by it
+    evaluations: np.ndarray  # (B,)
+    counted: bool  # whether they are those of each sample by itself
+    threshold: int  # the model's own, as is eps
+    eps: float
+    radius: np.ndarray  # (B,), zeros if not asked for
+
+
+class Probe:
+    """Solves as ``request`` says; ``found`` holds a :class:`Solution` for each solve."""
+
+    def __init__(self, eps: float | None):
+        self.request, self.eps = Request(), eps
+        self.found: list[Solution] = []
+
+    def solve(
+        self, own: Callable, f: Callable, z0: Tensor, threshold: int, stop_mode: str = "rel"
+    ) -> dict:
+        """What a DEQ calls in place of its solver ``own``."""
+        request = self.request
+        function, options = unwrapped(own)
+        ours = function in SOLVERS.values()
+        tolerance = options.get("eps", signature(function).parameters["eps"].default if ours else 0)
+        eps = self.eps or tolerance or EPS
+        if request.start is not None:
+            z0 = self._start(z0, *request.start)
+        if request.evaluations == 0:
+            solution = {"result": z0.clone(), "nfe": 0}
+        else:
+            solver = _changed(own, ours, request, threshold, eps)
+            solution = solver(f, z0, stop_mode=stop_mode)
+        z = solution["result"]
+        fz = f(z)
+        parts = [torch.linalg.vector_norm(v.flatten(1).double(), dim=1) for v in (fz - z, fz)]
+        norms = torch.stack(parts).cpu().numpy()
+        both = np.column_stack([norms, np.linalg.norm(norms, axis=1)])  # the last: of the batch
+        below = (both[0] if stop_mode == "abs" else relative(*both)) < eps
+        spent, radius = np.full(len(z), float(solve_figures(solution)["nfe"])), np.zeros(len(z))
+        if counted := bool(ours and request.eps):
+            spent = solution["sample_nfe"].double().cpu().numpy()
+        if request.products:
+            with recording_for("the spectral radius"):
+                point = z.clone().requires_grad_()
+                found = power_method(f(point), point, n_iters=request.products)[1]
+                radius = found.detach().double().cpu().numpy()[:, 0]
+        self.found.append(
+            Solution(z, norms, below[:-1], bool(below[-1]), spent, counted, threshold, eps, radius)
+        )
+        return solution
+
+    def _start(self, z0: Tensor, kind: str, scale: float, seed: int) -> Tensor:
+        around = self.request.around[len(self.found) :]
+        if not around or around[0].z.shape != z0.shape:
+            raise InputError(
+                "the model's solves differ between two calls with the same inputs: audit needs "
+                "the same number of them, with states of the same shape"
+            )
+        z, generator = around[0].z, torch.Generator().manual_seed(seed)
+        noise = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
+        rms = z.flatten(1).square().mean(dim=1).sqrt().view(-1, *[1] * (z.ndim - 1))
+        return scale * rms * noise + (z if kind == "displaced" else 0)
+
+
+def _changed(own: Callable, ours: bool, request: Request, threshold: int, eps: float) -> Callable:
+    """A solver with the budget and the tolerance of a request."""
+    granted = max(request.times * threshold, request.least)
+    if request.evaluations is not None:
+        granted = min(granted, request.evaluations)
+    if not ours:  # a user's own: it has a threshold, and no more is known of it
+        return partial(own, threshold=granted)
+    function, options = unwrapped(own)
+    options = dict(options) | {"threshold": max(granted, threshold)}
+    if request.evaluations is not None:
+        options["max_nfe"] = min(granted, options.get("max_nfe") or granted)
+    elif granted > threshold:
+        options.pop("max_nfe", None)
+    if request.eps is not None:
+        options["eps"] = request.eps * eps
+    if request.eps:
+        options = {k: v for k, v in options.items() if k not in ("best", "check_every")}
+        options["stop"] = "sample"
+    return partial(function, **options)
+
+
+@dataclass(frozen=True)
+class _Outlet(Gradient):
+    """The model's own gradient; but a start goes to the head as it is."""
+
+    own: Gradient | Iteration
+    probe: Probe
+
+    def attach(self, solved: Solved) -> Tensor:
+        if self.probe.request.evaluations == 0 or isinstance(self.own, Iteration):
+            return solved.point.clone()
+        return self.own.attach(solved)
+
+
+@contextmanager
+def probing(model: nn.Module | DEQ, eps: float | None) -> Iterator[Probe]:
+    """A context in which one probe is in all DEQs of a model, in evaluation mode."""
+    parts = [] if isinstance(model, DEQ) else list(model.modules())
+    held = [v for part in parts for v in vars(part).values() if isinstance(v, DEQ)]
+    deqs = [model] if isinstance(model, DEQ) else list({id(deq): deq for deq in held}.values())
+    if not deqs:
+        raise InputError(
+            f"{type(model).__name__} has no lib.DEQ as an attribute: pass the DEQ itself, and "
+            "call the model in forward"
+        )
+    probe, modes = Probe(eps), [(part, part.training) for part in parts]
+    own = [(deq, deq.f_solver, deq.grad, deq.stats) for deq in deqs]
+    try:
+        for part in parts:
+            part.training = False
+        for deq, solver, grad, _ in own:
+            if isinstance(grad, Iteration):  # it replaces the solver, and has no tolerance
+                damping = getattr(grad, "damping", 1.0)
+                solver = partial(fixed_point_iteration, eps=0.0, damping=damping)
+            deq.grad, deq.f_solver = _Outlet(grad, probe), partial(probe.solve, solver)
+            deq.stats = SolverStats()
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DEQWarning)  # far starts may well diverge
+            yield probe
+    finally:
+        for deq, solver, grad, stats in own:
+            deq.f_solver, deq.stats = solver, stats
+            deq.grad = grad  # after the solver: a gradient may refuse another one
+        for part, training in modes:
+            part.training = training
 
 
 class _Pass:
@@ -127,31 +288,24 @@ class _Pass:
         self.radius = np.stack([s.radius for s in found]).max(axis=0)
         self.met, self.counted = all(s.met for s in found), all(s.counted for s in found)
         self.threshold, self.eps = max(s.threshold for s in found), max(s.eps for s in found)
-        # Without other starts ``around`` is empty, and there is no distance.
+        # Without another start ``around`` is empty.
         states = zip(found, around, strict=False)
         pairs = [[s.z.flatten(1).double().cpu().numpy() for s in pair] for pair in states]
         away = [relative(*(np.linalg.norm(v, axis=1) for v in (a - b, b))) for a, b in pairs]
         self.distance = np.max(away, axis=0) if away else np.zeros(len(score))
 
 
-class _Runner:
-    """Calls the model on one batch as a request says."""
-
-    def __init__(self, probe: Probe, call, inputs, target, correct, difficulty):
-        self.probe, self.call, self.inputs, self.target = probe, call, inputs, target
-        self.correct, self.difficulty = correct, difficulty
-
-    def __call__(self, request: Request) -> _Pass:
-        self.probe.request, self.probe.found = request, []
-        with torch.random.fork_rng():
-            torch.manual_seed(SEED)
-            output = self.call(self.inputs)
-        if not self.probe.found:
-            raise InputError("the model called no DEQ: audit finds nothing to look at")
-        score, hard = _row(self.correct(output, self.target), "correct"), None
-        if self.difficulty is not None:
-            hard = _row(self.difficulty(output, self.target), "difficulty")
-        return _Pass(score, hard, self.probe.found, request.around)
+def _run(probe: Probe, call, inputs, target, correct, difficulty, request: Request) -> _Pass:
+    """Call the model on one batch as a request says."""
+    probe.request, probe.found = request, []
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of what the model draws at random, such as a start
+        output = call(inputs)
+    if not probe.found:
+        raise InputError("the model called no DEQ: audit finds nothing to look at")
+    score = _row(correct(output, target), "correct")
+    hard = None if difficulty is None else _row(difficulty(output, target), "difficulty")
+    return _Pass(score, hard, probe.found, request.around)
 
 
 def _row(values: Tensor, name: str) -> np.ndarray:
@@ -167,7 +321,7 @@ def _cuts(threshold: int) -> list[int]:
     return [2**i for i in range(1, threshold.bit_length()) if 2**i < threshold]
 
 
-def _passes(run: _Runner, starts: list, rules: Rules) -> dict[Any, _Pass]:
+def _passes(run: Callable, probe: Probe, starts: list, rules: Rules) -> dict[Any, _Pass]:
     """All passes over one batch, by the names of cuts and by starts."""
     own = run(Request())
     patient = Request(times=rules.longer[-1], least=rules.least, eps=1.0)
@@ -180,7 +334,7 @@ def _passes(run: _Runner, starts: list, rules: Rules) -> dict[Any, _Pass]:
         "patient": run(patient),
         "reference": run(replace(tight, products=RADIUS_PRODUCTS)),
     }
-    around = tuple(run.probe.found)
+    around = tuple(probe.found)
     return found | {s: run(replace(tight, start=s, around=around)) for s in starts}
 
 
@@ -220,12 +374,11 @@ def _report(parts: list[dict[Any, _Pass]], starts: list, measure: str, rules: Ru
     scores = {name: of(name, "score") for name in names}
     cuts, others = [at(name) for name in names], [started(start) for start in starts]
     radii = of("reference", "radius")[of("reference", "settled")]
-    radius: dict[str, Any] = dict.fromkeys(("mean", "largest", "below_one")) | {
-        "samples": len(radii)
-    }
+    radius: dict[str, Any] = dict.fromkeys(("mean", "largest", "below_one"))
     if len(radii):
         figures = radii.mean(), radii.max(), (radii < 1).mean()
-        radius |= dict(zip(radius, map(float, figures), strict=False))
+        radius = dict(zip(radius, map(float, figures), strict=True))
+    radius["samples"] = len(radii)
     patient = float(of("patient", "settled").mean())
     spent = of("patient", "evaluations")
     counted = all(part["patient"].counted for part in parts)

@@ -1,4 +1,4 @@
-"""The figures of an audit, its rules and its verdict. The report is :class:`Audit`."""
+"""The figures of an audit, its rules, its verdict and its report."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 OWN = "own threshold"  # the cut at which the model is used
+_UNKNOWN = dict.fromkeys(("correlation", "auc", "low", "high"))
 
-# What to do about each verdict.
-ADVICE = {
+ADVICE = {  # what to do about each verdict
     "equilibrium": "any start and solver will do, and more evaluations do no harm",
     "unstable equilibrium": "plain iteration leaves the point: keep the solver, or add the "
     "Jacobian loss",
@@ -31,7 +31,7 @@ class Rules:
 
     longer: tuple[int, ...] = (2, 4)  # times the threshold, in finding 1; the last: to settle
     least: int = 100  # evaluations that a sample may take to settle in any case
-    tighter: float = 0.1  # times the tolerance, for solves whose points are compared
+    tighter: float = 0.1  # times the tolerance, where points are compared
     samples: int = 20  # fewer give no verdict
     each: int = 5  # fewer right or wrong ones say nothing about the residual
     share: float = 0.95  # of samples or solves for which a property has to hold
@@ -47,17 +47,17 @@ class Audit:
         verdict, reason: see :func:`judge`.
         measure, samples, threshold, eps: the measure's name; the number of samples; the model's
             largest threshold and tolerance. A sample with a residual below ``eps`` has settled.
-        budget, patient: the evaluations that a sample may take to settle, and how many then do.
+        budget, patient: the evaluations that a sample may take to settle, and the share that does.
         enough: the cut from which on the measure is the same as at the model's own threshold.
         cuts: finding 1, a dict for each cut: name, evaluations (mean), measure, residual (relative,
             over all samples), settled (share), met (residual of each batch below eps).
         starts: finding 2, a dict for each start: kind, scale, seed, settled (share), distance (to
             the point from the model's own start, relative, median), elsewhere (share that settles
             more than ``rules.same_point`` away), change (of the measure).
-        correctness, effort: findings 3 and 4: said (in words), correlation (rank), auc, low, high.
-            auc is the probability that a wrong sample has a larger residual than a right one; low
-            and high are the mean residual if right and if wrong, and the mean evaluations of the
-            easier and of the harder half. None: not known.
+        correctness, effort: findings 3 and 4: said (in words), correlation (rank), auc (the
+            probability that a wrong sample has a larger residual than a right one), low and high
+            (the mean residual if right and if wrong; the mean evaluations of the easier and of the
+            harder half). None: not known.
         radius: finding 5, of the samples that settled: samples, mean, largest, below_one (share).
     """
 
@@ -94,8 +94,10 @@ class Audit:
         ]  # fmt: skip
         radius = "no sample settled"
         if self.radius["samples"]:
-            radius = "mean {mean:.3f}, largest {largest:.3f}, below 1 for {below_one:.0%} of the "
-            radius = f"{radius}{{samples}} samples that settled".format(**self.radius)
+            radius = (
+                "mean {mean:.3f}, largest {largest:.3f}, below 1 for {below_one:.0%} of the "
+                "{samples} samples that settled"
+            ).format(**self.radius)
         return "\n".join(
             [
                 f"verdict: {self.verdict}",
@@ -131,8 +133,8 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def compare(before: np.ndarray, after: np.ndarray, tolerance: float) -> str:
-    """'same' if two paired means differ by at most the tolerance. 'higher' or 'lower' if they
-    differ by more, and by two standard errors of the paired differences; else 'unclear'."""
+    """'same' if paired means differ by at most the tolerance; 'higher' or 'lower' if they differ by
+    more, and by two standard errors of the paired differences; else 'unclear'."""
     change = after - before
     mean = float(change.mean())
     if abs(mean) <= tolerance:
@@ -165,14 +167,15 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 def _told(value: float | None, error: float, less: str, more: str) -> str:
     """Which of the two, if a figure is more than two standard errors from 0."""
-    return "no relation" if abs(value or 0) <= 2 * error else more if (value or 0) > 0 else less
+    value = value or 0
+    return "no relation" if abs(value) <= 2 * error else more if value > 0 else less
 
 
 def correctness(residual: np.ndarray, score: np.ndarray, rules: Rules) -> dict:
     """Finding 3, from the relative residual and the score of each sample (N,)."""
     n, rank = len(score), rank_correlation(residual, score)
     right, wrong = residual[score == 1], residual[score == 0]
-    found = {"correlation": rank, "auc": None, "low": None, "high": None}
+    found = _UNKNOWN | {"correlation": rank}
     if len(right) + len(wrong) < n:  # the score is not right or wrong
         less, more = (
             f"a {size} residual goes with a higher score" for size in ("smaller", "larger")
@@ -195,28 +198,27 @@ def correctness(residual: np.ndarray, score: np.ndarray, rules: Rules) -> dict:
 def effort(
     evaluations: np.ndarray | None, hard: np.ndarray | None, settled: np.ndarray, rules: Rules
 ) -> dict:
-    """Finding 4, from the evaluations and the difficulty of each sample (N,).
+    """Finding 4, from the evaluations and the difficulty of each sample (N,) that has settled.
 
-    A sample that has not settled has spent its budget, which says nothing of its difficulty.
+    Another has spent its budget, which says nothing of its difficulty.
     """
-    found = {"correlation": None, "auc": None, "low": None, "high": None}
     if hard is None:
-        return found | {"said": "unknown: no difficulty is given"}
+        return _UNKNOWN | {"said": "unknown: no difficulty is given"}
     if evaluations is None:
-        return found | {"said": "unknown: the solver does not count evaluations per sample"}
+        return _UNKNOWN | {"said": "unknown: the solver does not count evaluations per sample"}
     if settled.mean() < rules.share:
-        return found | {"said": f"cannot be told: {settled.mean():.0%} of the samples settle"}
+        return _UNKNOWN | {"said": f"cannot be told: {settled.mean():.0%} of the samples settle"}
     evaluations, hard = evaluations[settled], hard[settled]
     n, rank = len(hard), rank_correlation(evaluations, hard)
     if n < rules.samples or rank is None:
-        why = f"from {n} samples" if n < rules.samples else "from figures that are all the same"
-        return found | {"said": f"cannot be told {why}"}
+        why = f"{n} samples" if n < rules.samples else "figures that are all the same"
+        return _UNKNOWN | {"said": f"cannot be told from {why}"}
     upper = hard > np.median(hard)
     low, high = (float(evaluations[part].mean()) for part in (~upper, upper))
     less, more = (f"harder samples take {what}" for what in ("fewer", "more"))
     said = _told(rank, 1 / math.sqrt(n), less, more)
     said += f" (rank correlation {rank:.2f}; {low:.1f} if easier, {high:.1f} if harder)"
-    return found | {"correlation": rank, "low": low, "high": high, "said": said}
+    return _UNKNOWN | {"correlation": rank, "low": low, "high": high, "said": said}
 
 
 def judge(

@@ -1,8 +1,7 @@
 """Ways to differentiate an equilibrium z* = f(z*), by name.
 
 With J = df/dz at z* and g = dL/dz, the exact gradient is dL/dtheta = y' df/dtheta with the adjoint
-y = (I - J)^-T g. The gradients differ in how they compute, approximate or avoid y (the last column
-gives the arXiv id):
+y = (I - J)^-T g. The gradients compute, approximate or avoid y (the last column is the arXiv id):
 
     ========== ====================================================================== ==========
     ift        solve y = J'y + g with the backward solver                             1909.01377
@@ -15,10 +14,10 @@ gives the arXiv id):
 
 ``ift``, ``jfb`` and ``phantom`` work with any forward solver; ``shine`` needs broyden.
 ``reversible`` and ``unroll`` replace the forward solver by an iteration of their own, also in
-evaluation; ``f_thres`` counts the evaluations of f in that iteration.
+evaluation; ``f_thres`` counts its evaluations of f.
 
-Select a gradient by its name, optionally with options: ``DEQ(grad="phantom:steps=3,damping=0.8")``.
-The instance ``DEQ(grad=Phantom(steps=3, damping=0.8))`` is equivalent.
+Options follow the name: ``DEQ(grad="phantom:steps=3,damping=0.8")``, or equivalently the instance
+``DEQ(grad=Phantom(steps=3, damping=0.8))``.
 """
 
 from collections.abc import Callable
@@ -63,13 +62,13 @@ class Gradient:
     differentiates_state = False  # needs f(z*) as a function of z*
     keeps_inverse = False  # needs the forward solver's estimate of the inverse Jacobian
     order = 1  # the highest order of derivatives that is correct
-    by_autograd = False  # attach uses ordinary operations only: forward mode needs no own tangent
+    by_autograd = False  # attach uses ordinary operations: forward mode needs no own tangent
 
     def refuse(self, f_solver: Callable[..., dict]) -> None:
         """Raise an InputError for a forward solver that this gradient cannot work with."""
 
     def refuse_threshold(self, f_thres: int, name: str = "f_thres", more: int = 0) -> None:
-        """Accept any threshold: only some iterations limit it."""
+        """Accept any threshold: only iterations limit it."""
 
     def attach(self, solved: Solved) -> Tensor:
         """The output state, a new tensor, with this gradient if autograd records."""
@@ -79,7 +78,7 @@ class Gradient:
         """The forward-mode tangent of the output state; this gradient is its transpose.
 
         Raises:
-            InputError: this gradient has no forward mode.
+            InputError: there is none.
         """
         raise InputError(
             f"grad {type(self).__name__} has no forward mode: take grad ift, jfb or phantom, or "
@@ -95,18 +94,16 @@ class Gradient:
 class Implicit(Gradient):
     """y = J'y + g, solved to the tolerance of the backward solver (Bai, Kolter, Koltun 2019).
 
-    With ``order=2`` second derivatives are correct as well. Let z_1 be the output state of order 1.
-    The output state is then one Newton step from z_1:
+    With ``order=2`` the output state is one Newton step from that of order 1, z_1:
 
         z = z_1 + N (f(z_1) - z_1),     N = (I - J)^-1 at z*, a constant
 
-    Where f(z_1) = z_1, the first derivative of z equals that of the equilibrium, whatever the first
-    derivative of z_1 is. The second derivative of z is correct because the first derivative of z_1
-    is correct; the second derivative of z_1 cancels. Backward keeps a second evaluation of f, and
-    second derivatives need more solves.
+    Where f(z_1) = z_1, the first derivative of z is that of the equilibrium, whatever that of z_1
+    is. The second derivative of z is correct because the first of z_1 is; the second of z_1
+    cancels. Backward keeps a second evaluation of f, and second derivatives need more solves.
 
     Args:
-        order: the highest order of derivatives, 1 or 2. Backward refuses a higher derivative.
+        order: the highest order of correct derivatives, 1 or 2; backward refuses a higher one.
     """
 
     order: int = 1
@@ -120,8 +117,8 @@ class Implicit(Gradient):
         adjoint = solved.adjoint
         if self.order == 1 or not solved.fz.requires_grad:
             return attach(solved.fz, adjoint.solve)
-        # In the first backward pass the gradient that reaches z_1 is the residual of the adjoint
-        # equation, which is nearly zero: pass it on without a solve.
+        # The gradient that first reaches z_1 is the residual of the adjoint equation, nearly zero:
+        # pass it on without a solve.
         passes = 0
 
         def first(g: Tensor) -> Tensor:
@@ -156,8 +153,8 @@ class Phantom(Gradient):
 
     Unrolled form: the output state is the last h, and backward keeps one evaluation of f per step.
     Neumann form: the output state is f(z*) with y = t sum_{i < steps} B'^i g, B = t J + (1 - t) I,
-    and backward keeps one evaluation of f. At an exact fixed point both forms give the same
-    gradient. One step with t = 1 is ``jfb``.
+    and backward keeps one evaluation in all. At an exact fixed point both give the same gradient.
+    One step with t = 1 is ``jfb``.
 
     Args:
         steps: number of steps.
@@ -218,9 +215,9 @@ class Shine(Gradient):
     """y = -H'g with the inverse Jacobian H shared by the forward solver (Ramzi et al. 2021).
 
     H is Broyden's estimate of the inverse Jacobian of f(z) - z, at the iterate that the solver
-    returns. A sample with ||y|| > ``limit`` ||g||, or with a y that is not finite, falls back to
-    y = g. The vectors that make up H are kept until backward: one per iteration, or two per stored
-    update of a ``broyden:memory=...``.
+    returns. A sample with ||y|| > ``limit`` ||g||, or with a y that is not finite, takes y = g. The
+    vectors of H are kept until backward: one per iteration, or two per stored update of a
+    ``broyden:memory=...``.
 
     Args:
         limit: the largest accepted ratio ||y|| / ||g||.
@@ -268,7 +265,7 @@ class Shine(Gradient):
             flat = grad.reshape(len(grad), -1).to(like)
             y = -inverse.transposed(flat, updates)
             norms = [v.double().norm(dim=1, keepdim=True) for v in (y, flat)]
-            # `<=` is False for NaN, so a y that is not finite falls back as well.
+            # `<=` is False for a y that is not finite.
             y = torch.where(norms[0] <= self.limit * norms[1], y, flat)
             y = y.view(grad.shape).to(grad)
             return solve(grad, y, self.refine) if self.refine else y
@@ -287,7 +284,7 @@ GRADIENTS: dict[str, type] = {
 
 
 def unused_settings(grad: Gradient | Iteration) -> list[str]:
-    """Names of the settings of a model that have no effect with this gradient."""
+    """The settings of a model that have no effect with this gradient."""
     if isinstance(grad, Iteration):
         return ["f_solver", "stop_mode", "b_solver", "b_thres"]
     if not grad.uses_b_solver:

@@ -1,17 +1,20 @@
 """The linear equations behind the gradient and the forward-mode tangent of an equilibrium.
 
 With J = df/dz at z*, the adjoint y solves y = J'y + g for g = dL/dz. The tangent t of z*, for a
-change dx of x, solves t = J t + J_x dx. The backward solver solves both.
+change dx of x, solves t = J t + J_x dx. The backward solver solves both. :class:`RadiusWatch` sees
+whether J lets plain iteration do so.
 """
 
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -26,54 +29,50 @@ from lib.solvers.specs import unwrapped
 from lib.solvers.stats import all_finite
 from lib.solvers.transforms import tangent_of
 
-# A solution whose residual ||A y + b - y|| / ||b|| is above this is compared with y = b. If the
-# better of the two is still above this, a warning follows. With a nearly singular I - A, a solution
-# with residual 0.14 had an error larger than its own norm (scripts/benchmarks/bench_adjoints.py).
+# The largest residual ||A y + b - y|| / ||b|| of a good solution. With a nearly singular I - A, one
+# of residual 0.14 had an error larger than its own norm (scripts/benchmarks/bench_adjoints.py).
 POOR = 0.1
 
 _RISING = 6  # a residual that rises over so many last evaluations shows divergence
 _MOST_SCALE = 120  # largest exponent of a scale 2^k: within the range of float32, with room
+
+EVERY, PRODUCTS = 100, 20  # of RadiusWatch: 20 products per 100 backward passes, 0.2 per step
 
 
 def warn(message: str) -> None:
     warnings.warn(message, DEQWarning, stacklevel=5)
 
 
+@dataclass(frozen=True)
 class LinearSolve:
     """Solve y = A y + b, and judge the solution by ||A y + b - y|| / ||b|| per sample.
 
     A solver judges y by ||f(y) - y|| / ||f(y)||, which is small for an exploding y, or by
     ||f(y) - y|| alone, which is small for y = 0 if b is small. Therefore:
 
-    - b is scaled by a power of two, which is exact. This happens where the norm of b is out of the
-      range whose squares float32 holds. In stop mode 'abs' it also happens where the norm is below
-      1/2, so an absolute tolerance means eps times min(1, ||b||). The norm is that of the whole
-      batch, or of each sample if the solver stops per sample.
+    - b is scaled by a power of two, which is exact, where its norm is out of the range whose
+      squares float32 holds. In stop mode 'abs' also where the norm is below 1/2: an absolute
+      tolerance means eps times min(1, ||b||). The norm is of the whole batch, or of each sample if
+      the solver stops per sample.
     - A sample takes y = b if its residual is above :data:`POOR` and that of y = b is smaller; if
       its solution is y = 0; or if its products are not finite.
-    - A warning follows if a residual is still large.
+    - A warning follows if a residual is still above :data:`POOR`.
 
     Args:
         solver: a solver of :mod:`lib.solvers`, or a user-defined one.
         threshold, stop_mode: arguments for the solver.
         report: called with the solver's dict after each solve.
-        name: what warnings call the solution.
-        of: what warnings call the result that depends on the solution.
+        name, of: what warnings call the solution, and the result that depends on it.
         group: processes among which products communicate (:mod:`lib.solvers.lockstep`).
     """
 
-    def __init__(
-        self,
-        solver: Callable[..., dict],
-        threshold: int,
-        stop_mode: str,
-        report: Callable[[dict], None],
-        name: str = "adjoint",
-        of: str = "gradient",
-        group: ProcessGroup | None = None,
-    ):
-        self._solver, self._threshold, self._stop_mode = solver, threshold, stop_mode
-        self._report, self._name, self._of, self._group = report, name, of, group
+    solver: Callable[..., dict]
+    threshold: int
+    stop_mode: str
+    report: Callable[[dict], None]
+    name: str = "adjoint"
+    of: str = "gradient"
+    group: ProcessGroup | None = None
 
     @torch.no_grad()
     def __call__(
@@ -94,39 +93,33 @@ class LinearSolve:
             make_precise: returns the product in float32, if ``product`` is in half precision.
         """
         options = {
-            "threshold": self._threshold if threshold is None else threshold,
-            "stop_mode": self._stop_mode,
+            "threshold": self.threshold if threshold is None else threshold,
+            "stop_mode": self.stop_mode,
         }
+        y0 = torch.zeros_like(b) if start is None else start
         if b.is_meta:  # no values to judge
-            y0 = torch.zeros_like(b) if start is None else start
-            return self._solver(Affine(product, b), y0, **options)["result"]
-        with lockstep(product, b, self._group) as product:
-            return self._in_step(product, b, start, make_precise, options)
-
-    def _in_step(
-        self, product: Map, b: Tensor, start: Tensor | None, make_precise, options: dict
-    ) -> Tensor:
-        norms = sample_norms(b)
-        scale = self._scale(norms)
-        scaled = _times(b, scale)
-        y0 = torch.zeros_like(b) if start is None else _times(start, scale)
-        step = Affine(product, scaled, y0 if start is None else None)  # A 0 = 0
-        if make_precise is None:
-            solution = self._solver(step, y0, **options)
-        else:
-            solution = solve_in_stages(
-                self._solver, step, lambda: Affine(make_precise(), scaled), y0, **options
-            )
-        solution = _unscaled(solution, scale)
-        self._report(solution)
-        return self._judged(solution, product, b, norms)
+            return self.solver(Affine(product, b), y0, **options)["result"]
+        with lockstep(product, b, self.group) as product:
+            norms = sample_norms(b)
+            scale = self._scale(norms)
+            scaled, y0 = _times(b, scale), _times(y0, scale)
+            step = Affine(product, scaled, y0 if start is None else None)  # A 0 = 0
+            if make_precise is None:
+                solution = self.solver(step, y0, **options)
+            else:
+                solution = solve_in_stages(
+                    self.solver, step, lambda: Affine(make_precise(), scaled), y0, **options
+                )
+            solution = _unscaled(solution, scale)
+            self.report(solution)
+            return self._judged(solution, product, b, norms)
 
     def _scale(self, norms: np.ndarray) -> np.ndarray:
-        """The powers of two (B,) that scale b: all the same unless the solver stops per sample."""
+        """The powers of two (B,) that scale b."""
         finite = np.where(np.isfinite(norms), norms, 0.0)
-        alone = unwrapped(self._solver)[1].get("stop") == "sample"
+        alone = unwrapped(self.solver)[1].get("stop") == "sample"
         sizes = finite if alone else np.full_like(finite, math.hypot(*finite))
-        least = 0.5 if self._stop_mode == "abs" else 2.0**-40
+        least = 0.5 if self.stop_mode == "abs" else 2.0**-40
         fits = (sizes == 0) | ((least <= sizes) & (sizes <= 2.0**40)) | ~np.isfinite(sizes)
         return np.exp2(np.where(fits, 0, np.minimum(-np.frexp(sizes)[1], _MOST_SCALE)))
 
@@ -137,8 +130,7 @@ class LinearSolve:
         if not all_finite(solution):
             lost = ~solution["finite"].cpu().numpy()
             warn(
-                f"the {self._name} of some samples is not finite: they pass their "
-                f"{self._of} unsolved"
+                f"the {self.name} of some samples is not finite: they pass their {self.of} unsolved"
             )
         if "norms" in solution:
             residual = _relative(solution["norms"][0], norms)
@@ -150,28 +142,22 @@ class LinearSolve:
             none = (sample_norms(y) == 0) & (norms > 0)
             passes = poor & (lost | none | ~(residual <= simple))
             if passes.any():
-                rows = to_device(passes, b.device).view(-1, *[1] * (b.dim() - 1))
-                y = torch.where(rows, b, y)
+                y = torch.where(_column(to_device(passes, b.device), b), b, y)
                 residual = np.where(passes, simple, residual)
+        last = solution.get("abs_trace", [])[-_RISING:]
+        rises = len(last) == _RISING and all(a < b for a, b in pairwise(last))
         left = residual[~(residual <= POOR) & ~lost]
         if left.size:  # one digit: Python shows equal warning texts once
             what = f"relative residual up to {left.max():.1g}"
-        elif _rises(solution):  # the iteration diverged after its best point
+        elif rises and solution.get("reason") == "threshold":  # the best point says little then
             what = "its residual rose to the end"
         else:
             return y
         warn(
-            f"the {self._name} is not solved ({what}), so the {self._of} may be far off: raise "
+            f"the {self.name} is not solved ({what}), so the {self.of} may be far off: raise "
             "b_thres, take another b_solver (gmres), or regularise the Jacobian"
         )
         return y
-
-
-def _rises(solution: dict) -> bool:
-    """Whether the residual rose to the threshold: that of the best point says little then."""
-    last = solution.get("abs_trace", [])[-_RISING:]
-    grows = all(a < b for a, b in pairwise(last))
-    return solution.get("reason") == "threshold" and len(last) == _RISING and grows
 
 
 def sample_norms(vectors: Tensor) -> np.ndarray:
@@ -179,10 +165,15 @@ def sample_norms(vectors: Tensor) -> np.ndarray:
     return norms_of(vectors.reshape(len(vectors), -1))
 
 
+def _column(numbers: Tensor, vectors: Tensor) -> Tensor:
+    """Numbers (B,) as (B, 1, ...), of the rank of ``vectors``."""
+    return numbers.view(-1, *[1] * (vectors.dim() - 1))
+
+
 def _powers_of_two(vectors: Tensor) -> Tensor:
     """For each vector (B, ...): the power of two above its norm, or 1 for zero; (B, 1, ...)."""
     exponents = np.clip(np.frexp(sample_norms(vectors))[1], -_MOST_SCALE, _MOST_SCALE)
-    return to_device(np.exp2(exponents), vectors).view(-1, *[1] * (vectors.dim() - 1))
+    return _column(to_device(np.exp2(exponents), vectors), vectors)
 
 
 def _relative(residual: np.ndarray, norms: np.ndarray) -> np.ndarray:
@@ -194,14 +185,13 @@ def _times(vectors: Tensor, factors: np.ndarray) -> Tensor:
     """Vectors (B, ...) times factors (B,); the same tensor if all factors are 1."""
     if (factors == 1).all():
         return vectors
-    return vectors * to_device(factors, vectors).view(-1, *[1] * (vectors.dim() - 1))
+    return vectors * _column(to_device(factors, vectors), vectors)
 
 
 def _unscaled(solution: dict, scale: np.ndarray) -> dict:
-    """Convert the solver's dict from the scaled equation (b times ``scale`` (B,)) to the original.
+    """The solver's dict of the scaled equation (b times ``scale``, (B,)), for the original one.
 
-    If the samples have different scales, ``abs_trace`` and ``eps`` stay those of the scaled
-    equation.
+    With different scales, ``abs_trace`` and ``eps`` stay those of the scaled equation.
     """
     if (scale == 1).all():
         return solution
@@ -215,9 +205,9 @@ def _unscaled(solution: dict, scale: np.ndarray) -> dict:
             out[name] = value / scale if of_host else _times(value, 1 / scale)
     if (scale != scale[0]).any():
         if "norms" in out:
-            lowest = dict(zip(("abs", "rel"), totals(out["norms"]), strict=True))
-            out |= {"abs_lowest": lowest["abs"], "rel_lowest": lowest["rel"]}
-            out["lowest"] = lowest[solution["stop_mode"]]
+            g, relative = totals(out["norms"])
+            lowest = g if absolute else relative
+            out |= {"abs_lowest": g, "rel_lowest": relative, "lowest": lowest}
         return out
     for name in ["abs_lowest", "lowest", "eps"] if absolute else ["abs_lowest"]:
         if name in solution:
@@ -234,7 +224,7 @@ class Adjoint:
         fz: f(point), with its graph.
         point: z*, which requires grad.
         solve: the linear solve.
-        again: f, if ``fz`` was computed in half precision. The solve can then finish in float32,
+        again: f, if ``fz`` was computed in half precision: the solve can then finish in float32,
             provided that f(point) still gives ``fz``.
         watch: called with the product and the right-hand side after each solve.
     """
@@ -269,7 +259,7 @@ class Adjoint:
         return y
 
     def solve_transposed(self, v: Tensor) -> Tensor:
-        """Solve t = J t + v. The products J t are derivatives of the linear map u -> J'u."""
+        """Solve t = J t + v; the products J t are derivatives of u -> J'u."""
         with torch.enable_grad():
             u = torch.zeros_like(self.fz, requires_grad=True)
             (back,) = torch.autograd.grad(
@@ -294,7 +284,7 @@ class Tangents:
     """Products with J at a point, and solves with I - J, by forward-mode differentiation of f.
 
     Args:
-        f: the layer. The call is inside a dual level in which the inputs of f have tangents.
+        f: the layer, inside a dual level in which its inputs have tangents.
         point: z*, without a tangent.
         shift: J_x dx, the tangent of f(point).
         solve: the linear solve.
@@ -308,8 +298,8 @@ class Tangents:
     def product(self, v: Tensor) -> Tensor:
         """J v, with the shape and dtype of v.
 
-        Forward mode through f gives J v + J_x dx, from which J_x dx is subtracted. v is scaled to
-        about the norm of J_x dx, so that the difference keeps its digits.
+        Forward mode gives J v + J_x dx, from which J_x dx is subtracted; v is scaled to about the
+        norm of J_x dx, so that the difference keeps its digits.
         """
         scale = self._powers / _powers_of_two(v)
         at = forward_ad.make_dual(self._point, (scale * v).to(self._point.dtype))
@@ -319,3 +309,64 @@ class Tangents:
     def solve(self, b: Tensor) -> Tensor:
         """Solve t = J t + b."""
         return self._solve(self.product, b)
+
+
+class RadiusWatch:
+    """Warns once if the spectral radius of J = df/dz at z* exceeds one in training.
+
+    The radius is the largest of a batch, because a few unstable samples can stop a solve early.
+
+    At every 100th backward pass, 20 products with J' start from the incoming gradient. The growth
+    of the last 10 estimates the spectral radius per sample, without random numbers. The estimate
+    never exceeds ||J||_2, so a contraction stays silent. It is rough if many eigenvalues have
+    nearly the largest modulus, or if J is far from normal; :func:`lib.jacobian.power_method` is
+    more exact.
+
+    Several processes that train together get no estimate: their backward passes may communicate,
+    and the estimate would have to run in all of them alike.
+    """
+
+    def __init__(self):
+        self.passes, self.said = 0, False
+
+    def __call__(self, product: Map, grad: Tensor) -> None:
+        """Count a backward pass: v -> J'v, and the incoming gradient."""
+        self.passes += 1
+        if self.said or self.passes % EVERY or grad.is_meta or _several_processes():
+            return
+        radius = growth(product, grad)
+        if radius > 1:
+            self.said = True
+            warn(
+                f"the spectral radius of df/dz has passed one: it is about {radius:.2f} (the "
+                f"largest of a batch, at backward pass {self.passes}). Plain iteration then leaves "
+                "the fixed point, and solves may stop early: bound the weights "
+                "(lib.spectral_norm) or train with the Jacobian loss (jac_vecs); this is said once"
+            )
+
+
+@torch.no_grad()
+def growth(product: Map, start: Tensor) -> float:
+    """The growth per product over their last half, from ``start`` (B, ...): the largest of a batch.
+
+    A start of zero counts as 0; NaN if a product is not finite.
+    """
+    dtype = torch.promote_types(start.dtype, torch.float32)
+    smallest = torch.finfo(dtype).tiny
+
+    def norms(vectors: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(vectors.flatten(1).to(dtype), dim=1)
+
+    norm = norms(start)
+    v, logs = start, torch.zeros_like(norm)
+    for i in range(PRODUCTS):
+        v = product((v / _column(norm.clamp(min=smallest), v)).to(start.dtype))
+        norm = norms(v)
+        if i >= PRODUCTS // 2:
+            logs += norm.clamp(min=smallest).log()
+    return (logs / (PRODUCTS - PRODUCTS // 2)).exp().amax().item()
+
+
+def _several_processes() -> bool:
+    found = torch.distributed
+    return found.is_available() and found.is_initialized() and found.get_world_size() > 1

@@ -1,13 +1,13 @@
-"""Attach an implicit gradient to a state, and refuse the uses of PyTorch that do not fit it.
+"""Attach an implicit gradient to a state, and refuse the uses of PyTorch that do not fit.
 
 The user's state is a copy of f(z*), and the gradient is a hook on the autograd *node* of that copy.
 So the state is an ordinary tensor: the user may change it in place, put hooks on it, ask for its
-gradient dL/dz, and split a backward pass in two at it. (A hook on a tensor that is a view of f(z*)
-would be lost by ``z += x``, and would change the result of ``autograd.grad(L, z)``.)
+gradient dL/dz, and split a backward pass at it. (A hook on a tensor, a view of f(z*), would be lost
+by ``z += x``, and would change the result of ``autograd.grad(L, z)``.)
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -16,25 +16,25 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lib.errors import InputError
+from lib.solvers.maps import Map
 from lib.solvers.transforms import differentiating_forward, refuse_batched, tangent_of
 
 
 def attach(
     fz: Tensor,
-    change: Callable[[Tensor], Tensor],
-    linear: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None,
+    change: Map,
+    linear: tuple[Map, Map] | None = None,
 ) -> Tensor:
     """A copy of f(z*) whose incoming gradient g = dL/dz reaches f as ``change(g)``.
 
-    ``change`` may call autograd.grad on ``fz``: this call does not reach the node of the copy. So
-    the hook is never removed, and any number of forward passes may wait for their backward.
+    ``change`` may call autograd.grad on ``fz``, which does not reach the node of the copy. So the
+    hook is never removed, and any number of forward passes may wait for their backward.
 
     Args:
         fz: f(z*), with its graph. The copy has no forward-mode tangent.
         change: maps a tensor of the shape and dtype of ``fz`` to another one.
         linear: replaces ``change`` where second derivatives may follow (create_graph): a linear
-            map, which second derivatives treat as constant, and its transpose. Without ``linear``,
-            second derivatives are refused.
+            map, constant to second derivatives, and its transpose. None refuses them.
 
     Raises (in backward):
         RuntimeError: a batch of gradients (is_grads_batched); forward mode over reverse mode; a
@@ -49,7 +49,15 @@ def attach(
         (grad,) = grads
         if grad is None:
             return grads  # an operation behind z has no gradient
-        _refuse_compiled()
+        # Compiled autograd has already freed the tensors that f saved for backward. Look up instead
+        # of import: the module is loaded if it is in use.
+        compiled = sys.modules.get("torch._dynamo.compiled_autograd")
+        if compiled is not None and compiled.in_compiled_autograd_region:
+            raise RuntimeError(
+                "compiled autograd cannot go through an equilibrium, because its backward pass "
+                "needs a solve: leave torch._dynamo.config.compiled_autograd off (torch.compile is "
+                "fine)"
+            )
         refuse_batched(grad)
         if differentiating_forward() and (dual or tangent_of(grad) is not None):
             raise RuntimeError(
@@ -67,22 +75,8 @@ def attach(
     return out
 
 
-def _refuse_compiled() -> None:
-    """Refuse compiled autograd, which has already freed the tensors that f saved for backward."""
-    # Look up instead of import: the module is loaded if compiled autograd is in use.
-    compiled_autograd = sys.modules.get("torch._dynamo.compiled_autograd")
-    if compiled_autograd is not None and compiled_autograd.in_compiled_autograd_region:
-        raise RuntimeError(
-            "compiled autograd cannot go through an equilibrium, because its backward pass needs a "
-            "solve: leave torch._dynamo.config.compiled_autograd off (torch.compile is fine)"
-        )
-
-
 def refuse_derivative(value: Tensor, *anchors: Tensor) -> Tensor:
-    """The result of a solver, such that differentiating it raises an error.
-
-    It depends on the ``anchors``, at least one of which has a graph.
-    """
+    """The value, such that differentiating it raises. An anchor has a graph."""
     return _Refuse.apply(value, *anchors)
 
 
@@ -101,13 +95,10 @@ class _Refuse(torch.autograd.Function):
 
 
 class _Linear(torch.autograd.Function):
-    """A linear map whose backward is its transpose.
-
-    The anchor has a graph, so the output has one too, even if ``grad`` has none.
-    """
+    """A linear map whose backward is its transpose. The anchor gives its output a graph."""
 
     @staticmethod
-    def forward(ctx, grad: Tensor, anchor: Tensor, change: Callable, transposed: Callable):
+    def forward(ctx, grad: Tensor, anchor: Tensor, change: Map, transposed: Map):
         ctx.transposed = transposed
         return change(grad)
 
@@ -124,7 +115,7 @@ class _Linear(torch.autograd.Function):
 
 
 def with_tangent(value: Tensor, tangent: Tensor) -> Tensor:
-    """The dual tensor of a value and its forward-mode tangent, which cannot be differentiated."""
+    """The dual tensor of a value and a tangent, which cannot be differentiated."""
     if value.requires_grad and torch.is_grad_enabled():
         tangent = refuse_derivative(tangent, value)
     return forward_ad.make_dual(value, tangent)
@@ -133,17 +124,13 @@ def with_tangent(value: Tensor, tangent: Tensor) -> Tensor:
 def own_saved_tensors():
     """A context in which autograd keeps its saved tensors, even inside torch.utils.checkpoint.
 
-    Checkpointing would drop the saved tensors of f, and would repeat the whole forward pass, solver
-    included, for each product with the Jacobian. An equilibrium keeps only one evaluation of f.
+    That would drop those of f, which are of one evaluation only, and repeat the whole forward pass,
+    solver included, for each product with the Jacobian.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
-    module = getattr(hooks[0], "__module__", None) if hooks is not None else None
-    checkpointed = module == "torch.utils.checkpoint"
-    return saved_tensors_hooks(_same, _same) if checkpointed else nullcontext()
-
-
-def _same(value: Tensor) -> Tensor:
-    return value
+    if hooks is None or getattr(hooks[0], "__module__", None) != "torch.utils.checkpoint":
+        return nullcontext()
+    return saved_tensors_hooks(lambda t: t, lambda t: t)
 
 
 @contextmanager
@@ -151,8 +138,7 @@ def recording_for(what: str) -> Iterator[None]:
     """A context in which autograd records, even inside no_grad and inference_mode.
 
     Raises:
-        InputError: f saves a tensor made in inference mode for its gradient; the message names
-            ``what``, the quantity that needs it.
+        InputError: f saves a tensor made in inference mode for its gradient, which ``what`` needs.
     """
     try:
         with torch.inference_mode(False), torch.enable_grad():

@@ -1,8 +1,7 @@
 """Iterations whose own steps are differentiated: unrolled, or reversed.
 
-They replace the forward solver: :meth:`Iteration.run` returns the last state, the requested
-intermediate states, and a dict like a solver's. A trace entry is the residual at the point where f
-was evaluated. So the last entry belongs to the point before the last step, not to the result.
+They replace the forward solver. A trace entry is the residual at the point where f was evaluated:
+the last one belongs to the point before the last step, not to the result.
 """
 
 import math
@@ -18,17 +17,19 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.errors import InputError, check, is_number
 from lib.gradients.adjoint import warn
-from lib.gradients.double_double import Pair, combine, take_apart
 from lib.solvers.arguments import check_arguments, check_damping, checked_value
 from lib.solvers.host import to_device
 from lib.solvers.maps import Map
-from lib.solvers.norms import TINY
+from lib.solvers.norms import TINY, relative
 from lib.solvers.precision import same_autocast
 from lib.solvers.transforms import tangent_of
 
-# Going back to the start, the rounding error of the pair may grow to this fraction of a rounding
-# error in the format of f. Then about one number in a million of the input of f changes.
+# On the way back the rounding error of the pair may grow to this fraction of one in the format of
+# f. Then about one number in a million of the input of f changes.
 _GROWN = 1e-6
+_SPLIT = 2.0**27 + 1  # splits a float64 into two halves of 26 bits (Dekker)
+
+Pair = tuple[Tensor, Tensor]
 
 
 class Iteration:
@@ -38,15 +39,15 @@ class Iteration:
         """Accept any forward solver: it is not used."""
 
     def refuse_threshold(self, evaluations: int, name: str = "f_thres", more: int = 0) -> None:
-        """Raise an InputError if ``evaluations + more`` evaluations are too many to differentiate.
+        """Raise an InputError if so many ``evaluations``, and ``more``, cannot be differentiated.
 
-        ``name`` is what the message calls the threshold ``evaluations``.
+        ``name`` is what the message calls ``evaluations``.
         """
 
     def run(
         self, f: Map, z0: Tensor, evaluations: int, indexing: Collection[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor], dict]:
-        """Run the iteration from z0 (B, ...), with so many ``evaluations`` of f.
+        """Iterate from z0 (B, ...) with so many ``evaluations`` of f.
 
         Returns:
             The last state; the states after the numbers of evaluations in ``indexing``, by number;
@@ -59,12 +60,11 @@ class Iteration:
 class Unroll(Iteration):
     """z <- z + t (f(z) - z), ``f_thres`` times, differentiated by plain autograd.
 
-    Each step keeps its evaluation of f in memory. With ``checkpointing`` a step keeps only its
-    state, and backward evaluates f once more per step.
+    Each step keeps its evaluation of f in memory.
 
     Args:
         damping: t, in (0, 1].
-        checkpointing: recompute the evaluations of f in backward.
+        checkpointing: keep only the state of each step, and evaluate f again in backward.
     """
 
     damping: float = 1.0
@@ -80,17 +80,17 @@ class Unroll(Iteration):
     ) -> tuple[Tensor, dict[int, Tensor], dict]:
         check_arguments(f, z0, evaluations)
         value = partial(checked_value, f)
-        z, states, steps = z0, {}, _Steps()
+        z, states, steps = z0, {}, []
         for i in range(1, evaluations + 1):
             if self.checkpointing and torch.is_grad_enabled():
                 fz = checkpoint(value, z, use_reentrant=False, preserve_rng_state=False)
             else:
                 fz = value(z)
-            steps.add(z, fz)
+            steps.append(_norms(z, fz))
             z = fz if self.damping == 1 else torch.lerp(z, fz, self.damping)
             if i in indexing:
                 states[i] = z
-        return z, states, steps.solution(z)
+        return z, states, _solution(z, steps)
 
 
 @dataclass(frozen=True)
@@ -101,13 +101,12 @@ class Reversible(Iteration):
 
     The iteration converges to y = z = f(z). A step can be solved for (y, z), so backward needs only
     the last pair, and the gradient is that of the iteration as it was run. A step makes two of the
-    ``f_thres`` evaluations of f. Backward makes as many evaluations, each with one vector-Jacobian
-    product.
+    ``f_thres`` evaluations of f; backward makes as many, each with one vector-Jacobian product.
 
     Undoing n steps amplifies rounding errors by (1 - b)^-n, and by more if the errors reach f. So y
-    and z have more digits than the input of f: each is a float64 plus an error term in the format
-    of f (at least float32). For a bounded n, the inputs of f on the way back are then equal bit for
-    bit. Backward checks that it recovers the start.
+    and z are each a float64 plus an error term in the format of f (at least float32). For a bounded
+    n, the inputs of f on the way back are then equal bit for bit. Backward checks that it recovers
+    the start.
 
     Args:
         damping: b, in (0, 1).
@@ -120,7 +119,7 @@ class Reversible(Iteration):
         check(good, "damping", self.damping, "between 0 and 1: a full step cannot be undone")
 
     def refuse_threshold(self, evaluations: int, name: str = "f_thres", more: int = 0) -> None:
-        # The error term makes the pair more precise than the format of f by the digits of float64.
+        # The pair is more precise than the format of f by the digits of float64.
         allowed = math.log(_GROWN / torch.finfo(torch.float64).eps)
         shrinks = -math.log1p(-self.damping)
         if (evaluations + more) // 2 * shrinks > allowed:
@@ -133,9 +132,7 @@ class Reversible(Iteration):
     def run(
         self, f: Map, z0: Tensor, evaluations: int, indexing: Collection[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor], dict]:
-        """As :meth:`Iteration.run`, with an even number of evaluations, at least two.
-
-        An odd ``evaluations`` is rounded down.
+        """As :meth:`Iteration.run`; ``evaluations`` is rounded down to an even number, at least 2.
 
         Raises:
             InputError: backward cannot undo so many steps, or forward mode is active.
@@ -145,7 +142,7 @@ class Reversible(Iteration):
         n = max(evaluations // 2, 1)
         history = _History(f, z0, self.damping)
         start = z0.double(), torch.zeros_like(z0, dtype=history.rest)
-        pair, states, steps = [start, start], {}, _Steps()  # y, z
+        pair, states, steps = [start, start], {}, []  # y, z
         for i in range(1, 2 * n + 1):
             at, moved = _roles(i)
             point = pair[at][0].to(z0.dtype)
@@ -155,13 +152,13 @@ class Reversible(Iteration):
                     "grad reversible has no forward mode: take grad ift, jfb or phantom, or "
                     "reverse mode (backward)"
                 )
-            steps.add(point, fz)
+            steps.append(_norms(point, fz))
             pair[moved] = _Damped.apply(*pair[moved], fz, self.damping)
             if i in indexing:
                 states[i] = pair[moved][0].to(z0.dtype)
         history.close(pair)
         z = pair[1][0].to(z0.dtype)
-        return z, states, steps.solution(z)
+        return z, states, _solution(z, steps)
 
 
 class _Damped(torch.autograd.Function):
@@ -170,7 +167,7 @@ class _Damped(torch.autograd.Function):
     @staticmethod
     def forward(ctx, high: Tensor, rest: Tensor, fz: Tensor, b: float) -> tuple[Tensor, Tensor]:
         ctx.b, ctx.dtype = b, fz.dtype
-        high, more = combine((high, rest.double()), fz.double(), 1 - b, b)
+        high, more = combine((high, rest.double()), fz.double(), b)
         more = more.to(rest.dtype)
         ctx.mark_non_differentiable(more)
         return high, more
@@ -181,17 +178,16 @@ class _Damped(torch.autograd.Function):
 
 
 def _roles(i: int) -> tuple[int, int]:
-    """For evaluation i (from 1): which of (y, z) is the input of f, and which is updated."""
+    """For evaluation i: which of (y, z) is the input of f, and which is updated."""
     return (1, 0) if i % 2 else (0, 1)
 
 
 class _History:
-    """The state of a reversible iteration for backward: the last pair, and the way back from it.
+    """What a reversible iteration keeps for backward: the last pair, and the way back from it.
 
-    In the forward pass, the tensors that autograd would save within f are only counted. Backward
-    asks for them evaluation by evaluation, in falling order. At the first request, f is evaluated
-    again at the recovered point: its saved tensors answer the requests, and its value takes the
-    pair one evaluation further back. So each evaluation is repeated once.
+    Forward only counts the tensors that autograd would save within f. Backward asks for them, the
+    last evaluation first. At the first request f is evaluated again at the recovered point: the
+    tensors that it saves answer the requests, and its value takes the pair one evaluation back.
     """
 
     def __init__(self, f: Map, z0: Tensor, damping: float):
@@ -201,11 +197,11 @@ class _History:
         self._autocast = same_autocast(z0.device)
         self._evaluations: dict[int, dict] = {}  # by number, from 1
         self._end: list[Pair] = []
-        self._pair: list[Pair] = []  # the pair after evaluation number _at
+        self._pair: list[Pair] = []  # after evaluation number _at
         self._at, self._open, self._values = 0, None, []
 
     def evaluate(self, i: int, point: Tensor) -> Tensor:
-        """f(point), without keeping the tensors that autograd saves."""
+        """f(point); the tensors that autograd saves are only counted."""
         own = self._evaluations[i] = {"saved": 0, "trained": point.requires_grad}
 
         def count(t: Tensor) -> tuple[int, int]:
@@ -216,7 +212,7 @@ class _History:
             return checked_value(self._f, point)
 
     def close(self, pair: list[Pair]) -> None:
-        """Store the last pair: the iteration has ended."""
+        """Keep the last pair."""
         self._end = [(high.detach(), rest) for high, rest in pair]
         self._rewind()
 
@@ -254,9 +250,9 @@ class _History:
                 f"{self._evaluations[i]['saved']} before: for a reversible gradient it must do the "
                 "same at every call (if it fills a cache in the first one, call it once before)"
             )
-        b, (high, rest) = self._damping, self._pair[moved]
-        high, more = take_apart((high, rest.double()), fz.detach().double(), 1 - b, b)
-        self._pair[moved] = high, more.to(rest.dtype)
+        high, rest = self._pair[moved]
+        old = take_apart((high, rest.double()), fz.detach().double(), self._damping)
+        self._pair[moved] = old[0], old[1].to(rest.dtype)
         self._at, self._open, self._values = i - 1, i, values
         if self._at == 0:
             self._check_start()
@@ -276,49 +272,84 @@ def _never(value):
     raise RuntimeError("this graph has no backward of its own")
 
 
-class _Steps:
-    """Collects the residuals of an iteration and makes its result dict."""
+@torch.no_grad()
+def _norms(z: Tensor, fz: Tensor) -> Tensor:
+    """||fz - z|| and ||fz|| of each sample, (2, B)."""
+    z, fz = (v.flatten(1).to(torch.promote_types(fz.dtype, torch.float32)) for v in (z, fz))
+    return torch.stack([torch.linalg.vector_norm(v, dim=1) for v in (fz - z, fz)])
 
-    def __init__(self):
-        self._norms: list[Tensor] = []
 
-    @torch.no_grad()
-    def add(self, z: Tensor, fz: Tensor) -> None:
-        """Record the evaluation fz = f(z)."""
-        parts = [v.flatten(1).to(torch.promote_types(fz.dtype, torch.float32)) for v in (z, fz)]
-        norms = [torch.linalg.vector_norm(v, dim=1) for v in (parts[1] - parts[0], parts[1])]
-        self._norms.append(torch.stack(norms))
+def _solution(z: Tensor, steps: list[Tensor]) -> dict:
+    """A dict like a solver's (see :mod:`lib.solvers`): its result z, and the norms of all steps."""
+    norms = torch.stack(steps).double().cpu().numpy()  # (n, 2, B)
+    absolute, value = np.linalg.norm(norms, axis=2).T
+    ratio, residual = relative(absolute, value), relative(*norms[-1])
+    finite = np.asarray(np.isfinite(norms).all((0, 1)))
+    per_sample = {
+        "residual": residual,
+        "converged": residual == 0,
+        "finite": finite,
+        "sample_nfe": np.full(len(finite), len(norms)),
+    }
+    return {
+        "result": z.detach(),
+        "lowest": float(ratio[-1]),
+        "abs_lowest": float(absolute[-1]),
+        "rel_lowest": float(ratio[-1]),
+        "nstep": len(norms) - 1,
+        "prot_break": not np.isfinite(ratio[-1]),
+        "abs_trace": absolute.tolist(),
+        "rel_trace": ratio.tolist(),
+        "nfe": len(norms),
+        "products": 0,
+        "reason": "threshold",
+        "all_finite": bool(finite.all()),
+        "norms": norms[-1],
+        "eps": 0.0,  # no tolerance
+        **{k: to_device(v, z.device) for k, v in per_sample.items()},
+        "threshold": len(norms),
+        "stop_mode": "rel",
+    }
 
-    def solution(self, z: Tensor) -> dict:
-        """A dict like a solver's (see :mod:`lib.solvers`), with the last state z as its result."""
-        norms = torch.stack(self._norms).double().cpu().numpy()  # (n, 2, B)
-        absolute, value = np.linalg.norm(norms, axis=2).T
-        relative = absolute / (value + TINY)
-        g, f = norms[-1]
-        finite = np.asarray(np.isfinite(norms).all((0, 1)))
-        residual = g / (f + TINY)
-        per_sample = {
-            "residual": residual,
-            "converged": residual == 0,
-            "finite": finite,
-            "sample_nfe": np.full(len(finite), len(norms)),
-        }
-        return {
-            "result": z.detach(),
-            "lowest": float(relative[-1]),
-            "abs_lowest": float(absolute[-1]),
-            "rel_lowest": float(relative[-1]),
-            "nstep": len(norms) - 1,
-            "prot_break": not np.isfinite(relative[-1]),
-            "abs_trace": absolute.tolist(),
-            "rel_trace": relative.tolist(),
-            "nfe": len(norms),
-            "products": 0,
-            "reason": "threshold",
-            "all_finite": bool(finite.all()),
-            "norms": norms[-1],
-            "eps": 0.0,  # no tolerance
-            **{k: to_device(v, z.device) for k, v in per_sample.items()},
-            "threshold": len(norms),
-            "stop_mode": "rel",
-        }
+
+# Elementwise arithmetic on unevaluated sums hi + lo, with twice the digits of float64: hi is the
+# sum rounded. By error-free transformations: Dekker 1971; Knuth, The Art of Computer Programming,
+# volume 2, section 4.2.2.
+
+
+def two_sum(a: Tensor, b: Tensor) -> Pair:
+    """a + b exactly, as the rounded sum and its rounding error."""
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+def two_product(a: Tensor, factor: float) -> Pair:
+    """a * factor exactly, as the rounded product and its rounding error."""
+    product = a * factor
+    scaled = a * _SPLIT
+    a_high = scaled - (scaled - a)
+    a_low = a - a_high
+    high = factor * _SPLIT - (factor * _SPLIT - factor)
+    low = factor - high
+    return product, ((a_high * high - product) + a_high * low + a_low * high) + a_low * low
+
+
+def combine(old: Pair, new: Tensor, b: float) -> Pair:
+    """(1 - b) * old + b * new."""
+    keep = 1 - b
+    product, error = two_product(old[0], keep)
+    more, its_error = two_product(new, b)
+    total, rest = two_sum(product, more)
+    return two_sum(total, rest + (error + its_error + keep * old[1]))
+
+
+def take_apart(mixed: Pair, new: Tensor, b: float) -> Pair:
+    """Inverse of :func:`combine`: the ``old`` of ``mixed``."""
+    keep = 1 - b
+    more, its_error = two_product(new, b)
+    total, rest = two_sum(mixed[0], -more)
+    rest = rest + (mixed[1] - its_error)
+    quotient = total / keep
+    product, error = two_product(quotient, keep)
+    return two_sum(quotient, ((total - product) - error + rest) / keep)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lib.arnoldi import arnoldi, leading_ritz_values, normalise, ritz_values
+from lib.jacobian import arnoldi, leading_ritz_values, normalise, ritz_values
 
 
 def setting(size=9):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lib import DEQ, ContractiveLayer, DEQWarning
-from lib.gradients import radius
-from lib.gradients.radius import growth
+from lib.gradients import adjoint
+from lib.gradients.adjoint import growth
 from lib.runs.run_folder import warnings_in
 
 
@@ -57,7 +57,7 @@ def test_warning_comes_once_and_names_radius_and_remedy(eigenvalue, said):
 
 
 def test_trainers_write_the_warning_to_their_log(monkeypatch):
-    monkeypatch.setattr(radius, "EVERY", 2)
+    monkeypatch.setattr(adjoint, "EVERY", 2)
     lines = []
     with warnings_in(lines.append):
         steps(DEQ(), 1.4, 5)
@@ -66,15 +66,15 @@ def test_trainers_write_the_warning_to_their_log(monkeypatch):
 
 def test_gradients_and_random_state_stay(monkeypatch):
     quiet, state = steps(DEQ(), 1.4, 4), torch.get_rng_state()
-    monkeypatch.setattr(radius, "EVERY", 2)
+    monkeypatch.setattr(adjoint, "EVERY", 2)
     with pytest.warns(DEQWarning, match="spectral radius"):
         assert torch.equal(steps(DEQ(), 1.4, 4), quiet)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_silent_with_several_processes(monkeypatch):
-    monkeypatch.setattr(radius, "EVERY", 2)
-    monkeypatch.setattr(radius, "_several_processes", lambda: True)
+    monkeypatch.setattr(adjoint, "EVERY", 2)
+    monkeypatch.setattr(adjoint, "_several_processes", lambda: True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         steps(DEQ(), 1.4, 4)
@@ -83,7 +83,7 @@ def test_silent_with_several_processes(monkeypatch):
 
 def test_silent_for_the_contractive_layer(monkeypatch):
     """However large its weight: the growth is at most the bound."""
-    monkeypatch.setattr(radius, "EVERY", 1)
+    monkeypatch.setattr(adjoint, "EVERY", 1)
     torch.manual_seed(0)
     layer, deq = ContractiveLayer(4, 8, bound=0.95), DEQ()
     with torch.no_grad():
@@ -96,7 +96,7 @@ def test_silent_for_the_contractive_layer(monkeypatch):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_with_checkpointing(monkeypatch, reentrant):
-    monkeypatch.setattr(radius, "EVERY", 1)
+    monkeypatch.setattr(adjoint, "EVERY", 1)
     deq, u = DEQ(), torch.ones(3, 2, requires_grad=True)
 
     def forward(u):
