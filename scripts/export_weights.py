@@ -18,10 +18,10 @@ from lib.runs.checkpoint import (
     not_finite,
     odd_tensors,
     read_state,
+    safetensors_bytes,
     save_atomic,
 )
 from lib.runs.command_line import Parser, exit_code
-from lib.runs.safe_tensors import safetensors_bytes
 
 SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth")
 

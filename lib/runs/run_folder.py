@@ -1,46 +1,87 @@
-"""The folder of a run: text log, TensorBoard events, metrics, settings; and the progress bar."""
+"""The folder of a run: its owner, log, TensorBoard events, metrics, settings; the progress bar."""
 
 import contextlib
+import fcntl
+import itertools
 import json
 import math
 import os
 import resource
+import socket
 import sys
+import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 import torch
 
 from lib.errors import DEQWarning, InputError
 from lib.extras import needs
 from lib.runs.atomic_files import atomic_write
-from lib.runs.ownership import LOCK
 from lib.runs.retention import clean_temporaries, versions
-from lib.runs.terminal import put
 
 with needs("runs"):
     from tqdm import tqdm
 
-LOG, METRICS, SETTINGS, CHECKPOINT, WEIGHTS, AUDIT = (
-    "log.txt",
-    "metrics.jsonl",
-    "settings.json",
-    "checkpoint.pt",
-    "model.pt",
-    "audit.json",  # what scripts/audit.py found
-)
+LOCK, LOG, METRICS, SETTINGS = "run.lock", "log.txt", "metrics.jsonl", "settings.json"
+CHECKPOINT, WEIGHTS = "checkpoint.pt", "model.pt"
+AUDIT = "audit.json"  # what scripts/audit.py found
 _OF_KIND = {"valid": {"phase": str}, "summary": {"finished": bool}}  # what such records have
 _OF_THE_END = ("final_", "summary")  # prefixes of the record kinds written at the end of a run
+_FLUSH = 120.0  # seconds between flushes of the events
 
 
-def run_folder(work_dir: str, dataset: str, name: str) -> Path:
-    """``<work_dir>-<dataset>/<name>``; without a name ('' or 'N/A') a time stamp is the name."""
-    if name in ("", "N/A"):
-        name = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path(f"{work_dir}-{dataset}") / name
+def own(folder: Path) -> BinaryIO | None:
+    """Make this process the one that writes in ``folder``, until the returned file is closed.
+
+    The folder is created if absent. The file, run.lock, names the owner and stays there. Its lock
+    is a flock, which the system releases when the process ends, however it ends.
+
+    On NFS, Linux passes a flock to the server: it holds between machines, and after a machine's
+    failure until its lease ends (NFSv4: 90 seconds by default). With the mount options nolock or
+    local_lock it holds within one machine only.
+
+    Returns:
+        The locked file; None on a file system without locks.
+
+    Raises:
+        InputError: another process owns the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Neither truncated nor written before it is locked: it may name the present owner.
+    file = open(folder / LOCK, "a+b", buffering=0)  # noqa: SIM115  (open for the whole run)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().decode(errors="replace").strip() or "another process"
+        file.close()
+        raise InputError(
+            f"{folder} is in use by {owner}: wait until that run ends, or start one elsewhere"
+        ) from None
+    except OSError:
+        file.close()
+        return None
+    # A fork shares the lock: loading processes could hold it for seconds after the owner's death.
+    weak = weakref.ref(file)
+    os.register_at_fork(after_in_child=lambda: (inherited := weak()) and inherited.close())
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without the name
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return file
+
+
+def new_folder(path: Path) -> Path:
+    """Create and return ``path``; or PATH-2, PATH-3, ... if that exists."""
+    for number in itertools.count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
 
 
 def is_used(folder: Path) -> bool:
@@ -50,10 +91,7 @@ def is_used(folder: Path) -> bool:
 
 
 def check_unused(folder: Path, way_out: str, *, anew: bool = False) -> None:
-    """Raise an InputError if ``folder`` already holds a run.
-
-    With ``anew`` this is a run with a checkpoint, without it a run with any file.
-    """
+    """Raise an InputError if ``folder`` holds a run with any file (``anew``: with a checkpoint)."""
     if versions(folder / CHECKPOINT) or (is_used(folder) and not anew):
         raise InputError(f"{folder} already holds a run: {way_out}")
 
@@ -66,9 +104,9 @@ def last_good(folder: Path | None) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The records of a run, oldest first, up to the first damaged one; a null is read as NaN.
+    """The records of a run, oldest first, with NaN for null.
 
-    A kill can leave the last record incomplete.
+    They end before the first that is damaged: a kill can leave the last one incomplete.
     """
     path = folder / METRICS
     records = []
@@ -105,12 +143,66 @@ def peak_memory_mib(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-class Run:
-    """Writes the log, records and events of a training run; a debug run writes no file.
+def put(line: str, stream: TextIO, end: str = "\n") -> OSError | None:
+    """Write a line above a progress bar; return the error if the stream can no longer be written.
 
-    A failed write, such as on a full disk, does not raise at once. :meth:`sync` raises the error
-    before the next checkpoint is saved. So all processes learn of the error, and no checkpoint is
-    ahead of its records.
+    Its later lines are then dropped, and the exit of Python does not fail on those before.
+    """
+    try:
+        tqdm.write(line, stream, end)
+        stream.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            stream.flush()
+        return error
+    return None
+
+
+class _Events:
+    """A file of TensorBoard events that is written in the thread of the caller.
+
+    SummaryWriter's own thread dies on a full disk with a traceback, and once its queue is full,
+    the run waits for it for ever. In earlier files of the folder the data from ``purge_step`` on
+    are hidden.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None):
+        # Imported here: benchmarks write no events and do not need tensorboardX.
+        with needs("runs"):
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.summary import scalar
+
+        self._event, self._summary = Event, scalar
+        self._writer = EventsWriter(str(folder / "events"))
+        if purge_step is not None:
+            self._add(purge_step, file_version="brain.Event:2")
+            self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
+        self.flush()
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        self._add(step, summary=self._summary(name, value))
+        if time.monotonic() > self._flushed + _FLUSH:
+            self.flush()
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _add(self, step: int, **content) -> None:
+        self._writer.write_event(self._event(step=step, wall_time=time.time(), **content))
+
+
+class Run:
+    """Writes the log, records and events of a training run.
+
+    A failed write, such as on a full disk, does not raise at once: :meth:`sync` raises the error
+    before the next checkpoint is saved. So all processes learn of it, and no checkpoint is ahead
+    of its records.
 
     Attributes:
         failure: the first error of a write; nothing is written after it.
@@ -161,23 +253,19 @@ class Run:
         folder, (name, content) = self.folder, settings
         with atomic_write(folder / name) as file:
             file.write(content.encode())
+        last = -math.inf if resume_step is None else resume_step
         kept = [
             record
             for record in read_metrics(folder)
-            if resume_step is not None
-            and record["step"] <= resume_step
-            and not record["kind"].startswith(_OF_THE_END)
+            if record["step"] <= last and not record["kind"].startswith(_OF_THE_END)
         ]
         with atomic_write(folder / METRICS) as file:
             file.write("".join(_line(record) + "\n" for record in kept).encode())
         self._metrics = open(folder / METRICS, "a")  # noqa: SIM115  (open for the whole run)
-        how = {"mode": "w" if resume_step is None else "a", "encoding": "utf-8"}
-        self._log = open(folder / LOG, errors="backslashreplace", **how)  # noqa: SIM115
-        # Imported here: benchmarks write no events and do not need tensorboardX.
-        from lib.runs.events import Events
-
+        how = {"encoding": "utf-8", "errors": "backslashreplace"}
+        self._log = open(folder / LOG, "w" if resume_step is None else "a", **how)  # noqa: SIM115
         purge_step = None if resume_step is None else resume_step + 1
-        self._events = Events(self._events_folder, purge_step)
+        self._events = _Events(self._events_folder, purge_step)
 
     @classmethod
     def silent(cls) -> "Run":
@@ -248,9 +336,9 @@ class Run:
 
 @contextmanager
 def warnings_in(log: Callable[[str], None]) -> Iterator[None]:
-    """Within a ``with`` block, write each DEQWarning to the log, every distinct message once.
+    """A context that writes each DEQWarning to the log, every distinct message once.
 
-    Warnings about unsolved forward passes are left out, as the log has their residuals.
+    Those about unsolved forward passes are left out, as the log has their residuals.
     """
     said, show = set(), warnings.showwarning
 

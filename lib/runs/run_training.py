@@ -10,10 +10,17 @@ import torch
 from lib.errors import InputError, naming
 from lib.runs.checkpoint import load
 from lib.runs.interrupts import Stopped, TrainingError
-from lib.runs.ownership import new_folder, own
 from lib.runs.processes import Processes, lost_contact
 from lib.runs.retention import load_newest, set_aside
-from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, check_unused, peak_memory_mib
+from lib.runs.run_folder import (
+    CHECKPOINT,
+    WEIGHTS,
+    Run,
+    check_unused,
+    new_folder,
+    own,
+    peak_memory_mib,
+)
 from lib.runs.trainer import Trainer
 
 

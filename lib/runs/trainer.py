@@ -15,13 +15,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lib.errors import DEQWarning, InputError, naming
 from lib.runs.checkpoint import check_tensors, load_state, not_finite, save_atomic
+from lib.runs.determinism import check_random_states, random_states, restore_random_states
 from lib.runs.evaluation_loop import EvaluationStopped
 from lib.runs.forms import check_form, check_plain
 from lib.runs.interrupts import Stopped, Stopping, TrainingError
 from lib.runs.memory import memory_for, release_free_memory
 from lib.runs.optimizers import clip_gradients, restore_optimizer
 from lib.runs.processes import Processes, lost_contact
-from lib.runs.random_states import check_random_states, random_states, restore_random_states
 from lib.runs.retention import save_newest
 from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, last_good, warnings_in
 from lib.runs.solver_figures import (

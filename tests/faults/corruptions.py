@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from lib.errors import InputError
+from lib.runs.checkpoint import safetensors_bytes
 from lib.runs.retention import load_newest, save_newest
-from lib.runs.safe_tensors import safetensors_bytes
 
 OUTCOMES = ("refused", "fell back", "loaded unharmed", "traceback", "code run", "silent wrong")
 ALLOWED = OUTCOMES[:3]
