@@ -1,4 +1,4 @@
-"""Files of tensors: atomic saving, safe loading, and checks that weights match their model."""
+"""Checkpoints: atomic saving, safe loading, and checks that their content fits model and run."""
 
 import contextlib
 import hashlib
@@ -10,6 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import EllipsisType
 from typing import BinaryIO
 
 import numpy as np
@@ -33,12 +34,11 @@ _FOLDER = 0x10  # the attribute that marks an archive entry as a folder
 # The key of our checksum in a file's metadata, and the beginning of its value. Either identifies
 # the checksum: damage to one of them does not turn our file into a foreign one without a checksum.
 _CHECKSUM, _VALUE = "tensors.sha256", "sha256 of the tensors: "
+_MOST = 2**53  # above it, floats do not count in steps of one
 
 
 def save_atomic(obj, path: str | Path, before_rename: Callable[[], None] | None = None) -> None:
-    """Write ``obj`` (tensors and plain containers) so that ``path`` is never a partial file.
-
-    ``before_rename`` is that of :func:`lib.runs.atomic_files.atomic_write`.
+    """Write tensors and plain containers by :func:`lib.runs.atomic_files.atomic_write`.
 
     Raises:
         OSError: the file cannot be written, for lack of space or permission.
@@ -47,8 +47,7 @@ def save_atomic(obj, path: str | Path, before_rename: Callable[[], None] | None 
         try:
             torch.save(obj, file)
         except RuntimeError as error:
-            # After a failed write torch also fails to close its archive and reports only the
-            # latter.
+            # After a failed write torch fails to close its archive, and reports only that.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
@@ -57,10 +56,10 @@ def save_atomic(obj, path: str | Path, before_rename: Callable[[], None] | None 
 def load(path: str | Path):
     """Read tensors and plain containers to the CPU. A file that holds code is refused, never run.
 
-    The file is in the format of torch.save or of safetensors, recognised by its content. Checksums
-    reveal any damage to torch archives and to the safetensors files of scripts/export_weights.py.
-    Files in torch's format before version 1.6, and safetensors files from other programs, have no
-    checksum: damage to their numbers goes unnoticed.
+    The format is that of torch.save or safetensors, recognised by the content. Checksums reveal
+    any damage to torch archives and to the safetensors files of scripts/export_weights.py. Files
+    of torch before version 1.6, and safetensors files from other programs, have no checksum:
+    damage to their numbers goes unnoticed.
 
     Raises:
         InputError: the file is missing, truncated, damaged, of another format, or holds code.
@@ -73,22 +72,24 @@ def load(path: str | Path):
     with open(path, "rb") as file:
         try:
             return _read(file)
-        except pickle.UnpicklingError as error:
-            if _holds_code(str(error), file):
+        except Exception as error:  # on a damaged file a parser can raise anything
+            if isinstance(error, pickle.UnpicklingError) and _holds_code(str(error), file):
                 raise InputError(
                     f"{path} holds Python objects besides tensors, which could run code: it was "
                     "not loaded; save its state_dict() instead"
                 ) from error
-            raise InputError(_damaged(path)) from error
-        except Exception as error:  # on a damaged file a parser can raise anything
-            raise InputError(_damaged(path)) from error
+            raise InputError(
+                f"{path} is not a readable checkpoint (truncated or damaged): use another copy of "
+                "it"
+            ) from error
 
 
 def _read(file: BinaryIO):
     head, size = file.read(9), os.fstat(file.fileno()).st_size
     file.seek(0)
-    if is_safetensors(head, size):
-        return read_safetensors(file)
+    # safetensors: the length of the header (8 bytes, little-endian), then it, a JSON object.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return _read_safetensors(file)
     archive = head.startswith(_ARCHIVE)
     if archive:
         _verify_archive(file, size)
@@ -102,7 +103,7 @@ def _read(file: BinaryIO):
 
 
 class _DType:
-    """Stands for numpy.dtype in a file: the state that numpy's own takes from it could crash it."""
+    """Stands for numpy.dtype, which could crash with the state that it takes from a file."""
 
     def __init__(self, code: str, *_):
         self.code, self.order = code, "="
@@ -118,9 +119,9 @@ def _number(dtype: _DType, data: bytes):
 
 
 def _numpy_numbers():
-    """A context in which torch.load reads the numbers of NumPy 1 and 2, as Python's.
+    """A context in which torch.load reads numbers of NumPy 1 and 2 as Python's.
 
-    People save a best score so. Versions of torch before 2.6 refuse such files.
+    A best score can be one. Versions of torch before 2.6 refuse such files.
     """
     if torch.__version__ < "2.6":
         return contextlib.nullcontext()
@@ -132,8 +133,8 @@ def _verify_archive(file: BinaryIO, size: int) -> None:
     """Raise an error if an archive is damaged, or if torch and Python would read it differently.
 
     - torch does not compare checksums, so it accepts a flipped bit in the data.
-    - If the archive's directory marks an entry as a folder, or gives it too large a size, torch
-      leaves the tensor's memory uninitialised.
+    - It leaves a tensor's memory uninitialised if the archive's directory marks the entry as a
+      folder, or gives it too large a size.
     - Of two concatenated archives Python reads the second, torch the first.
     """
     with zipfile.ZipFile(file) as archive:
@@ -157,21 +158,8 @@ def _verify_archive(file: BinaryIO, size: int) -> None:
                     pass
 
 
-def is_safetensors(head: bytes, size: int) -> bool:
-    """Whether a file of ``size`` bytes that begins with ``head`` (9 bytes) has this format.
-
-    It begins with the length of its header (8 bytes, little-endian); the header is a JSON object.
-    """
-    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
-
-
-def read_safetensors(file: BinaryIO) -> dict[str, Tensor]:
-    """Read the tensors of a file; for a moment this needs twice the file's size in memory.
-
-    Raises:
-        ValueError: the file has a checksum, and the tensors do not match it.
-        Exception: any error that safetensors raises for a damaged file.
-    """
+def _read_safetensors(file: BinaryIO) -> dict[str, Tensor]:
+    """Read the tensors of a file; for a moment this needs twice the file's size in memory."""
     data = file.read()
     tensors = safetensors.torch.load(data)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -200,7 +188,7 @@ def safetensors_bytes(state: dict[str, Tensor]) -> bytes:
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and bytes of the tensors, which are sorted by name."""
+    """SHA-256 of names, dtypes, shapes and bytes of the tensors, sorted by name."""
     found = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name]
@@ -217,24 +205,17 @@ def _holds_code(message: str, file: BinaryIO) -> bool:
     return _REFUSED in message or (head[:1] == pickle.PROTO and head[1:] >= b"\x04")
 
 
-def _damaged(path: Path) -> str:
-    return f"{path} is not a readable checkpoint (truncated or damaged): use another copy of it"
-
-
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a file with a state dict into ``model``: published weights, or our own checkpoint.
 
-    "module." and "model." before all keys and any "_orig_mod.", left by wrappers, are removed.
-
     Raises:
-        InputError: the file is unreadable, keys or shapes differ (the message lists all), or a
-            tensor holds NaN or Inf.
+        InputError: the file is unreadable, or as for :func:`load_state`.
     """
     load_state(model, read_state(path), str(path))
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Read the state dict in a file, either the whole content or the entry 'model' or 'state_dict'.
+    """Read the state dict in a file: the whole content or its entry 'model' or 'state_dict'.
 
     Raises:
         InputError: the file is unreadable, or holds no state dict of ordinary tensors.
@@ -261,16 +242,13 @@ def check_tensors(content, source: str | Path) -> None:
 
 
 def check_target(source: str | Path, target: str | Path) -> None:
-    """Refuse to write a part of the file ``source`` over that file, also by another name of it."""
+    """Refuse to write over the file ``source`` that is read, also by another name of it."""
     if Path(source).exists() and Path(target).exists() and os.path.samefile(source, target):
         raise InputError(f"{target} is the file that is read: give another name for the output")
 
 
 def odd_tensors(state: dict[str, Tensor]) -> list[str]:
-    """Names of the tensors that are not plain arrays of real numbers.
-
-    These are sparse, quantised, complex or meta tensors.
-    """
+    """Names of the tensors that are sparse, quantised, complex or meta."""
     return [
         key
         for key, v in state.items()
@@ -283,7 +261,8 @@ def load_state(
 ) -> None:
     """Load a state dict whose keys and shapes (``same_dtypes``: and dtypes) are the model's.
 
-    A model may have ``ignored_state``, a tuple of key prefixes; matching entries are ignored.
+    Prefixes of wrappers are removed (:func:`strip_wrappers`), and entries ignored whose key begins
+    as the model's ``ignored_state`` (a tuple) says.
 
     Raises:
         InputError: something differs (the message lists all), or a tensor holds NaN or Inf. The
@@ -295,15 +274,16 @@ def load_state(
     expected = model.state_dict()
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]
+    both = [(key, state[key], own) for key, own in expected.items() if key in state]
     problems += [
-        f"{key} has shape {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
+        f"{key} has shape {tuple(found.shape)} instead of {tuple(own.shape)}"
+        for key, found, own in both
+        if found.shape != own.shape
     ]
     problems += [
-        f"{key} has dtype {state[key].dtype} instead of {expected[key].dtype}"
-        for key in expected
-        if same_dtypes and key in state and state[key].dtype != expected[key].dtype
+        f"{key} has dtype {found.dtype} instead of {own.dtype}"
+        for key, found, own in both
+        if same_dtypes and found.dtype != own.dtype
     ]
     if problems:
         raise InputError(f"the weights in {source} do not fit this model: {'; '.join(problems)}")
@@ -314,14 +294,14 @@ def load_state(
 
 
 def strip_wrappers(state: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Remove wrapper prefixes that all keys share, unless ``model`` has a child of that name.
+    """Remove "module." and "model." if all keys share them and ``model`` has no child of that name.
 
     The "_orig_mod." of torch.compile is removed wherever it stands, as any part may be compiled.
     """
-    own = {} if model is None else dict(model.named_children())
     if model is None or not any(_COMPILED.search(key) for key in model.state_dict()):
         plain = {_COMPILED.sub("", key): value for key, value in state.items()}
         state = plain if len(plain) == len(state) else state  # no two may become one
+    own = {} if model is None else dict(model.named_children())
     wrappers = [prefix for prefix in _WRAPPERS if prefix[:-1] not in own]
     while state:
         shared = [p for p in wrappers if all(key.startswith(p) for key in state)]
@@ -333,10 +313,76 @@ def strip_wrappers(state: dict[str, Tensor], model: nn.Module | None = None) -> 
 
 def not_finite(state: dict[str, Tensor]) -> list[str]:
     """Names of the tensors that hold NaN or Inf."""
-
-    def finite(value: Tensor) -> bool:
-        # torch.isfinite does not support all 8-bit floating-point dtypes.
-        return bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all())
-
     checked = {k: v for k, v in state.items() if v.is_floating_point() and not v.is_meta}
-    return [key for key, value in checked.items() if not finite(value)]
+    return [
+        key
+        for key, v in checked.items()
+        # torch.isfinite does not support all 8-bit floating-point dtypes.
+        if not torch.isfinite(v.float() if v.element_size() == 1 else v).all()
+    ]
+
+
+def check_form(found, own, name: str) -> None:
+    """Raise an InputError unless ``found`` and its entries have the form of ``own``.
+
+    An undamaged file can hold wrong content: a tensor of another shape, or a text instead of a
+    number. With such a state a fused optimiser writes outside its memory. Of one form are:
+
+    - a tensor: the same shape and dtype, stored as an array, without NaN;
+    - a dict: the same keys; a list or tuple: the same length;
+    - an integer: an integer of at least 0; a float: a number;
+    - ``...``: anything;
+    - anything else, such as a text: the same type.
+
+    ``name`` begins the message.
+    """
+    match own:
+        case EllipsisType():
+            fits = True
+        case Tensor():
+            fits = isinstance(found, Tensor) and not found.is_meta
+            fits = fits and _of_tensor(found) == _of_tensor(own)
+        case dict():
+            fits = isinstance(found, dict) and found.keys() == own.keys()
+        case list() | tuple():
+            fits = isinstance(found, (list, tuple)) and len(found) == len(own)
+        case int() if not isinstance(own, bool):
+            fits = type(found) is int and 0 <= found <= _MOST
+        case float():
+            fits = type(found) is float or (type(found) is int and abs(found) <= _MOST)
+        case _:
+            fits = type(found) is type(own)
+    if not fits:
+        raise InputError(
+            f"{name} is {_words(found)}, and this run has {_words(own)}: use another checkpoint"
+        )
+    if isinstance(own, Tensor) and found.isnan().any():
+        raise InputError(f"{name} holds NaN: use another checkpoint")
+    if isinstance(own, (dict, list, tuple)):
+        for key in own if isinstance(own, dict) else range(len(own)):
+            check_form(found[key], own[key], f"{name}[{key!r}]")
+
+
+def check_plain(found, name: str) -> None:
+    """Refuse anything else than a dict of texts, numbers and None."""
+    values = found.values() if isinstance(found, dict) else [()]
+    for value in values:
+        number = isinstance(value, (int, float)) and not abs(value) >= 2**64
+        if not (number or value is None or isinstance(value, str)):
+            raise InputError(f"{name} holds {_words(value)}: use another checkpoint")
+
+
+def _of_tensor(value: Tensor) -> tuple:
+    plain = value.layout is torch.strided and not value.is_quantized
+    return tuple(value.shape), value.dtype, plain
+
+
+def _words(value) -> str:
+    if isinstance(value, Tensor):
+        shape, dtype, plain = _of_tensor(value)
+        return f"a tensor {shape} of {dtype}{'' if plain else ' that is no plain array'}"
+    if isinstance(value, (dict, list, tuple)):
+        return f"a {type(value).__name__} of {len(value)} entries"
+    if type(value) is int and not 0 <= value <= _MOST:
+        return "a number out of range"
+    return f"of type {type(value).__name__}"

@@ -1,4 +1,4 @@
-"""What every command shares: a parser whose errors are one line, and the exit code."""
+"""What every command shares: a parser whose errors are one line, the streams, the exit code."""
 
 import argparse
 import contextlib
@@ -6,14 +6,18 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Collection
+from typing import TextIO
 
 import torch.distributed as dist
 
 from lib.errors import InputError, did_you_mean
+from lib.extras import needs
 from lib.runs.interrupts import Stopped, TrainingError
 from lib.runs.memory import out_of_memory
 from lib.runs.processes import end_at_once, lost_contact
-from lib.runs.run_folder import put
+
+with needs("runs"):
+    from tqdm import tqdm
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,6 +69,22 @@ def prepare_streams() -> None:
         # Not every stream has an encoding, or can be changed.
         with contextlib.suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")
+
+
+def put(line: str, stream: TextIO, end: str = "\n") -> OSError | None:
+    """Write a line above a progress bar; return the error if the stream can no longer be written.
+
+    Its later lines are then dropped, and the exit of Python does not fail on those before.
+    """
+    try:
+        tqdm.write(line, stream, end)
+        stream.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            stream.flush()
+        return error
+    return None
 
 
 def exit_code(program: str, action: Callable[[], object]) -> int:

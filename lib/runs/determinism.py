@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lib.errors import InputError
-from lib.runs.forms import check_form
+from lib.runs.checkpoint import check_form
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # environment variable
 

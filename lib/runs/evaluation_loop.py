@@ -18,10 +18,9 @@ class EvaluationStopped(Exception):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[SolverStats]:
-    """Evaluate within a ``with`` block: eval mode, no gradients, separate solver statistics.
+    """A context to evaluate in: eval mode, no gradients, solver statistics of its own (yielded).
 
-    Yields the statistics of the block. The model's own mode and statistics are restored at its
-    end.
+    The model's own mode and statistics are restored at its end.
     """
     was_training, stats = model.training, model.deq.stats
     try:
@@ -53,11 +52,11 @@ def evaluate_batches(
         stop: called before each batch; True interrupts the evaluation.
 
     Returns:
-        The sums by name, and the means of the forward solver's statistics. A name that no process
-        has returned is absent.
+        The sums by name, without those that no process returned, and the means of the forward
+        solver's statistics.
 
     Raises:
-        EvaluationStopped: raised in all processes if ``stop`` returned True in one of them.
+        EvaluationStopped: in all processes, if ``stop`` returned True in one of them.
         Exception: an error of one process; the others raise an InputError.
     """
     sums: dict[str, Any] = {}

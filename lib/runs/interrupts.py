@@ -25,17 +25,14 @@ class TrainingError(RuntimeError):
 
 
 class Stopping:
-    """Collects requests to stop from SIGTERM, SIGINT and a time limit.
+    """Collects requests to stop from SIGTERM, SIGINT and a time limit (0: none).
 
-    Signals are caught only in the main thread and within a ``with`` block. The terminal, torchrun
-    and a cluster may all send a signal for one request, so further signals within 5 seconds of the
-    first are ignored. A later signal has the effect that it has outside the block.
+    Signals are caught in the main thread and a ``with`` block only. The terminal, torchrun and a
+    cluster may all send a signal for one request, so further signals within 5 seconds of the first
+    are ignored. A later signal has the effect that it has outside the block.
 
-    Time is counted from the creation of the object. A run stops when the time left is less than
-    twice the longest stretch of work so far: enough for one more stretch and the save.
-
-    Args:
-        max_minutes: the time limit; 0 means none.
+    Time counts from the creation of the object. A run stops when the time left is less than twice
+    the longest stretch of work so far: enough for one more stretch and the save.
     """
 
     def __init__(self, max_minutes: float = 0.0):
@@ -55,7 +52,9 @@ class Stopping:
         return self
 
     def __exit__(self, *exception) -> None:
-        self._put_back()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
     @property
     def wanted(self) -> bool:
@@ -87,10 +86,5 @@ class Stopping:
         if self.signal is None:
             self.signal, self._signalled = signal.Signals(number), now
         elif now > self._signalled + _ECHO:
-            self._put_back()
+            self.__exit__()
             signal.raise_signal(number)
-
-    def _put_back(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.errors import InputError
-from lib.runs.forms import check_form
+from lib.runs.checkpoint import check_form
 
 
 def fused_if_possible(
@@ -14,8 +14,8 @@ def fused_if_possible(
 ) -> torch.optim.Optimizer:
     """Build an optimiser of all parameters, fused if PyTorch supports this on their device.
 
-    A fused optimiser does the whole update in one kernel (Adam, 29 million parameters, one CPU
-    thread: 14 ms instead of 119).
+    A fused optimiser does its update in one kernel (Adam, 29 million parameters, one CPU thread:
+    14 ms instead of 119).
     """
     parameters = list(model.parameters())
     groups = _groups(parameters)
@@ -30,7 +30,7 @@ def fused_if_possible(
 
 
 def _groups(parameters: list[nn.Parameter]) -> list[dict]:
-    """Split parameters into groups in which no two share memory.
+    """Groups in which no two parameters share memory.
 
     One kernel may update a whole group: of two updates of the same memory one would be lost.
     """
@@ -67,8 +67,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load an optimiser's state. Its options stay its own: settings may change on a resume.
 
     Raises:
-        InputError: a part of the state has another form than this optimiser's. A fused kernel
-            would read and write outside of such a tensor.
+        InputError: a part of the state has another form than this optimiser's.
     """
     groups = optimizer.state_dict()["param_groups"]
     check_form(state, {"state": ..., "param_groups": [...] * len(groups)}, "optimizer")

@@ -1,5 +1,4 @@
-"""The last checkpoints of a run: checkpoint.pt is the newest, then checkpoint.1.pt,
-checkpoint.2.pt, ... from newer to older.
+"""The last checkpoints of a run: checkpoint.pt, then checkpoint.1.pt and so on, each older.
 
 If the newest checkpoint is damaged, a resumed run continues from the next older one.
 """
@@ -16,17 +15,12 @@ from lib.runs.checkpoint import load, save_atomic
 
 
 def save_newest(content, path: str | Path, keep: int) -> None:
-    """Write ``content`` as the newest checkpoint, and keep the previous ones.
+    """Write ``content`` as the newest of ``keep`` checkpoints; ``path`` is its file.
 
     The new file is first written in full. Then each older file gets the next number, and the new
     file gets the name ``path``. A kill at any time leaves ``path`` with its old or its new
     content. Exception: on a file system without hard links ``path`` is missing for a moment, and
     its old content has number 1.
-
-    Args:
-        content: tensors and plain containers.
-        path: path of the newest checkpoint, such as checkpoint.pt.
-        keep: number of checkpoints to keep, including the newest.
 
     Raises:
         OSError: the file cannot be written; on a full disk all files are unchanged.
@@ -54,9 +48,8 @@ def load_newest(
 
     Args:
         path: path of the newest checkpoint.
-        check: called with a content and its file; raises an InputError if the content is not a
-            checkpoint of this trainer. It should not check settings: if they differ in the newest
-            checkpoint, they differ in the older ones too.
+        check: called with a content and its file; raises an InputError if it is no checkpoint of
+            this trainer. Settings are not checked: they are the same in the older files.
         log: called with a warning line if a file was passed over; the line names each such file,
             the reason, and the file used.
 
@@ -64,7 +57,7 @@ def load_newest(
         The content and the file that was read.
 
     Raises:
-        InputError: no checkpoint is good; the error is the one of the newest.
+        InputError: no checkpoint is good; the error is that of the newest.
     """
     path = Path(path)
     found = versions(path) or [path]  # for a missing file load() raises the right error
@@ -97,7 +90,9 @@ def set_aside(path: str | Path, used: Path) -> list[Path]:
     bad = found[: found.index(used)] if used in found else []
     if path.is_dir():  # the next save would fail
         bad.insert(0, path)
-    return [_rename_damaged(path, file) for file in bad]
+    numbers = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
+    names = (_numbered(path, f"damaged{number}") for number in numbers)
+    return [file.rename(next(n for n in names if not os.path.lexists(n))) for file in bad]
 
 
 def clean_temporaries(folder: str | Path) -> None:
@@ -128,7 +123,7 @@ def _rotate(path: Path, keep: int) -> None:
     older = _predecessors(path)
     if keep == 1 or not path.is_file():
         return
-    if 1 in older and older[1].samefile(path):  # already done by a save that was killed later
+    if 1 in older and older[1].samefile(path):  # done by a save that was killed after it
         return
     # The shift ends at the first missing number; otherwise it overwrites the last number to keep.
     gap = next(number for number in itertools.count(1) if number not in older)
@@ -141,10 +136,3 @@ def _rotate(path: Path, keep: int) -> None:
     except OSError:  # this file system has no hard links
         link = path
     os.replace(link, _numbered(path, 1))
-
-
-def _rename_damaged(path: Path, file: Path) -> Path:
-    names = itertools.chain(["damaged"], (f"damaged.{number}" for number in itertools.count(2)))
-    target = next(t for t in (_numbered(path, name) for name in names) if not os.path.lexists(t))
-    os.rename(file, target)
-    return target

@@ -15,13 +15,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import BinaryIO
 
 import torch
 
 from lib.errors import DEQWarning, InputError
 from lib.extras import needs
 from lib.runs.atomic_files import atomic_write
+from lib.runs.command_line import put
 from lib.runs.retention import clean_temporaries, versions
 
 with needs("runs"):
@@ -141,22 +142,6 @@ def peak_memory_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def put(line: str, stream: TextIO, end: str = "\n") -> OSError | None:
-    """Write a line above a progress bar; return the error if the stream can no longer be written.
-
-    Its later lines are then dropped, and the exit of Python does not fail on those before.
-    """
-    try:
-        tqdm.write(line, stream, end)
-        stream.flush()
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            stream.flush()
-        return error
-    return None
 
 
 class _Events:

@@ -1,10 +1,10 @@
-"""Solver statistics of a run: in checkpoints, summed over processes, as figures of the log."""
+"""Solver statistics of a run: in checkpoints, summed over processes, in the log."""
 
 from dataclasses import asdict
 
 import torch
 
-from lib.runs.forms import check_form
+from lib.runs.checkpoint import check_form
 from lib.runs.processes import Processes
 from lib.runs.run_folder import Run
 from lib.solvers.stats import PassStats, SolverStats
@@ -37,7 +37,7 @@ def restore_stats(state: list[dict], stats: SolverStats) -> None:
 
 
 def summed_stats(stats: SolverStats, processes: Processes) -> SolverStats:
-    """Solver statistics summed over all processes. A collective call: every process makes it."""
+    """Solver statistics summed over all processes, each of which makes this call."""
     table = [
         [s.solves, s.nfe, s.broken, s.abs_residual, s.rel_residual]
         for s in (stats.forward, stats.backward)

@@ -31,8 +31,8 @@ class Choices:
 class Summands(NamedTuple):
     """What one part of a batch adds to the figures of the whole batch; all are 0-dim tensors.
 
-    The loss of a part is thus not its own mean: it is the part's sum, divided by the size of the
-    whole batch. Summed over all parts and processes, the losses give the mean over the batch.
+    So the loss is the part's sum, divided by the size of the whole batch: over all parts and
+    processes the losses add up to the mean.
     """
 
     loss: Tensor  # to the mean loss
@@ -45,7 +45,7 @@ class Task:
 
     extra_sums: tuple[str, ...] = ()  # names of the sums that ``part`` returns beside the losses
     weights_key = "model"  # the checkpoint's entry with the model's weights
-    # The checkpoint entries that ``extra_state`` adds, and their forms (see lib.runs.forms).
+    # The checkpoint entries that ``extra_state`` adds, and their forms (see lib.runs.checkpoint).
     extra_parts: ClassVar[dict[str, Any]] = {}
     last_step: int
     pretrain_steps: int  # the length of the stacked phase
@@ -65,10 +65,7 @@ class Task:
         raise NotImplementedError
 
     def part(self, index: int, part: Any, choices: Choices) -> Summands:
-        """Run one forward pass on a part of the batch.
-
-        A task with memory also keeps here what part ``index`` of the next batch needs.
-        """
+        """Run one forward pass on a part; keep the memory for this part of the next batch."""
         raise NotImplementedError
 
     def set_learning_rate(self) -> None:
@@ -76,8 +73,10 @@ class Task:
         raise NotImplementedError
 
     def advance(self, batch: Any, loss: float) -> None:
-        """Move the position in the data past ``batch``, whose mean loss over all processes was
-        ``loss`` (not finite in a skipped step)."""
+        """Move the position in the data past ``batch``.
+
+        Its mean loss over all processes was ``loss``, not finite in a skipped step.
+        """
         raise NotImplementedError
 
     def forget(self) -> None:
@@ -97,8 +96,8 @@ class Task:
         """Evaluate in the phase of the last update.
 
         Returns:
-            The findings (passed to ``after_validation``); their values for metrics, plus ``text``
-            for the log; the score's name; and the score (higher is better).
+            The findings for ``after_validation``; their values for metrics, plus ``text`` for the
+            log; the score's name; the score (higher is better).
         """
         raise NotImplementedError
 
@@ -123,9 +122,9 @@ class Task:
         raise NotImplementedError
 
     def fixed(self) -> dict:
-        """Return, by name, the settings that must not change between a save and a resume.
+        """Return, by name, the settings without which a saved position or state has no meaning.
 
-        With other values, the saved data position or optimiser state would have no meaning.
+        They must not change between a save and a resume.
         """
         raise NotImplementedError
 

@@ -7,17 +7,23 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lib.errors import DEQWarning, InputError, naming
-from lib.runs.checkpoint import check_tensors, load_state, not_finite, save_atomic
+from lib.runs.checkpoint import (
+    check_form,
+    check_plain,
+    check_tensors,
+    load_state,
+    not_finite,
+    save_atomic,
+)
 from lib.runs.determinism import check_random_states, random_states, restore_random_states
 from lib.runs.evaluation_loop import EvaluationStopped
-from lib.runs.forms import check_form, check_plain
 from lib.runs.interrupts import Stopped, Stopping, TrainingError
 from lib.runs.memory import memory_for, release_free_memory
 from lib.runs.optimizers import clip_gradients, restore_optimizer
@@ -40,13 +46,6 @@ FORMAT = 2  # version of the checkpoint's format
 _COUNTS = ("skipped", "diverged_forward", "diverged_backward")
 
 
-class _Events(NamedTuple):
-    """What happened in a step in any process."""
-
-    stop: bool  # a process wants to stop
-    diverged: bool  # a solve diverged
-
-
 def _comparable(score: float) -> float:
     """The score to compare: one that is not finite is below every number."""
     return score if math.isfinite(score) else -math.inf
@@ -56,9 +55,9 @@ class Trainer(Task):
     """Trains a DEQ model (``model.deq``) through both phases (stacked, equilibrium).
 
     A signal or the time limit ends the run after a step, with all its state saved. ``state_dict``
-    holds everything that the next step depends on, and the running means of the log. A run that
-    was killed and resumed therefore equals an uninterrupted run bit for bit. On a GPU this needs
-    :func:`~lib.runs.determinism.deterministic`; without it the two runs agree to rounding.
+    holds all that the next step depends on, and the running means of the log. So a run that was
+    killed and resumed equals an uninterrupted one bit for bit; on a GPU this needs
+    :func:`~lib.runs.determinism.deterministic`, without which the two agree to rounding.
 
     Args:
         model, optimizer: the model, on ``device``, and the optimiser of all its parameters.
@@ -97,8 +96,8 @@ class Trainer(Task):
     def update(self, batch: Any) -> bool:
         """Take one optimiser step on this process's share of a batch.
 
-        All processes take the step, or all skip it: the step is skipped if its loss or gradient
-        is not finite in any of them. A skipped step leaves model and optimiser unchanged.
+        All processes skip it if its loss or gradient is not finite in any of them. A skipped step
+        leaves model and optimiser unchanged.
 
         Returns:
             Whether the run should stop, the same in all processes.
@@ -114,7 +113,7 @@ class Trainer(Task):
                 choices, broken = self.draw(), broken_solves(self.model.deq.stats)
                 sums = self._forward_and_backward(batch, choices)
                 norm = clip_gradients(self.model, self.clipped, self.care.clip)
-                sums, events, norm = self._of_all_processes(sums, broken, norm)
+                sums, stop, diverged, norm = self._of_all_processes(sums, broken, norm)
         except Exception:
             self._restore(buffers)
             raise
@@ -126,17 +125,20 @@ class Trainer(Task):
             self.optimizer.step()
             self.skipped_in_a_row = 0
         else:
-            self._skip(buffers)
+            self._restore(buffers)
+            self.forget()
+            self.counts["skipped"] += 1
+            self.skipped_in_a_row += 1
         self.step += 1
         self.advance(batch, sums["loss"])
         self._whole = True
         self._add_to_window(sums, finite, choices)
-        if events.diverged:
+        if diverged:
             found = self.processes.gather(broken_since(broken, self.model.deq.stats))
             report_diverged(found, self.run, self.step, self.counts)
         if not finite:
             self._report_skipped(loss, norm)
-        return events.stop
+        return stop
 
     def _forward_and_backward(self, batch: Any, choices: Choices) -> Tensor:
         """Add up the gradients of all parts; return the sums of their summands, float64."""
@@ -144,7 +146,9 @@ class Trainer(Task):
         parts = self.split(batch)
         sums = torch.zeros(2 + len(self.extra_sums), dtype=torch.float64, device=self.device)
         for i, part in enumerate(parts):
-            with self._gradients_stay(i < len(parts) - 1):  # reduced once, with the last part
+            reduced = i == len(parts) - 1 or not isinstance(self.parallel, DistributedDataParallel)
+            # Gradients are reduced over processes once, with the last part.
+            with contextlib.nullcontext() if reduced else self.parallel.no_sync():
                 loss, jac_loss, extra = self.part(i, part, choices)
                 total = loss
                 if choices.jac_weight is not None:
@@ -156,11 +160,11 @@ class Trainer(Task):
 
     def _of_all_processes(
         self, sums: Tensor, broken: list[int], norm: Tensor
-    ) -> tuple[dict[str, float], _Events, float]:
-        """Sum over all processes, in one call: the sums, the wishes to stop, the diverged solves.
+    ) -> tuple[dict[str, float], bool, bool, float]:
+        """Sums of all processes; whether one wants to stop; whether a solve diverged; the norm.
 
-        ``broken`` counts the diverged solves before the step. Then read the results and ``norm``:
-        the only host-device synchronisation of a step, apart from those in the solvers.
+        ``broken`` counts the diverged solves before the step. The results are read at once: the
+        only host-device synchronisation of a step, apart from those in the solvers.
         """
         # A failed log write: stop; sync() raises it in all processes at the next save.
         stop = self.stopping.check() or self.run.failure is not None
@@ -169,7 +173,7 @@ class Trainer(Task):
         together = self.processes.sum(torch.cat([sums, own.to(self.device, non_blocking=True)]))
         *sums, stop, diverged, norm = torch.cat([together, norm[None].double()]).tolist()
         names = ("loss", "jac_loss", *self.extra_sums)
-        return dict(zip(names, sums, strict=True)), _Events(stop > 0, diverged > 0), norm
+        return dict(zip(names, sums, strict=True)), stop > 0, diverged > 0, norm
 
     def _add_to_window(self, sums: dict[str, float], finite: bool, choices: Choices) -> None:
         window = self._window
@@ -194,7 +198,7 @@ class Trainer(Task):
         return self._window["loss"] / self._window["steps"] if self._window["steps"] else math.nan
 
     def begin_window(self) -> None:
-        """Reset the sums and solver statistics from which the next log line is made."""
+        """Reset the sums and solver statistics of the next log line."""
         self._window = self._no_sums()
         self._window_start = time.perf_counter()
         self.model.deq.stats.reset()
@@ -203,19 +207,6 @@ class Trainer(Task):
     def _no_sums(cls) -> dict[str, float]:
         names = ("loss", "jac_loss", *cls.extra_sums)
         return dict.fromkeys(names, 0.0) | {"jac_count": 0, "steps": 0, "skipped": 0}
-
-    def _gradients_stay(self, stay: bool):
-        """If ``stay``, a context that does not reduce gradients over processes, else no effect."""
-        if stay and isinstance(self.parallel, DistributedDataParallel):
-            return self.parallel.no_sync()
-        return contextlib.nullcontext()
-
-    def _skip(self, buffers: list[Tensor]) -> None:
-        """Count a skipped update, and restore the model's buffers."""
-        self._restore(buffers)
-        self.forget()
-        self.counts["skipped"] += 1
-        self.skipped_in_a_row += 1
 
     @torch.no_grad()
     def _restore(self, buffers: list[Tensor]) -> None:
@@ -241,10 +232,8 @@ class Trainer(Task):
         """Train up to ``last_step`` updates; log, validate and save when due.
 
         An error while a batch is read, or in a step or a validation, ends the run, but the state
-        after the last whole step is saved first.
-
-        Args:
-            finish: called after the last step; an evaluation in it may be interrupted by a stop.
+        after the last whole step is saved first. ``finish`` is called after the last step; a stop
+        may interrupt an evaluation in it.
 
         Raises:
             Stopped: a signal or the time limit ended the run; all its state is saved.
@@ -278,7 +267,7 @@ class Trainer(Task):
                 self._stop()
 
     def try_validation(self) -> None:
-        """Evaluate one batch: an error in it comes now, and not after hours of training.
+        """Evaluate one batch, so that an error comes now, and not after hours of training.
 
         Raises:
             InputError: a setting or the data does not fit, or the memory is too small.
@@ -380,7 +369,7 @@ class Trainer(Task):
             # The resumed run validates again.
             restore_random_states(before[0], self.rng, self.gpus)
             return False
-        release_free_memory()  # otherwise the memory used by validation stays resident
+        release_free_memory()
         phase = "stacked" if 0 < self.step <= self.pretrain_steps else "equilibrium"
         self.run.log(f"step {self.step} | valid ({phase}) | {record.pop('text')}")
         self.run.record("valid", self.step, phase=phase, **record)
@@ -436,7 +425,7 @@ class Trainer(Task):
             "skipped_in_a_row": self.skipped_in_a_row,
             "unfinished": self.unfinished,
             "window": self._window,
-            # One entry per rank: each draws its own dropout masks and solves for its own samples.
+            # By rank: each draws its own dropout masks and solves for its own samples.
             "random_states": list(states),
             "solver_stats": list(stats),
             **self.extra_state(),
@@ -448,9 +437,9 @@ class Trainer(Task):
         version = state.get("format") if isinstance(state, dict) else None
         if type(version) is not int or version != FORMAT:
             raise InputError(f"{source} is not a checkpoint of this trainer: give its {CHECKPOINT}")
+        judged = ("fixed", "optimizer", cls.weights_key, "random_states", "solver_stats")
         forms = {
-            **dict.fromkeys(("optimizer", cls.weights_key, "random_states", "solver_stats"), ...),
-            "fixed": ...,
+            **dict.fromkeys(judged, ...),  # by functions of their own
             "step": 0,
             "best": {"phase": "", "score": 0.0, "step": 0, "name": ""},
             "counts": dict.fromkeys(_COUNTS, 0),
@@ -471,19 +460,16 @@ class Trainer(Task):
         check_tensors(state[cls.weights_key], source)
 
     def load_state_dict(self, state: dict, source: Path) -> list[str]:
-        """Continue exactly where ``state`` was saved.
-
-        Returns:
-            Log lines that name what could not be restored.
+        """Continue exactly where ``state`` was saved; return log lines on what is not restored.
 
         Raises:
-            InputError: ``state`` has another format, or belongs to another model or to other
-                settings (:meth:`fixed`).
+            InputError: ``state`` has another format, or is of another model or other settings
+                (:meth:`fixed`).
         """
         self.check(state, source)
-        before = self.fixed_in(state)
+        fixed = self.fixed_in(state)
         for name, value in self.fixed().items():
-            if (saved := before.get(name)) != value:
+            if (saved := fixed.get(name)) != value:
                 raise InputError(
                     f"{source} was saved with {name} {saved}, and this run has {value}: continue "
                     "with the former"
@@ -495,12 +481,9 @@ class Trainer(Task):
         with naming(str(source)):
             restore_optimizer(self.optimizer, state["optimizer"])
             self.load_extra(state)
-        return self._load_by_process(state["random_states"], state["solver_stats"])
-
-    def _load_by_process(self, states: list[dict], stats: list) -> list[str]:
-        rank, here, before = self.processes.rank, self.processes.world_size, len(states)
-        if here == before:
-            restore_stats(stats[rank], self.model.deq.stats)
+        states, rank, here = state["random_states"], self.processes.rank, self.processes.world_size
+        if here == (before := len(states)):
+            restore_stats(state["solver_stats"][rank], self.model.deq.stats)
             return restore_random_states(states[rank], self.rng, self.gpus)
         self.rng.setstate(states[0]["random"])
         return [
