@@ -31,9 +31,9 @@ _ARCHIVE = b"PK\x03\x04"  # the first bytes of a torch.save file since version 1
 _REFUSED = "GLOBAL"  # in torch's message on a Python object
 _NUMBERS = {f"{o}{c}" for o in "<>=|" for c in "b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split()}
 _FOLDER = 0x10  # the attribute that marks an archive entry as a folder
-# The key of our checksum in a file's metadata, and the beginning of its value. Either identifies
-# the checksum: damage to one of them does not turn our file into a foreign one without a checksum.
-_CHECKSUM, _VALUE = "tensors.sha256", "sha256 of the tensors: "
+# Of safetensors files: the key of our checksum in the metadata, and the beginning of its value.
+# Either identifies it: damage to one does not turn our file into a foreign one without a checksum.
+CHECKSUM, _VALUE = "tensors.sha256", "sha256 of the tensors: "
 _MOST = 2**53  # above it, floats do not count in steps of one
 
 
@@ -164,30 +164,13 @@ def _read_safetensors(file: BinaryIO) -> dict[str, Tensor]:
     tensors = safetensors.torch.load(data)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata = header.get("__metadata__", {})
-    checksums = {v for k, v in metadata.items() if k == _CHECKSUM or v.startswith(_VALUE)}
-    if checksums and checksums != {_checksum(tensors)}:
+    checksums = {v for k, v in metadata.items() if k == CHECKSUM or v.startswith(_VALUE)}
+    if checksums and checksums != {checksum(tensors)}:
         raise ValueError("the checksum differs")
     return tensors
 
 
-def safetensors_bytes(state: dict[str, Tensor]) -> bytes:
-    """The content of a file with ``state``; names that share memory (tied weights) get copies.
-
-    Raises:
-        InputError: the format does not support a tensor.
-    """
-    # Contiguous copies, as the format has neither shared memory nor strides.
-    tensors = {
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in state.items()
-    }
-    try:
-        return safetensors.torch.save(tensors, {"format": "pt", _CHECKSUM: _checksum(tensors)})
-    except (KeyError, ValueError) as error:
-        raise InputError(f"safetensors files cannot hold these tensors: {error}") from error
-
-
-def _checksum(tensors: dict[str, Tensor]) -> str:
+def checksum(tensors: dict[str, Tensor]) -> str:
     """SHA-256 of names, dtypes, shapes and bytes of the tensors, sorted by name."""
     found = hashlib.sha256()
     for name in sorted(tensors):

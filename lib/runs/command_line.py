@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import TextIO
 
 import torch.distributed as dist
@@ -44,20 +44,6 @@ class Parser(argparse.ArgumentParser):
             hint = did_you_mean(unknown[0].split("=")[0], flags, otherwise=" (see --help)")
             raise InputError(f"unknown flag {unknown[0]}{hint}")
         return found
-
-
-def chosen(flag: str, text: str, known: Collection[str]) -> list[str]:
-    """The names in a comma-separated list, each once, in their order.
-
-    Raises:
-        InputError: a name is not in ``known``.
-    """
-    names = list(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in known:
-            hint = did_you_mean(name, known, otherwise=f": choose from {', '.join(known)}")
-            raise InputError(f"{flag}: unknown {name!r}{hint}")
-    return names
 
 
 def prepare_streams() -> None:

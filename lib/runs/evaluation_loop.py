@@ -1,4 +1,4 @@
-"""The loop of every evaluation: sums over batches and processes, and the solver's figures."""
+"""The loop of every evaluation: sums over batches and processes, means of the solver."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from lib.solvers.stats import SolverStats
 
 
 class EvaluationStopped(Exception):
-    """All processes interrupted an evaluation because the run should stop."""
+    """All processes interrupted an evaluation, as the run should stop."""
 
 
 @contextmanager
@@ -43,12 +43,13 @@ def evaluate_batches(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Call ``measure`` on each batch, and sum what it returns over batches and processes.
 
+    Every process must make this call.
+
     Args:
-        model: the model that ``measure`` calls.
-        batches: the batches of this process; there may be none.
+        model: what ``measure`` calls.
+        batches: those of this process; there may be none.
         measure: returns numbers or 0-dim tensors by name, the same names for each batch. They are
             summed in float64, without waiting for the GPU.
-        processes: the processes of the run; every process must make this call.
         stop: called before each batch; True interrupts the evaluation.
 
     Returns:

@@ -25,7 +25,7 @@ _LONGEST = 10_000  # minutes, about a week
 
 @dataclass(frozen=True)
 class Processes:
-    """The place of this process among the processes of a run; without torchrun, the only one."""
+    """The place of this process among those of a run; without torchrun it is the only one."""
 
     rank: int = 0
     world_size: int = 1
@@ -34,13 +34,12 @@ class Processes:
     @classmethod
     @contextlib.contextmanager
     def joined(cls) -> Iterator["Processes"]:
-        """Join the processes that torchrun started, for the length of a ``with`` block.
+        """A context among the processes that torchrun started.
 
-        GPU tensors are sent by NCCL, all others by gloo.
-
-        A process waits $DEQ_TIMEOUT minutes (default 15) for another, then gives up, as a machine
-        without power or network sends no error. The longest normal waits are for files that the
-        first process reads or writes (WikiText-103: half a minute).
+        GPU tensors are sent by NCCL, others by gloo. A process gives up after $DEQ_TIMEOUT minutes
+        (default 15) without another, as a machine without power or network sends no error. The
+        longest normal waits are for files that the first one reads or writes (WikiText-103: half a
+        minute).
 
         After an error the block ends at once, otherwise when all processes have reached its end.
         The process group stays, so a process that joined must exit with :func:`end_at_once`.
@@ -155,7 +154,7 @@ class Processes:
                 raise InputError(f"process {rank}: {text}")
 
     def next(self, items: Iterator[_T]) -> _T | None:
-        """The next item of each process, None at the end; all must have the same number.
+        """The next item of each process, None at the end; all have the same number.
 
         An error of one process is raised in all.
         """
@@ -171,7 +170,7 @@ class Processes:
     def in_turn(self, action: Callable[[], _T]) -> _T:
         """Run ``action`` in every process, on each machine first in that of local rank 0.
 
-        For an action that leaves a cache file. An error is raised only where it occurs.
+        This is for an action that leaves a cache. An error is raised only where it occurs.
         """
         if self.world_size == 1:
             return action()

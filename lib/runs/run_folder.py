@@ -30,7 +30,6 @@ with needs("runs"):
 
 LOCK, LOG, METRICS, SETTINGS = "run.lock", "log.txt", "metrics.jsonl", "settings.json"
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "model.pt"
-AUDIT = "audit.json"  # what scripts/audit.py found
 _OF_KIND = {"valid": {"phase": str}, "summary": {"finished": bool}}  # what such records have
 _OF_THE_END = ("final_", "summary")  # prefixes of the record kinds written at the end of a run
 _FLUSH = 120.0  # seconds between flushes of the events

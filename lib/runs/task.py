@@ -1,4 +1,4 @@
-"""What a trainer of a certain task defines: its data, its losses, its schedule, its figures."""
+"""What the trainer of a task defines: its data, losses, schedule and figures."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Care:
-    """How a run is protected against divergence and interruption."""
+    """How a run is protected against divergence and interruption; texts are for messages."""
 
     keep: int  # number of checkpoints kept, including the newest
     max_skipped: int  # the run ends after this many non-finite steps in a row
     clip: float  # largest gradient norm; 0 or less turns clipping off
-    resume: str  # the option that continues a run, such as '--restart', for messages
-    way_out: str  # advice against non-finite numbers, for messages
+    resume: str  # the option that continues a run, such as '--restart'
+    way_out: str  # advice against non-finite numbers
     memory_of_step: str = ""  # advice if the memory is too small for a step,
     memory_of_validation: str = ""  # or for a validation
 
@@ -41,11 +41,11 @@ class Summands(NamedTuple):
 
 
 class Task:
-    """The methods and attributes that every trainer defines for its task."""
+    """What every trainer defines for its task."""
 
     extra_sums: tuple[str, ...] = ()  # names of the sums that ``part`` returns beside the losses
     weights_key = "model"  # the checkpoint's entry with the model's weights
-    # The checkpoint entries that ``extra_state`` adds, and their forms (see lib.runs.checkpoint).
+    # Checkpoint entries that ``extra_state`` adds, and their forms (see checkpoint.check_form).
     extra_parts: ClassVar[dict[str, Any]] = {}
     last_step: int
     pretrain_steps: int  # the length of the stacked phase
@@ -53,7 +53,7 @@ class Task:
     # ---- a step --------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[Any]:
-        """Yield this process's share of each batch, from the current position to ``last_step``."""
+        """Yield this process's share of each batch, from the present position to ``last_step``."""
         raise NotImplementedError
 
     def draw(self) -> Choices:
@@ -114,7 +114,7 @@ class Task:
     # ---- checkpoints ---------------------------------------------------------------------------
 
     def extra_state(self) -> dict:
-        """Return the checkpoint entries of this trainer alone, named in ``extra_parts``."""
+        """Return the checkpoint entries named in ``extra_parts``."""
         raise NotImplementedError
 
     def load_extra(self, state: dict) -> None:
@@ -122,9 +122,9 @@ class Task:
         raise NotImplementedError
 
     def fixed(self) -> dict:
-        """Return, by name, the settings without which a saved position or state has no meaning.
+        """Return by name the settings that must not change between a save and a resume.
 
-        They must not change between a save and a resume.
+        With others, the saved data position or optimiser state has no meaning.
         """
         raise NotImplementedError
 

@@ -47,7 +47,7 @@ _COUNTS = ("skipped", "diverged_forward", "diverged_backward")
 
 
 def _comparable(score: float) -> float:
-    """The score to compare: one that is not finite is below every number."""
+    """The score; one that is not finite is below every number."""
     return score if math.isfinite(score) else -math.inf
 
 
@@ -137,7 +137,11 @@ class Trainer(Task):
             found = self.processes.gather(broken_since(broken, self.model.deq.stats))
             report_diverged(found, self.run, self.step, self.counts)
         if not finite:
-            self._report_skipped(loss, norm)
+            found = f"the loss is {loss:.4g}, the gradient norm {norm:.4g}"
+            self.run.log(f"step {self.step} | skipped: {found}")
+            self.run.record("skipped", self.step, loss=loss, gradient_norm=norm)
+            if (n := self.skipped_in_a_row) >= self.care.max_skipped:
+                self._give_up(f"{n} steps in a row were not finite, the last one")
         return stop
 
     def _forward_and_backward(self, batch: Any, choices: Choices) -> Tensor:
@@ -166,7 +170,7 @@ class Trainer(Task):
         ``broken`` counts the diverged solves before the step. The results are read at once: the
         only host-device synchronisation of a step, apart from those in the solvers.
         """
-        # A failed log write: stop; sync() raises it in all processes at the next save.
+        # After a failed log write too: sync() raises it in all processes at the next save.
         stop = self.stopping.check() or self.run.failure is not None
         diverged = sum(broken_solves(self.model.deq.stats)) - sum(broken)
         own = torch.tensor([stop, diverged], dtype=torch.float64)
@@ -213,14 +217,6 @@ class Trainer(Task):
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
 
-    def _report_skipped(self, loss: float, norm: float) -> None:
-        self.run.log(
-            f"step {self.step} | skipped: the loss is {loss:.4g}, the gradient norm {norm:.4g}"
-        )
-        self.run.record("skipped", self.step, loss=loss, gradient_norm=norm)
-        if self.skipped_in_a_row >= self.care.max_skipped:
-            self._give_up(f"{self.skipped_in_a_row} steps in a row were not finite, the last one")
-
     def _give_up(self, trouble: str) -> NoReturn:
         raise TrainingError(
             f"{trouble} at step {self.step}: {self.care.way_out}{last_good(self.run.folder)}"
@@ -249,7 +245,7 @@ class Trainer(Task):
                 self._finish_step(validate=True, save=True, stop=False)
             batches = self.batches()
             while True:
-                before = self._before()
+                before = self._own_state()
                 with self._saved_on_error(before):
                     batch = self.processes.next(batches)
                 if batch is None:
@@ -274,20 +270,25 @@ class Trainer(Task):
         """
         if self.unfinished or self.step >= self.last_step:
             return
-        states, _ = self._before()
+        before = self._own_state()
         with warnings.catch_warnings(), memory_for(self.care.memory_of_validation):
             warnings.simplefilter("ignore", DEQWarning)  # they come again
             self.rehearse()
-        restore_random_states(states, self.rng, self.gpus)
+        self._put_back(before)
         release_free_memory()
 
-    def _before(self) -> tuple[dict, list[dict]]:
-        """What a step or a validation that fails leaves changed: random states and statistics."""
+    def _own_state(self) -> tuple[dict, list[dict]]:
+        """The state of this process: random generators and solver statistics."""
         return random_states(self.rng, self.gpus), stats_state(self.model.deq.stats)
+
+    def _put_back(self, before: tuple) -> list[str]:
+        """Restore what :meth:`_own_state` returned; return log lines on what is not restored."""
+        restore_stats(before[1], self.model.deq.stats)
+        return restore_random_states(before[0], self.rng, self.gpus)
 
     @contextlib.contextmanager
     def _saved_on_error(self, before: tuple, *, alone: bool = False) -> Iterator[None]:
-        """If an error ends the block, save the state with what :meth:`_before` returned.
+        """If an error ends the block, save the state, with what :meth:`_own_state` returned.
 
         ``alone``: only this process may have the error, so that the others cannot save with it.
         """
@@ -298,8 +299,7 @@ class Trainer(Task):
         except Exception as error:
             saved = self._whole and not (alone and self.processes.world_size > 1)
             if saved and not lost_contact(error):
-                restore_random_states(before[0], self.rng, self.gpus)
-                restore_stats(before[1], self.model.deq.stats)
+                self._put_back(before)
                 with contextlib.suppress(InputError, TrainingError):  # the first error says more
                     self.save()
                     self.run.log(f"an error ends the run after step {self.step}: {self._saved()}")
@@ -338,7 +338,7 @@ class Trainer(Task):
         return "all is saved" if self.run.folder else "nothing is saved"
 
     def _log(self) -> None:
-        """Write one log line and one record: means over the steps since the previous line."""
+        """Write a log line and a record: means over the steps since the previous line."""
         window, elapsed = self._window, time.perf_counter() - self._window_start
         if not window["steps"]:  # no mean
             self.run.log(f"step {self.step} | all {window['skipped']} since the last line skipped")
@@ -361,19 +361,18 @@ class Trainer(Task):
 
     def _validate(self) -> bool:
         """Validate and keep the best weights of the last phase; False if interrupted by a stop."""
-        paused, before = time.perf_counter(), self._before()
+        paused, before = time.perf_counter(), self._own_state()
         try:
             with self._saved_on_error(before), memory_for(self.care.memory_of_validation):
                 found, record, name, score = self.validate()
         except EvaluationStopped:
-            # The resumed run validates again.
-            restore_random_states(before[0], self.rng, self.gpus)
+            self._put_back(before)  # the resumed run validates again
             return False
         release_free_memory()
         phase = "stacked" if 0 < self.step <= self.pretrain_steps else "equilibrium"
         self.run.log(f"step {self.step} | valid ({phase}) | {record.pop('text')}")
         self.run.record("valid", self.step, phase=phase, **record)
-        # Scores of a stacked network and of an equilibrium are not comparable.
+        # Scores of the two phases are not comparable.
         if phase != self.best.get("phase") or _comparable(score) > _comparable(self.best["score"]):
             self.best = {"phase": phase, "score": score, "step": self.step, "name": name}
             state = self.model.state_dict()
@@ -412,8 +411,7 @@ class Trainer(Task):
 
     def state_dict(self) -> dict:
         """Return everything that the next step depends on, as tensors and plain containers."""
-        own = random_states(self.rng, self.gpus), stats_state(self.model.deq.stats)
-        states, stats = zip(*self.processes.gather(own), strict=True)
+        states, stats = zip(*self.processes.gather(self._own_state()), strict=True)
         return {
             "format": FORMAT,
             "fixed": self.fixed(),
@@ -483,8 +481,7 @@ class Trainer(Task):
             self.load_extra(state)
         states, rank, here = state["random_states"], self.processes.rank, self.processes.world_size
         if here == (before := len(states)):
-            restore_stats(state["solver_stats"][rank], self.model.deq.stats)
-            return restore_random_states(states[rank], self.rng, self.gpus)
+            return self._put_back((states[rank], state["solver_stats"][rank]))
         self.rng.setstate(states[0]["random"])
         return [
             f"{here} process(es) continue what {before} began: dropout masks and vectors of the "
