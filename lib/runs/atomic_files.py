@@ -1,4 +1,4 @@
-"""Writes files atomically: the whole new file, or no change."""
+"""Atomic writes: the whole new file, or no change."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ def atomic_write(path: Path, before_rename: Callable[[], None] | None = None) ->
     """Open a binary file that replaces ``path`` if the block ends without an error.
 
     The data goes to a temporary file in the same folder, which is flushed to the disk and then
-    renamed. A reader sees the old file or the whole new one, also after a crash.
+    renamed: a reader sees the old file or the whole new one, also after a crash.
     ``before_rename`` is called after the flush, when lack of space can no longer be an error.
 
     Raises:

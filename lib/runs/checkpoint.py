@@ -57,9 +57,9 @@ def load(path: str | Path):
     """Read tensors and plain containers to the CPU. A file that holds code is refused, never run.
 
     The format is that of torch.save or safetensors, recognised by the content. Checksums reveal
-    any damage to torch archives and to the safetensors files of scripts/export_weights.py. Files
-    of torch before version 1.6, and safetensors files from other programs, have no checksum:
-    damage to their numbers goes unnoticed.
+    any damage to torch archives and to safetensors files of scripts/export_weights.py. Files of
+    torch before version 1.6, and safetensors files of other programs, have none: damage to their
+    numbers goes unnoticed.
 
     Raises:
         InputError: the file is missing, truncated, damaged, of another format, or holds code.
@@ -132,10 +132,9 @@ def _numpy_numbers():
 def _verify_archive(file: BinaryIO, size: int) -> None:
     """Raise an error if an archive is damaged, or if torch and Python would read it differently.
 
-    - torch does not compare checksums, so it accepts a flipped bit in the data.
-    - It leaves a tensor's memory uninitialised if the archive's directory marks the entry as a
-      folder, or gives it too large a size.
-    - Of two concatenated archives Python reads the second, torch the first.
+    torch does not compare checksums, so it accepts a flipped bit in the data. It leaves a tensor's
+    memory uninitialised if the directory marks the entry as a folder, or gives it too large a size.
+    Of two concatenated archives Python reads the second, torch the first.
     """
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
@@ -244,8 +243,8 @@ def load_state(
 ) -> None:
     """Load a state dict whose keys and shapes (``same_dtypes``: and dtypes) are the model's.
 
-    Prefixes of wrappers are removed (:func:`strip_wrappers`), and entries ignored whose key begins
-    as the model's ``ignored_state`` (a tuple) says.
+    Wrappers' prefixes are removed (:func:`strip_wrappers`). Entries with a prefix in the model's
+    ``ignored_state`` (a tuple) are ignored.
 
     Raises:
         InputError: something differs (the message lists all), or a tensor holds NaN or Inf. The
@@ -286,10 +285,7 @@ def strip_wrappers(state: dict[str, Tensor], model: nn.Module | None = None) -> 
         state = plain if len(plain) == len(state) else state  # no two may become one
     own = {} if model is None else dict(model.named_children())
     wrappers = [prefix for prefix in _WRAPPERS if prefix[:-1] not in own]
-    while state:
-        shared = [p for p in wrappers if all(key.startswith(p) for key in state)]
-        if not shared:
-            break
+    while state and (shared := [p for p in wrappers if all(key.startswith(p) for key in state)]):
         state = {key.removeprefix(shared[0]): value for key, value in state.items()}
     return state
 
@@ -306,18 +302,15 @@ def not_finite(state: dict[str, Tensor]) -> list[str]:
 
 
 def check_form(found, own, name: str) -> None:
-    """Raise an InputError unless ``found`` and its entries have the form of ``own``.
+    """Raise an InputError that begins with ``name``, unless ``found`` has the form of ``own``.
 
-    An undamaged file can hold wrong content: a tensor of another shape, or a text instead of a
-    number. With such a state a fused optimiser writes outside its memory. Of one form are:
+    An undamaged file can hold wrong content, with which a fused optimiser writes outside its
+    memory. Of one form, and so for all entries, are:
 
     - a tensor: the same shape and dtype, stored as an array, without NaN;
     - a dict: the same keys; a list or tuple: the same length;
     - an integer: an integer of at least 0; a float: a number;
-    - ``...``: anything;
-    - anything else, such as a text: the same type.
-
-    ``name`` begins the message.
+    - ``...``: anything; else, such as a text: the same type.
     """
     match own:
         case EllipsisType():
@@ -348,8 +341,7 @@ def check_form(found, own, name: str) -> None:
 
 def check_plain(found, name: str) -> None:
     """Refuse anything else than a dict of texts, numbers and None."""
-    values = found.values() if isinstance(found, dict) else [()]
-    for value in values:
+    for value in found.values() if isinstance(found, dict) else [()]:
         number = isinstance(value, (int, float)) and not abs(value) >= 2**64
         if not (number or value is None or isinstance(value, str)):
             raise InputError(f"{name} holds {_words(value)}: use another checkpoint")

@@ -1,4 +1,4 @@
-"""What every command shares: a parser whose errors are one line, the streams, the exit code."""
+"""What every command shares: a parser, the standard streams, errors of one line, exit codes."""
 
 import argparse
 import contextlib
@@ -12,8 +12,7 @@ import torch.distributed as dist
 
 from lib.errors import InputError, did_you_mean
 from lib.extras import needs
-from lib.runs.interrupts import Stopped, TrainingError
-from lib.runs.memory import out_of_memory
+from lib.runs.interrupts import Stopped, TrainingError, out_of_memory
 from lib.runs.processes import end_at_once, lost_contact
 
 with needs("runs"):
@@ -58,9 +57,9 @@ def prepare_streams() -> None:
 
 
 def put(line: str, stream: TextIO, end: str = "\n") -> OSError | None:
-    """Write a line above a progress bar; return the error if the stream can no longer be written.
+    """Write a line above a progress bar; return the error if the stream is lost.
 
-    Its later lines are then dropped, and the exit of Python does not fail on those before.
+    Its later lines are then dropped, and Python's exit does not fail on those before.
     """
     try:
         tqdm.write(line, stream, end)
@@ -81,6 +80,7 @@ def exit_code(program: str, action: Callable[[], object]) -> int:
     130. Any other error is raised. One of several processes is ended by :func:`end_at_once`.
     """
     prepare_streams()
+    code = 0
     try:
         action()
         sys.stdout.flush()
@@ -95,9 +95,8 @@ def exit_code(program: str, action: Callable[[], object]) -> int:
         put("", sys.stdout, end="")  # what could not be written is not tried again
         put(f"{program}: {' '.join(line.split())}", sys.stderr)
         end_at_once(code)
-        return code
-    end_at_once(0)
-    return 0
+    end_at_once(code)
+    return code
 
 
 def _explanation(error: BaseException) -> tuple[str, int] | None:
@@ -113,6 +112,6 @@ def _explanation(error: BaseException) -> tuple[str, int] | None:
             return "interrupted", 130
     if lost := lost_contact(error):
         return f"lost the other processes ({lost}): start all of them again", 1
-    if out_of_memory(error):
-        return f"{out_of_memory(error)}: take a smaller model or batch", 1
+    if lack := out_of_memory(error):
+        return f"{lack}: take a smaller model or batch", 1
     return None

@@ -18,9 +18,8 @@ def compiled(function: Callable, device: torch.device | str = "cpu") -> Callable
     All tensors that ``function`` uses should be its arguments. Then only new shapes are compiled
     again, which takes some seconds.
 
-    Sizes are constants (``dynamic=False``). Otherwise the shapes met before would decide which
-    sizes become variables, and so the rounding: a resumed run would not repeat an uninterrupted
-    one.
+    Sizes are constants (``dynamic=False``). Otherwise earlier shapes would decide which sizes
+    become variables, and so the rounding: a resumed run would not repeat an uninterrupted one.
 
     Raises:
         InputError: torch.compile does not work here, for example without a C++ compiler.

@@ -1,5 +1,7 @@
-"""The loop of every evaluation: sums over batches and processes, means of the solver."""
+"""Evaluations: the loop that sums over batches and processes, and the return of its memory."""
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,9 +20,9 @@ class EvaluationStopped(Exception):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[SolverStats]:
-    """A context to evaluate in: eval mode, no gradients, solver statistics of its own (yielded).
+    """A context of eval mode, no gradients, and solver statistics of its own, which it yields.
 
-    The model's own mode and statistics are restored at its end.
+    The model's mode and statistics are restored at its end.
     """
     was_training, stats = model.training, model.deq.stats
     try:
@@ -53,8 +55,7 @@ def evaluate_batches(
         stop: called before each batch; True interrupts the evaluation.
 
     Returns:
-        The sums by name, without those that no process returned, and the means of the forward
-        solver's statistics.
+        The sums by name, none if there was no batch, and means of the forward solver's statistics.
 
     Raises:
         EvaluationStopped: in all processes, if ``stop`` returned True in one of them.
@@ -74,12 +75,24 @@ def evaluate_batches(
             error = caught  # the other processes wait for this one
         processes.raise_together(error)
         means = summed_stats(stats, processes).forward.means()
-    found = {name: float(value) for name, value in sums.items()}
-    totals: dict[str, float] = {}
-    for sums_of_one, stopped_here in processes.gather((found, stopped)):
-        stopped = stopped or stopped_here
-        for name, value in sums_of_one.items():
-            totals[name] = totals.get(name, 0.0) + value
-    if stopped:
+    own = {name: float(value) for name, value in sums.items()}
+    found = processes.gather((own, stopped))
+    if any(stopped for _, stopped in found):
         raise EvaluationStopped
+    totals: dict[str, float] = {}
+    for sums, _ in found:
+        for name, value in sums.items():
+            totals[name] = totals.get(name, 0.0) + value
     return totals, means
+
+
+def release_free_memory() -> None:
+    """Return the free pages of malloc's heap, if the C library supports this (glibc).
+
+    On its own, glibc returns only the end of its heap. Memory of an evaluation with large batches
+    lies below small objects allocated in the meantime, and stays resident: 70 MiB after the first
+    validation of a small segmentation model, 115 MiB after five. The call takes milliseconds; the
+    system maps the pages again when they are used.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Common parts of the reports on finished runs: tables, means at equilibrium, curves."""
+"""What reports on finished runs share: tables, means at equilibrium, curves."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,7 +51,7 @@ def draw_curves(records: list[dict], border: int, path: Path, draw: Callable) ->
     A line marks ``border``, the first step at equilibrium. ``draw`` draws the training curves on
     the matplotlib axes it is given.
     """
-    # Imported here: matplotlib is optional for training, and its import is slow.
+    # Imported here: it is slow, and optional for training.
     with needs("runs"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

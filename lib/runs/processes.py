@@ -36,10 +36,9 @@ class Processes:
     def joined(cls) -> Iterator["Processes"]:
         """A context among the processes that torchrun started.
 
-        GPU tensors are sent by NCCL, others by gloo. A process gives up after $DEQ_TIMEOUT minutes
-        (default 15) without another, as a machine without power or network sends no error. The
-        longest normal waits are for files that the first one reads or writes (WikiText-103: half a
-        minute).
+        GPU tensors are sent by NCCL, others by gloo. A process waits $DEQ_TIMEOUT minutes (default
+        15) for another, as a machine without power or network sends no error. The longest normal
+        waits are for files of the first process (WikiText-103: half a minute).
 
         After an error the block ends at once, otherwise when all processes have reached its end.
         The process group stays, so a process that joined must exit with :func:`end_at_once`.
@@ -93,15 +92,15 @@ class Processes:
         return torch.device("cuda", torch.cuda.current_device())
 
     def part(self, n: int) -> slice:
-        """This process's contiguous share of ``n`` items; the first ones may have one more."""
+        """This process's contiguous share of ``n`` items; the first may have one more."""
         each, over = divmod(n, self.world_size)
         first = self.rank * each + min(self.rank, over)
         return slice(first, first + each + (self.rank < over))
 
     def vary_seed(self, seed: int) -> None:
-        """Give every process except the first its own random stream, so dropout masks differ.
+        """Give each process but the first its own random stream, so that dropout masks differ.
 
-        Call this after all processes have built the model from one ``seed``.
+        Call this after all have built the model from the same ``seed``.
         """
         if self.rank:
             torch.manual_seed(seed + self.rank)
@@ -139,7 +138,7 @@ class Processes:
         return outcome[0]
 
     def lead_keeps(self, action: Callable[[], _T]) -> _T | None:
-        """:meth:`lead` for a result that only the first process needs; the others return None."""
+        """:meth:`lead` for a result that only the first process needs; others return None."""
         kept: list = []
         self.lead(lambda: kept.append(action()))
         return kept[0] if kept else None
@@ -203,9 +202,9 @@ def _settle_buckets(parallel: DistributedDataParallel) -> None:
     """Fix the buckets in which DistributedDataParallel sends gradients.
 
     It rebuilds them once, in the order in which gradients first become ready, which differs between
-    the two phases of training. With more than two processes, an element's place in its bucket
-    decides the rounding of its sum: a run resumed at equilibrium would round differently. So the
-    buckets are rebuilt here, by a backward pass through the sum of all parameters.
+    the phases of training. With more than two processes, an element's place in its bucket decides
+    the rounding of its sum: a run resumed at equilibrium would round differently. So they are
+    rebuilt here, by a backward pass through the sum of all parameters.
     """
     model = parallel.module
     model.forward = lambda: sum(p.sum() for p in model.parameters() if p.requires_grad)
@@ -257,9 +256,8 @@ def end_at_once(code: int) -> None:
     Dropping the last reference waits, with Python's lock (GIL), for tensors on their way to a
     process that is gone; gloo's threads need the lock to release them (torch 2.13): for ever.
 
-    Without an error Python's exit is not safe either: it destroys gloo in an order that aborts one
-    process in some hundreds ("terminate called without an active exception"), which torchrun
-    reports as a failure.
+    Without an error Python's exit would destroy gloo in an order that aborts one process in some
+    hundreds ("terminate called without an active exception"), for torchrun a failure.
     """
     if dist.is_available() and dist.is_initialized():
         for stream in (sys.stdout, sys.stderr):

@@ -18,9 +18,9 @@ def save_newest(content, path: str | Path, keep: int) -> None:
     """Write ``content`` as the newest of ``keep`` checkpoints; ``path`` is its file.
 
     The new file is first written in full. Then each older file gets the next number, and the new
-    file gets the name ``path``. A kill at any time leaves ``path`` with its old or its new
-    content. Exception: on a file system without hard links ``path`` is missing for a moment, and
-    its old content has number 1.
+    one the name ``path``. A kill at any time leaves ``path`` with its old or new content.
+    Exception: on a file system without hard links it is missing for a moment, with its old content
+    in number 1.
 
     Raises:
         OSError: the file cannot be written; on a full disk all files are unchanged.
@@ -47,17 +47,17 @@ def load_newest(
     """Read the newest good checkpoint that :func:`versions` finds.
 
     Args:
-        path: path of the newest checkpoint.
+        path: that of the newest checkpoint.
         check: called with a content and its file; raises an InputError if it is no checkpoint of
             this trainer. Settings are not checked: they are the same in the older files.
         log: called with a warning line if a file was passed over; the line names each such file,
             the reason, and the file used.
 
     Returns:
-        The content and the file that was read.
+        The content and its file.
 
     Raises:
-        InputError: no checkpoint is good; the error is that of the newest.
+        InputError: that of the newest, if none is good.
     """
     path = Path(path)
     found = versions(path) or [path]  # for a missing file load() raises the right error
@@ -79,11 +79,8 @@ def load_newest(
 def set_aside(path: str | Path, used: Path) -> list[Path]:
     """Rename the checkpoints newer than ``used``, which :func:`load_newest` passed over.
 
-    Their new names are checkpoint.damaged.pt, checkpoint.damaged.2.pt, ... The next saves would
-    otherwise keep damaged files and delete good ones. No file is deleted or overwritten here.
-
-    Returns:
-        The new paths.
+    The next saves would otherwise keep damaged files and delete good ones. Nothing is overwritten:
+    the new paths, which are returned, are checkpoint.damaged.pt, checkpoint.damaged.2.pt, ...
     """
     path = Path(path)
     found = versions(path)
@@ -125,7 +122,7 @@ def _rotate(path: Path, keep: int) -> None:
         return
     if 1 in older and older[1].samefile(path):  # done by a save that was killed after it
         return
-    # The shift ends at the first missing number; otherwise it overwrites the last number to keep.
+    # The shift ends at the first missing number, or overwrites the last number to keep.
     gap = next(number for number in itertools.count(1) if number not in older)
     for number in reversed(range(1, min(gap, keep - 1))):
         os.replace(_numbered(path, number), _numbered(path, number + 1))

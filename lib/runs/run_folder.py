@@ -38,8 +38,8 @@ _FLUSH = 120.0  # seconds between flushes of the events
 def own(folder: Path) -> BinaryIO | None:
     """Make this process the one that writes in ``folder``, until the returned file is closed.
 
-    The folder is created if absent. The file, run.lock, names the owner and stays there. Its lock
-    is a flock, which the system releases when the process ends, however it ends.
+    The folder is created if absent. The file, run.lock, names the owner and stays there. Its flock
+    is released by the system when the process ends, however it ends.
 
     On NFS, Linux passes a flock to the server: it holds between machines, and after a machine's
     failure until its lease ends (NFSv4: 90 seconds by default). With the mount options nolock or
@@ -85,7 +85,7 @@ def new_folder(path: Path) -> Path:
 
 
 def is_used(folder: Path) -> bool:
-    """Whether a run has written a file in ``folder``, hidden ones and the lock apart."""
+    """Whether a run has written a file in ``folder``, besides hidden ones and the lock."""
     entries = folder.iterdir() if folder.is_dir() else ()
     return any(e.is_file() and e.name != LOCK and not e.name.startswith(".") for e in entries)
 
@@ -97,7 +97,7 @@ def check_unused(folder: Path, way_out: str, *, anew: bool = False) -> None:
 
 
 def last_good(folder: Path | None) -> str:
-    """The end of an error message: the path of the last good checkpoint; "" if there is none."""
+    """The end of a message: the path of the last good checkpoint; "" without one."""
     if folder is None or not versions(folder / CHECKPOINT):
         return ""
     return f"; the last good state is {folder / CHECKPOINT}"
@@ -136,7 +136,7 @@ def _is_record(found) -> bool:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory so far in MiB: allocated memory on a GPU, resident memory on the CPU."""
+    """Peak memory so far in MiB: allocated on a GPU, resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -147,8 +147,7 @@ class _Events:
     """A file of TensorBoard events that is written in the thread of the caller.
 
     SummaryWriter's own thread dies on a full disk with a traceback, and once its queue is full,
-    the run waits for it for ever. In earlier files of the folder the data from ``purge_step`` on
-    are hidden.
+    the run waits for it for ever. Earlier files' data from ``purge_step`` on are hidden.
     """
 
     def __init__(self, folder: Path, purge_step: int | None):
@@ -184,18 +183,15 @@ class _Events:
 class Run:
     """Writes the log, records and events of a training run.
 
-    A failed write, such as on a full disk, does not raise at once: :meth:`sync` raises the error
-    before the next checkpoint is saved. So all processes learn of it, and no checkpoint is ahead
-    of its records.
-
-    Attributes:
-        failure: the first error of a write; nothing is written after it.
+    The first failed write, such as on a full disk, is the last; :meth:`sync` raises its error (the
+    attribute ``failure``) before the next checkpoint is saved. So all processes learn of it, and no
+    checkpoint is ahead of its records.
 
     Args:
         folder: the run's folder, created if absent; None writes no file (a debug run).
         settings: name and content of the file that holds the resolved settings.
         resume_step: None for a new run, else the step to continue from. Records of later steps
-            and of the end are dropped: the resumed run writes them again.
+            and of the end are dropped, as they come again.
         events: folder of the TensorBoard events; None means ``folder``.
         quiet: print nothing.
 
@@ -233,7 +229,7 @@ class Run:
             ) from error
 
     def _begin(self, settings: tuple[str, str], resume_step: int | None) -> None:
-        """Write the settings, drop the records that come again, open the files."""
+        """Write the settings, drop records, open the files."""
         folder, (name, content) = self.folder, settings
         with atomic_write(folder / name) as file:
             file.write(content.encode())
@@ -253,7 +249,7 @@ class Run:
 
     @classmethod
     def silent(cls) -> "Run":
-        """A run that writes and prints nothing, for all processes except the first."""
+        """A run that writes and prints nothing, for processes other than the first."""
         return cls(None, ("", ""), quiet=True)
 
     def log(self, line: str) -> None:
@@ -283,11 +279,7 @@ class Run:
         self._attempt(self._events_folder, write)
 
     def sync(self) -> None:
-        """Flush the log, records and events to the disk.
-
-        Raises:
-            OSError: a write failed, now or earlier.
-        """
+        """Flush all to the disk; raise the OSError of a write that failed, now or earlier."""
         if self.folder is not None:
             self._attempt(self.folder / LOG, lambda: os.fsync(self._log.fileno()))
             self._attempt(self.folder / METRICS, lambda: os.fsync(self._metrics.fileno()))
@@ -296,7 +288,7 @@ class Run:
             raise self.failure
 
     def _attempt(self, path: Path, write: Callable[[], object]) -> None:
-        """Do a write to ``path`` and note its error; do nothing after an earlier error."""
+        """Do a write to ``path`` and note its error, unless one failed before."""
         if self.failure is not None:
             return
         try:
@@ -305,7 +297,7 @@ class Run:
             self.failure = OSError(error.errno, error.strerror, str(path))
 
     def progress(self, total: int, initial: int) -> tqdm:
-        """A progress bar over the steps, shown on a terminal only."""
+        """A bar over the steps, shown on a terminal only."""
         self.bar = tqdm(
             total=total, initial=initial, unit="step", disable=self.quiet or None, leave=False
         )

@@ -1,4 +1,4 @@
-"""A training command: read the checkpoint, build, open the run's folder, train, finish."""
+"""A training command: read the checkpoint, build, open the folder, train, finish."""
 
 import contextlib
 from collections.abc import Callable
@@ -46,14 +46,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run by name, and how they are kept in a file of its folder."""
+    """The settings of a run by name, and their file in its folder."""
 
     values: dict
     file: str
     content: str
     read: Callable[[Path], dict]  # reads such a file; raises an InputError if it is unreadable
-    free: tuple[str, ...]  # (beginnings of) names that a resumed run may change without a note
-    first: tuple[str, ...]  # (beginnings of) names that have an effect on a new run only
+    free: tuple[str, ...]  # beginnings of names that a resumed run may change without a note
+    first: tuple[str, ...]  # of names that have an effect on a new run only
 
     def changes(self, path: Path) -> list[str]:
         """One line per setting that differs from those in ``path``.
@@ -92,8 +92,7 @@ class Job:
 def run_training(plan: Plan, build: Callable[[bool], Job], processes: Processes) -> Path | None:
     """Train in a new run, or continue that of a checkpoint. Every process makes this call.
 
-    ``build(anew)`` builds the model and its trainer; ``anew`` is False if a checkpoint will replace
-    the weights.
+    ``build(anew)`` builds model and trainer; ``anew`` is False if a checkpoint gives the weights.
 
     Returns:
         The run's folder; None in a debug run and in all processes except the first.
@@ -169,7 +168,7 @@ def _begin(
     step: int | None,
     locks: contextlib.ExitStack,
 ) -> Run:
-    """Open the run's folder, as its owner; move aside checkpoints newer than the one read."""
+    """Open the run's folder, as its owner; set aside checkpoints newer than the one read."""
     kept, folder, lines = (settings.file, settings.content), plan.folder, []
     if plan.debug:
         return Run(None, kept, step)
@@ -190,10 +189,7 @@ def _begin(
 def _read_checkpoint(
     path: Path, trainer: type[Trainer], processes: Processes
 ) -> tuple[dict, Path, list[str]]:
-    """Content and file of a run's newest good checkpoint, and lines for the log.
-
-    The first process chooses the file, so that all continue from the same one.
-    """
+    """Content and file of the newest good checkpoint, lines for the log; all read one file."""
     lines: list[str] = []
     found = processes.lead_keeps(lambda: load_newest(path, trainer.check, lines.append))
     used, lines = processes.lead(lambda: (found[1], lines))

@@ -96,8 +96,8 @@ class Task:
         """Evaluate in the phase of the last update.
 
         Returns:
-            The findings for ``after_validation``; their values for metrics, plus ``text`` for the
-            log; the score's name; the score (higher is better).
+            What ``after_validation`` needs; values for metrics, plus ``text`` for the log; the
+            score's name; the score (higher is better).
         """
         raise NotImplementedError
 
@@ -129,5 +129,5 @@ class Task:
         raise NotImplementedError
 
     def fixed_in(self, state: dict) -> dict:
-        """Return these settings from a checkpoint, also from one older than a setting."""
+        """Return them from a checkpoint, also from one older than a setting."""
         return state["fixed"]

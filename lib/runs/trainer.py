@@ -1,4 +1,4 @@
-"""The trainer of all tasks: it updates, logs, validates, saves, stops and resumes."""
+"""The trainer of all tasks: updates, logs, validates, saves, stops, resumes."""
 
 import contextlib
 import math
@@ -23,9 +23,8 @@ from lib.runs.checkpoint import (
     save_atomic,
 )
 from lib.runs.determinism import check_random_states, random_states, restore_random_states
-from lib.runs.evaluation_loop import EvaluationStopped
-from lib.runs.interrupts import Stopped, Stopping, TrainingError
-from lib.runs.memory import memory_for, release_free_memory
+from lib.runs.evaluation_loop import EvaluationStopped, release_free_memory
+from lib.runs.interrupts import Stopped, Stopping, TrainingError, memory_for
 from lib.runs.optimizers import clip_gradients, restore_optimizer
 from lib.runs.processes import Processes, lost_contact
 from lib.runs.retention import save_newest
@@ -54,9 +53,9 @@ def _comparable(score: float) -> float:
 class Trainer(Task):
     """Trains a DEQ model (``model.deq``) through both phases (stacked, equilibrium).
 
-    A signal or the time limit ends the run after a step, with all its state saved. ``state_dict``
-    holds all that the next step depends on, and the running means of the log. So a run that was
-    killed and resumed equals an uninterrupted one bit for bit; on a GPU this needs
+    A signal or the time limit ends the run after a step, with its state saved: all that the next
+    step depends on, and the running means of the log. So a run that was killed and resumed equals
+    an uninterrupted one bit for bit; on a GPU this needs
     :func:`~lib.runs.determinism.deterministic`, without which the two agree to rounding.
 
     Args:
@@ -103,7 +102,7 @@ class Trainer(Task):
             Whether the run should stop, the same in all processes.
 
         Raises:
-            TrainingError: too many steps in a row were not finite.
+            TrainingError: too many steps in a row are not finite.
             InputError: the memory is too small.
         """
         # For a skipped step: the forward pass updates the running statistics of batch norm.
@@ -167,8 +166,8 @@ class Trainer(Task):
     ) -> tuple[dict[str, float], bool, bool, float]:
         """Sums of all processes; whether one wants to stop; whether a solve diverged; the norm.
 
-        ``broken`` counts the diverged solves before the step. The results are read at once: the
-        only host-device synchronisation of a step, apart from those in the solvers.
+        ``broken`` counts the diverged solves before the step. All is read at once: the only
+        host-device synchronisation of a step besides the solvers'.
         """
         # After a failed log write too: sync() raises it in all processes at the next save.
         stop = self.stopping.check() or self.run.failure is not None
@@ -192,13 +191,13 @@ class Trainer(Task):
 
     @property
     def gpus(self) -> list[int]:
-        """Numbers of the GPUs that this process computes on; none on the CPU."""
+        """Numbers of this process's GPUs; none on the CPU."""
         if self.device.type != "cuda":
             return []
         return list(getattr(self.parallel, "device_ids", None) or [self.device.index])
 
     def mean_loss(self) -> float:
-        """Mean loss of the updates since the window began; NaN if there were none."""
+        """Mean loss of the window's updates; NaN if there were none."""
         return self._window["loss"] / self._window["steps"] if self._window["steps"] else math.nan
 
     def begin_window(self) -> None:
@@ -227,13 +226,13 @@ class Trainer(Task):
     def train(self, run: Run, finish: Callable[[Run], None] = lambda run: None) -> None:
         """Train up to ``last_step`` updates; log, validate and save when due.
 
-        An error while a batch is read, or in a step or a validation, ends the run, but the state
-        after the last whole step is saved first. ``finish`` is called after the last step; a stop
-        may interrupt an evaluation in it.
+        Before an error of the data, a step or a validation ends the run, the state after the last
+        whole step is saved. ``finish`` is called after the last step; a stop may interrupt an
+        evaluation in it.
 
         Raises:
-            Stopped: a signal or the time limit ended the run; all its state is saved.
-            TrainingError: too many steps in a row were not finite, or the weights are not finite.
+            Stopped: by a signal or the time limit; all the state is saved.
+            TrainingError: too many steps in a row, or the weights, are not finite.
             InputError: the memory is too small, or data cannot be read.
         """
         self.run = run
@@ -288,9 +287,9 @@ class Trainer(Task):
 
     @contextlib.contextmanager
     def _saved_on_error(self, before: tuple, *, alone: bool = False) -> Iterator[None]:
-        """If an error ends the block, save the state, with what :meth:`_own_state` returned.
+        """Save the state, with what :meth:`_own_state` returned, if an error ends the block.
 
-        ``alone``: only this process may have the error, so that the others cannot save with it.
+        ``alone``: only this process may have the error, so the others cannot save with it.
         """
         try:
             yield
@@ -306,7 +305,7 @@ class Trainer(Task):
             raise
 
     def summarise(self, *, finished: bool = True) -> None:
-        """Write the last log line and record of a run that is finished or was stopped."""
+        """Write the last log line and record of a run."""
         counts = self.counts
         self.run.log(
             f"{self.step} steps | skipped {counts['skipped']} | diverged solves: forward "
@@ -317,7 +316,7 @@ class Trainer(Task):
     def _finish_step(self, validate: bool, save: bool, stop: bool) -> None:
         """Validate and save if due, then stop if asked.
 
-        If the stop prevents a due validation, ``unfinished`` says so: the resumed run does it.
+        ``unfinished`` says if the stop prevents the validation: the resumed run does it.
         """
         if validate:
             self.unfinished = True
@@ -360,7 +359,7 @@ class Trainer(Task):
         self.begin_window()
 
     def _validate(self) -> bool:
-        """Validate and keep the best weights of the last phase; False if interrupted by a stop."""
+        """Validate, and keep the phase's best weights; False if a stop interrupts it."""
         paused, before = time.perf_counter(), self._own_state()
         try:
             with self._saved_on_error(before), memory_for(self.care.memory_of_validation):
@@ -410,7 +409,7 @@ class Trainer(Task):
             ) from error
 
     def state_dict(self) -> dict:
-        """Return everything that the next step depends on, as tensors and plain containers."""
+        """Return the whole state as tensors and plain containers."""
         states, stats = zip(*self.processes.gather(self._own_state()), strict=True)
         return {
             "format": FORMAT,
