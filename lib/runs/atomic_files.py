@@ -39,7 +39,7 @@ def atomic_write(path: Path, before_rename: Callable[[], None] | None = None) ->
         if before_rename is not None:
             before_rename()
         os.replace(temporary, path)
-        # A rename survives a power cut once its folder is flushed, where that is supported.
+        # So the rename survives a power cut, where this is supported.
         with contextlib.suppress(OSError):
             descriptor = os.open(path.parent, os.O_RDONLY)
             try:

@@ -54,7 +54,7 @@ def save_atomic(obj, path: str | Path, before_rename: Callable[[], None] | None 
 
 
 def load(path: str | Path):
-    """Read tensors and plain containers to the CPU. A file that holds code is refused, never run.
+    """Read tensors and plain containers to the CPU. A file with code is refused, never run.
 
     The format is that of torch.save or safetensors, recognised by the content. Checksums reveal
     any damage to torch archives and to safetensors files of scripts/export_weights.py. Files of
@@ -68,7 +68,7 @@ def load(path: str | Path):
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no file {path}: give the path of a saved checkpoint or weights file")
-    # Opened once: the bytes that are verified are the bytes loaded, even if the file is replaced.
+    # Opened once: the bytes verified are those loaded, even if the file is replaced.
     with open(path, "rb") as file:
         try:
             return _read(file)

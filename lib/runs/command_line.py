@@ -51,7 +51,7 @@ def prepare_streams() -> None:
         if getattr(sys, name) is None:  # otherwise the next file opened would get its number
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        # Not every stream has an encoding, or can be changed.
+        # Not every stream has an encoding that can be changed.
         with contextlib.suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")
 

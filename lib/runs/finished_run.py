@@ -46,7 +46,7 @@ def series(records: list[dict], kind: str, name: str) -> tuple[list[int], list[f
 
 
 def draw_curves(records: list[dict], border: int, path: Path, draw: Callable) -> None:
-    """Write a PNG of two panels over the steps: training curves and residuals.
+    """Write a PNG of two panels over the steps: training and residuals.
 
     A line marks ``border``, the first step at equilibrium. ``draw`` draws the training curves on
     the matplotlib axes it is given.

@@ -72,7 +72,7 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes the files and the log."""
+        """Whether this process writes files and log."""
         return self.rank == 0
 
     def gpu(self) -> torch.device:

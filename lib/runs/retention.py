@@ -93,7 +93,7 @@ def set_aside(path: str | Path, used: Path) -> list[Path]:
 
 
 def clean_temporaries(folder: str | Path) -> None:
-    """Remove the temporary files of killed writes in ``folder``; no write may be in progress."""
+    """Remove the files of killed writes in ``folder``; no write may be in progress."""
     folder = Path(folder)
     for entry in list(folder.iterdir()) if folder.is_dir() else ():
         if TEMPORARY.fullmatch(entry.name) and entry.is_file() and not entry.is_symlink():

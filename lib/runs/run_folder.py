@@ -91,7 +91,7 @@ def is_used(folder: Path) -> bool:
 
 
 def check_unused(folder: Path, way_out: str, *, anew: bool = False) -> None:
-    """Raise an InputError if ``folder`` holds a run with any file (``anew``: with a checkpoint)."""
+    """Refuse a ``folder`` that holds a run with any file (``anew``: with a checkpoint)."""
     if versions(folder / CHECKPOINT) or (is_used(folder) and not anew):
         raise InputError(f"{folder} already holds a run: {way_out}")
 
@@ -104,9 +104,9 @@ def last_good(folder: Path | None) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The records of a run, oldest first, with NaN for null.
+    """The records of a run, oldest first, with NaN for null, up to the first damaged one.
 
-    They end before the first that is damaged: a kill can leave the last one incomplete.
+    A kill can leave the last one incomplete.
     """
     path = folder / METRICS
     records = []

@@ -98,8 +98,8 @@ def run_training(plan: Plan, build: Callable[[bool], Job], processes: Processes)
         The run's folder; None in a debug run and in all processes except the first.
 
     Raises:
-        InputError: the folder has another owner or holds a run already; the checkpoint is
-            unreadable, or of another model or other settings.
+        InputError: the folder has another owner or holds a run; the checkpoint is unreadable, or of
+            another model or other settings.
         Stopped, TrainingError: as :meth:`~lib.runs.trainer.Trainer.train`.
     """
     state, source, lines = None, None, []

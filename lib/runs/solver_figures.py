@@ -39,11 +39,11 @@ def restore_stats(state: list[dict], stats: SolverStats) -> None:
 def summed_stats(stats: SolverStats, processes: Processes) -> SolverStats:
     """Solver statistics summed over all processes, each of which makes this call."""
     table = [
-        [s.solves, s.nfe, s.abs_residual, s.rel_residual, s.broken]
+        [s.solves, s.nfe, s.broken, s.abs_residual, s.rel_residual]
         for s in (stats.forward, stats.backward)
     ]
     sums = processes.sum(torch.tensor(table, dtype=torch.float64)).tolist()
-    passes = [PassStats(int(n), int(nfe), *norms, int(broken)) for n, nfe, *norms, broken in sums]
+    passes = [PassStats(int(n), int(nfe), *norms, int(broken)) for n, nfe, broken, *norms in sums]
     return SolverStats(*passes)
 
 

@@ -61,7 +61,7 @@ class Task:
         raise NotImplementedError
 
     def split(self, batch: Any) -> Sequence[Any]:
-        """Split this process's share of a batch into parts; the model takes them one by one."""
+        """Split this process's share of a batch into parts, which the model takes one by one."""
         raise NotImplementedError
 
     def part(self, index: int, part: Any, choices: Choices) -> Summands:

@@ -62,7 +62,7 @@ class Trainer(Task):
         model, optimizer: the model, on ``device``, and the optimiser of all its parameters.
         processes: the processes of the run; they share every batch and take every step together.
         seed: seed of :meth:`draw`, the choices made outside the model.
-        care, stopping: how the run is protected; the requests to stop.
+        care, stopping: how the run is protected; requests to stop.
     """
 
     def __init__(
@@ -136,8 +136,9 @@ class Trainer(Task):
             found = self.processes.gather(broken_since(broken, self.model.deq.stats))
             report_diverged(found, self.run, self.step, self.counts)
         if not finite:
-            found = f"the loss is {loss:.4g}, the gradient norm {norm:.4g}"
-            self.run.log(f"step {self.step} | skipped: {found}")
+            self.run.log(
+                f"step {self.step} | skipped: the loss is {loss:.4g}, the gradient norm {norm:.4g}"
+            )
             self.run.record("skipped", self.step, loss=loss, gradient_norm=norm)
             if (n := self.skipped_in_a_row) >= self.care.max_skipped:
                 self._give_up(f"{n} steps in a row were not finite, the last one")
@@ -262,7 +263,7 @@ class Trainer(Task):
                 self._stop()
 
     def try_validation(self) -> None:
-        """Evaluate one batch, so that an error comes now, and not after hours of training.
+        """Evaluate one batch: an error comes now, and not after hours of training.
 
         Raises:
             InputError: a setting or the data does not fit, or the memory is too small.
