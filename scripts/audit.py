@@ -17,7 +17,7 @@ from lib.errors import InputError, check_count
 from lib.extras import needs
 from lib.runs.atomic_files import atomic_write
 from lib.runs.command_line import Parser, exit_code
-from lib.runs.run_folder import AUDIT, SETTINGS
+from lib.runs.run_folder import SETTINGS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def run(argv: list[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = _auditor(args.folder)(args.folder, args.samples, device)
     print(report)
-    out = args.out or args.folder / AUDIT
+    out = args.out or args.folder / "audit.json"
     with atomic_write(out) as file:
         file.write(f"{json.dumps(report.as_dict(), indent=1)}\n".encode())
     print(f"\n{out}")

@@ -9,19 +9,25 @@ TARGET ends in .safetensors or .pt. Every command that loads weights reads both 
 import sys
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lib.errors import InputError
+from lib.extras import needs
 from lib.runs.atomic_files import atomic_write
 from lib.runs.checkpoint import (
+    CHECKSUM,
     check_target,
+    checksum,
     not_finite,
     odd_tensors,
     read_state,
     save_atomic,
 )
 from lib.runs.command_line import Parser, exit_code
-from lib.runs.safe_tensors import safetensors_bytes
+
+with needs("runs"):
+    import safetensors.torch
 
 SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth")
 
@@ -58,7 +64,7 @@ def export_weights(state: dict[str, Tensor], path: str | Path) -> None:
     if path.suffix in TORCH:
         save_atomic(_on_cpu(state), path)
         return
-    content = safetensors_bytes(state)
+    content = _safetensors_bytes(state)
     with atomic_write(path) as file:
         file.write(content)
 
@@ -83,6 +89,19 @@ def export_file(source: str | Path, target: str | Path) -> list[str]:
     target.parent.mkdir(parents=True, exist_ok=True)
     export_weights(state, target)
     return list(state)
+
+
+def _safetensors_bytes(state: dict[str, Tensor]) -> bytes:
+    """The content of a file; names that share memory (tied weights) get copies."""
+    # Contiguous copies, as the format has neither shared memory nor strides.
+    tensors = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in state.items()
+    }
+    try:
+        return safetensors.torch.save(tensors, {"format": "pt", CHECKSUM: checksum(tensors)})
+    except (KeyError, ValueError) as error:
+        raise InputError(f"safetensors files cannot hold these tensors: {error}") from error
 
 
 def _on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -20,7 +20,9 @@ import threading
 import time
 from pathlib import Path
 
-from lib.runs.command_line import Parser, chosen, exit_code
+from helpers.arguments import chosen
+
+from lib.runs.command_line import Parser, exit_code
 
 ROOT = Path(__file__).parents[1]
 # The most seconds that a section may take; the remaining time may be shorter.

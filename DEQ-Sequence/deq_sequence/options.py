@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from datetime import datetime
 from pathlib import Path
 
 from deq_sequence.layer import INJECTIONS
@@ -14,7 +15,6 @@ from lib.deq import DEQ
 from lib.errors import InputError, check, naming
 from lib.gradients import GRADIENTS
 from lib.runs.command_line import Parser
-from lib.runs.run_folder import run_folder
 from lib.solvers import ADJOINT_SOLVERS, SOLVERS
 from lib.solvers.precision import AMP
 from lib.solvers.specs import Names
@@ -351,6 +351,13 @@ def data_name(args: argparse.Namespace) -> str:
         return args.dataset
     path = Path(args.data).resolve()
     return f"{OWN}-{path.stem if path.is_file() else path.name}"
+
+
+def run_folder(work_dir: str, dataset: str, name: str) -> Path:
+    """``<work_dir>-<dataset>/<name>``; without a name ('' or 'N/A') a time stamp is the name."""
+    if name in ("", "N/A"):
+        name = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path(f"{work_dir}-{dataset}") / name
 
 
 def folder_of(args: argparse.Namespace) -> Path:

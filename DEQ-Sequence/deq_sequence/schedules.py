@@ -10,7 +10,7 @@ from torch import nn
 
 from deq_sequence.muon import Muon
 from lib.errors import InputError
-from lib.runs.forms import check_form
+from lib.runs.checkpoint import check_form
 from lib.runs.optimizers import fused_if_possible
 
 # What ReduceLROnPlateau counts; its other attributes are settings.

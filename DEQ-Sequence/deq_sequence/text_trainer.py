@@ -14,7 +14,7 @@ from deq_sequence.model import DEQTransformerLM
 from deq_sequence.sequence_trainer import MODE, VOCABULARY, SequenceTrainer
 from deq_sequence.text.corpus import Corpus
 from deq_sequence.text.iterators import LMOrderedIterator
-from lib.runs.forms import check_form
+from lib.runs.checkpoint import check_form
 from lib.runs.interrupts import Stopping
 from lib.runs.processes import Processes
 

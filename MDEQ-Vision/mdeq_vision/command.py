@@ -13,8 +13,7 @@ from lib.gradients import unused_settings
 from lib.runs.checkpoint import load_weights
 from lib.runs.command_line import Parser, exit_code
 from lib.runs.determinism import deterministic
-from lib.runs.interrupts import Stopping
-from lib.runs.memory import memory_for
+from lib.runs.interrupts import Stopping, memory_for
 from lib.runs.processes import Processes
 from lib.runs.retention import versions
 from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, check_unused

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 from lib.data_parallel import BalancedDataParallel
 from lib.errors import InputError
-from lib.runs.forms import check_form
+from lib.runs.checkpoint import check_form
 from lib.runs.interrupts import Stopping
 from lib.runs.processes import Processes
 from lib.runs.task import Care, Choices, Summands

@@ -1,4 +1,4 @@
-"""Writes files atomically: the whole new file, or no change."""
+"""Atomic writes: the whole new file, or no change."""
 
 import contextlib
 import os
@@ -23,8 +23,7 @@ def atomic_write(path: Path, before_rename: Callable[[], None] | None = None) ->
     """Open a binary file that replaces ``path`` if the block ends without an error.
 
     The data goes to a temporary file in the same folder, which is flushed to the disk and then
-    renamed to ``path``. A reader sees the old file or the whole new one, also after a crash.
-
+    renamed: a reader sees the old file or the whole new one, also after a crash.
     ``before_rename`` is called after the flush, when lack of space can no longer be an error.
 
     Raises:
@@ -40,20 +39,16 @@ def atomic_write(path: Path, before_rename: Callable[[], None] | None = None) ->
         if before_rename is not None:
             before_rename()
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        # So the rename survives a power cut, where this is supported.
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)  # the error of a full disk names no file
         raise
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a folder, so that a rename in it survives a power cut; skip this if not supported."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -1,6 +1,8 @@
-"""Files of tensors: atomic saving, safe loading, and checks that weights match their model."""
+"""Checkpoints: atomic saving, safe loading, and checks that their content fits model and run."""
 
 import contextlib
+import hashlib
+import json
 import os
 import pickle
 import re
@@ -8,6 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import EllipsisType
 from typing import BinaryIO
 
 import numpy as np
@@ -15,8 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from lib.errors import InputError, naming
+from lib.extras import needs
 from lib.runs.atomic_files import atomic_write
-from lib.runs.safe_tensors import is_safetensors, read_safetensors
+
+with needs("runs"):
+    import safetensors.torch
 
 # Key prefixes in published files, left by wrappers such as DataParallel.
 _WRAPPERS = ("module.", "model.")
@@ -25,12 +31,14 @@ _ARCHIVE = b"PK\x03\x04"  # the first bytes of a torch.save file since version 1
 _REFUSED = "GLOBAL"  # in torch's message on a Python object
 _NUMBERS = {f"{o}{c}" for o in "<>=|" for c in "b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split()}
 _FOLDER = 0x10  # the attribute that marks an archive entry as a folder
+# Of safetensors files: the key of our checksum in the metadata, and the beginning of its value.
+# Either identifies it: damage to one does not turn our file into a foreign one without a checksum.
+CHECKSUM, _VALUE = "tensors.sha256", "sha256 of the tensors: "
+_MOST = 2**53  # above it, floats do not count in steps of one
 
 
 def save_atomic(obj, path: str | Path, before_rename: Callable[[], None] | None = None) -> None:
-    """Write ``obj`` (tensors and plain containers) so that ``path`` is never a partial file.
-
-    ``before_rename`` is that of :func:`lib.runs.atomic_files.atomic_write`.
+    """Write tensors and plain containers by :func:`lib.runs.atomic_files.atomic_write`.
 
     Raises:
         OSError: the file cannot be written, for lack of space or permission.
@@ -39,20 +47,19 @@ def save_atomic(obj, path: str | Path, before_rename: Callable[[], None] | None 
         try:
             torch.save(obj, file)
         except RuntimeError as error:
-            # After a failed write torch also fails to close its archive and reports only the
-            # latter.
+            # After a failed write torch fails to close its archive, and reports only that.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
 def load(path: str | Path):
-    """Read tensors and plain containers to the CPU. A file that holds code is refused, never run.
+    """Read tensors and plain containers to the CPU. A file with code is refused, never run.
 
-    The file is in the format of torch.save or of safetensors, recognised by its content. Checksums
-    reveal any damage to torch archives and to the safetensors files of scripts/export_weights.py.
-    Files in torch's format before version 1.6, and safetensors files from other programs, have no
-    checksum: damage to their numbers goes unnoticed.
+    The format is that of torch.save or safetensors, recognised by the content. Checksums reveal
+    any damage to torch archives and to safetensors files of scripts/export_weights.py. Files of
+    torch before version 1.6, and safetensors files of other programs, have none: damage to their
+    numbers goes unnoticed.
 
     Raises:
         InputError: the file is missing, truncated, damaged, of another format, or holds code.
@@ -61,26 +68,28 @@ def load(path: str | Path):
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no file {path}: give the path of a saved checkpoint or weights file")
-    # Opened once: the bytes that are verified are the bytes loaded, even if the file is replaced.
+    # Opened once: the bytes verified are those loaded, even if the file is replaced.
     with open(path, "rb") as file:
         try:
             return _read(file)
-        except pickle.UnpicklingError as error:
-            if _holds_code(str(error), file):
+        except Exception as error:  # on a damaged file a parser can raise anything
+            if isinstance(error, pickle.UnpicklingError) and _holds_code(str(error), file):
                 raise InputError(
                     f"{path} holds Python objects besides tensors, which could run code: it was "
                     "not loaded; save its state_dict() instead"
                 ) from error
-            raise InputError(_damaged(path)) from error
-        except Exception as error:  # on a damaged file a parser can raise anything
-            raise InputError(_damaged(path)) from error
+            raise InputError(
+                f"{path} is not a readable checkpoint (truncated or damaged): use another copy of "
+                "it"
+            ) from error
 
 
 def _read(file: BinaryIO):
     head, size = file.read(9), os.fstat(file.fileno()).st_size
     file.seek(0)
-    if is_safetensors(head, size):
-        return read_safetensors(file)
+    # safetensors: the length of the header (8 bytes, little-endian), then it, a JSON object.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return _read_safetensors(file)
     archive = head.startswith(_ARCHIVE)
     if archive:
         _verify_archive(file, size)
@@ -94,7 +103,7 @@ def _read(file: BinaryIO):
 
 
 class _DType:
-    """Stands for numpy.dtype in a file: the state that numpy's own takes from it could crash it."""
+    """Stands for numpy.dtype, which could crash with the state that it takes from a file."""
 
     def __init__(self, code: str, *_):
         self.code, self.order = code, "="
@@ -110,9 +119,9 @@ def _number(dtype: _DType, data: bytes):
 
 
 def _numpy_numbers():
-    """A context in which torch.load reads the numbers of NumPy 1 and 2, as Python's.
+    """A context in which torch.load reads numbers of NumPy 1 and 2 as Python's.
 
-    People save a best score so. Versions of torch before 2.6 refuse such files.
+    A best score can be one. Versions of torch before 2.6 refuse such files.
     """
     if torch.__version__ < "2.6":
         return contextlib.nullcontext()
@@ -123,10 +132,9 @@ def _numpy_numbers():
 def _verify_archive(file: BinaryIO, size: int) -> None:
     """Raise an error if an archive is damaged, or if torch and Python would read it differently.
 
-    - torch does not compare checksums, so it accepts a flipped bit in the data.
-    - If the archive's directory marks an entry as a folder, or gives it too large a size, torch
-      leaves the tensor's memory uninitialised.
-    - Of two concatenated archives Python reads the second, torch the first.
+    torch does not compare checksums, so it accepts a flipped bit in the data. It leaves a tensor's
+    memory uninitialised if the directory marks the entry as a folder, or gives it too large a size.
+    Of two concatenated archives Python reads the second, torch the first.
     """
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
@@ -149,6 +157,28 @@ def _verify_archive(file: BinaryIO, size: int) -> None:
                     pass
 
 
+def _read_safetensors(file: BinaryIO) -> dict[str, Tensor]:
+    """Read the tensors of a file; for a moment this needs twice the file's size in memory."""
+    data = file.read()
+    tensors = safetensors.torch.load(data)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    metadata = header.get("__metadata__", {})
+    checksums = {v for k, v in metadata.items() if k == CHECKSUM or v.startswith(_VALUE)}
+    if checksums and checksums != {checksum(tensors)}:
+        raise ValueError("the checksum differs")
+    return tensors
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes of the tensors, sorted by name."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        found.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy())
+    return _VALUE + found.hexdigest()
+
+
 def _holds_code(message: str, file: BinaryIO) -> bool:
     """Whether torch's unpickler refused the file for its Python objects, not for damage."""
     file.seek(0)
@@ -157,24 +187,17 @@ def _holds_code(message: str, file: BinaryIO) -> bool:
     return _REFUSED in message or (head[:1] == pickle.PROTO and head[1:] >= b"\x04")
 
 
-def _damaged(path: Path) -> str:
-    return f"{path} is not a readable checkpoint (truncated or damaged): use another copy of it"
-
-
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Load a file with a state dict into ``model``: published weights, or our own checkpoint.
 
-    "module." and "model." before all keys and any "_orig_mod.", left by wrappers, are removed.
-
     Raises:
-        InputError: the file is unreadable, keys or shapes differ (the message lists all), or a
-            tensor holds NaN or Inf.
+        InputError: the file is unreadable, or as for :func:`load_state`.
     """
     load_state(model, read_state(path), str(path))
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Read the state dict in a file, either the whole content or the entry 'model' or 'state_dict'.
+    """Read the state dict in a file: the whole content or its entry 'model' or 'state_dict'.
 
     Raises:
         InputError: the file is unreadable, or holds no state dict of ordinary tensors.
@@ -201,16 +224,13 @@ def check_tensors(content, source: str | Path) -> None:
 
 
 def check_target(source: str | Path, target: str | Path) -> None:
-    """Refuse to write a part of the file ``source`` over that file, also by another name of it."""
+    """Refuse to write over the file ``source`` that is read, also by another name of it."""
     if Path(source).exists() and Path(target).exists() and os.path.samefile(source, target):
         raise InputError(f"{target} is the file that is read: give another name for the output")
 
 
 def odd_tensors(state: dict[str, Tensor]) -> list[str]:
-    """Names of the tensors that are not plain arrays of real numbers.
-
-    These are sparse, quantised, complex or meta tensors.
-    """
+    """Names of the tensors that are sparse, quantised, complex or meta."""
     return [
         key
         for key, v in state.items()
@@ -223,7 +243,8 @@ def load_state(
 ) -> None:
     """Load a state dict whose keys and shapes (``same_dtypes``: and dtypes) are the model's.
 
-    A model may have ``ignored_state``, a tuple of key prefixes; matching entries are ignored.
+    Wrappers' prefixes are removed (:func:`strip_wrappers`). Entries with a prefix in the model's
+    ``ignored_state`` (a tuple) are ignored.
 
     Raises:
         InputError: something differs (the message lists all), or a tensor holds NaN or Inf. The
@@ -235,15 +256,16 @@ def load_state(
     expected = model.state_dict()
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]
+    both = [(key, state[key], own) for key, own in expected.items() if key in state]
     problems += [
-        f"{key} has shape {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in expected
-        if key in state and state[key].shape != expected[key].shape
+        f"{key} has shape {tuple(found.shape)} instead of {tuple(own.shape)}"
+        for key, found, own in both
+        if found.shape != own.shape
     ]
     problems += [
-        f"{key} has dtype {state[key].dtype} instead of {expected[key].dtype}"
-        for key in expected
-        if same_dtypes and key in state and state[key].dtype != expected[key].dtype
+        f"{key} has dtype {found.dtype} instead of {own.dtype}"
+        for key, found, own in both
+        if same_dtypes and found.dtype != own.dtype
     ]
     if problems:
         raise InputError(f"the weights in {source} do not fit this model: {'; '.join(problems)}")
@@ -254,29 +276,88 @@ def load_state(
 
 
 def strip_wrappers(state: dict[str, Tensor], model: nn.Module | None = None) -> dict[str, Tensor]:
-    """Remove wrapper prefixes that all keys share, unless ``model`` has a child of that name.
+    """Remove "module." and "model." if all keys share them and ``model`` has no child of that name.
 
     The "_orig_mod." of torch.compile is removed wherever it stands, as any part may be compiled.
     """
-    own = {} if model is None else dict(model.named_children())
     if model is None or not any(_COMPILED.search(key) for key in model.state_dict()):
         plain = {_COMPILED.sub("", key): value for key, value in state.items()}
         state = plain if len(plain) == len(state) else state  # no two may become one
+    own = {} if model is None else dict(model.named_children())
     wrappers = [prefix for prefix in _WRAPPERS if prefix[:-1] not in own]
-    while state:
-        shared = [p for p in wrappers if all(key.startswith(p) for key in state)]
-        if not shared:
-            break
+    while state and (shared := [p for p in wrappers if all(key.startswith(p) for key in state)]):
         state = {key.removeprefix(shared[0]): value for key, value in state.items()}
     return state
 
 
 def not_finite(state: dict[str, Tensor]) -> list[str]:
     """Names of the tensors that hold NaN or Inf."""
-
-    def finite(value: Tensor) -> bool:
-        # torch.isfinite does not support all 8-bit floating-point dtypes.
-        return bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all())
-
     checked = {k: v for k, v in state.items() if v.is_floating_point() and not v.is_meta}
-    return [key for key, value in checked.items() if not finite(value)]
+    return [
+        key
+        for key, v in checked.items()
+        # torch.isfinite does not support all 8-bit floating-point dtypes.
+        if not torch.isfinite(v.float() if v.element_size() == 1 else v).all()
+    ]
+
+
+def check_form(found, own, name: str) -> None:
+    """Raise an InputError that begins with ``name``, unless ``found`` has the form of ``own``.
+
+    An undamaged file can hold wrong content, with which a fused optimiser writes outside its
+    memory. Of one form, and so for all entries, are:
+
+    - a tensor: the same shape and dtype, stored as an array, without NaN;
+    - a dict: the same keys; a list or tuple: the same length;
+    - an integer: an integer of at least 0; a float: a number;
+    - ``...``: anything; else, such as a text: the same type.
+    """
+    match own:
+        case EllipsisType():
+            fits = True
+        case Tensor():
+            fits = isinstance(found, Tensor) and not found.is_meta
+            fits = fits and _of_tensor(found) == _of_tensor(own)
+        case dict():
+            fits = isinstance(found, dict) and found.keys() == own.keys()
+        case list() | tuple():
+            fits = isinstance(found, (list, tuple)) and len(found) == len(own)
+        case int() if not isinstance(own, bool):
+            fits = type(found) is int and 0 <= found <= _MOST
+        case float():
+            fits = type(found) is float or (type(found) is int and abs(found) <= _MOST)
+        case _:
+            fits = type(found) is type(own)
+    if not fits:
+        raise InputError(
+            f"{name} is {_words(found)}, and this run has {_words(own)}: use another checkpoint"
+        )
+    if isinstance(own, Tensor) and found.isnan().any():
+        raise InputError(f"{name} holds NaN: use another checkpoint")
+    if isinstance(own, (dict, list, tuple)):
+        for key in own if isinstance(own, dict) else range(len(own)):
+            check_form(found[key], own[key], f"{name}[{key!r}]")
+
+
+def check_plain(found, name: str) -> None:
+    """Refuse anything else than a dict of texts, numbers and None."""
+    for value in found.values() if isinstance(found, dict) else [()]:
+        number = isinstance(value, (int, float)) and not abs(value) >= 2**64
+        if not (number or value is None or isinstance(value, str)):
+            raise InputError(f"{name} holds {_words(value)}: use another checkpoint")
+
+
+def _of_tensor(value: Tensor) -> tuple:
+    plain = value.layout is torch.strided and not value.is_quantized
+    return tuple(value.shape), value.dtype, plain
+
+
+def _words(value) -> str:
+    if isinstance(value, Tensor):
+        shape, dtype, plain = _of_tensor(value)
+        return f"a tensor {shape} of {dtype}{'' if plain else ' that is no plain array'}"
+    if isinstance(value, (dict, list, tuple)):
+        return f"a {type(value).__name__} of {len(value)} entries"
+    if type(value) is int and not 0 <= value <= _MOST:
+        return "a number out of range"
+    return f"of type {type(value).__name__}"

@@ -1,21 +1,26 @@
-"""What every command shares: a parser whose errors are one line, and the exit code."""
+"""What every command shares: a parser, the standard streams, errors of one line, exit codes."""
 
 import argparse
+import contextlib
+import os
 import sys
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable
+from typing import TextIO
 
 import torch.distributed as dist
 
 from lib.errors import InputError, did_you_mean
-from lib.runs import terminal
-from lib.runs.interrupts import Stopped, TrainingError
-from lib.runs.memory import out_of_memory
+from lib.extras import needs
+from lib.runs.interrupts import Stopped, TrainingError, out_of_memory
 from lib.runs.processes import end_at_once, lost_contact
+
+with needs("runs"):
+    from tqdm import tqdm
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises an InputError for a bad command line; the caller prints its one line.
+    """A parser that raises an InputError for a bad command line.
 
     A flag is never abbreviated. The message about an unknown flag names the nearest known one.
     """
@@ -30,7 +35,6 @@ class Parser(argparse.ArgumentParser):
         return self._all_known(*self.parse_known_args(args, namespace))
 
     def parse_intermixed_args(self, args=None, namespace=None):
-        """As in argparse, but a positional argument may be a negative number, too."""
         return self._all_known(*self.parse_known_intermixed_args(args, namespace))
 
     def _all_known(self, found: argparse.Namespace, unknown: list[str]) -> argparse.Namespace:
@@ -41,31 +45,42 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
-def chosen(flag: str, text: str, known: Collection[str]) -> list[str]:
-    """The names in a comma-separated list, each once, in their order.
+def prepare_streams() -> None:
+    """Let the standard streams print any text, and replace those that are closed."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # otherwise the next file opened would get its number
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        # Not every stream has an encoding that can be changed.
+        with contextlib.suppress(AttributeError, OSError):
+            stream.reconfigure(errors="backslashreplace")
 
-    Raises:
-        InputError: a name is not in ``known``.
+
+def put(line: str, stream: TextIO, end: str = "\n") -> OSError | None:
+    """Write a line above a progress bar; return the error if the stream is lost.
+
+    Its later lines are then dropped, and Python's exit does not fail on those before.
     """
-    names = list(dict.fromkeys(text.split(",")))
-    for name in names:
-        if name not in known:
-            hint = did_you_mean(name, known, otherwise=f": choose from {', '.join(known)}")
-            raise InputError(f"{flag}: unknown {name!r}{hint}")
-    return names
+    try:
+        tqdm.write(line, stream, end)
+        stream.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            stream.flush()
+        return error
+    return None
 
 
 def exit_code(program: str, action: Callable[[], object]) -> int:
     """Run ``action`` and return the exit code.
 
-    An expected error is one line on stderr, without a traceback. Bad input or a file error gives
-    code 2, failed training or a lost process 1, :class:`Stopped` its own code, and an interrupt
-    130. Any other error is raised. With several processes this function does not return: it ends
-    the process by :func:`end_at_once`.
-
-    The line begins with ``program``.
+    An expected error is one line on stderr that begins with ``program``. Bad input or a file error
+    gives code 2, failed training or a lost process 1, :class:`Stopped` its own code, an interrupt
+    130. Any other error is raised. One of several processes is ended by :func:`end_at_once`.
     """
-    terminal.prepare()
+    prepare_streams()
+    code = 0
     try:
         action()
         sys.stdout.flush()
@@ -77,12 +92,11 @@ def exit_code(program: str, action: Callable[[], object]) -> int:
             traceback.print_exc()
             end_at_once(1)
         line, code = found
-        terminal.put("", sys.stdout, end="")  # what could not be written is not tried again
-        terminal.put(f"{program}: {' '.join(line.split())}", sys.stderr)
+        put("", sys.stdout, end="")  # what could not be written is not tried again
+        put(f"{program}: {' '.join(line.split())}", sys.stderr)
         end_at_once(code)
-        return code
-    end_at_once(0)
-    return 0
+    end_at_once(code)
+    return code
 
 
 def _explanation(error: BaseException) -> tuple[str, int] | None:
@@ -98,6 +112,6 @@ def _explanation(error: BaseException) -> tuple[str, int] | None:
             return "interrupted", 130
     if lost := lost_contact(error):
         return f"lost the other processes ({lost}): start all of them again", 1
-    if out_of_memory(error):
-        return f"{out_of_memory(error)}: take a smaller model or batch", 1
+    if lack := out_of_memory(error):
+        return f"{lack}: take a smaller model or batch", 1
     return None

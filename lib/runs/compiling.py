@@ -7,21 +7,19 @@ import torch
 
 from lib.errors import InputError
 
-# Maximal number of compiled forms of one function: the shapes of training and evaluation, in two
-# dtypes. Beyond PyTorch's own limit of 8, further shapes would stay uncompiled, with only a
-# warning.
+# Most compiled forms of one function: the shapes of training and evaluation, in two dtypes. With
+# PyTorch's own limit of 8, further shapes would stay uncompiled, with only a warning.
 MAX_FORMS = 64
 
 
 def compiled(function: Callable, device: torch.device | str = "cpu") -> Callable:
     """Return ``function`` compiled by torch.compile, after a check that this works on ``device``.
 
-    All tensors that ``function`` uses should be its arguments. The compiled form is then reused
-    over calls; only new shapes are compiled again, which takes some seconds.
+    All tensors that ``function`` uses should be its arguments. Then only new shapes are compiled
+    again, which takes some seconds.
 
-    Sizes are compiled as constants (``dynamic=False``). Otherwise the shapes met before would
-    decide which sizes become variables, and so the rounding: a resumed run would not repeat an
-    uninterrupted one.
+    Sizes are constants (``dynamic=False``). Otherwise earlier shapes would decide which sizes
+    become variables, and so the rounding: a resumed run would not repeat an uninterrupted one.
 
     Raises:
         InputError: torch.compile does not work here, for example without a C++ compiler.

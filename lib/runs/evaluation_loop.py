@@ -1,5 +1,7 @@
-"""The loop of every evaluation: sums over batches and processes, and the solver's figures."""
+"""Evaluations: the loop that sums over batches and processes, and the return of its memory."""
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,15 +15,14 @@ from lib.solvers.stats import SolverStats
 
 
 class EvaluationStopped(Exception):
-    """All processes interrupted an evaluation because the run should stop."""
+    """All processes interrupted an evaluation, as the run should stop."""
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[SolverStats]:
-    """Evaluate within a ``with`` block: eval mode, no gradients, separate solver statistics.
+    """A context of eval mode, no gradients, and solver statistics of its own, which it yields.
 
-    Yields the statistics of the block. The model's own mode and statistics are restored at its
-    end.
+    The model's mode and statistics are restored at its end.
     """
     was_training, stats = model.training, model.deq.stats
     try:
@@ -44,20 +45,20 @@ def evaluate_batches(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Call ``measure`` on each batch, and sum what it returns over batches and processes.
 
+    Every process must make this call.
+
     Args:
-        model: the model that ``measure`` calls.
-        batches: the batches of this process; there may be none.
+        model: what ``measure`` calls.
+        batches: those of this process; there may be none.
         measure: returns numbers or 0-dim tensors by name, the same names for each batch. They are
             summed in float64, without waiting for the GPU.
-        processes: the processes of the run; every process must make this call.
         stop: called before each batch; True interrupts the evaluation.
 
     Returns:
-        The sums by name, and the means of the forward solver's statistics. A name that no process
-        has returned is absent.
+        The sums by name, none if there was no batch, and means of the forward solver's statistics.
 
     Raises:
-        EvaluationStopped: raised in all processes if ``stop`` returned True in one of them.
+        EvaluationStopped: in all processes, if ``stop`` returned True in one of them.
         Exception: an error of one process; the others raise an InputError.
     """
     sums: dict[str, Any] = {}
@@ -74,12 +75,24 @@ def evaluate_batches(
             error = caught  # the other processes wait for this one
         processes.raise_together(error)
         means = summed_stats(stats, processes).forward.means()
-    found = {name: float(value) for name, value in sums.items()}
-    totals: dict[str, float] = {}
-    for sums_of_one, stopped_here in processes.gather((found, stopped)):
-        stopped = stopped or stopped_here
-        for name, value in sums_of_one.items():
-            totals[name] = totals.get(name, 0.0) + value
-    if stopped:
+    own = {name: float(value) for name, value in sums.items()}
+    found = processes.gather((own, stopped))
+    if any(stopped for _, stopped in found):
         raise EvaluationStopped
+    totals: dict[str, float] = {}
+    for sums, _ in found:
+        for name, value in sums.items():
+            totals[name] = totals.get(name, 0.0) + value
     return totals, means
+
+
+def release_free_memory() -> None:
+    """Return the free pages of malloc's heap, if the C library supports this (glibc).
+
+    On its own, glibc returns only the end of its heap. Memory of an evaluation with large batches
+    lies below small objects allocated in the meantime, and stays resident: 70 MiB after the first
+    validation of a small segmentation model, 115 MiB after five. The call takes milliseconds; the
+    system maps the pages again when they are used.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

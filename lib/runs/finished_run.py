@@ -1,4 +1,4 @@
-"""Common parts of the reports on finished runs: tables, means at equilibrium, curves."""
+"""What reports on finished runs share: tables, means at equilibrium, curves."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ CURVES = "curves.png"
 
 
 def table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Format rows as lines of three aligned columns; a row of empty strings is an empty line."""
+    """Lines of three aligned columns; a row of empty strings is an empty line."""
     width = max(len(row[0]) for row in rows)
     return [f"{a:<{width}}  {b:>14}  {c:>10}".rstrip() for a, b, c in rows]
 
@@ -19,7 +19,7 @@ def table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
 def solver_rows(records: list[dict], border: int, evaluated: dict) -> list[tuple[str, str, str]]:
     """Rows with residual and nfe: training means after step ``border``, and the evaluation mean.
 
-    A pass without solves has no row, such as the backward pass of a gradient without a solver.
+    A pass without solves, such as the backward pass of some gradients, has no row.
     """
     found = []
     for which in PASSES:
@@ -46,12 +46,12 @@ def series(records: list[dict], kind: str, name: str) -> tuple[list[int], list[f
 
 
 def draw_curves(records: list[dict], border: int, path: Path, draw: Callable) -> None:
-    """Draw a figure of two panels over the steps: the training curves and the residuals.
+    """Write a PNG of two panels over the steps: training and residuals.
 
     A line marks ``border``, the first step at equilibrium. ``draw`` draws the training curves on
-    the matplotlib axes it is given. ``path`` is the PNG file to write.
+    the matplotlib axes it is given.
     """
-    # Imported here: matplotlib is optional for training, and its import is slow.
+    # Imported here: it is slow, and optional for training.
     with needs("runs"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

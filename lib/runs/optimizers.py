@@ -1,4 +1,4 @@
-"""Optimisers: fused ones where PyTorch has them, clipping, and their state after a resume."""
+"""Optimisers: fused where PyTorch can, gradient clipping, the state after a resume."""
 
 from collections import Counter
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.errors import InputError
-from lib.runs.forms import check_form
+from lib.runs.checkpoint import check_form
 
 
 def fused_if_possible(
@@ -14,12 +14,12 @@ def fused_if_possible(
 ) -> torch.optim.Optimizer:
     """Build an optimiser of all parameters, fused if PyTorch supports this on their device.
 
-    A fused optimiser does the whole update in one kernel (Adam, 29 million parameters, one CPU
-    thread: 14 ms instead of 119).
+    A fused optimiser does its update in one kernel (Adam, 29 million parameters, one CPU thread:
+    14 ms instead of 119).
     """
     parameters = list(model.parameters())
     groups = _groups(parameters)
-    # A trial update finds out whether fused updates are supported.
+    # A trial update shows whether fused ones are supported.
     probe = nn.Parameter(parameters[0].detach().new_zeros(1))
     probe.grad = torch.zeros_like(probe)
     try:
@@ -30,9 +30,9 @@ def fused_if_possible(
 
 
 def _groups(parameters: list[nn.Parameter]) -> list[dict]:
-    """Split parameters into groups in which no two share memory.
+    """Groups in which no two parameters share memory.
 
-    One kernel may update a whole group: of two updates of the same memory one would be lost.
+    One kernel may update a whole group: of two updates of one memory one would be lost.
     """
     groups: list[dict] = []
     seen: Counter = Counter()
@@ -48,8 +48,7 @@ def _groups(parameters: list[nn.Parameter]) -> list[dict]:
 def clip_gradients(model: nn.Module, clipped: list[nn.Parameter], limit: float) -> Tensor:
     """Clip the norm of the gradients of ``clipped`` to ``limit``, if that is above 0.
 
-    Returns:
-        The norm of all gradients of the model before it, 0-dim.
+    The norm of all gradients of the model before it is returned, 0-dim.
     """
     norms, done = [], set()
     if limit > 0:
@@ -67,8 +66,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Load an optimiser's state. Its options stay its own: settings may change on a resume.
 
     Raises:
-        InputError: a part of the state has another form than this optimiser's. A fused kernel
-            would read and write outside of such a tensor.
+        InputError: a part of the state has another form than this optimiser's.
     """
     groups = optimizer.state_dict()["param_groups"]
     check_form(state, {"state": ..., "param_groups": [...] * len(groups)}, "optimizer")
@@ -92,7 +90,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 def _forms(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Tensor]]:
     """By the number of each parameter: tensors of the form that its state will have.
 
-    A step of a stand-in, whose parameters are small, shows what the state consists of.
+    A step of a stand-in with small parameters shows what the state consists of.
     """
     probes = {
         p: nn.Parameter(p.detach().new_zeros(2, 2))

@@ -25,7 +25,7 @@ _LONGEST = 10_000  # minutes, about a week
 
 @dataclass(frozen=True)
 class Processes:
-    """The place of this process among the processes of a run; without torchrun, the only one."""
+    """The place of this process among those of a run; without torchrun it is the only one."""
 
     rank: int = 0
     world_size: int = 1
@@ -34,17 +34,14 @@ class Processes:
     @classmethod
     @contextlib.contextmanager
     def joined(cls) -> Iterator["Processes"]:
-        """Join the processes that torchrun started, for the length of a ``with`` block.
+        """A context among the processes that torchrun started.
 
-        GPU tensors are sent by NCCL, all others by gloo.
+        GPU tensors are sent by NCCL, others by gloo. A process waits $DEQ_TIMEOUT minutes (default
+        15) for another, as a machine without power or network sends no error. The longest normal
+        waits are for files of the first process (WikiText-103: half a minute).
 
-        A process gives up after waiting $DEQ_TIMEOUT minutes (default 15) for another, as a
-        machine without power or network sends no error. The longest normal waits are for files
-        that the first process reads or writes (WikiText-103: half a minute).
-
-        The block does not destroy the process group. After an error it ends at once, otherwise
-        when all processes have reached its end. A process that joined must therefore exit with
-        :func:`end_at_once`.
+        After an error the block ends at once, otherwise when all processes have reached its end.
+        The process group stays, so a process that joined must exit with :func:`end_at_once`.
         """
         processes = cls._start()
         yield processes
@@ -75,7 +72,7 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes the files and the log."""
+        """Whether this process writes files and log."""
         return self.rank == 0
 
     def gpu(self) -> torch.device:
@@ -95,15 +92,15 @@ class Processes:
         return torch.device("cuda", torch.cuda.current_device())
 
     def part(self, n: int) -> slice:
-        """This process's contiguous share of ``n`` items: the first processes may have one more."""
+        """This process's contiguous share of ``n`` items; the first may have one more."""
         each, over = divmod(n, self.world_size)
         first = self.rank * each + min(self.rank, over)
         return slice(first, first + each + (self.rank < over))
 
     def vary_seed(self, seed: int) -> None:
-        """Give every process except the first its own random stream, so dropout masks differ.
+        """Give each process but the first its own random stream, so that dropout masks differ.
 
-        Call it after all processes have built the model from the same ``seed``.
+        Call this after all have built the model from the same ``seed``.
         """
         if self.rank:
             torch.manual_seed(seed + self.rank)
@@ -115,7 +112,7 @@ class Processes:
         return tensor
 
     def gather(self, value: _T) -> list[_T]:
-        """The ``value`` of every process, ordered by rank; plain containers and tensors."""
+        """The ``value`` of every process by rank; plain containers and tensors."""
         if self.world_size == 1:
             return [value]
         values = [None] * self.world_size
@@ -123,10 +120,9 @@ class Processes:
         return values
 
     def lead(self, action: Callable[[], _T]) -> _T:
-        """Run ``action`` in the first process only; all processes return its result.
+        """Run ``action`` in the first process only; all return its result, or raise its Exception.
 
-        If ``action`` raises an Exception, all processes raise it. Otherwise a file that the first
-        process cannot write would leave the others waiting for a process that is gone.
+        Otherwise a file that it cannot write would leave the others waiting for it.
         """
         if self.world_size == 1:
             return action()
@@ -142,7 +138,7 @@ class Processes:
         return outcome[0]
 
     def lead_keeps(self, action: Callable[[], _T]) -> _T | None:
-        """:meth:`lead` for a result that only the first process needs; the others return None."""
+        """:meth:`lead` for a result that only the first process needs; others return None."""
         kept: list = []
         self.lead(lambda: kept.append(action()))
         return kept[0] if kept else None
@@ -157,7 +153,7 @@ class Processes:
                 raise InputError(f"process {rank}: {text}")
 
     def next(self, items: Iterator[_T]) -> _T | None:
-        """The next item of each process, None at the end; all must have the same number.
+        """The next item of each process, None at the end; all have the same number.
 
         An error of one process is raised in all.
         """
@@ -173,7 +169,7 @@ class Processes:
     def in_turn(self, action: Callable[[], _T]) -> _T:
         """Run ``action`` in every process, on each machine first in that of local rank 0.
 
-        For an action that leaves a cache file. An error is raised only where it occurs.
+        This is for an action that leaves a cache. An error is raised only where it occurs.
         """
         if self.world_size == 1:
             return action()
@@ -186,10 +182,7 @@ class Processes:
         return action()
 
     def replicate(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """Wrap the model so that gradients are averaged over the processes.
-
-        All processes start from the weights of the first process.
-        """
+        """Wrap the model: gradients are averaged; all start from the first process's weights."""
         if self.world_size == 1:
             return model
         with warnings.catch_warnings():
@@ -208,10 +201,10 @@ class Processes:
 def _settle_buckets(parallel: DistributedDataParallel) -> None:
     """Fix the buckets in which DistributedDataParallel sends gradients.
 
-    It rebuilds them once, in the order in which gradients first become ready. With more than two
-    processes, an element's place in its bucket decides the rounding of its sum. The order differs
-    between the two phases of training, so a run resumed at equilibrium would round differently. So
-    the buckets are rebuilt here, by a backward pass through the sum of all parameters.
+    It rebuilds them once, in the order in which gradients first become ready, which differs between
+    the phases of training. With more than two processes, an element's place in its bucket decides
+    the rounding of its sum: a run resumed at equilibrium would round differently. So they are
+    rebuilt here, by a backward pass through the sum of all parameters.
     """
     model = parallel.module
     model.forward = lambda: sum(p.sum() for p in model.parameters() if p.requires_grad)
@@ -223,7 +216,7 @@ def _settle_buckets(parallel: DistributedDataParallel) -> None:
 
 
 def _number(name: str, below: int) -> int:
-    """The environment variable ``name``, which torchrun sets to a number from 0 to below - 1."""
+    """The environment variable ``name``, a number from 0 to below - 1."""
     text = os.environ[name]
     fits = text.isdecimal() and len(text) < 9 and int(text) < below
     check(fits, name, text, f"an integer from 0 to {below - 1}, as torchrun sets it")
@@ -259,13 +252,12 @@ def lost_contact(error: BaseException) -> str:
 def end_at_once(code: int) -> None:
     """End this process, if it is one of several, without destroying the process group.
 
-    After an error this must happen while the exception's traceback still refers to the process
-    group. Dropping the last reference waits, with Python's lock (GIL), for tensors on their way to
-    a process that is gone; gloo's threads need the lock to release them (torch 2.13): for ever.
+    After an error this must happen while the exception's traceback still refers to the group.
+    Dropping the last reference waits, with Python's lock (GIL), for tensors on their way to a
+    process that is gone; gloo's threads need the lock to release them (torch 2.13): for ever.
 
-    Without an error too, Python's normal exit is not safe. It destroys gloo in an order that
-    aborts one process in some hundreds ("terminate called without an active exception"), which
-    torchrun reports as a failure.
+    Without an error Python's exit would destroy gloo in an order that aborts one process in some
+    hundreds ("terminate called without an active exception"), for torchrun a failure.
     """
     if dist.is_available() and dist.is_initialized():
         for stream in (sys.stdout, sys.stderr):

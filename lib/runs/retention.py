@@ -1,5 +1,4 @@
-"""The last checkpoints of a run: checkpoint.pt is the newest, then checkpoint.1.pt,
-checkpoint.2.pt, ... from newer to older.
+"""The last checkpoints of a run: checkpoint.pt, then checkpoint.1.pt and so on, each older.
 
 If the newest checkpoint is damaged, a resumed run continues from the next older one.
 """
@@ -16,17 +15,12 @@ from lib.runs.checkpoint import load, save_atomic
 
 
 def save_newest(content, path: str | Path, keep: int) -> None:
-    """Write ``content`` as the newest checkpoint, and keep the previous ones.
+    """Write ``content`` as the newest of ``keep`` checkpoints; ``path`` is its file.
 
     The new file is first written in full. Then each older file gets the next number, and the new
-    file gets the name ``path``. A kill at any time leaves ``path`` with its old or its new
-    content. Exception: on a file system without hard links ``path`` is missing for a moment, and
-    its old content has number 1.
-
-    Args:
-        content: tensors and plain containers.
-        path: path of the newest checkpoint, such as checkpoint.pt.
-        keep: number of checkpoints to keep, including the newest.
+    one the name ``path``. A kill at any time leaves ``path`` with its old or new content.
+    Exception: on a file system without hard links it is missing for a moment, with its old content
+    in number 1.
 
     Raises:
         OSError: the file cannot be written; on a full disk all files are unchanged.
@@ -53,18 +47,17 @@ def load_newest(
     """Read the newest good checkpoint that :func:`versions` finds.
 
     Args:
-        path: path of the newest checkpoint.
-        check: called with a content and its file; raises an InputError if the content is not a
-            checkpoint of this trainer. It should not check settings: if they differ in the newest
-            checkpoint, they differ in the older ones too.
+        path: that of the newest checkpoint.
+        check: called with a content and its file; raises an InputError if it is no checkpoint of
+            this trainer. Settings are not checked: they are the same in the older files.
         log: called with a warning line if a file was passed over; the line names each such file,
             the reason, and the file used.
 
     Returns:
-        The content and the file that was read.
+        The content and its file.
 
     Raises:
-        InputError: no checkpoint is good; the error is the one of the newest.
+        InputError: that of the newest, if none is good.
     """
     path = Path(path)
     found = versions(path) or [path]  # for a missing file load() raises the right error
@@ -86,22 +79,21 @@ def load_newest(
 def set_aside(path: str | Path, used: Path) -> list[Path]:
     """Rename the checkpoints newer than ``used``, which :func:`load_newest` passed over.
 
-    Their new names are checkpoint.damaged.pt, checkpoint.damaged.2.pt, ... The next saves would
-    otherwise keep damaged files and delete good ones. No file is deleted or overwritten here.
-
-    Returns:
-        The new paths.
+    The next saves would otherwise keep damaged files and delete good ones. Nothing is overwritten:
+    the new paths, which are returned, are checkpoint.damaged.pt, checkpoint.damaged.2.pt, ...
     """
     path = Path(path)
     found = versions(path)
     bad = found[: found.index(used)] if used in found else []
     if path.is_dir():  # the next save would fail
         bad.insert(0, path)
-    return [_rename_damaged(path, file) for file in bad]
+    numbers = itertools.chain([""], (f".{number}" for number in itertools.count(2)))
+    names = (_numbered(path, f"damaged{number}") for number in numbers)
+    return [file.rename(next(n for n in names if not os.path.lexists(n))) for file in bad]
 
 
 def clean_temporaries(folder: str | Path) -> None:
-    """Remove the temporary files of killed writes in ``folder``; no write may be in progress."""
+    """Remove the files of killed writes in ``folder``; no write may be in progress."""
     folder = Path(folder)
     for entry in list(folder.iterdir()) if folder.is_dir() else ():
         if TEMPORARY.fullmatch(entry.name) and entry.is_file() and not entry.is_symlink():
@@ -128,9 +120,9 @@ def _rotate(path: Path, keep: int) -> None:
     older = _predecessors(path)
     if keep == 1 or not path.is_file():
         return
-    if 1 in older and older[1].samefile(path):  # already done by a save that was killed later
+    if 1 in older and older[1].samefile(path):  # done by a save that was killed after it
         return
-    # The shift ends at the first missing number; otherwise it overwrites the last number to keep.
+    # The shift ends at the first missing number, or overwrites the last number to keep.
     gap = next(number for number in itertools.count(1) if number not in older)
     for number in reversed(range(1, min(gap, keep - 1))):
         os.replace(_numbered(path, number), _numbered(path, number + 1))
@@ -141,10 +133,3 @@ def _rotate(path: Path, keep: int) -> None:
     except OSError:  # this file system has no hard links
         link = path
     os.replace(link, _numbered(path, 1))
-
-
-def _rename_damaged(path: Path, file: Path) -> Path:
-    names = itertools.chain(["damaged"], (f"damaged.{number}" for number in itertools.count(2)))
-    target = next(t for t in (_numbered(path, name) for name in names) if not os.path.lexists(t))
-    os.rename(file, target)
-    return target

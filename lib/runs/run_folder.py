@@ -1,74 +1,112 @@
-"""The folder of a run: text log, TensorBoard events, metrics, settings; and the progress bar."""
+"""The folder of a run: its owner, log, TensorBoard events, metrics, settings; the progress bar."""
 
 import contextlib
+import fcntl
+import itertools
 import json
 import math
 import os
 import resource
+import socket
 import sys
+import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
 from lib.errors import DEQWarning, InputError
 from lib.extras import needs
 from lib.runs.atomic_files import atomic_write
-from lib.runs.ownership import LOCK
+from lib.runs.command_line import put
 from lib.runs.retention import clean_temporaries, versions
-from lib.runs.terminal import put
 
 with needs("runs"):
     from tqdm import tqdm
 
-LOG, METRICS, SETTINGS, CHECKPOINT, WEIGHTS, AUDIT = (
-    "log.txt",
-    "metrics.jsonl",
-    "settings.json",
-    "checkpoint.pt",
-    "model.pt",
-    "audit.json",  # what scripts/audit.py found
-)
+LOCK, LOG, METRICS, SETTINGS = "run.lock", "log.txt", "metrics.jsonl", "settings.json"
+CHECKPOINT, WEIGHTS = "checkpoint.pt", "model.pt"
 _OF_KIND = {"valid": {"phase": str}, "summary": {"finished": bool}}  # what such records have
 _OF_THE_END = ("final_", "summary")  # prefixes of the record kinds written at the end of a run
+_FLUSH = 120.0  # seconds between flushes of the events
 
 
-def run_folder(work_dir: str, dataset: str, name: str) -> Path:
-    """``<work_dir>-<dataset>/<name>``; without a name ('' or 'N/A') a time stamp is the name."""
-    if name in ("", "N/A"):
-        name = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path(f"{work_dir}-{dataset}") / name
+def own(folder: Path) -> BinaryIO | None:
+    """Make this process the one that writes in ``folder``, until the returned file is closed.
+
+    The folder is created if absent. The file, run.lock, names the owner and stays there. Its flock
+    is released by the system when the process ends, however it ends.
+
+    On NFS, Linux passes a flock to the server: it holds between machines, and after a machine's
+    failure until its lease ends (NFSv4: 90 seconds by default). With the mount options nolock or
+    local_lock it holds within one machine only.
+
+    Returns:
+        The locked file; None on a file system without locks.
+
+    Raises:
+        InputError: another process owns the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Neither truncated nor written before it is locked: it may name the present owner.
+    file = open(folder / LOCK, "a+b", buffering=0)  # noqa: SIM115  (open for the whole run)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().decode(errors="replace").strip() or "another process"
+        file.close()
+        raise InputError(
+            f"{folder} is in use by {owner}: wait until that run ends, or start one elsewhere"
+        ) from None
+    except OSError:
+        file.close()
+        return None
+    # A fork shares the lock: loading processes could hold it for seconds after the owner's death.
+    weak = weakref.ref(file)
+    os.register_at_fork(after_in_child=lambda: (inherited := weak()) and inherited.close())
+    with contextlib.suppress(OSError):  # a full disk: the lock holds without the name
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return file
+
+
+def new_folder(path: Path) -> Path:
+    """Create and return ``path``; or PATH-2, PATH-3, ... if that exists."""
+    for number in itertools.count(1):
+        folder = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
 
 
 def is_used(folder: Path) -> bool:
-    """Whether a run has written a file in ``folder``, hidden ones and the lock apart."""
+    """Whether a run has written a file in ``folder``, besides hidden ones and the lock."""
     entries = folder.iterdir() if folder.is_dir() else ()
     return any(e.is_file() and e.name != LOCK and not e.name.startswith(".") for e in entries)
 
 
 def check_unused(folder: Path, way_out: str, *, anew: bool = False) -> None:
-    """Raise an InputError if ``folder`` already holds a run.
-
-    With ``anew`` this is a run with a checkpoint, without it a run with any file.
-    """
+    """Refuse a ``folder`` that holds a run with any file (``anew``: with a checkpoint)."""
     if versions(folder / CHECKPOINT) or (is_used(folder) and not anew):
         raise InputError(f"{folder} already holds a run: {way_out}")
 
 
 def last_good(folder: Path | None) -> str:
-    """The end of an error message: the path of the last good checkpoint; "" if there is none."""
+    """The end of a message: the path of the last good checkpoint; "" without one."""
     if folder is None or not versions(folder / CHECKPOINT):
         return ""
     return f"; the last good state is {folder / CHECKPOINT}"
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The records of a run, oldest first, up to the first damaged one; a null is read as NaN.
+    """The records of a run, oldest first, with NaN for null, up to the first damaged one.
 
-    A kill can leave the last record incomplete.
+    A kill can leave the last one incomplete.
     """
     path = folder / METRICS
     records = []
@@ -98,28 +136,62 @@ def _is_record(found) -> bool:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory so far in MiB: allocated memory on a GPU, resident memory on the CPU."""
+    """Peak memory so far in MiB: allocated on a GPU, resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+class _Events:
+    """A file of TensorBoard events that is written in the thread of the caller.
+
+    SummaryWriter's own thread dies on a full disk with a traceback, and once its queue is full,
+    the run waits for it for ever. Earlier files' data from ``purge_step`` on are hidden.
+    """
+
+    def __init__(self, folder: Path, purge_step: int | None):
+        # Imported here: benchmarks write no events and do not need tensorboardX.
+        with needs("runs"):
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog
+            from tensorboardX.summary import scalar
+
+        self._event, self._summary = Event, scalar
+        self._writer = EventsWriter(str(folder / "events"))
+        if purge_step is not None:
+            self._add(purge_step, file_version="brain.Event:2")
+            self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
+        self.flush()
+
+    def scalar(self, name: str, value: float, step: int) -> None:
+        self._add(step, summary=self._summary(name, value))
+        if time.monotonic() > self._flushed + _FLUSH:
+            self.flush()
+
+    def flush(self) -> None:
+        self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
+
+    def _add(self, step: int, **content) -> None:
+        self._writer.write_event(self._event(step=step, wall_time=time.time(), **content))
+
+
 class Run:
-    """Writes the log, records and events of a training run; a debug run writes no file.
+    """Writes the log, records and events of a training run.
 
-    A failed write, such as on a full disk, does not raise at once. :meth:`sync` raises the error
-    before the next checkpoint is saved. So all processes learn of the error, and no checkpoint is
-    ahead of its records.
-
-    Attributes:
-        failure: the first error of a write; nothing is written after it.
+    The first failed write, such as on a full disk, is the last; :meth:`sync` raises its error (the
+    attribute ``failure``) before the next checkpoint is saved. So all processes learn of it, and no
+    checkpoint is ahead of its records.
 
     Args:
         folder: the run's folder, created if absent; None writes no file (a debug run).
         settings: name and content of the file that holds the resolved settings.
         resume_step: None for a new run, else the step to continue from. Records of later steps
-            and of the end are dropped: the resumed run writes them again.
+            and of the end are dropped, as they come again.
         events: folder of the TensorBoard events; None means ``folder``.
         quiet: print nothing.
 
@@ -157,31 +229,27 @@ class Run:
             ) from error
 
     def _begin(self, settings: tuple[str, str], resume_step: int | None) -> None:
-        """Write the settings, drop the records that come again, open the files."""
+        """Write the settings, drop records, open the files."""
         folder, (name, content) = self.folder, settings
         with atomic_write(folder / name) as file:
             file.write(content.encode())
+        last = -math.inf if resume_step is None else resume_step
         kept = [
             record
             for record in read_metrics(folder)
-            if resume_step is not None
-            and record["step"] <= resume_step
-            and not record["kind"].startswith(_OF_THE_END)
+            if record["step"] <= last and not record["kind"].startswith(_OF_THE_END)
         ]
         with atomic_write(folder / METRICS) as file:
             file.write("".join(_line(record) + "\n" for record in kept).encode())
         self._metrics = open(folder / METRICS, "a")  # noqa: SIM115  (open for the whole run)
-        how = {"mode": "w" if resume_step is None else "a", "encoding": "utf-8"}
-        self._log = open(folder / LOG, errors="backslashreplace", **how)  # noqa: SIM115
-        # Imported here: benchmarks write no events and do not need tensorboardX.
-        from lib.runs.events import Events
-
+        how = {"encoding": "utf-8", "errors": "backslashreplace"}
+        self._log = open(folder / LOG, "w" if resume_step is None else "a", **how)  # noqa: SIM115
         purge_step = None if resume_step is None else resume_step + 1
-        self._events = Events(self._events_folder, purge_step)
+        self._events = _Events(self._events_folder, purge_step)
 
     @classmethod
     def silent(cls) -> "Run":
-        """A run that writes and prints nothing, for all processes except the first."""
+        """A run that writes and prints nothing, for processes other than the first."""
         return cls(None, ("", ""), quiet=True)
 
     def log(self, line: str) -> None:
@@ -211,11 +279,7 @@ class Run:
         self._attempt(self._events_folder, write)
 
     def sync(self) -> None:
-        """Flush the log, records and events to the disk.
-
-        Raises:
-            OSError: a write failed, now or earlier.
-        """
+        """Flush all to the disk; raise the OSError of a write that failed, now or earlier."""
         if self.folder is not None:
             self._attempt(self.folder / LOG, lambda: os.fsync(self._log.fileno()))
             self._attempt(self.folder / METRICS, lambda: os.fsync(self._metrics.fileno()))
@@ -224,7 +288,7 @@ class Run:
             raise self.failure
 
     def _attempt(self, path: Path, write: Callable[[], object]) -> None:
-        """Do a write to ``path`` and note its error; do nothing after an earlier error."""
+        """Do a write to ``path`` and note its error, unless one failed before."""
         if self.failure is not None:
             return
         try:
@@ -233,7 +297,7 @@ class Run:
             self.failure = OSError(error.errno, error.strerror, str(path))
 
     def progress(self, total: int, initial: int) -> tqdm:
-        """A progress bar over the steps, shown on a terminal only."""
+        """A bar over the steps, shown on a terminal only."""
         self.bar = tqdm(
             total=total, initial=initial, unit="step", disable=self.quiet or None, leave=False
         )
@@ -248,9 +312,9 @@ class Run:
 
 @contextmanager
 def warnings_in(log: Callable[[str], None]) -> Iterator[None]:
-    """Within a ``with`` block, write each DEQWarning to the log, every distinct message once.
+    """A context that writes each DEQWarning to the log, every distinct message once.
 
-    Warnings about unsolved forward passes are left out, as the log has their residuals.
+    Those about unsolved forward passes are left out, as the log has their residuals.
     """
     said, show = set(), warnings.showwarning
 

@@ -1,4 +1,4 @@
-"""A training command: read the checkpoint, build, open the run's folder, train, finish."""
+"""A training command: read the checkpoint, build, open the folder, train, finish."""
 
 import contextlib
 from collections.abc import Callable
@@ -10,10 +10,17 @@ import torch
 from lib.errors import InputError, naming
 from lib.runs.checkpoint import load
 from lib.runs.interrupts import Stopped, TrainingError
-from lib.runs.ownership import new_folder, own
 from lib.runs.processes import Processes, lost_contact
 from lib.runs.retention import load_newest, set_aside
-from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, check_unused, peak_memory_mib
+from lib.runs.run_folder import (
+    CHECKPOINT,
+    WEIGHTS,
+    Run,
+    check_unused,
+    new_folder,
+    own,
+    peak_memory_mib,
+)
 from lib.runs.trainer import Trainer
 
 
@@ -23,7 +30,7 @@ class Plan:
 
     trainer: type[Trainer]
     folder: Path  # of the run
-    checkpoint: Path | None  # the newest one of the run to continue; None begins a new run
+    checkpoint: Path | None  # the newest of the run to continue; None begins a new run
     named_by: str  # the option that chose ``checkpoint``, for messages
     used: str  # advice to a new run whose folder holds a run already
     anew: bool = False  # a new run may use the folder of a run that saved no checkpoint
@@ -39,17 +46,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run by name, and how they are kept in a file of its folder."""
+    """The settings of a run by name, and their file in its folder."""
 
     values: dict
     file: str
     content: str
     read: Callable[[Path], dict]  # reads such a file; raises an InputError if it is unreadable
-    free: tuple[str, ...]  # (beginnings of) names that a resumed run may change without a note
-    first: tuple[str, ...]  # (beginnings of) names that have an effect on a new run only
+    free: tuple[str, ...]  # beginnings of names that a resumed run may change without a note
+    first: tuple[str, ...]  # of names that have an effect on a new run only
 
     def changes(self, path: Path) -> list[str]:
-        """One line per setting that differs from the settings in ``path``.
+        """One line per setting that differs from those in ``path``.
 
         Raises:
             InputError: such a setting has an effect on a new run only.
@@ -83,72 +90,65 @@ class Job:
 
 
 def run_training(plan: Plan, build: Callable[[bool], Job], processes: Processes) -> Path | None:
-    """Train in a new run, or continue the run of a checkpoint.
+    """Train in a new run, or continue that of a checkpoint. Every process makes this call.
 
-    Every process of the run makes this call. ``build(anew)`` builds the model and its trainer;
-    ``anew`` is False if a checkpoint will replace the weights.
+    ``build(anew)`` builds model and trainer; ``anew`` is False if a checkpoint gives the weights.
 
     Returns:
         The run's folder; None in a debug run and in all processes except the first.
 
     Raises:
-        InputError: the folder has another owner or holds a run already; the checkpoint is
-            unreadable, or of another model or other settings.
+        InputError: the folder has another owner or holds a run; the checkpoint is unreadable, or of
+            another model or other settings.
         Stopped, TrainingError: as :meth:`~lib.runs.trainer.Trainer.train`.
     """
-    with contextlib.ExitStack() as locks:
-        return _run(plan, build, processes, locks)
-
-
-def _run(
-    plan: Plan, build: Callable[[bool], Job], processes: Processes, locks: contextlib.ExitStack
-) -> Path | None:
     state, source, lines = None, None, []
-    if plan.goes_on:
-        # Before the checkpoint is read: the owner may be about to write a newer one.
-        lines += processes.lead(lambda: _own(plan.folder, locks))
-    if plan.checkpoint is not None:
-        with naming(plan.named_by):
-            state, source, said = read_checkpoint(plan.checkpoint, plan.trainer, processes)
-        lines += said
-    job = build(state is None)
-    trainer, settings = job.trainer, job.settings
-    lines += job.notes
-    if state is not None:
-        lines += settings.changes(plan.checkpoint.parent / settings.file)
-        lines += trainer.load_state_dict(state, source)
-        lines.append(f"continuing {source} at step {trainer.step}")
-    trainer.try_validation()
-    if not processes.lead((plan.folder / WEIGHTS).exists):
-        trainer.best = {}  # the best weights are in another run's folder
-    step = None if state is None else trainer.step
-    run = processes.lead_keeps(lambda: _begin(plan, settings, source, step, locks)) or Run.silent()
-    try:
-        device = trainer.device
-        run.log(job.title)
-        run.log(
-            f"{sum(p.numel() for p in trainer.model.parameters())} parameters | "
-            f"{device}{trainer.gpus or ''} | "
-            f"{processes.world_size} process(es) of {torch.get_num_threads()} threads"
-        )
-        run.log("debug: nothing is written" if plan.debug else f"run folder {run.folder}")
-        for line in lines:
-            run.log(line)
-        trainer.train(run, job.finish)
-        trainer.summarise()
-        run.log(f"peak memory {peak_memory_mib(device):.0f} MiB")
-        processes.lead(run.sync)
-    except (Stopped, KeyboardInterrupt) as error:
-        why, code = str(error) or "interrupted", getattr(error, "code", 130)
-        hint = "" if plan.debug else f" ({trainer.care.resume} continues the run)"
-        raise Stopped(why + hint, code) from None
-    except Exception as error:
-        if (lost := lost_contact(error)) and not plan.debug:
-            way_out = f"start all of them again, {trainer.care.resume} continues the run"
-            raise TrainingError(f"lost the other processes ({lost}): {way_out}") from error
-        raise
-    finally:
-        run.close()
+    with contextlib.ExitStack() as locks:
+        if plan.goes_on:
+            # Before the checkpoint is read: the owner may be about to write a newer one.
+            lines += processes.lead(lambda: _own(plan.folder, locks))
+        if plan.checkpoint is not None:
+            with naming(plan.named_by):
+                state, source, said = _read_checkpoint(plan.checkpoint, plan.trainer, processes)
+            lines += said
+        job = build(state is None)
+        trainer, settings = job.trainer, job.settings
+        lines += job.notes
+        if state is not None:
+            lines += settings.changes(plan.checkpoint.parent / settings.file)
+            lines += trainer.load_state_dict(state, source)
+            lines.append(f"continuing {source} at step {trainer.step}")
+        trainer.try_validation()
+        if not processes.lead((plan.folder / WEIGHTS).exists):
+            trainer.best = {}  # the best weights are in another run's folder
+        step = None if state is None else trainer.step
+        begun = processes.lead_keeps(lambda: _begin(plan, settings, source, step, locks))
+        run = begun or Run.silent()
+        locks.callback(run.close)
+        try:
+            device = trainer.device
+            run.log(job.title)
+            run.log(
+                f"{sum(p.numel() for p in trainer.model.parameters())} parameters | "
+                f"{device}{trainer.gpus or ''} | "
+                f"{processes.world_size} process(es) of {torch.get_num_threads()} threads"
+            )
+            run.log("debug: nothing is written" if plan.debug else f"run folder {run.folder}")
+            for line in lines:
+                run.log(line)
+            trainer.train(run, job.finish)
+            trainer.summarise()
+            run.log(f"peak memory {peak_memory_mib(device):.0f} MiB")
+            processes.lead(run.sync)
+        except (Stopped, KeyboardInterrupt) as error:
+            why, code = str(error) or "interrupted", getattr(error, "code", 130)
+            hint = "" if plan.debug else f" ({trainer.care.resume} continues the run)"
+            raise Stopped(why + hint, code) from None
+        except Exception as error:
+            if (lost := lost_contact(error)) and not plan.debug:
+                way_out = f"start all of them again, {trainer.care.resume} continues the run"
+                raise TrainingError(f"lost the other processes ({lost}): {way_out}") from error
+            raise
     return run.folder
 
 
@@ -168,7 +168,7 @@ def _begin(
     step: int | None,
     locks: contextlib.ExitStack,
 ) -> Run:
-    """Open the run's folder, as its owner; move aside checkpoints newer than the one read."""
+    """Open the run's folder, as its owner; set aside checkpoints newer than the one read."""
     kept, folder, lines = (settings.file, settings.content), plan.folder, []
     if plan.debug:
         return Run(None, kept, step)
@@ -186,27 +186,15 @@ def _begin(
     return run
 
 
-def read_checkpoint(
+def _read_checkpoint(
     path: Path, trainer: type[Trainer], processes: Processes
 ) -> tuple[dict, Path, list[str]]:
-    """Read the newest good checkpoint of a run: its content, its file, and lines for the log.
-
-    The first process chooses the file, so that all processes continue from the same one.
-
-    Raises:
-        InputError: there is no good checkpoint, or another process cannot read the file.
-    """
-    kept: list = []
-
-    def choose() -> tuple[Path, list[str]]:
-        lines: list[str] = []
-        content, used = load_newest(path, trainer.check, lines.append)
-        kept.append(content)
-        return used, lines
-
-    used, lines = processes.lead(choose)
-    if kept:
-        return kept[0], used, lines
+    """Content and file of the newest good checkpoint, lines for the log; all read one file."""
+    lines: list[str] = []
+    found = processes.lead_keeps(lambda: load_newest(path, trainer.check, lines.append))
+    used, lines = processes.lead(lambda: (found[1], lines))
+    if found:
+        return found[0], used, lines
     try:
         return load(used), used, lines
     except InputError as error:

@@ -1,16 +1,16 @@
-"""Solver statistics of a run: in checkpoints, summed over processes, as figures of the log."""
+"""Solver statistics of a run: in checkpoints, summed over processes, in the log."""
 
 from dataclasses import asdict
 
 import torch
 
-from lib.runs.forms import check_form
+from lib.runs.checkpoint import check_form
 from lib.runs.processes import Processes
 from lib.runs.run_folder import Run
 from lib.solvers.stats import PassStats, SolverStats
 
 PASSES = ("forward", "backward")
-_DIVERGED_SHOWN = 20  # at most this many log lines on diverged solves; metrics record all of them
+_DIVERGED_SHOWN = 20  # most log lines on diverged solves; metrics record all
 
 
 def stats_state(stats: SolverStats) -> list[dict]:
@@ -37,18 +37,14 @@ def restore_stats(state: list[dict], stats: SolverStats) -> None:
 
 
 def summed_stats(stats: SolverStats, processes: Processes) -> SolverStats:
-    """Solver statistics summed over all processes. A collective call: every process makes it."""
+    """Solver statistics summed over all processes, each of which makes this call."""
     table = [
         [s.solves, s.nfe, s.broken, s.abs_residual, s.rel_residual]
         for s in (stats.forward, stats.backward)
     ]
     sums = processes.sum(torch.tensor(table, dtype=torch.float64)).tolist()
-    return SolverStats(
-        *(
-            PassStats(int(n), int(nfe), absolute, relative, int(broken))
-            for n, nfe, broken, absolute, relative in sums
-        )
-    )
+    passes = [PassStats(int(n), int(nfe), *norms, int(broken)) for n, nfe, broken, *norms in sums]
+    return SolverStats(*passes)
 
 
 def broken_solves(stats: SolverStats) -> list[int]:
@@ -86,7 +82,7 @@ def report_diverged(found: list[list[tuple]], run: Run, step: int, counts: dict)
 
 
 def solver_figures(stats: SolverStats) -> tuple[dict[str, float], str]:
-    """Means of both passes since the last reset, as metrics values and as text for the log."""
+    """Means of both passes since the last reset, for metrics and as text for the log."""
     values, text = {}, ""
     for which in PASSES:
         passed: PassStats = getattr(stats, which)

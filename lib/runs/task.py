@@ -1,4 +1,4 @@
-"""What a trainer of a certain task defines: its data, its losses, its schedule, its figures."""
+"""What the trainer of a task defines: its data, losses, schedule and figures."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Care:
-    """How a run is protected against divergence and interruption."""
+    """How a run is protected against divergence and interruption; texts are for messages."""
 
     keep: int  # number of checkpoints kept, including the newest
     max_skipped: int  # the run ends after this many non-finite steps in a row
     clip: float  # largest gradient norm; 0 or less turns clipping off
-    resume: str  # the option that continues a run, such as '--restart', for messages
-    way_out: str  # advice against non-finite numbers, for messages
+    resume: str  # the option that continues a run, such as '--restart'
+    way_out: str  # advice against non-finite numbers
     memory_of_step: str = ""  # advice if the memory is too small for a step,
     memory_of_validation: str = ""  # or for a validation
 
@@ -31,8 +31,8 @@ class Choices:
 class Summands(NamedTuple):
     """What one part of a batch adds to the figures of the whole batch; all are 0-dim tensors.
 
-    The loss of a part is thus not its own mean: it is the part's sum, divided by the size of the
-    whole batch. Summed over all parts and processes, the losses give the mean over the batch.
+    So the loss is the part's sum, divided by the size of the whole batch: over all parts and
+    processes the losses add up to the mean.
     """
 
     loss: Tensor  # to the mean loss
@@ -41,11 +41,11 @@ class Summands(NamedTuple):
 
 
 class Task:
-    """The methods and attributes that every trainer defines for its task."""
+    """What every trainer defines for its task."""
 
     extra_sums: tuple[str, ...] = ()  # names of the sums that ``part`` returns beside the losses
     weights_key = "model"  # the checkpoint's entry with the model's weights
-    # The checkpoint entries that ``extra_state`` adds, and their forms (see lib.runs.forms).
+    # Checkpoint entries that ``extra_state`` adds, and their forms (see checkpoint.check_form).
     extra_parts: ClassVar[dict[str, Any]] = {}
     last_step: int
     pretrain_steps: int  # the length of the stacked phase
@@ -53,7 +53,7 @@ class Task:
     # ---- a step --------------------------------------------------------------------------------
 
     def batches(self) -> Iterator[Any]:
-        """Yield this process's share of each batch, from the current position to ``last_step``."""
+        """Yield this process's share of each batch, from the present position to ``last_step``."""
         raise NotImplementedError
 
     def draw(self) -> Choices:
@@ -61,14 +61,11 @@ class Task:
         raise NotImplementedError
 
     def split(self, batch: Any) -> Sequence[Any]:
-        """Split this process's share of a batch into parts; the model takes them one by one."""
+        """Split this process's share of a batch into parts, which the model takes one by one."""
         raise NotImplementedError
 
     def part(self, index: int, part: Any, choices: Choices) -> Summands:
-        """Run one forward pass on a part of the batch.
-
-        A task with memory also keeps here what part ``index`` of the next batch needs.
-        """
+        """Run one forward pass on a part; keep the memory for this part of the next batch."""
         raise NotImplementedError
 
     def set_learning_rate(self) -> None:
@@ -76,8 +73,10 @@ class Task:
         raise NotImplementedError
 
     def advance(self, batch: Any, loss: float) -> None:
-        """Move the position in the data past ``batch``, whose mean loss over all processes was
-        ``loss`` (not finite in a skipped step)."""
+        """Move the position in the data past ``batch``.
+
+        Its mean loss over all processes was ``loss``, not finite in a skipped step.
+        """
         raise NotImplementedError
 
     def forget(self) -> None:
@@ -97,8 +96,8 @@ class Task:
         """Evaluate in the phase of the last update.
 
         Returns:
-            The findings (passed to ``after_validation``); their values for metrics, plus ``text``
-            for the log; the score's name; and the score (higher is better).
+            What ``after_validation`` needs; values for metrics, plus ``text`` for the log; the
+            score's name; the score (higher is better).
         """
         raise NotImplementedError
 
@@ -115,7 +114,7 @@ class Task:
     # ---- checkpoints ---------------------------------------------------------------------------
 
     def extra_state(self) -> dict:
-        """Return the checkpoint entries of this trainer alone, named in ``extra_parts``."""
+        """Return the checkpoint entries named in ``extra_parts``."""
         raise NotImplementedError
 
     def load_extra(self, state: dict) -> None:
@@ -123,12 +122,12 @@ class Task:
         raise NotImplementedError
 
     def fixed(self) -> dict:
-        """Return, by name, the settings that must not change between a save and a resume.
+        """Return by name the settings that must not change between a save and a resume.
 
-        With other values, the saved data position or optimiser state would have no meaning.
+        With others, the saved data position or optimiser state has no meaning.
         """
         raise NotImplementedError
 
     def fixed_in(self, state: dict) -> dict:
-        """Return these settings from a checkpoint, also from one older than a setting."""
+        """Return them from a checkpoint, also from one older than a setting."""
         return state["fixed"]

@@ -1,4 +1,4 @@
-"""The trainer of all tasks: it updates, logs, validates, saves, stops and resumes."""
+"""The trainer of all tasks: updates, logs, validates, saves, stops, resumes."""
 
 import contextlib
 import math
@@ -7,21 +7,26 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lib.errors import DEQWarning, InputError, naming
-from lib.runs.checkpoint import check_tensors, load_state, not_finite, save_atomic
-from lib.runs.evaluation_loop import EvaluationStopped
-from lib.runs.forms import check_form, check_plain
-from lib.runs.interrupts import Stopped, Stopping, TrainingError
-from lib.runs.memory import memory_for, release_free_memory
+from lib.runs.checkpoint import (
+    check_form,
+    check_plain,
+    check_tensors,
+    load_state,
+    not_finite,
+    save_atomic,
+)
+from lib.runs.determinism import check_random_states, random_states, restore_random_states
+from lib.runs.evaluation_loop import EvaluationStopped, release_free_memory
+from lib.runs.interrupts import Stopped, Stopping, TrainingError, memory_for
 from lib.runs.optimizers import clip_gradients, restore_optimizer
 from lib.runs.processes import Processes, lost_contact
-from lib.runs.random_states import check_random_states, random_states, restore_random_states
 from lib.runs.retention import save_newest
 from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, last_good, warnings_in
 from lib.runs.solver_figures import (
@@ -40,31 +45,24 @@ FORMAT = 2  # version of the checkpoint's format
 _COUNTS = ("skipped", "diverged_forward", "diverged_backward")
 
 
-class _Events(NamedTuple):
-    """What happened in a step in any process."""
-
-    stop: bool  # a process wants to stop
-    diverged: bool  # a solve diverged
-
-
 def _comparable(score: float) -> float:
-    """The score to compare: one that is not finite is below every number."""
+    """The score; one that is not finite is below every number."""
     return score if math.isfinite(score) else -math.inf
 
 
 class Trainer(Task):
     """Trains a DEQ model (``model.deq``) through both phases (stacked, equilibrium).
 
-    A signal or the time limit ends the run after a step, with all its state saved. ``state_dict``
-    holds everything that the next step depends on, and the running means of the log. A run that
-    was killed and resumed therefore equals an uninterrupted run bit for bit. On a GPU this needs
-    :func:`~lib.runs.determinism.deterministic`; without it the two runs agree to rounding.
+    A signal or the time limit ends the run after a step, with its state saved: all that the next
+    step depends on, and the running means of the log. So a run that was killed and resumed equals
+    an uninterrupted one bit for bit; on a GPU this needs
+    :func:`~lib.runs.determinism.deterministic`, without which the two agree to rounding.
 
     Args:
         model, optimizer: the model, on ``device``, and the optimiser of all its parameters.
         processes: the processes of the run; they share every batch and take every step together.
         seed: seed of :meth:`draw`, the choices made outside the model.
-        care, stopping: how the run is protected; the requests to stop.
+        care, stopping: how the run is protected; requests to stop.
     """
 
     def __init__(
@@ -97,14 +95,14 @@ class Trainer(Task):
     def update(self, batch: Any) -> bool:
         """Take one optimiser step on this process's share of a batch.
 
-        All processes take the step, or all skip it: the step is skipped if its loss or gradient
-        is not finite in any of them. A skipped step leaves model and optimiser unchanged.
+        All processes skip it if its loss or gradient is not finite in any of them. A skipped step
+        leaves model and optimiser unchanged.
 
         Returns:
             Whether the run should stop, the same in all processes.
 
         Raises:
-            TrainingError: too many steps in a row were not finite.
+            TrainingError: too many steps in a row are not finite.
             InputError: the memory is too small.
         """
         # For a skipped step: the forward pass updates the running statistics of batch norm.
@@ -114,7 +112,7 @@ class Trainer(Task):
                 choices, broken = self.draw(), broken_solves(self.model.deq.stats)
                 sums = self._forward_and_backward(batch, choices)
                 norm = clip_gradients(self.model, self.clipped, self.care.clip)
-                sums, events, norm = self._of_all_processes(sums, broken, norm)
+                sums, stop, diverged, norm = self._of_all_processes(sums, broken, norm)
         except Exception:
             self._restore(buffers)
             raise
@@ -126,17 +124,25 @@ class Trainer(Task):
             self.optimizer.step()
             self.skipped_in_a_row = 0
         else:
-            self._skip(buffers)
+            self._restore(buffers)
+            self.forget()
+            self.counts["skipped"] += 1
+            self.skipped_in_a_row += 1
         self.step += 1
         self.advance(batch, sums["loss"])
         self._whole = True
         self._add_to_window(sums, finite, choices)
-        if events.diverged:
+        if diverged:
             found = self.processes.gather(broken_since(broken, self.model.deq.stats))
             report_diverged(found, self.run, self.step, self.counts)
         if not finite:
-            self._report_skipped(loss, norm)
-        return events.stop
+            self.run.log(
+                f"step {self.step} | skipped: the loss is {loss:.4g}, the gradient norm {norm:.4g}"
+            )
+            self.run.record("skipped", self.step, loss=loss, gradient_norm=norm)
+            if (n := self.skipped_in_a_row) >= self.care.max_skipped:
+                self._give_up(f"{n} steps in a row were not finite, the last one")
+        return stop
 
     def _forward_and_backward(self, batch: Any, choices: Choices) -> Tensor:
         """Add up the gradients of all parts; return the sums of their summands, float64."""
@@ -144,7 +150,9 @@ class Trainer(Task):
         parts = self.split(batch)
         sums = torch.zeros(2 + len(self.extra_sums), dtype=torch.float64, device=self.device)
         for i, part in enumerate(parts):
-            with self._gradients_stay(i < len(parts) - 1):  # reduced once, with the last part
+            reduced = i == len(parts) - 1 or not isinstance(self.parallel, DistributedDataParallel)
+            # Gradients are reduced over processes once, with the last part.
+            with contextlib.nullcontext() if reduced else self.parallel.no_sync():
                 loss, jac_loss, extra = self.part(i, part, choices)
                 total = loss
                 if choices.jac_weight is not None:
@@ -156,20 +164,20 @@ class Trainer(Task):
 
     def _of_all_processes(
         self, sums: Tensor, broken: list[int], norm: Tensor
-    ) -> tuple[dict[str, float], _Events, float]:
-        """Sum over all processes, in one call: the sums, the wishes to stop, the diverged solves.
+    ) -> tuple[dict[str, float], bool, bool, float]:
+        """Sums of all processes; whether one wants to stop; whether a solve diverged; the norm.
 
-        ``broken`` counts the diverged solves before the step. Then read the results and ``norm``:
-        the only host-device synchronisation of a step, apart from those in the solvers.
+        ``broken`` counts the diverged solves before the step. All is read at once: the only
+        host-device synchronisation of a step besides the solvers'.
         """
-        # A failed log write: stop; sync() raises it in all processes at the next save.
+        # After a failed log write too: sync() raises it in all processes at the next save.
         stop = self.stopping.check() or self.run.failure is not None
         diverged = sum(broken_solves(self.model.deq.stats)) - sum(broken)
         own = torch.tensor([stop, diverged], dtype=torch.float64)
         together = self.processes.sum(torch.cat([sums, own.to(self.device, non_blocking=True)]))
         *sums, stop, diverged, norm = torch.cat([together, norm[None].double()]).tolist()
         names = ("loss", "jac_loss", *self.extra_sums)
-        return dict(zip(names, sums, strict=True)), _Events(stop > 0, diverged > 0), norm
+        return dict(zip(names, sums, strict=True)), stop > 0, diverged > 0, norm
 
     def _add_to_window(self, sums: dict[str, float], finite: bool, choices: Choices) -> None:
         window = self._window
@@ -184,17 +192,17 @@ class Trainer(Task):
 
     @property
     def gpus(self) -> list[int]:
-        """Numbers of the GPUs that this process computes on; none on the CPU."""
+        """Numbers of this process's GPUs; none on the CPU."""
         if self.device.type != "cuda":
             return []
         return list(getattr(self.parallel, "device_ids", None) or [self.device.index])
 
     def mean_loss(self) -> float:
-        """Mean loss of the updates since the window began; NaN if there were none."""
+        """Mean loss of the window's updates; NaN if there were none."""
         return self._window["loss"] / self._window["steps"] if self._window["steps"] else math.nan
 
     def begin_window(self) -> None:
-        """Reset the sums and solver statistics from which the next log line is made."""
+        """Reset the sums and solver statistics of the next log line."""
         self._window = self._no_sums()
         self._window_start = time.perf_counter()
         self.model.deq.stats.reset()
@@ -204,31 +212,10 @@ class Trainer(Task):
         names = ("loss", "jac_loss", *cls.extra_sums)
         return dict.fromkeys(names, 0.0) | {"jac_count": 0, "steps": 0, "skipped": 0}
 
-    def _gradients_stay(self, stay: bool):
-        """If ``stay``, a context that does not reduce gradients over processes, else no effect."""
-        if stay and isinstance(self.parallel, DistributedDataParallel):
-            return self.parallel.no_sync()
-        return contextlib.nullcontext()
-
-    def _skip(self, buffers: list[Tensor]) -> None:
-        """Count a skipped update, and restore the model's buffers."""
-        self._restore(buffers)
-        self.forget()
-        self.counts["skipped"] += 1
-        self.skipped_in_a_row += 1
-
     @torch.no_grad()
     def _restore(self, buffers: list[Tensor]) -> None:
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
-
-    def _report_skipped(self, loss: float, norm: float) -> None:
-        self.run.log(
-            f"step {self.step} | skipped: the loss is {loss:.4g}, the gradient norm {norm:.4g}"
-        )
-        self.run.record("skipped", self.step, loss=loss, gradient_norm=norm)
-        if self.skipped_in_a_row >= self.care.max_skipped:
-            self._give_up(f"{self.skipped_in_a_row} steps in a row were not finite, the last one")
 
     def _give_up(self, trouble: str) -> NoReturn:
         raise TrainingError(
@@ -240,15 +227,13 @@ class Trainer(Task):
     def train(self, run: Run, finish: Callable[[Run], None] = lambda run: None) -> None:
         """Train up to ``last_step`` updates; log, validate and save when due.
 
-        An error while a batch is read, or in a step or a validation, ends the run, but the state
-        after the last whole step is saved first.
-
-        Args:
-            finish: called after the last step; an evaluation in it may be interrupted by a stop.
+        Before an error of the data, a step or a validation ends the run, the state after the last
+        whole step is saved. ``finish`` is called after the last step; a stop may interrupt an
+        evaluation in it.
 
         Raises:
-            Stopped: a signal or the time limit ended the run; all its state is saved.
-            TrainingError: too many steps in a row were not finite, or the weights are not finite.
+            Stopped: by a signal or the time limit; all the state is saved.
+            TrainingError: too many steps in a row, or the weights, are not finite.
             InputError: the memory is too small, or data cannot be read.
         """
         self.run = run
@@ -260,7 +245,7 @@ class Trainer(Task):
                 self._finish_step(validate=True, save=True, stop=False)
             batches = self.batches()
             while True:
-                before = self._before()
+                before = self._own_state()
                 with self._saved_on_error(before):
                     batch = self.processes.next(batches)
                 if batch is None:
@@ -278,29 +263,34 @@ class Trainer(Task):
                 self._stop()
 
     def try_validation(self) -> None:
-        """Evaluate one batch: an error in it comes now, and not after hours of training.
+        """Evaluate one batch: an error comes now, and not after hours of training.
 
         Raises:
             InputError: a setting or the data does not fit, or the memory is too small.
         """
         if self.unfinished or self.step >= self.last_step:
             return
-        states, _ = self._before()
+        before = self._own_state()
         with warnings.catch_warnings(), memory_for(self.care.memory_of_validation):
             warnings.simplefilter("ignore", DEQWarning)  # they come again
             self.rehearse()
-        restore_random_states(states, self.rng, self.gpus)
+        self._put_back(before)
         release_free_memory()
 
-    def _before(self) -> tuple[dict, list[dict]]:
-        """What a step or a validation that fails leaves changed: random states and statistics."""
+    def _own_state(self) -> tuple[dict, list[dict]]:
+        """The state of this process: random generators and solver statistics."""
         return random_states(self.rng, self.gpus), stats_state(self.model.deq.stats)
+
+    def _put_back(self, before: tuple) -> list[str]:
+        """Restore what :meth:`_own_state` returned; return log lines on what is not restored."""
+        restore_stats(before[1], self.model.deq.stats)
+        return restore_random_states(before[0], self.rng, self.gpus)
 
     @contextlib.contextmanager
     def _saved_on_error(self, before: tuple, *, alone: bool = False) -> Iterator[None]:
-        """If an error ends the block, save the state with what :meth:`_before` returned.
+        """Save the state, with what :meth:`_own_state` returned, if an error ends the block.
 
-        ``alone``: only this process may have the error, so that the others cannot save with it.
+        ``alone``: only this process may have the error, so the others cannot save with it.
         """
         try:
             yield
@@ -309,15 +299,14 @@ class Trainer(Task):
         except Exception as error:
             saved = self._whole and not (alone and self.processes.world_size > 1)
             if saved and not lost_contact(error):
-                restore_random_states(before[0], self.rng, self.gpus)
-                restore_stats(before[1], self.model.deq.stats)
+                self._put_back(before)
                 with contextlib.suppress(InputError, TrainingError):  # the first error says more
                     self.save()
                     self.run.log(f"an error ends the run after step {self.step}: {self._saved()}")
             raise
 
     def summarise(self, *, finished: bool = True) -> None:
-        """Write the last log line and record of a run that is finished or was stopped."""
+        """Write the last log line and record of a run."""
         counts = self.counts
         self.run.log(
             f"{self.step} steps | skipped {counts['skipped']} | diverged solves: forward "
@@ -328,7 +317,7 @@ class Trainer(Task):
     def _finish_step(self, validate: bool, save: bool, stop: bool) -> None:
         """Validate and save if due, then stop if asked.
 
-        If the stop prevents a due validation, ``unfinished`` says so: the resumed run does it.
+        ``unfinished`` says if the stop prevents the validation: the resumed run does it.
         """
         if validate:
             self.unfinished = True
@@ -349,7 +338,7 @@ class Trainer(Task):
         return "all is saved" if self.run.folder else "nothing is saved"
 
     def _log(self) -> None:
-        """Write one log line and one record: means over the steps since the previous line."""
+        """Write a log line and a record: means over the steps since the previous line."""
         window, elapsed = self._window, time.perf_counter() - self._window_start
         if not window["steps"]:  # no mean
             self.run.log(f"step {self.step} | all {window['skipped']} since the last line skipped")
@@ -371,20 +360,19 @@ class Trainer(Task):
         self.begin_window()
 
     def _validate(self) -> bool:
-        """Validate and keep the best weights of the last phase; False if interrupted by a stop."""
-        paused, before = time.perf_counter(), self._before()
+        """Validate, and keep the phase's best weights; False if a stop interrupts it."""
+        paused, before = time.perf_counter(), self._own_state()
         try:
             with self._saved_on_error(before), memory_for(self.care.memory_of_validation):
                 found, record, name, score = self.validate()
         except EvaluationStopped:
-            # The resumed run validates again.
-            restore_random_states(before[0], self.rng, self.gpus)
+            self._put_back(before)  # the resumed run validates again
             return False
-        release_free_memory()  # otherwise the memory used by validation stays resident
+        release_free_memory()
         phase = "stacked" if 0 < self.step <= self.pretrain_steps else "equilibrium"
         self.run.log(f"step {self.step} | valid ({phase}) | {record.pop('text')}")
         self.run.record("valid", self.step, phase=phase, **record)
-        # Scores of a stacked network and of an equilibrium are not comparable.
+        # Scores of the two phases are not comparable.
         if phase != self.best.get("phase") or _comparable(score) > _comparable(self.best["score"]):
             self.best = {"phase": phase, "score": score, "step": self.step, "name": name}
             state = self.model.state_dict()
@@ -422,9 +410,8 @@ class Trainer(Task):
             ) from error
 
     def state_dict(self) -> dict:
-        """Return everything that the next step depends on, as tensors and plain containers."""
-        own = random_states(self.rng, self.gpus), stats_state(self.model.deq.stats)
-        states, stats = zip(*self.processes.gather(own), strict=True)
+        """Return the whole state as tensors and plain containers."""
+        states, stats = zip(*self.processes.gather(self._own_state()), strict=True)
         return {
             "format": FORMAT,
             "fixed": self.fixed(),
@@ -436,7 +423,7 @@ class Trainer(Task):
             "skipped_in_a_row": self.skipped_in_a_row,
             "unfinished": self.unfinished,
             "window": self._window,
-            # One entry per rank: each draws its own dropout masks and solves for its own samples.
+            # By rank: each draws its own dropout masks and solves for its own samples.
             "random_states": list(states),
             "solver_stats": list(stats),
             **self.extra_state(),
@@ -448,9 +435,9 @@ class Trainer(Task):
         version = state.get("format") if isinstance(state, dict) else None
         if type(version) is not int or version != FORMAT:
             raise InputError(f"{source} is not a checkpoint of this trainer: give its {CHECKPOINT}")
+        judged = ("fixed", "optimizer", cls.weights_key, "random_states", "solver_stats")
         forms = {
-            **dict.fromkeys(("optimizer", cls.weights_key, "random_states", "solver_stats"), ...),
-            "fixed": ...,
+            **dict.fromkeys(judged, ...),  # by functions of their own
             "step": 0,
             "best": {"phase": "", "score": 0.0, "step": 0, "name": ""},
             "counts": dict.fromkeys(_COUNTS, 0),
@@ -471,19 +458,16 @@ class Trainer(Task):
         check_tensors(state[cls.weights_key], source)
 
     def load_state_dict(self, state: dict, source: Path) -> list[str]:
-        """Continue exactly where ``state`` was saved.
-
-        Returns:
-            Log lines that name what could not be restored.
+        """Continue exactly where ``state`` was saved; return log lines on what is not restored.
 
         Raises:
-            InputError: ``state`` has another format, or belongs to another model or to other
-                settings (:meth:`fixed`).
+            InputError: ``state`` has another format, or is of another model or other settings
+                (:meth:`fixed`).
         """
         self.check(state, source)
-        before = self.fixed_in(state)
+        fixed = self.fixed_in(state)
         for name, value in self.fixed().items():
-            if (saved := before.get(name)) != value:
+            if (saved := fixed.get(name)) != value:
                 raise InputError(
                     f"{source} was saved with {name} {saved}, and this run has {value}: continue "
                     "with the former"
@@ -495,13 +479,9 @@ class Trainer(Task):
         with naming(str(source)):
             restore_optimizer(self.optimizer, state["optimizer"])
             self.load_extra(state)
-        return self._load_by_process(state["random_states"], state["solver_stats"])
-
-    def _load_by_process(self, states: list[dict], stats: list) -> list[str]:
-        rank, here, before = self.processes.rank, self.processes.world_size, len(states)
-        if here == before:
-            restore_stats(stats[rank], self.model.deq.stats)
-            return restore_random_states(states[rank], self.rng, self.gpus)
+        states, rank, here = state["random_states"], self.processes.rank, self.processes.world_size
+        if here == (before := len(states)):
+            return self._put_back((states[rank], state["solver_stats"][rank]))
         self.rng.setstate(states[0]["random"])
         return [
             f"{here} process(es) continue what {before} began: dropout masks and vectors of the "

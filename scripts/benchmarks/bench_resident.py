@@ -31,7 +31,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from helpers.arguments import Parser, write_json
+from helpers.arguments import Parser, chosen, write_json
 from helpers.measure import describe_machine, in_new_process, table
 from helpers.resident import Watch, growth, slope, watched
 from helpers.trainers import EMBEDDED, image_configuration, image_file, words_arguments
@@ -39,7 +39,7 @@ from helpers.trainers import EMBEDDED, image_configuration, image_file, words_ar
 from deq_sequence.command import run_command
 from lib.deq import DEQWarning
 from lib.errors import InputError
-from lib.runs.command_line import chosen, exit_code
+from lib.runs.command_line import exit_code
 from lib.runs.processes import Processes
 from mdeq_vision.command import train_classifier, train_segmenter
 

@@ -31,7 +31,7 @@ import sys
 import warnings
 
 import torch
-from helpers.arguments import Parser, write_json
+from helpers.arguments import Parser, chosen, write_json
 from helpers.measure import describe_machine, table
 from helpers.scaling import ARRANGEMENTS, Measured, Plan, measure
 from helpers.settings import SIZES, Options
@@ -40,7 +40,7 @@ from helpers.trainers import EMBEDDED, chosen_trainers
 
 from lib.deq import DEQWarning
 from lib.errors import InputError
-from lib.runs.command_line import chosen, exit_code
+from lib.runs.command_line import exit_code
 from lib.runs.processes import Processes
 
 HEAD = [

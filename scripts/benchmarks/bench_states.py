@@ -22,8 +22,8 @@ from helpers.runs import (
     trained,
 )
 
+from deq_sequence.options import run_folder
 from lib.runs.command_line import exit_code
-from lib.runs.run_folder import run_folder
 
 SCRIPT = Path(__file__).resolve().parents[2] / "DEQ-Sequence/state_tracking.sh"
 LONGER = {"A5": "--max_step 3500"}  # a table of 3,600 products has to be learnt first

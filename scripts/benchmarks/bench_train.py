@@ -29,7 +29,7 @@ import warnings
 
 import torch
 from helpers import floor, steps
-from helpers.arguments import Parser, write_json
+from helpers.arguments import Parser, chosen, write_json
 from helpers.measure import describe_machine, table
 from helpers.plain_solvers import torchdeq_solver
 from helpers.settings import FORMS, LANGUAGE, SIZES, Options, Size, chosen_settings
@@ -37,7 +37,7 @@ from helpers.tasks import Task, make_task
 
 from lib.deq import DEQWarning
 from lib.errors import InputError, check
-from lib.runs.command_line import chosen, exit_code
+from lib.runs.command_line import exit_code
 from lib.solvers.precision import allow_tf32
 
 MAIN_SETTING, MAIN_STEPS, STEPS = "wt103_deq_transformer", 20, 6

@@ -31,11 +31,11 @@ from helpers.trainers import next_step
 from deq_sequence.command import build_model
 from deq_sequence.evaluation import perplexity
 from deq_sequence.options import parse as parse_training
+from deq_sequence.options import run_folder
 from deq_sequence.quickstart import SETTINGS
 from deq_sequence.text.corpus import get_lm_corpus
 from deq_sequence.text_trainer import LMTrainer
 from lib.runs.command_line import exit_code
-from lib.runs.run_folder import run_folder
 
 DATA = ROOT / "DEQ-Sequence/data/demo"
 

@@ -29,6 +29,7 @@ from deq_sequence import DEQTransformerLM
 from deq_sequence.command import run_command
 from deq_sequence.evaluation import perplexity
 from deq_sequence.options import parse as parse_flags
+from deq_sequence.options import run_folder
 from deq_sequence.quickstart import SETTINGS as QUICKSTART
 from deq_sequence.text.demo_corpus import SPLITS, build_demo_corpus, demo_texts
 from deq_sequence.ties import TIE_PROJ_MODES
@@ -36,7 +37,7 @@ from lib.errors import InputError
 from lib.runs.atomic_files import atomic_write
 from lib.runs.checkpoint import load_state
 from lib.runs.command_line import exit_code
-from lib.runs.run_folder import SETTINGS, read_metrics, run_folder
+from lib.runs.run_folder import SETTINGS, read_metrics
 
 SMALL = """
     --dataset wt103 --d_model 64 --n_head 4 --d_head 16 --d_inner 256 --wnorm --dropout 0.05

@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from export_weights import export_weights
 from lib.errors import InputError
 from lib.runs.retention import load_newest, save_newest
-from lib.runs.safe_tensors import safetensors_bytes
 
 OUTCOMES = ("refused", "fell back", "loaded unharmed", "traceback", "code run", "silent wrong")
 ALLOWED = OUTCOMES[:3]
@@ -282,7 +282,7 @@ def _other_structure(path: Path, rng: random.Random, trap: Path) -> None:
 
 def _safetensors(path: Path, rng: random.Random, trap: Path) -> None:
     weights = path.with_name("weights.safetensors")
-    weights.write_bytes(safetensors_bytes({"weight": torch.ones(3)}))
+    export_weights({"weight": torch.ones(3)}, weights)
     os.replace(weights, path)
 
 

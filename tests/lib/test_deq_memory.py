@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lib.deq import DEQ
-from lib.runs.memory import release_free_memory
+from lib.runs.evaluation_loop import release_free_memory
 from lib.solvers import SOLVERS, anderson, broyden
 from measures import saved_bytes
 

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 import resource
 import struct
 from pathlib import Path
@@ -13,7 +12,6 @@ import torch
 from tensorboardX.proto.event_pb2 import Event
 
 from lib.errors import InputError
-from lib.runs.ownership import own
 from lib.runs.run_folder import (
     CHECKPOINT,
     LOG,
@@ -21,9 +19,9 @@ from lib.runs.run_folder import (
     SETTINGS,
     Run,
     check_unused,
+    own,
     peak_memory_mib,
     read_metrics,
-    run_folder,
 )
 
 SAVED = (SETTINGS, '{"lr": 0.1}')
@@ -58,16 +56,6 @@ def scalars(folder):
 
 
 # ---- places ----------------------------------------------------------------------------------
-
-
-def test_run_folder():
-    assert str(run_folder("LM-TFM", "wt103", "a")) == "LM-TFM-wt103/a"
-    assert str(run_folder("/tmp/x", "demo", "b")) == "/tmp/x-demo/b"
-
-
-@pytest.mark.parametrize("name", ["", "N/A"])
-def test_run_without_a_name_has_a_time_stamp(name):
-    assert re.fullmatch(r"\d{8}-\d{6}", run_folder("x", "demo", name).name)
 
 
 def test_check_unused(folder):

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from lib.runs.memory import release_free_memory
+from lib.runs.evaluation_loop import release_free_memory
 
 # Blocks in the heap, not in mappings of their own; the last one stays, so that the end of the heap
 # is not free.
 HOLES = """
-from lib.runs.memory import release_free_memory
+from lib.runs.evaluation_loop import release_free_memory
 
 def resident():
     with open("/proc/self/statm") as file:

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from lib.errors import InputError
-from lib.runs.ownership import LOCK, new_folder, own
+from lib.runs.run_folder import LOCK, new_folder, own
 
 
 def child(action):

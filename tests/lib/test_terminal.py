@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lib.runs import terminal
+from lib.runs.command_line import prepare_streams
 from lib.runs.run_folder import LOG, Run
 from parameters import slow_but
 
@@ -68,7 +68,7 @@ def test_a_stream_that_is_closed_is_replaced(monkeypatch):
     """Otherwise a checkpoint could get its number, and then all that is printed."""
     for name in ("stdin", "stdout"):
         monkeypatch.setattr(sys, name, None)
-    terminal.prepare()
+    prepare_streams()
     assert (sys.stdin.read(), sys.stdout.write("gone")) == ("", 4)
     for stream in (sys.stdin, sys.stdout):
         stream.close()
@@ -77,7 +77,7 @@ def test_a_stream_that_is_closed_is_replaced(monkeypatch):
 def test_an_encoding_that_lacks_characters(tmp_path, monkeypatch):
     written = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
-    terminal.prepare()
+    prepare_streams()
     run = Run(tmp_path, ("settings.json", "{}"))
     run.log("ä \udcff")
     run.close()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.resident import Watch, growth, heap_bytes, resident_bytes, slope
 
-from lib.runs.memory import release_free_memory
+from lib.runs.evaluation_loop import release_free_memory
 
 pytestmark = pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc"

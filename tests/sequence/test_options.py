@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from deq_sequence.options import build_parser, cutoffs_for, parse
+from deq_sequence.options import build_parser, cutoffs_for, parse, run_folder
 from lib.errors import InputError
 
 CONTRACT = json.loads((Path(__file__).parents[1] / "data" / "lm_flags.json").read_text())["flags"]
@@ -215,6 +215,19 @@ def test_eval_needs_weights():
     assert "--eval" in refusal("--eval")
     assert parse(["--eval", "--name", "a"]).eval
     assert parse(["--eval", "--load", "a"]).eval
+
+
+# ---- the folder of a run ---------------------------------------------------------------------
+
+
+def test_run_folder():
+    assert str(run_folder("LM-TFM", "wt103", "a")) == "LM-TFM-wt103/a"
+    assert str(run_folder("/tmp/x", "demo", "b")) == "/tmp/x-demo/b"
+
+
+@pytest.mark.parametrize("name", ["", "N/A"])
+def test_run_without_a_name_has_a_time_stamp(name):
+    assert re.fullmatch(r"\d{8}-\d{6}", run_folder("x", "demo", name).name)
 
 
 # ---- clusters of the vocabulary --------------------------------------------------------------

@@ -12,9 +12,8 @@ import torch
 
 from deq_sequence.command import main
 from lib.runs.checkpoint import load
-from lib.runs.ownership import own
 from lib.runs.retention import versions
-from lib.runs.run_folder import CHECKPOINT, LOG, SETTINGS, WEIGHTS, read_metrics
+from lib.runs.run_folder import CHECKPOINT, LOG, SETTINGS, WEIGHTS, own, read_metrics
 
 # Everything that draws random numbers or carries state from step to step.
 STATEFUL = """

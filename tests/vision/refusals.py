@@ -10,8 +10,7 @@ import yaml
 from image_files import write_cifar10, write_cityscapes, write_imagenet
 from lib.deq import DEQWarning
 from lib.runs.checkpoint import load
-from lib.runs.ownership import LOCK
-from lib.runs.run_folder import CHECKPOINT, LOG, METRICS, WEIGHTS
+from lib.runs.run_folder import CHECKPOINT, LOCK, LOG, METRICS, WEIGHTS
 from mdeq_vision import command
 from mdeq_vision.command import CONFIG
 from mdeq_vision.datasets import digit_scenes

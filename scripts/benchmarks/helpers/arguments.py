@@ -2,11 +2,12 @@
 
 import argparse
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
-from lib.errors import InputError, check
+from lib.errors import InputError, check, did_you_mean
 from lib.runs import command_line
 
 
@@ -39,6 +40,20 @@ class Parser(command_line.Parser):
             value = getattr(found, name)
             check(value is None or value >= least, f"--{name}", value, f"at least {least}")
         return found
+
+
+def chosen(flag: str, text: str, known: Collection[str]) -> list[str]:
+    """The names in a comma-separated list, each once, in their order.
+
+    Raises:
+        InputError: a name is not in ``known``.
+    """
+    names = list(dict.fromkeys(text.split(",")))
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known, otherwise=f": choose from {', '.join(known)}")
+            raise InputError(f"{flag}: unknown {name!r}{hint}")
+    return names
 
 
 def write_json(path: Path | None, figures) -> None:
