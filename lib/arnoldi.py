@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lib.solvers.inner_products import orthogonalise
+from lib.solvers.norms import orthogonalise
 
 _CHECK_EVERY = 10  # steps: solving the small eigenvalue problem at every step would be slow
 

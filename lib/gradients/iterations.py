@@ -20,9 +20,8 @@ from lib.errors import InputError, check, is_number
 from lib.gradients.adjoint import warn
 from lib.gradients.double_double import Pair, combine, take_apart
 from lib.solvers.arguments import check_arguments, check_damping, checked_value
-from lib.solvers.host import to_device
 from lib.solvers.maps import Map
-from lib.solvers.norms import TINY
+from lib.solvers.norms import TINY, to_device
 from lib.solvers.precision import same_autocast
 from lib.solvers.transforms import tangent_of
 

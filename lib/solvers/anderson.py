@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from lib.errors import check, check_count, check_number
-from lib.solvers.host import to_device
-from lib.solvers.inner_products import products
+from lib.solvers.norms import mask_of, products
 from lib.solvers.sample_solve import start
 from lib.solvers.solve import solver_method
 
@@ -136,7 +135,7 @@ class _AndersonWindow:
 
     def damp(self, samples: np.ndarray) -> None:
         """Cut beta to a hundredth for ``samples`` (B,), and adapt their stored values h_i."""
-        mask = to_device(samples, self._gram.device)[:, None]
+        mask = mask_of(samples, self._gram)
         cut = self._values.new_ones(mask.shape).masked_fill_(mask, _CUT)
         after = self._beta * cut
         self._values -= (self._beta - after) * self._residuals

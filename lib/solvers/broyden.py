@@ -10,9 +10,7 @@ from torch import Tensor
 
 from lib.errors import check, check_count
 from lib.solvers.arguments import check_damping
-from lib.solvers.host import to_device
-from lib.solvers.inner_products import products
-from lib.solvers.norms import scaled_norms
+from lib.solvers.norms import products, scaled_norms, to_device
 from lib.solvers.sample_solve import start
 from lib.solvers.solve import Solve, solver_method
 
@@ -156,7 +154,7 @@ class BroydenInverse:
         Args:
             length: t of the step along the last direction; ``residual`` is g at its end. None at
                 first.
-            wide: see :func:`~lib.solvers.inner_products.products`.
+            wide: see :func:`~lib.solvers.norms.products`.
         """
         self._wide |= wide
         if length is None:

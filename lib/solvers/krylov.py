@@ -18,10 +18,8 @@ import torch
 from torch import Tensor
 
 from lib.errors import check_count
-from lib.solvers.host import to_device
-from lib.solvers.inner_products import orthogonalise
 from lib.solvers.maps import Affine, Map
-from lib.solvers.norms import TINY, norms, scaled_norms
+from lib.solvers.norms import TINY, mask_of, norms, orthogonalise, scaled_norms, to_device
 from lib.solvers.sample_solve import start
 from lib.solvers.solve import Solve, solver_method
 
@@ -199,11 +197,6 @@ class _Best:
         return self.residual < 0.999 * self._first
 
 
-def rows(samples: np.ndarray, like: Tensor) -> Tensor:
-    """The mask ``samples`` (B,) as (B, 1), on the device of ``like``."""
-    return to_device(samples, like.device)[:, None]
-
-
 def _unit(vectors: Tensor, norms: np.ndarray) -> Tensor:
     """Vectors (B, D) divided by their norms (B,); zero where the norm is zero."""
     sizes = to_device(norms, vectors)[:, None]
@@ -242,7 +235,7 @@ def _bicgstab_cycle(system: "System") -> tuple[Tensor, np.ndarray]:
     r, x = system.g / unit, system.x / unit
     correction, chosen = torch.zeros_like(r), torch.zeros_like(r)
     best, active = _Best(first, norms(system.x), r), (first > 0) & ~solve.resting
-    going = rows(active, r)
+    going = mask_of(active, r)
     shadow, p, rho = r, torch.where(going, r, 0.0), _dot(r, r)
     while active.any() and solve.affords(3) and not solve.stopped:
         ap, finite = _finite(p - system.product(p))
@@ -272,11 +265,11 @@ def _bicgstab_cycle(system: "System") -> tuple[Tensor, np.ndarray]:
         solve.lose(fails)
         active &= ~fails
         better = best.offer(active, residual, length, value)
-        chosen = torch.where(rows(better, r), correction, chosen)
+        chosen = torch.where(mask_of(better, r), correction, chosen)
         # A recursion whose residual has grown this much has lost all digits of the best residual.
         active &= (found[4] > 0) & (residual > 0) & (best.rounding * residual < best.residual)
         active &= ~system.enough(best.residual, best.value)
-        going = rows(active, r)
+        going = mask_of(active, r)
         p = torch.where(going, p, 0.0)
     return chosen * unit, best.improved
 
@@ -316,7 +309,7 @@ class System:
         Samples whose true residual does not fall are noted as stalled.
         """
         if improved.any() and not self.solve.resting.all():
-            before, moves = norms(self.g), rows(improved, correction)
+            before, moves = norms(self.g), mask_of(improved, correction)
             x = self.x + torch.where(moves, correction, 0.0)
             self.x, self.fx, self.g = self.solve.evaluate(x)
             improved = norms(self.g) < before

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from lib.errors import check, check_count, is_number
 from lib.solvers.arguments import check_damping
-from lib.solvers.host import to_device
-from lib.solvers.krylov import gmres_cycle, multiply, rows
+from lib.solvers.krylov import gmres_cycle, multiply
 from lib.solvers.maps import Map, plain
 from lib.solvers.matmul_precision import callers_products
-from lib.solvers.norms import norms
+from lib.solvers.norms import mask_of, norms, to_device
 from lib.solvers.sample_solve import start
 from lib.solvers.solve import Solve, solver_method
 
@@ -93,12 +92,12 @@ def newton_krylov(
             if newton.any():
                 goal = inner_eps * iterate.size
                 size = min(inner, solve.left - 1, iterate.x.shape[1])
-                residual = torch.where(rows(newton, iterate.gx), iterate.gx, 0.0)
+                residual = torch.where(mask_of(newton, iterate.gx), iterate.gx, 0.0)
                 step, improved = gmres_cycle(_Step(solve, linearised, goal), residual, size)
                 if solve.resting.all():
                     break
                 # Without improvement J has the eigenvalue 1: take a plain step.
-                iterate.step = torch.where(rows(improved, step), step, iterate.gx)
+                iterate.step = torch.where(mask_of(improved, step), step, iterate.gx)
             iterate.evaluate()
         return solve.result()
 
@@ -141,7 +140,7 @@ class _Iterate:
         newton, plain, returns = self.takes_a_step, self._plain > 0, self._returns.copy()
         lower = ~returns & (self._fresh | (self.size < self._low))
         if lower.any():
-            mask = rows(lower, self.x)
+            mask = mask_of(lower, self.x)
             self._low_x = torch.where(mask, self.x, self._low_x)
             self._low_step = torch.where(mask, self.step, self._low_step)
             self._low, self._vain = (
@@ -150,10 +149,12 @@ class _Iterate:
             self._fresh &= ~lower
         point = self.x + self._damping * self.step
         if plain.any():
-            point = torch.where(rows(plain, point), self.fx, point)
+            point = torch.where(mask_of(plain, point), self.fx, point)
         if returns.any():
             lengths = to_device(self._lengths[:, None], point)
-            point = torch.where(rows(returns, point), self._low_x + lengths * self._low_step, point)
+            point = torch.where(
+                mask_of(returns, point), self._low_x + lengths * self._low_step, point
+            )
         self._set(*self._solve.evaluate(point))
 
         self._vain += newton

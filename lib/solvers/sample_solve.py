@@ -32,9 +32,8 @@ from torch import Tensor
 
 from lib.solvers.arguments import Control, check_finite
 from lib.solvers.divergence import Divergence
-from lib.solvers.host import to_device
-from lib.solvers.norms import corrected_norms, relative
-from lib.solvers.solve import Solve, out_of_range, totals
+from lib.solvers.norms import corrected_norms, mask_of, relative, to_device, totals
+from lib.solvers.solve import Solve, out_of_range
 
 
 class SampleSolve(Solve):
@@ -79,7 +78,7 @@ class SampleSolve(Solve):
         if not done.any():
             return x, fx, gx
         if not self.shrinks:
-            gx.masked_fill_(to_device(done, self.device)[:, None], 0.0)
+            gx.masked_fill_(mask_of(done, gx), 0.0)
             return self._at_rest(x), self._at_rest(fx), gx
         self.kept = to_device(np.flatnonzero(~done), self.device)
         self.rows, self.far = self.rows[~done], self.far[~done]
@@ -91,7 +90,7 @@ class SampleSolve(Solve):
         """x (B, D) with the finished samples at their best iterate."""
         if not self.done.any():
             return x
-        return torch.where(to_device(self.done, self.device)[:, None], self.own.x, x)
+        return torch.where(mask_of(self.done, x), self.own.x, x)
 
     def _restricted(self) -> Callable[[Tensor], Tensor]:
         """f restricted to the unfinished samples."""

@@ -15,10 +15,17 @@ from torch import Tensor
 
 from lib.solvers.arguments import Control, check_arguments, check_finite, checked_value
 from lib.solvers.divergence import Divergence, far_out
-from lib.solvers.host import to_device
 from lib.solvers.maps import transformed
 from lib.solvers.matmul_precision import full_products, in_context
-from lib.solvers.norms import corrected_norms, least_norm, relative, total
+from lib.solvers.norms import (
+    corrected_norms,
+    least_norm,
+    mask_of,
+    relative,
+    to_device,
+    total,
+    totals,
+)
 from lib.solvers.transforms import outside_of_compiler, refuse_transforms
 
 
@@ -238,8 +245,7 @@ class Solve:
         if better.all() or (better | self.lost).all():  # usual: keep a reference, no copy
             self.own.x, self.own.residual = x, residual
         elif better.any():
-            mask = to_device(better, self.device)
-            self.own.x = torch.where(mask[:, None], x, self.own.x)
+            self.own.x = torch.where(mask_of(better, x), x, self.own.x)
             self.own.residual = np.where(better, residual, self.own.residual)
         newest = self.abs_trace[-1], self.rel_trace[-1]
         current = self._of_mode(newest)
@@ -359,12 +365,3 @@ def out_of_range(residual: np.ndarray, least: float) -> bool:
     The limits are ``least``, a :func:`~lib.solvers.norms.least_norm`, and its inverse.
     """
     return bool(((residual < least) & (residual > 0) | (residual > 1 / least)).any())
-
-
-def totals(norms: np.ndarray) -> tuple[float, float]:
-    """The residual over the batch, 'abs' and 'rel', from norms (2, B) of g and f."""
-    found = np.isfinite(norms).all(0)  # samples on which f was finite at least once
-    if not found.any():
-        return math.inf, math.inf
-    g, f = (total(own) for own in norms[:, found])
-    return g, relative(g, f)
