@@ -6,7 +6,6 @@ training runs: records, checkpoints, processes. Nothing in this package depends 
 """
 
 from lib.auditing import audit
-from lib.contractive import ContractiveLayer
 from lib.deq import DEQ, Equilibrium
 from lib.errors import DEQWarning, InputError
 from lib.gradients import get_gradient
@@ -19,7 +18,7 @@ from lib.optimization import (
     VariationalHidDropout2d,
     weight_norm,
 )
-from lib.parametrizations import spectral_norm, weight_norm_all
+from lib.parametrizations import ContractiveLayer, spectral_norm, weight_norm_all
 from lib.solvers import (
     anderson,
     bicgstab,

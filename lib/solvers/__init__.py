@@ -24,7 +24,7 @@ What a solver returns
                samples; ``lowest`` may then be below every entry of the trace
     abs_trace  list of ||f(z) - z|| over the batch: one float per evaluation, starting at ``x0``
     rel_trace  list of ||f(z) - z|| / ||f(z)||, likewise
-    prot_break True if the iteration diverged (:mod:`lib.solvers.divergence`), if it ended far out,
+    prot_break True if the iteration diverged (:class:`~lib.solvers.solve.Divergence`), if it ended far out,
                or if no sample stayed finite
     nfe        number of evaluations of f (the length of the traces)
     converged  (batch,) bool: the sample's own residual at ``result`` is below ``eps``

@@ -52,7 +52,7 @@ def anderson(
         eps: stop once the residual over the batch is below this.
         stop_mode: 'abs' for ||f(z) - z||, 'rel' for ||f(z) - z|| / ||f(z)||.
         beta: damping; 1 uses the f(z_i) alone. Each step that leads far out
-            (:mod:`lib.solvers.divergence`) cuts beta to a hundredth for that sample.
+            (:class:`~lib.solvers.solve.Divergence`) cuts beta to a hundredth for that sample.
         restart: whenever m points are stored, forget them all and restart from the mixed point,
             instead of replacing the oldest point.
         **control: see :class:`~lib.solvers.arguments.Control`.

@@ -13,8 +13,8 @@ from lib.errors import check, check_count, is_number
 from lib.solvers.arguments import check_damping
 from lib.solvers.krylov import gmres_cycle, multiply
 from lib.solvers.maps import Map, plain
-from lib.solvers.matmul_precision import callers_products
 from lib.solvers.norms import mask_of, norms, to_device
+from lib.solvers.precision import callers_products
 from lib.solvers.sample_solve import start
 from lib.solvers.solve import Solve, solver_method
 

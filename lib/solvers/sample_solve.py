@@ -31,9 +31,8 @@ import torch
 from torch import Tensor
 
 from lib.solvers.arguments import Control, check_finite
-from lib.solvers.divergence import Divergence
 from lib.solvers.norms import corrected_norms, mask_of, relative, to_device, totals
-from lib.solvers.solve import Solve, out_of_range
+from lib.solvers.solve import Divergence, Solve, out_of_range
 
 
 class SampleSolve(Solve):
