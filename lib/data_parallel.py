@@ -9,7 +9,7 @@ from torch.nn.parallel import DataParallel, parallel_apply, replicate
 from torch.nn.parallel.scatter_gather import gather
 
 from lib.errors import InputError
-from lib.solvers.precision import same_autocast
+from lib.solvers.precision import in_context, same_autocast
 
 
 def shares(batch: int, n_devices: int, first: int = -1) -> list[int]:
@@ -75,23 +75,14 @@ class BalancedDataParallel(DataParallel):
 
     def _replicas(self, devices: list[int]) -> list[Callable]:
         """Copies of the module on ``devices``, each with the caller's autocast setting."""
-        # replicate copies from the first device, so include it even if it has no samples. Its
-        # replica then contributes a zero gradient.
+        # replicate copies from the first device: include it even without samples (zero gradient).
         first, *others = self.device_ids
         wanted = [first, *(d for d in devices if d in others)]
         replicas = replicate(self.module, wanted, detach=not torch.is_grad_enabled())
         autocast = same_autocast(self.src_device_obj)
-
         # parallel_apply runs each replica in a thread, and enables autocast there without the
-        # caller's dtype. The dtype would be float16 on a GPU, even if the caller chose another one.
-        def under_autocast(replica: nn.Module) -> Callable:
-            def forward(*inputs, **kwargs):
-                with autocast():
-                    return replica(*inputs, **kwargs)
-
-            return forward
-
-        return [under_autocast(replica) for replica in replicas[-len(devices) :]]
+        # caller's dtype: on a GPU it would be float16, whatever the caller chose.
+        return [in_context(autocast, replica) for replica in replicas[-len(devices) :]]
 
     def _merge(self, parts: Sequence[Tensor], dim: int | None, sizes: list[int]) -> Tensor:
         if dim is not None:

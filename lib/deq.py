@@ -46,13 +46,11 @@ from lib.jacobian import jac_loss_estimate, power_method
 from lib.layer_utils import list2vec, vec2list
 from lib.parametrizations import weights_held
 from lib.solvers import SOLVERS, get_solver
-from lib.solvers.arguments import Control, check_stop_mode
+from lib.solvers.arguments import Control, check_stop_mode, unwrapped
 from lib.solvers.krylov import gmres
-from lib.solvers.lockstep import lockstep
-from lib.solvers.maps import Map, plain, transformed
+from lib.solvers.maps import Map, lockstep, plain, transformed
 from lib.solvers.newton_krylov import newton_krylov
 from lib.solvers.precision import half_precision, in_float32, solve_in_stages
-from lib.solvers.specs import unwrapped
 from lib.solvers.stats import SolverStats, all_finite, solve_figures
 from lib.solvers.transforms import (
     differentiating_forward,
@@ -107,7 +105,7 @@ class DEQ:
         grad: how to differentiate. Either a name in :data:`lib.gradients.GRADIENTS`, optionally
             with options ("phantom:steps=3,damping=0.8"), or an instance of one of these classes.
         group: the processes among which f communicates (as under ``fully_shard``, FSDP2), such as
-            ``torch.distributed.group.WORLD``: see :mod:`lib.solvers.lockstep`.
+            ``torch.distributed.group.WORLD``: see :func:`~lib.solvers.maps.lockstep`.
 
     ``stats`` accumulates what the solvers did; ``stats.reset()`` clears it.
 

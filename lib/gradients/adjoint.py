@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lib.errors import DEQWarning
-from lib.solvers.lockstep import lockstep
-from lib.solvers.maps import Affine, Map, plain, vjp
+from lib.solvers.arguments import unwrapped
+from lib.solvers.maps import Affine, Map, lockstep, plain, vjp
 from lib.solvers.norms import norms as norms_of
 from lib.solvers.norms import to_device, totals
 from lib.solvers.precision import in_float32, same_autocast, solve_in_stages
-from lib.solvers.specs import unwrapped
 from lib.solvers.stats import all_finite
 from lib.solvers.transforms import tangent_of
 

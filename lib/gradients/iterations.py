@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from lib.errors import InputError, check, is_number
+from lib.errors import InputError, check, check_count, is_number
 from lib.gradients.adjoint import warn
 from lib.gradients.double_double import Pair, combine, take_apart
-from lib.solvers.arguments import check_arguments, check_damping, checked_value
+from lib.solvers.arguments import check_damping, check_state, checked_value
 from lib.solvers.maps import Map
 from lib.solvers.norms import TINY, to_device
 from lib.solvers.precision import same_autocast
@@ -77,7 +77,8 @@ class Unroll(Iteration):
     def run(
         self, f: Map, z0: Tensor, evaluations: int, indexing: Collection[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor], dict]:
-        check_arguments(f, z0, evaluations)
+        check_state(f, z0)
+        check_count("threshold", evaluations)
         value = partial(checked_value, f)
         z, states, steps = z0, {}, _Steps()
         for i in range(1, evaluations + 1):
@@ -139,7 +140,8 @@ class Reversible(Iteration):
         Raises:
             InputError: backward cannot undo so many steps, or forward mode is active.
         """
-        check_arguments(f, z0, evaluations)
+        check_state(f, z0)
+        check_count("threshold", evaluations)
         self.refuse_threshold(evaluations)
         n = max(evaluations // 2, 1)
         history = _History(f, z0, self.damping)

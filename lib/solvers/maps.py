@@ -1,4 +1,4 @@
-"""What a map f may offer besides its value f(z).
+"""What a map f may offer besides its value f(z), and how f keeps several processes in step.
 
 Solvers and gradients accept any function of the state. A map may offer three more things. Wrappers
 of f (autocast, lists of tensors) preserve them with :func:`transformed`:
@@ -10,10 +10,12 @@ of f (autocast, lists of tensors) preserve them with :func:`transformed`:
 - :class:`Affine` states that f(z) = J z + b, and gives products J v without b.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Map = Callable[[Tensor], Tensor]
@@ -66,6 +68,40 @@ def transformed(f: Map, change: Callable[[Map], Map]) -> Map:
             select(rows), change
         )
     return out
+
+
+@contextmanager
+def lockstep(f: Map, point: Tensor, group: "dist.ProcessGroup | None") -> Iterator[Map]:
+    """A context that gives a form of ``f`` which all processes of ``group`` evaluate equally often.
+
+    With FullyShardedDataParallel (``torch.distributed.fsdp.fully_shard``) or tensor parallelism, f
+    and its backward gather parameters from all processes. Each process solves for its own samples,
+    and its solver stops by itself: the processes that continue would wait for it forever. So a
+    process that leaves the block evaluates f at ``point`` and discards the value, until all have
+    left. The block computes the same values as in a single process. Each evaluation costs one more
+    all-reduce, of a single number.
+
+    Without a group there is one process, and the context gives ``f`` itself.
+    """
+    if group is None:
+        yield f
+        return
+
+    def others_go_on(i_do: bool) -> Tensor:
+        active = torch.full((), float(i_do), device=point.device)
+        dist.all_reduce(active, dist.ReduceOp.MAX, group=group)
+        return active
+
+    def change(f: Map) -> Map:
+        def evaluated(z: Tensor) -> Tensor:
+            others_go_on(True)
+            return f(z)
+
+        return evaluated
+
+    yield transformed(f, change)
+    while others_go_on(False):
+        f(point)
 
 
 def vjp(fz: Tensor, point: Tensor, v: Tensor, *, create_graph: bool = False) -> Tensor:

@@ -71,7 +71,6 @@ def newton_krylov(
     Raises:
         InputError: as for :func:`~lib.solvers.anderson.anderson`.
     """
-    check(callable(f), "f", f, "a function of the state")
     check_count("inner", inner)
     check_damping(damping)
     check_count("warmup", warmup, least=0)
@@ -79,7 +78,7 @@ def newton_krylov(
     check(fits, "inner_eps", inner_eps, "a number between 0 and 1")
     check(jvp in _PRODUCTS, "jvp", jvp, "'reverse' or 'forward'")
     with _outside_of_inference_mode():
-        if isinstance(x0, Tensor) and x0.is_inference():
+        if x0.is_inference():
             x0 = x0.clone()
         linearised = _Linearised(f, jvp)
         options = {"shrinks": False, "heeds_check_every": False}

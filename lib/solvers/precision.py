@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lib.errors import InputError
+from lib.solvers.arguments import accepts
 from lib.solvers.maps import Map, transformed
-from lib.solvers.specs import accepts
 from lib.solvers.stats import all_finite
 
 # Relative residual at which a solve in half precision hands over to float32. It is above the level
@@ -132,14 +132,14 @@ def solve_in_stages(
 def full_products():
     """Set full precision; give a function that makes contexts with the caller's setting.
 
-    Give None if the caller's setting is full precision already.
+    It is None if the caller's setting is full precision already.
     """
     global _solves, _callers
     with _lock:
-        if _solves == 0:
-            _callers = _get()
-        callers = _callers
         before = _get()
+        if _solves == 0:
+            _callers = before
+        callers = _callers
         if callers not in _FULL:
             _solves += 1
             _set(_FULL[0] if callers in _NAMES else _FULL[1])
@@ -186,8 +186,8 @@ def _set(precision: str) -> None:
 def in_context(make_context: Callable[[], AbstractContextManager], f: Callable) -> Callable:
     """f, called within a new context at every call."""
 
-    def call(z):
+    def call(*args, **kwargs):
         with make_context():
-            return f(z)
+            return f(*args, **kwargs)
 
     return call

@@ -1,7 +1,4 @@
-"""One solve: evaluate f, record residuals, keep the best iterate, decide when to stop.
-
-All methods of :mod:`lib.solvers` share this code.
-"""
+"""One solve, for all methods: evaluate f, keep the best iterate, decide when to stop."""
 
 import functools
 import math
@@ -13,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.solvers.arguments import Control, check_arguments, check_finite, checked_value
+from lib.errors import check_count, check_number
+from lib.solvers.arguments import Control, check_finite, check_state, check_stop_mode, checked_value
 from lib.solvers.maps import transformed
 from lib.solvers.norms import (
     corrected_norms,
@@ -24,45 +22,31 @@ from lib.solvers.norms import (
     total,
     totals,
 )
-from lib.solvers.precision import full_products, in_context
+from lib.solvers.precision import full_products, in_context, same_autocast
 from lib.solvers.transforms import outside_of_compiler, refuse_transforms
 
-# A residual is far out if it is this many times the first residual. Both stop modes measure the
-# absolute residual: the relative residual of z -> 3 z stays at 2/3 forever.
-FAR = 1e6
-# A Newton or quasi-Newton step may lead far out once, and the iteration comes back. A diverging
-# iteration keeps rising: it reaches this many new highs without coming back in between.
-HIGHS = 5
+FAR, HIGHS = 1e6, 5  # see Divergence
 
 
 @dataclass
 class Best:
-    """A best iterate: of the whole batch, or of each sample by itself.
+    """A best iterate: of the whole batch, or of each sample by itself."""
 
-    Attributes:
-        x: the iterate, (B, D).
-        residual: of each sample in ``stop_mode``, (B,).
-        norms: of g = f(x) - x and of f(x), (2, B).
-        step: index in the traces, one for all or (B,).
-        total: the residual over the whole batch, 'abs' and 'rel'.
-    """
-
-    x: Tensor
-    residual: np.ndarray
-    norms: np.ndarray
-    step: np.ndarray
-    total: tuple[float, float] = (math.inf, math.inf)
+    x: Tensor  # (B, D)
+    residual: np.ndarray  # of each sample in ``stop_mode``, (B,)
+    norms: np.ndarray  # of g = f(x) - x and of f(x), (2, B)
+    step: np.ndarray  # index in the traces, one for all or (B,)
+    total: tuple[float, float] = (math.inf, math.inf)  # the batch's residual, 'abs' and 'rel'
 
 
 class Solve:
     """One solve of z = f(z) from ``x0``; made by :func:`~lib.solvers.sample_solve.start`.
 
-    Points are (B, D) tensors in the working dtype. The working dtype is the dtype of ``x0``, or
-    float32 if ``x0`` is in half precision: inner products in half precision are too inaccurate for
-    a solver. f sees the shape and dtype of ``x0``.
+    Points are (B, D) tensors in the working dtype: that of ``x0``, or float32 if ``x0`` is in half
+    precision, whose inner products are too inaccurate. f sees the shape and dtype of ``x0``.
 
     Every ``check_every`` evaluations, one transfer brings the norms to the host, where they are
-    judged. As kernels on the device, a dozen operations on a few numbers would cost more than the
+    judged: as kernels on the device, a dozen operations on a few numbers would cost more than the
     norms themselves.
     """
 
@@ -75,26 +59,26 @@ class Solve:
         stop_mode: str,
         control: Control,
     ):
-        check_arguments(f, x0, threshold, eps, stop_mode)
+        check_count("threshold", threshold)
+        check_number("eps", eps)
+        check_stop_mode(stop_mode)
         self.f = f
         self.shape, self.dtype, self.device = x0.shape, x0.dtype, x0.device
         self.threshold, self.eps, self.stop_mode = threshold, float(eps), stop_mode
-        self.control, self.check_every = control, control.check_every
+        self.control = control
         self._start = time.perf_counter()
         self.work_dtype = torch.promote_types(x0.dtype, torch.float32)
         self.x0 = x0.detach().reshape(len(x0), -1).to(self.work_dtype)  # (B, D)
-        self.nfe = 0
-        self.products = 0  # number of products with the Jacobian
+        self.nfe = self.products = 0  # evaluations of f; products with its Jacobian
         self.kept: Tensor | None = None  # see SampleSolve
         self.abs_trace: list[float] = []
         self.rel_trace: list[float] = []
         unknown = np.full((3, len(x0)), math.inf)
         self.best = Best(self.x0, unknown[0], unknown[1:], np.asarray(0))
-        # Each sample's best finite iterate: the sample falls back to it if f is not finite there.
-        # With best='sample' it is the result.
+        # Each sample's best finite iterate: it falls back to it if f is not finite; the result of
+        # best='sample'.
         self.own = replace(self.best, step=np.zeros(len(x0), dtype=np.int64))
-        # Whether inner products of residuals may overflow or underflow in float32.
-        self.wide = False
+        self.wide = False  # whether inner products of residuals may leave the range of float32
         self._least = least_norm(self.x0)
         # Samples on which f was not finite: on the host, and on the device once there are any.
         self.lost, self.lost_mask = np.zeros(len(x0), dtype=bool), None
@@ -102,16 +86,16 @@ class Solve:
         self._exhausted = ""  # the limit that the solve ran into, as a reason
         self.far = np.zeros(len(x0), dtype=bool)  # samples whose newest point is far out
         self._divergence = Divergence(1, torch.finfo(self.work_dtype).eps)
-        self._borrowed = True  # the best iterate may be another owner's tensor: do not write to it
+        self._borrowed = True  # the best iterate may be another's tensor: do not write to it
         self._pending: list[Tensor] = []  # points not yet judged; _norms holds their norms
-        self._norms = self.x0.new_empty(min(self.check_every, threshold + 1), 2, len(x0))
+        self._norms = self.x0.new_empty(min(control.check_every, threshold + 1), 2, len(x0))
         self._slots = [norms.unbind() for norms in self._norms]
 
     @property
     def stopped(self) -> bool:
         """Whether the solve ends here for a reason other than the threshold.
 
-        Ask only after an evaluation: before the first one there is nothing to return.
+        Ask after an evaluation: before the first there is nothing to return.
         """
         seconds = self.control.max_seconds
         if seconds is not None and time.perf_counter() - self._start >= seconds:
@@ -135,7 +119,7 @@ class Solve:
 
     @property
     def left(self) -> int:
-        """Remaining budget of evaluations and products, for methods whose threshold counts both."""
+        """What is left of a threshold that counts evaluations and products together."""
         return int(min(self.threshold, self._max_nfe)) - self.nfe - self.products
 
     @property
@@ -151,9 +135,9 @@ class Solve:
     def evaluate(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Evaluate f at x (B, D); return (x, f(x), f(x) - x), all finite.
 
-        A sample on which f is not finite is lost. From then on it rests at its best finite iterate
-        with a residual of zero: it does not move, and it does not disturb the other samples.
-        Between two checks, a sample that is not finite may go unnoticed.
+        A sample on which f is not finite is lost: from then on it rests at its best finite iterate
+        with a residual of zero, and does not disturb the others. Between two checks it may go
+        unnoticed.
 
         Args:
             x: the point. It is kept by reference: do not overwrite it afterwards.
@@ -174,7 +158,7 @@ class Solve:
         for vectors, norms in zip((gx, fx), self._slots[len(self._pending)], strict=True):
             torch.linalg.vector_norm(vectors, dim=1, out=norms)
         self._pending.append(x)
-        if forgive or self.nfe == 1 or len(self._pending) >= self.check_every:
+        if forgive or self.nfe == 1 or len(self._pending) >= self.control.check_every:
             if not self._check(forgive, (gx, fx)):
                 return None
             if self.lost_mask is not None:
@@ -204,8 +188,8 @@ class Solve:
         earlier points are only bounded from below, so that no point counts as solved.
         """
         points, self._pending = self._pending, []
-        # This is the only synchronisation with the device.
-        norms = self._norms[: len(points)].cpu().numpy().astype(np.float64)  # (n, 2, B)
+        # The only synchronisation with the device; (n, 2, B)
+        norms = self._norms[: len(points)].cpu().numpy().astype(np.float64)
         norms = self._in_range(norms, newest)
         if self.nfe == 1 and not np.isfinite(norms).all():
             check_finite(self.x0)
@@ -243,7 +227,7 @@ class Solve:
         self._record(total_g, relative(total_g, total_f))
         residual = g if self.stop_mode == "abs" else relative(g, f)
         if self.lost_mask is not None:
-            # A lost sample keeps its own best iterate, and so that iterate's residual.
+            # A lost sample keeps the residual of its best iterate.
             residual = np.where(self.lost, self.own.residual, residual)
         better = residual < self.own.residual
         self.own.norms = np.where(better, [g, f], self.own.norms)
@@ -341,9 +325,9 @@ class Solve:
 def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
     """Decorator of a method: no autograd, and reduced precision inside f only.
 
-    A solver needs accurate inner products and combinations of states; half precision and TF32 are
-    too coarse. So autocast and torch's float32 matmul precision apply only inside f and inside
-    products with its Jacobian.
+    Half precision and TF32 are too coarse for inner products and combinations of states. So
+    autocast and torch's float32 matmul precision apply only inside f and products with its
+    Jacobian.
     """
 
     @outside_of_compiler
@@ -351,14 +335,15 @@ def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
     @torch.no_grad()
     def solve(f: Callable, x0: Tensor, *args, **options) -> dict:
         refuse_transforms()
-        kind = x0.device.type if isinstance(x0, Tensor) else "cpu"
+        check_state(f, x0)
+        kind = x0.device.type
         with full_products() as callers:
-            if callers is not None and callable(f):
+            if callers is not None:
                 f = transformed(f, lambda f: in_context(callers, f))
-            if not (torch.is_autocast_enabled(kind) and callable(f)):
+            if not torch.is_autocast_enabled(kind):
                 return method(f, x0, *args, **options)
-            dtype = torch.get_autocast_dtype(kind)
-            f = transformed(f, lambda f: in_context(lambda: torch.autocast(kind, dtype), f))
+            callers_autocast = same_autocast(x0.device)
+            f = transformed(f, lambda f: in_context(callers_autocast, f))
             with torch.autocast(kind, enabled=False):
                 return method(f, x0, *args, **options)
 
@@ -366,29 +351,30 @@ def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
 
 
 def out_of_range(residual: np.ndarray, least: float) -> bool:
-    """Whether inner products of residuals with these norms may leave the range of the format.
-
-    The limits are ``least``, a :func:`~lib.solvers.norms.least_norm`, and its inverse.
-    """
+    """Whether inner products of residuals with these norms may leave the range of the format."""
     return bool(((residual < least) & (residual > 0) | (residual > 1 / least)).any())
 
 
 def far_out(g: np.ndarray, f: np.ndarray, eps: float) -> np.ndarray:
     """Limits (n,) above which a residual is far out, from the norms (n,) of g and f at the start.
 
-    After a warm start the first residual may be pure rounding error, whose growth means nothing. So
-    the first residual counts as at least sqrt(eps) ||f||, where ``eps`` is the rounding error of
-    the format.
+    After a warm start the first residual may be rounding error, whose growth means nothing: it
+    counts as at least sqrt(eps) ||f||, where ``eps`` is the rounding error of the format.
     """
     return FAR * np.maximum(g, math.sqrt(eps) * f)
 
 
 class Divergence:
-    """Finds which of n samples diverge, from their residuals so far.
+    """Finds which of n samples diverge: from several steps, never from a single one.
+
+    A residual is far out if it is a million times the first residual. Both stop modes measure the
+    absolute residual: the relative residual of z -> 3 z stays at 2/3 forever. A Newton or
+    quasi-Newton step may lead far out once, and the iteration comes back. A diverging iteration
+    keeps rising: far out, it reaches five new highs without coming back in between.
 
     Args:
         count: n; 1 for the batch as a whole.
-        eps: rounding error of the format.
+        eps: as for :func:`far_out`.
     """
 
     def __init__(self, count: int, eps: float):
@@ -401,8 +387,7 @@ class Divergence:
     def diverged(self, g: np.ndarray, f: np.ndarray, rows: np.ndarray | slice = slice(None)):
         """Which of the samples ``rows`` have diverged, from the norms of g and f at a new point.
 
-        The first call sets the limits and must cover all samples. Norms that are not finite carry
-        no information.
+        The first call sets the limits, for all samples. Norms that are not finite say nothing.
         """
         if self._limit is None:
             self._limit = far_out(g, f, self._eps)
