@@ -1,14 +1,14 @@
 r"""The DEQ wrapper: find z* = f(z*), re-attach it to autograd, report what the solvers did.
 
-Forward: a solver runs without autograd. Then f is applied once more, with autograd, at the solver's
-result. So backward keeps one evaluation of f, however many iterations the solver ran.
+Forward: a solver runs without autograd. Then f is applied once more, with autograd, at its result:
+backward keeps one evaluation of f, however many iterations the solver ran.
 
 Backward: by the implicit function theorem,
 
     dL/dtheta = y' df/dtheta,      y' = dL/dz' (I - J)^-1,    J = df/dz at z*
 
-Here y is the fixed point of y -> J'y + dL/dz, and the backward solver finds y (Bai, Kolter and
-Koltun 2019, arXiv 1909.01377). This is ``grad="ift"``; :mod:`lib.gradients` has the others.
+The backward solver finds y, the fixed point of y -> J'y + dL/dz (Bai, Kolter and Koltun 2019, arXiv
+1909.01377). This is ``grad="ift"``; :mod:`lib.gradients` has the others.
 
 Example (a layer defined in a notebook)::
 
@@ -71,13 +71,13 @@ class Equilibrium:
     """The result of one forward solve.
 
     Attributes:
-        z: the output state, with the chosen gradient attached. With ``training`` its value is
-            f(z*), or the last step of a gradient that takes steps; otherwise its value is z*.
+        z: the output state, with the chosen gradient. Its value is z*; with ``training`` it is
+            f(z*), or the last step of a gradient that takes steps.
         z_star: the solver's result, detached.
         jac_loss: the Jacobian loss, a scalar; zero if not requested.
         sradius: the spectral radius, (B, 1); zeros if not requested.
         solution: the solver's dict; None for a stacked network.
-        states: the states that ``indexing`` requests, then z; empty without ``indexing``.
+        states: the states that ``indexing`` requests, then z; empty without it.
     """
 
     z: Tensor | list[Tensor]
@@ -92,18 +92,18 @@ class DEQ:
     """Solve for the equilibrium of a layer and differentiate it.
 
     Args:
-        f_solver: the forward solver. Either a name in :data:`lib.solvers.SOLVERS`, optionally with
-            options ("anderson:m=4"), or any callable with the signature of these solvers, such as
+        f_solver: the forward solver: a name in :data:`lib.solvers.SOLVERS`, possibly with options
+            ("anderson:m=4"), or any callable with the signature of these solvers, such as
             ``functools.partial(broyden, eps=1e-9)``.
-        b_solver: the backward solver, which solves for the adjoint; given like ``f_solver``. A name
-            is one of :data:`lib.solvers.ADJOINT_SOLVERS`, which include gmres and bicgstab.
-            None means gmres with the tolerance of the forward solver, if the forward solver is
-            one of :data:`lib.solvers.SOLVERS`; otherwise None means the forward solver itself.
-            "same" means the forward solver; if that is newton_krylov, gmres.
+        b_solver: the backward solver, which solves for the adjoint; given like ``f_solver``, with
+            names in :data:`lib.solvers.ADJOINT_SOLVERS` (with gmres and bicgstab). None means gmres
+            with the tolerance of the forward solver if that is one of
+            :data:`lib.solvers.SOLVERS`, else the forward solver itself. "same" means the forward
+            solver; if that is newton_krylov, gmres.
         stop_mode: 'rel' or 'abs': the residual by which the forward solve stops.
         b_stop_mode: the same for the backward solve; None takes ``stop_mode``.
-        grad: how to differentiate. Either a name in :data:`lib.gradients.GRADIENTS`, optionally
-            with options ("phantom:steps=3,damping=0.8"), or an instance of one of these classes.
+        grad: how to differentiate: a name in :data:`lib.gradients.GRADIENTS`, possibly with
+            options ("phantom:steps=3,damping=0.8"), or an instance of one of these classes.
         group: the processes among which f communicates (as under ``fully_shard``, FSDP2), such as
             ``torch.distributed.group.WORLD``: see :func:`~lib.solvers.maps.lockstep`.
 
@@ -190,24 +190,22 @@ class DEQ:
             f: the layer, a function of the state alone. Compute what does not depend on z
                 (weights, masks, injections) once, and let f hold it in its closure. f may offer
                 more than f(z): see :mod:`lib.solvers.maps`. The Jacobian loss uses ``f.plain``.
-            z0: the initial guess, (B, ...) of any rank, or a list of (B, ...) tensors. A good guess
-                saves evaluations.
+            z0: the initial guess, (B, ...) of any rank, or a list of (B, ...) tensors.
             f_thres, b_thres: thresholds of the forward and the backward solver.
             training: return f(z*) (True) or the value of z* (False). Both carry the gradient
-                whenever autograd is recording.
-            jac_vecs: number of random vectors for the Jacobian loss; 0 skips this loss.
+                if autograd is recording.
+            jac_vecs: number of random vectors for the Jacobian loss; 0 skips it.
             sradius_iters: number of products for the spectral radius at z*; 0 skips it.
-            indexing: also return the states after these numbers of evaluations of f, for losses
-                that correct the path to the fixed point (Bai et al. 2022, arXiv 2204.08442).
-                ``states`` of the result holds these states in the order of ``indexing``, then z.
-                To each of them f is applied once (with ``phantom``: its steps), and the gradient is
-                that of this application alone. If the solve ends before a number, z takes the
-                place of its state.
+            indexing: also return, as ``states``, the states after these numbers of evaluations of
+                f, in this order, then z: for losses that correct the path to the fixed point (Bai
+                et al. 2022, arXiv 2204.08442). To each of them f is applied once (with
+                ``phantom``: its steps), and the gradient is that of this application alone. If the
+                solve ends before a number, z takes its place.
             on_solve: called with ('forward' or 'backward', solver dict) after each solve.
 
         Raises:
-            InputError: an argument is out of range, or the call is inside a transform of torch.func
-                or an export.
+            InputError: an argument is out of range, or the call is inside an export or a transform
+                of torch.func.
         """
         refuse_transforms()
         shapes = None  # of the tensors in a list
@@ -246,8 +244,8 @@ class DEQ:
                 z, *ends = (values[i] + (t - t.detach()) for i, t in ({0: z} | states).items())
                 states = dict(zip(states, ends, strict=True))
         else:
-            z = z_star.clone()  # the user may change z in place; z_star must not change with it
-        # Clone: a number may occur twice, or stand for z, and the user may change one in place.
+            z = z_star.clone()  # the user may change z in place, and z_star must stay
+        # Clone: a number may occur twice, or stand for z; the user may change one in place.
         ends = [states.get(number, z).clone() for number in indexing]
         state, star, *listed = (_parts(t, shapes) for t in (z, z_star, *ends))
         return Equilibrium(
@@ -271,11 +269,12 @@ class DEQ:
             "the Jacobian loss": jac_vecs > 0 and torch.is_grad_enabled(),
             "a gradient of order 2": getattr(self._grad, "order", 1) > 1,
         }
-        for what in (name for name, wanted in double_backward.items() if wanted):
-            raise InputError(
-                f"group: {what} differentiates the backward of f, which shards do not allow: "
-                "leave it out"
-            )
+        for what, wanted in double_backward.items():
+            if wanted:
+                raise InputError(
+                    f"group: {what} differentiates the backward of f, which shards do not allow: "
+                    "leave it out"
+                )
 
     def _solve(
         self, f: Map, z0: Tensor, f_thres: int, indexing: Sequence[int]
@@ -307,7 +306,7 @@ class DEQ:
     ) -> tuple[Tensor, Tensor]:
         """The output state with its gradient, and the Jacobian loss."""
         wanted = jac_vecs > 0 or grad.differentiates_state
-        # Clone: the user may change z_star, which shares memory with the result, in place.
+        # Clone: the user may change z_star, which shares its memory, in place.
         point = _point(solution["result"].clone(), torch.is_grad_enabled() and wanted)
         with own_saved_tensors():
             form = plain(f) if jac_vecs or grad.order > 1 else f
@@ -391,7 +390,7 @@ def _flattened(shapes: list[tuple[int, ...]], f: Callable) -> Map:
 def _watched(f: Map, indexing: Sequence[int]) -> tuple[Map, dict[int, Tensor]]:
     """f with a recorder, and the dict that it fills: number of an evaluation, from 0 -> point.
 
-    The returned f offers no ``select``: it would evaluate, and so record, a part of the batch.
+    It offers no ``select``, which would evaluate, and so record, a part of the batch.
     """
     visited: dict[int, Tensor] = {}
     count = 0
@@ -414,7 +413,7 @@ def _watched(f: Map, indexing: Sequence[int]) -> tuple[Map, dict[int, Tensor]]:
 
 def _point(state: Tensor, requires_grad: bool) -> Tensor:
     point = state.detach().requires_grad_(requires_grad)
-    if requires_grad:  # the state is no parameter: a backward pass must leave no gradient on it
+    if requires_grad:  # the state is no parameter: backward must leave no gradient on it
         point.register_post_accumulate_grad_hook(_drop_grad)
     return point
 
@@ -430,8 +429,8 @@ class SolverAttributes:
     """Mixin for models: ``f_solver``, ``b_solver`` and ``grad`` are those of ``self.deq``.
 
     They may be set at any time. ``b_solver = None`` means the forward solver, as in the published
-    models. Another ``b_solver`` has its own tolerance: a smaller tolerance of ``f_solver`` alone
-    does not improve the gradient.
+    models. Another one has its own tolerance: a smaller tolerance of ``f_solver`` alone does not
+    improve the gradient.
     """
 
     deq: DEQ
@@ -449,10 +448,9 @@ class SolverAttributes:
 def stacked(f: Callable, z0: Tensor | list[Tensor], n_layer: int) -> Tensor | list[Tensor]:
     """Apply f ``n_layer`` times with ordinary autograd: the weight-tied network."""
     check(n_layer >= 1, "the number of stacked layers", n_layer, "at least 1")
-    z = z0
     for _ in range(n_layer):
-        z = f(z)
-    return z
+        z0 = f(z0)
+    return z0
 
 
 def _drop_grad(point: Tensor) -> None:

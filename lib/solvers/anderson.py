@@ -107,8 +107,7 @@ class _AndersonWindow:
         self._absent = self._ABSENT * eye
         self._gram = self._absent.repeat(batch, 1, 1)
         self._ones = eye.new_ones(batch, m, 1)
-        # A relative ridge above the rounding errors of the inner products keeps the system positive
-        # definite.
+        # Above the rounding errors of the inner products: the system stays positive definite.
         rounding = max(10 * torch.finfo(like.dtype).eps, 1e-13)
         self._scale = 1 + rounding * eye
         self._shift = None if lam is None else lam * eye
@@ -116,12 +115,11 @@ class _AndersonWindow:
         self._unbind()
 
     def _unbind(self) -> None:
-        # Unbind once: for small states indexing costs as much as the inner products.
+        # For small states indexing costs as much as the inner products.
         self.residual, self.value = self._residuals.unbind(), self._values.unbind()
         self._row, self._column = self._gram.unbind(1), self._gram.unbind(2)
 
     def select(self, rows: Tensor) -> None:
-        """Keep only the samples ``rows``."""
         self._residuals, self._values = self._residuals[:, rows], self._values[:, rows]
         self._gram, self._ones = self._gram[rows], self._ones[rows]
         if isinstance(self._beta, Tensor):
@@ -163,9 +161,9 @@ class _AndersonWindow:
     def _weights(self, newest: int) -> Tensor:
         """Weights a (B, 1, m) that sum to one and minimise a' (G + ridge) a; G is the Gram matrix.
 
-        A Cholesky factorisation is accurate however much the lengths of the residuals differ. It
-        fails for a sample if an absolute ridge is too small, or if float64 does not hold the
-        squares: that sample takes the plain step from the newest point.
+        Cholesky's factorisation is accurate however much the lengths of the residuals differ. Where
+        it fails (an absolute ridge is too small, or float64 does not hold the squares), a sample
+        takes the plain step from the newest point.
         """
         system = self._gram * self._scale if self._shift is None else self._gram + self._shift
         factor, failed = torch.linalg.cholesky_ex(system)

@@ -1,14 +1,13 @@
 """Krylov methods for affine maps: find z with f(z) = J z + b = z, that is (I - J) z = b.
 
 The adjoint of an equilibrium is such a system. Each sample has its own Krylov space. A
-:class:`~lib.solvers.maps.Affine` map gives products with J directly. For any other f, a product is
-a difference of two values of f and costs one evaluation.
+:class:`~lib.solvers.maps.Affine` map gives products with J. For any other f, a product is a
+difference of two values of f and costs one evaluation.
 
-Within a cycle, the residual comes from the recursion of the method. At the end of a cycle f itself
-is evaluated; only these true residuals are reported. ``nfe`` counts these evaluations, including
-the one at the start; ``products`` counts the products. ``threshold`` and ``max_nfe`` limit the sum
-of both. The solve ends as 'stalled' if a cycle lowers no residual, because of rounding or because
-I - J is singular.
+Within a cycle, the residual comes from the recursion of the method. At its end f itself is
+evaluated; only these true residuals are reported. ``nfe`` counts these evaluations, with the one at
+the start; ``threshold`` and ``max_nfe`` limit the sum of ``nfe`` and ``products``. The solve ends
+as 'stalled' if a cycle lowers no residual, by rounding or because I - J is singular.
 """
 
 from collections.abc import Callable
@@ -66,17 +65,10 @@ def gmres(
 
 
 def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[Tensor, np.ndarray]:
-    """One cycle of GMRES, of at most ``size`` products.
+    """One cycle of GMRES, of at most ``size`` products, from x (B, D) with the residual g there.
 
-    The small least-squares problems are solved on the host; one transfer per step brings a column
-    of H.
-
-    Args:
-        system: has ``product`` (v -> J v, both (B, D)), ``enough`` (the samples that need no
-            further step, from their residual and ||x + V c||), and ``solve``.
-        g: residual at the start, (B, D).
-        size: maximum number of products.
-        x: the start, (B, D); None means zero.
+    One transfer per step brings a column of H to the host, where the least-squares problems are
+    solved. ``system`` has ``product``, ``enough`` and ``solve`` as :class:`System`; x None is zero.
 
     Returns:
         The correction V c (B, D), and the samples (B,) whose residual it lowers.
@@ -137,10 +129,9 @@ class _LeastSquares:
         self._rotations: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, column: np.ndarray, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Add a column (B, n + 1) of V'(I - J)V, which is overwritten.
+        """Add a column (B, n + 1) of V'(I - J)V, which is overwritten; return c (B, n).
 
-        Returns:
-            c (B, n), and those of the ``active`` samples whose I - J is not singular on the space.
+        Also those of the ``active`` samples whose I - J is not singular on the space.
         """
         n = column.shape[1] - 1
         j = n - 1
@@ -166,8 +157,8 @@ class _Best:
     """The best point of a cycle for each sample: ``residual`` ||g||, ``value`` ||x + correction||.
 
     If I - J is almost singular, points run far away for a small gain in the residual. So a point
-    more than a thousand times as far away counts only if it halves the residual. Also, the rounding
-    error at the point must be below the lowest residual so far. All arrays are (B,).
+    more than a thousand times as far away counts only if it halves the residual; and its rounding
+    error must be below the lowest residual so far. All arrays are (B,).
     """
 
     def __init__(self, residual: np.ndarray, value: np.ndarray, like: Tensor):
@@ -178,10 +169,7 @@ class _Best:
     def offer(
         self, samples: np.ndarray, residual: np.ndarray, length: np.ndarray, value: np.ndarray
     ) -> np.ndarray:
-        """Offer ``samples`` a point each; return the samples that accept it. All are (B,).
-
-        ``residual``, ``length`` and ``value`` are ||g||, ||correction||, ||x + correction||.
-        """
+        """Offer ``samples`` a point each, with ``length`` ||correction||; return who accepts."""
         halved = residual < 0.5 * self._level
         better = samples & (np.maximum(residual, self.rounding * length) < self.residual)
         better &= halved | (length <= 1000 * self._far)
@@ -199,8 +187,7 @@ class _Best:
 
 def _unit(vectors: Tensor, norms: np.ndarray) -> Tensor:
     """Vectors (B, D) divided by their norms (B,); zero where the norm is zero."""
-    sizes = to_device(norms, vectors)[:, None]
-    return torch.where(sizes > 0, vectors / torch.where(sizes > 0, sizes, 1.0), 0.0)
+    return _ratio(vectors, to_device(norms, vectors)[:, None])
 
 
 @solver_method
@@ -327,14 +314,14 @@ class System:
         return (value - self.fx) / scale
 
     def goes_on(self, products: int) -> bool:
-        """Whether another cycle is needed, and affordable; a step takes this many products."""
+        """Whether another cycle is needed and affordable; a step takes ``products``."""
         return not self.solve.stopped and self.solve.affords(products + 1)
 
     def enough(self, residual: np.ndarray, value: np.ndarray) -> np.ndarray:
         """The samples (B,) that need no further step in this cycle.
 
-        With stop='batch' these are all samples, or only those with a residual of zero. ``residual``
-        and ``value`` (B,) are ||g|| and ||x|| at the best point, for ||f(x)|| = ||x + g||.
+        With stop='batch' all or only those with a residual of zero. ``residual`` and ``value`` (B,)
+        are ||g|| and ||x|| at the best point, the latter for ||f(x)|| = ||x + g||.
         """
         if self.solve.control.stop == "sample":
             return self._small(residual, value)

@@ -1,24 +1,22 @@
 """A solve that stops per sample: a finished sample leaves the solve and costs nothing more.
 
-A sample is finished once its own residual is below ``eps`` (or the floor), once it diverges, once
-f is not finite for it, or once a Krylov method cannot lower its residual. Its result is its own
-best iterate, and so does not depend on the other samples of the batch.
+A sample is finished once its own residual is below ``eps`` (or the floor), it diverges, f is not
+finite for it, or a Krylov method cannot lower its residual. Its result is its own best iterate, and
+so does not depend on the other samples of the batch.
 
-A method continues with the rows of the unfinished samples. After an evaluation, ``solve.kept``
-holds the indices of these rows among the rows so far (None: all of them). If f can be restricted to
-samples (``f.select``, see :mod:`lib.solvers.maps`), it sees the unfinished samples only. Otherwise
-f sees the whole batch, with the finished samples at rest. Methods that multiply with the Jacobian
-of the whole batch keep all rows (``shrinks=False``): finished samples stay at their best iterate,
-with a residual of zero.
+A method goes on with the rows of the unfinished samples: ``solve.kept`` holds their indices among
+the rows so far (None: all of them). If f can be restricted to samples (``f.select``, see
+:mod:`lib.solvers.maps`), it sees these alone, otherwise the whole batch, with the finished samples
+at rest. Methods that multiply with the Jacobian of the whole batch keep all rows
+(``shrinks=False``): finished samples stay at their best iterate, with a residual of zero.
 
 The result differs from that of a solve that stops by the batch:
 
 - ``sample_nfe`` is the number of evaluations until the sample was finished.
 - The traces are still norms over the whole batch. A finished sample counts with the residual of
   its result. ``lowest`` and ``nstep`` are as with best='sample'.
-- ``reason``, once all samples are finished, is the worst among the samples: 'diverged' if any
-  diverged or all are lost, else 'stalled', else 'floor', else 'eps'. ``finite`` tells which samples
-  are lost.
+- ``reason``, once all samples are finished, is the worst among them: 'diverged' if any diverged or
+  all are lost (see ``finite``), else 'stalled', else 'floor', else 'eps'.
 - ``prot_break`` is True if a sample diverged or was far out at the end, or if all are lost.
 """
 
@@ -45,7 +43,6 @@ class SampleSolve(Solve):
         self.shrinks = shrinks
         self.rows = np.arange(batch)  # the samples that the method holds
         self.done = np.zeros(batch, dtype=bool)
-        # Written to from now on, sample by sample.
         self.own.residual, self.own.norms = self.own.residual.copy(), self.own.norms.copy()
         self._norms_now = self.own.norms.copy()  # of g and f at the newest point
         self._sample_nfe = np.zeros(batch, dtype=np.int64)
@@ -53,12 +50,9 @@ class SampleSolve(Solve):
         self._f_rows = self.f
 
     def evaluate(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Evaluate f at x (b, D); return (x, f(x), f(x) - x) of the rows that the method keeps.
+        """As in a Solve, of the b rows kept so far; returns the rows that the method goes on with.
 
-        Args:
-            x: the point, with the rows that the method has kept so far.
-            out: where to write f(x) - x. ``out`` keeps all b rows: the method itself drops the rows
-                of finished samples from everything that it stores.
+        ``out`` keeps all b rows: the method drops those of finished samples from what it stores.
         """
         if not self.shrinks:
             x = self._at_rest(x)
@@ -180,16 +174,10 @@ def start(
     shrinks: bool = True,
     heeds_check_every: bool = True,
 ) -> Solve:
-    """Make the object that keeps a solve, per batch or per sample.
+    """Make the object that keeps a solve, per batch or per sample; ``control`` holds keywords.
 
-    Args:
-        control: keywords of :class:`~lib.solvers.arguments.Control`.
-        shrinks: whether, with stop='sample', the method drops the rows of finished samples.
-        heeds_check_every: False for a method that needs every residual; ``check_every`` is then 1.
-
-    Raises:
-        InputError: a value out of range.
-        TypeError: a keyword that does not exist.
+    ``shrinks``: with stop='sample', the method drops the rows of finished samples.
+    ``heeds_check_every``: False for a method that needs every residual; ``check_every`` is then 1.
     """
     options = Control(**control)
     if not heeds_check_every:
