@@ -1,8 +1,8 @@
 """Deep equilibrium models: the DEQ layer, its solvers and gradients, and Jacobian tools.
 
-Most programs need only the names below. The modules have more (:mod:`lib.solvers`,
-:mod:`lib.gradients`, :mod:`lib.jacobian`, :mod:`lib.optimization`). :mod:`lib.runs` is about
-training runs: records, checkpoints, processes. Nothing in this package depends on text or images.
+Most programs need only these names. :mod:`lib.solvers`, :mod:`lib.gradients`, :mod:`lib.jacobian`
+and :mod:`lib.optimization` have more. :mod:`lib.runs` is about training runs: records, checkpoints,
+processes. Nothing here depends on text or images.
 """
 
 from lib.auditing import audit

@@ -1,9 +1,12 @@
-"""The exception for bad input, and the warning about a bad solve."""
+"""The exceptions for bad input and missing packages, and the warning about a bad solve."""
 
 import difflib
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
+
+_OWN = ("lib", "deq_sequence", "mdeq_vision")
 
 
 class InputError(ValueError):
@@ -12,6 +15,10 @@ class InputError(ValueError):
     The message is one line: what is wrong, its value, and what to do. The commands print the
     message without a traceback and exit with code 2. In a notebook the error is a ``ValueError``.
     """
+
+
+class MissingExtra(InputError, ImportError):
+    """A package is not installed; the message names it and the command that installs it."""
 
 
 class DEQWarning(RuntimeWarning):
@@ -25,6 +32,37 @@ def naming(what: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{what}: {error}") from error
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """A context for imports of packages of an ``extra`` in pyproject.toml, such as 'images'.
+
+    Raises:
+        MissingExtra: a package is not installed. An import of our own that fails is a bug and
+            stays a ModuleNotFoundError.
+    """
+    try:
+        yield
+    except (ModuleNotFoundError, MissingExtra) as error:  # the outermost context names the extra
+        name = (error.name or "").partition(".")[0]
+        if name in _OWN:
+            raise
+        command = f"pip install -e '.[{extra}]'"
+        missing = MissingExtra(f"{name} is not installed: run {command} in the repository")
+        missing.name = name
+        raise missing from error
+
+
+@contextmanager
+def command_needs(extra: str, program: str) -> Iterator[None]:
+    """As :func:`needs`, for a command's imports: print one line and exit with code 2."""
+    try:
+        with needs(extra):
+            yield
+    except MissingExtra as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:

@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from lib.extras import needs
+from lib.errors import needs
 
 with needs("runs"):
     from tensorboardX.event_file_writer import EventsWriter

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lib.errors import DEQWarning, InputError
-from lib.extras import needs
+from lib.errors import DEQWarning, InputError, needs
 from lib.runs.atomic_files import atomic_write
 from lib.runs.ownership import LOCK
 from lib.runs.retention import clean_temporaries, versions

@@ -7,8 +7,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from lib.errors import InputError
-from lib.extras import needs
+from lib.errors import InputError, needs
 
 with needs("runs"):
     import safetensors.torch

@@ -5,7 +5,7 @@ import os
 import sys
 from typing import TextIO
 
-from lib.extras import needs
+from lib.errors import needs
 
 with needs("runs"):
     from tqdm import tqdm

@@ -1,7 +1,7 @@
 """What a map f may offer besides its value f(z), and how f keeps several processes in step.
 
-Solvers and gradients accept any function of the state. A map may offer three more things. Wrappers
-of f (autocast, lists of tensors) preserve them with :func:`transformed`:
+Solvers and gradients accept any function of the state. A map may offer three more things, which
+wrappers of f (autocast, lists of tensors) preserve with :func:`transformed`:
 
 - ``f.plain`` is the same map in operations that all have second derivatives. An f of fused kernels
   or compiled code has none itself.
@@ -74,14 +74,11 @@ def transformed(f: Map, change: Callable[[Map], Map]) -> Map:
 def lockstep(f: Map, point: Tensor, group: "dist.ProcessGroup | None") -> Iterator[Map]:
     """A context that gives a form of ``f`` which all processes of ``group`` evaluate equally often.
 
-    With FullyShardedDataParallel (``torch.distributed.fsdp.fully_shard``) or tensor parallelism, f
-    and its backward gather parameters from all processes. Each process solves for its own samples,
-    and its solver stops by itself: the processes that continue would wait for it forever. So a
-    process that leaves the block evaluates f at ``point`` and discards the value, until all have
-    left. The block computes the same values as in a single process. Each evaluation costs one more
-    all-reduce, of a single number.
-
-    Without a group there is one process, and the context gives ``f`` itself.
+    With ``torch.distributed.fsdp.fully_shard`` or tensor parallelism, f and its backward gather
+    parameters from all processes. Each process solves for its own samples and stops by itself: the
+    others would wait for it forever. So a process that leaves the block evaluates f at ``point``,
+    for nothing, until all have left. Values are those of a single process. Each evaluation costs
+    one more all-reduce, of a single number. Without a group the context gives ``f`` itself.
     """
     if group is None:
         yield f

@@ -1,9 +1,9 @@
 """Norms and inner products of states, per sample, accurate at every scale.
 
-In float32 the square of a number below 1e-19 is zero, and the square of a number above 1e19 is
-infinite. From norms of such numbers a state would count as "solved" or "not finite" when it is
-neither. Norms are computed as usual on the device and judged on the host. The few that are out of
-range are recomputed from the vectors divided by their largest element.
+In float32 the square of a number below 1e-19 is zero, and of one above 1e19 infinite: by such norms
+a state would count as "solved" or "not finite" when it is neither. Norms are computed as usual on
+the device and judged on the host. The few that are out of range are recomputed from the vectors
+divided by their largest element.
 """
 
 import functools
@@ -22,8 +22,8 @@ _LONG, _CHUNK = 4096, 512
 def to_device(array: np.ndarray, like: Tensor | torch.device) -> Tensor:
     """Copy an array to a device, or to the device and dtype of a tensor.
 
-    The host does not wait for a GPU: before the call returns, CUDA copies the data out of pageable
-    memory. On the CPU the tensor is a view of the array if the dtype is the same.
+    The host does not wait for a GPU: CUDA copies out of pageable memory before it returns. On the
+    CPU the tensor is a view of the array if the dtype is the same.
     """
     return torch.from_numpy(array).to(like, non_blocking=True)
 
@@ -99,12 +99,9 @@ def totals(norms: np.ndarray) -> tuple[float, float]:
 def products(vectors: Tensor, stored: Tensor, wide: bool = False) -> Tensor:
     """Inner products of vectors (v, B, D) with ``stored`` (r, B, D): (B, v, r) in float64.
 
-    Long vectors are cut into short chunks, whose sums are added in float64. This is more accurate.
-    It is also faster: on long vectors MKL spends up to twice the time of reading ``stored`` on
-    packing them.
-
-    Args:
-        wide: compute in float64 throughout, for numbers whose squares float32 does not hold.
+    Long vectors are cut into short chunks, whose sums are added in float64. This is more accurate,
+    and faster: on long vectors MKL spends up to twice the time of reading ``stored`` on packing it.
+    ``wide`` computes in float64 throughout, for numbers whose squares float32 does not hold.
     """
     if wide:
         vectors, stored = vectors.double(), stored.double()
@@ -128,8 +125,7 @@ def chunks(size: int) -> int:
 def orthogonalise(vectors: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Vectors (B, D) minus their projections on the orthonormal rows of ``basis`` (B, k, D).
 
-    Returns:
-        The remainders (B, D), and the k coefficients of the projections, (B, k) in float64.
+    Returns those and the coefficients of the projections, (B, k) in float64.
     """
     coefficients = vectors.new_zeros((), dtype=torch.float64)
     for _ in range(2):  # twice is enough (Giraud et al. 2005)

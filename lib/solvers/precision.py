@@ -12,18 +12,17 @@ from lib.solvers.arguments import accepts
 from lib.solvers.maps import Map, transformed
 from lib.solvers.stats import all_finite
 
-# Relative residual at which a solve in half precision hands over to float32. It is above the level
-# at which bfloat16 alone stalls (7e-3 in the published image models).
+# Relative residual at which a solve in half precision hands over to float32: above the level at
+# which bfloat16 stalls (7e-3 in the published image models).
 COARSE_EPS = 1e-2
 
 AMP = ("none", "bf16")  # the values that both trainers accept
 
-# torch.set_float32_matmul_precision is one setting for the whole process, including all threads.
-# While a solve runs, its own products are in full precision, and f is called under the caller's
-# setting. Solves in several threads (DataParallel replicas, the backward's own thread) share the
-# setting that the first of them found. If one solve is inside f while another is in its method,
-# the other one also computes with the caller's setting.
-_NAMES = ("highest", "high", "medium")  # of torch.set_float32_matmul_precision
+# torch.set_float32_matmul_precision is one setting for all threads. While a solve runs, its own
+# products are in full precision, and f is called under the caller's setting. Solves in several
+# threads (DataParallel replicas, the backward's own thread) share the setting that the first of
+# them found; while one is inside f, the others' methods compute with it too.
+_NAMES = ("highest", "high", "medium")
 _FULL = ("highest", "ieee")  # full precision, in _NAMES and in torch.backends.cuda.matmul
 _lock = threading.Lock()
 _solves, _callers = 0, _FULL[0]  # running solves; the setting before the first one
@@ -96,12 +95,12 @@ def solve_in_stages(
     """Solve with f in half precision; finish in float32 if the tolerance requires it.
 
     The first stage ends at the solver's ``eps``, at the threshold, or at a relative residual of
-    :data:`COARSE_EPS`. Only in the last case, and if evaluations are left, the second stage starts
-    from the result of the first. A solver without an argument ``floor`` runs the first stage only.
+    :data:`COARSE_EPS`. Only in the last case, if evaluations are left, the second stage starts from
+    its result. A solver without an argument ``floor`` has no second stage.
 
     Args:
         f: the map in half precision, on float32 states.
-        make_precise: makes the map in float32; called only if the second stage runs.
+        make_precise: makes the map in float32, for the second stage.
         solver, z0, threshold, stop_mode, options: as in :mod:`lib.solvers`. The threshold is for
             both stages together; a budget that a partial sets is for each.
 

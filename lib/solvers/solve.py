@@ -143,17 +143,14 @@ class Solve:
             x: the point. It is kept by reference: do not overwrite it afterwards.
             out: where to write f(x) - x; a new tensor if None.
         """
-        point = self._evaluate(x, out, forgive=False)
-        assert point is not None  # only a trial may fail
+        point = self.trial(x, out, forgive=False)
+        assert point is not None  # None is for forgiven ones
         return point
 
-    def trial(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """As :meth:`evaluate`, but if f is not finite, lose no sample and return None."""
-        return self._evaluate(x, None, forgive=True)
-
-    def _evaluate(
-        self, x: Tensor, out: Tensor | None, forgive: bool
+    def trial(
+        self, x: Tensor, out: Tensor | None = None, forgive: bool = True
     ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """As :meth:`evaluate`, but if f is not finite, lose no sample and return None."""
         x, fx, gx = self._value(self._settle(x, self.own.x), self.f, out)
         for vectors, norms in zip((gx, fx), self._slots[len(self._pending)], strict=True):
             torch.linalg.vector_norm(vectors, dim=1, out=norms)
@@ -161,10 +158,8 @@ class Solve:
         if forgive or self.nfe == 1 or len(self._pending) >= self.control.check_every:
             if not self._check(forgive, (gx, fx)):
                 return None
-            if self.lost_mask is not None:
-                x, fx = self._settle(x, self.own.x), self._settle(fx, self.own.x)
-                gx[self.lost_mask] = 0.0
-        elif self.lost_mask is not None:
+            x, fx = self._settle(x, self.own.x), self._settle(fx, self.own.x)
+        if self.lost_mask is not None:
             gx[self.lost_mask] = 0.0
         return x, fx, gx
 
