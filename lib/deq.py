@@ -214,13 +214,15 @@ class DEQ:
             check(listed, "z0", type(z0).__name__, "a tensor or a list of tensors")
             shapes = [tuple(t.shape[1:]) for t in z0]
             f, z0 = transformed(f, partial(_flattened, shapes)), list2vec(z0)
+        recording, half = torch.is_grad_enabled(), half_precision(z0)
+        jac_vecs = jac_vecs if recording else 0
         if self.group is not None:
-            self._refuse_with_group(half_precision(z0), bool(indexing), jac_vecs)
+            self._refuse_with_group(half, bool(indexing), jac_vecs)
         for number in indexing:
             check_count("a number in indexing", number)
-        z, states, solution = self._solve(f, z0, f_thres, indexing)
+        z, states, solution = self._solve(f, z0, f_thres, indexing, half)
         self._report("forward", solution, on_solve)
-        if training and torch.is_grad_enabled():
+        if training and recording:
             self._warn_once(solution)
         z_star = solution["result"].detach()
         jac_loss, sradius = z_star.new_zeros(()), z_star.new_zeros(len(z_star), 1)
@@ -228,16 +230,13 @@ class DEQ:
             with recording_for("the spectral radius"):
                 point = z_star.clone().requires_grad_()
                 sradius = power_method(f(point), point, n_iters=sradius_iters)[1]
-        grad, recording = self._grad, torch.is_grad_enabled()
-        jac_vecs = jac_vecs if recording else 0
+        grad = self._grad
         if isinstance(grad, Iteration):
             if jac_vecs:
                 point = _point(z_star.clone(), requires_grad=True)
                 jac_loss = jac_loss_estimate(plain(f)(point), point, vecs=jac_vecs)
         elif recording or training or differentiating_forward():
-            z, jac_loss = self._attach(
-                grad, f, solution, jac_vecs, b_thres, on_solve, half_precision(z0)
-            )
+            z, jac_loss = self._attach(grad, f, solution, jac_vecs, b_thres, on_solve, half)
             values = {0: z_star} | states
             states = {i: grad.attach_state(f, state) for i, state in states.items()}
             if not training:  # the values from the solver, with the chosen gradient
@@ -266,7 +265,7 @@ class DEQ:
             )
         double_backward = {
             "f_solver newton_krylov": unwrapped(self._f_solver)[0] is newton_krylov,
-            "the Jacobian loss": jac_vecs > 0 and torch.is_grad_enabled(),
+            "the Jacobian loss": jac_vecs > 0,
             "a gradient of order 2": getattr(self._grad, "order", 1) > 1,
         }
         for what, wanted in double_backward.items():
@@ -277,7 +276,7 @@ class DEQ:
                 )
 
     def _solve(
-        self, f: Map, z0: Tensor, f_thres: int, indexing: Sequence[int]
+        self, f: Map, z0: Tensor, f_thres: int, indexing: Sequence[int], half: bool
     ) -> tuple[Tensor, dict[int, Tensor], dict]:
         """The last state, the states after ``indexing`` evaluations of f, and the solver's dict."""
         if isinstance(self._grad, Iteration):
@@ -288,7 +287,7 @@ class DEQ:
             options["keep_inverse"] = True
         with torch.no_grad(), weights_held(), lockstep(f, z0, self.group) as f:
             f, visited = _watched(f, indexing) if indexing else (f, {})
-            if half_precision(z0):
+            if half:
                 solution = solve_in_stages(self.f_solver, f, lambda: in_float32(f), z0, **options)
             else:
                 solution = self.f_solver(f, z0, **options)
@@ -311,9 +310,7 @@ class DEQ:
         with own_saved_tensors():
             form = plain(f) if jac_vecs or grad.order > 1 else f
             fz = form(point)
-        jac_loss = fz.new_zeros(())
-        if jac_vecs:
-            jac_loss = jac_loss_estimate(fz, point, vecs=jac_vecs)
+        jac_loss = jac_loss_estimate(fz, point, vecs=jac_vecs) if jac_vecs else fz.new_zeros(())
         solve = partial(
             LinearSolve,
             self.b_solver,
@@ -429,8 +426,7 @@ class SolverAttributes:
     """Mixin for models: ``f_solver``, ``b_solver`` and ``grad`` are those of ``self.deq``.
 
     They may be set at any time. ``b_solver = None`` means the forward solver, as in the published
-    models. Another one has its own tolerance: a smaller tolerance of ``f_solver`` alone does not
-    improve the gradient.
+    models. Another one has its own tolerance, which the accuracy of the gradient depends on.
     """
 
     deq: DEQ

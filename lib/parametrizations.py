@@ -15,9 +15,9 @@ loses accuracy for nothing.
 
 While a solver of :class:`lib.deq.DEQ` runs, each weight is computed once and held, without a
 graph. The evaluation of f that carries the gradient computes it again, with its graph: twice per
-training step. ``unroll`` and ``reversible`` compute it at each evaluation. (``torch.nn.utils.parametrize.cached()`` does not
-fit around a DEQ: the solver would fill it with weights that have no graph, and a module and its
-deepcopy share an entry.)
+training step. ``unroll`` and ``reversible`` compute it at each evaluation.
+(``torch.nn.utils.parametrize.cached()`` does not fit around a DEQ: the solver would fill it with
+weights that have no graph, and a module and its deepcopy share an entry.)
 """
 
 import threading

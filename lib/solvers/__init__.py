@@ -141,17 +141,16 @@ def get_solver(solver: str | Callable[..., dict], *, adjoint: bool = False) -> C
     if callable(solver):
         function, _ = unwrapped(solver)
         name = getattr(function, "__name__", "")
-        ours = any(function is other for other in others.values())
+        ours = others.get(name) is function
     else:
         name = str(solver).partition(":")[0].strip()
         ours = name in others
     if ours and name not in accepted:
-        why = "differentiates f, and the adjoint is linear already"
-        raise InputError(
-            f"{name} is no {'backward' if adjoint else 'forward'} solver (it "
-            f"{why if adjoint else 'solves linear systems'}): choose from "
-            f"{', '.join(sorted(accepted))}"
-        )
+        kind, why = ("forward", "solves linear systems")
+        if adjoint:
+            kind, why = ("backward", "differentiates f, and the adjoint is linear already")
+        listed = ", ".join(sorted(accepted))
+        raise InputError(f"{name} is no {kind} solver (it {why}): choose from {listed}")
     if callable(solver):
         return solver
     found = choice("solver", solver, accepted, without=_CALLERS, more=Control)

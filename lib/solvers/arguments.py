@@ -24,17 +24,16 @@ class Control:
     Attributes:
         stop: 'batch' stops by norms over the whole batch, as published. 'sample' stops each sample
             by its own norms: see :mod:`lib.solvers.sample_solve`.
-        best: which iterate to return. 'batch': the iterate with the lowest residual over the whole
-            batch, as published. 'sample': for each sample, its own iterate with the lowest
-            residual, at no cost; a sample that wanders then does not spoil the result of the
-            others. ``best`` has no effect on when the solve stops. None means the value of
-            ``stop``; stop='sample' refuses best='batch'.
+        best: the iterate to return. 'batch': that with the lowest residual over the whole batch, as
+            published. 'sample': for each sample, its own, at no cost; a sample that wanders then
+            does not spoil the result of the others. ``best`` has no effect on when the solve stops.
+            None means the value of ``stop``; stop='sample' refuses best='batch'.
         check_every: check the residual only once in this many evaluations. Between checks a GPU
             does not wait for the host. Up to ``check_every - 1`` evaluations may be wasted, and as
-            many more iterates are held in memory. The solve still returns the best iterate. A line
-            search and Krylov methods need every residual and ignore ``check_every``.
+            many more iterates are held in memory. The best iterate is still returned. A line search
+            and Krylov methods need every residual and ignore ``check_every``.
         floor: in either ``stop_mode``, also stop once ||f(z) - z|| / ||f(z)|| is below ``floor``,
-            for instance the level at which the rounding of f begins.
+            such as the level of the rounding of f.
         max_nfe: stop after this many evaluations of f and products with the Jacobian together,
             whatever ``threshold`` counts.
         max_seconds: start no evaluation or product after this time, except the evaluation at the
@@ -107,7 +106,6 @@ def checked_value(f: Callable, z: Tensor) -> Tensor:
 def parse(text: str) -> tuple[str, dict]:
     """Return name and options. A value is a Python literal, or true, false, none, or a word.
 
-    >>> from lib.solvers.arguments import parse
     >>> parse("anderson:m=4,stop=sample")
     ('anderson', {'m': 4, 'stop': 'sample'})
 
@@ -172,8 +170,7 @@ def choice(
         more: a dataclass whose fields are also options, for choices that take ``**keywords``.
 
     Raises:
-        InputError: ``text`` is not a string, or a name or option is unknown. The message lists the
-            accepted ones, or the nearest option.
+        InputError: ``text`` is not a string, or a name or option is unknown.
     """
     check(isinstance(text, str), kind, text, "a name or a callable")
     name, options = parse(text)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from lib.solvers.arguments import Control, check_finite
 from lib.solvers.norms import corrected_norms, mask_of, relative, to_device, totals
-from lib.solvers.solve import Divergence, Solve, out_of_range
+from lib.solvers.solve import Solve, out_of_range
 
 
 class SampleSolve(Solve):
@@ -39,7 +39,6 @@ class SampleSolve(Solve):
     def __init__(self, *arguments, shrinks: bool = True):
         super().__init__(*arguments)
         batch = len(self.x0)
-        self._divergence = Divergence(batch, torch.finfo(self.work_dtype).eps)
         self.shrinks = shrinks
         self.rows = np.arange(batch)  # the samples that the method holds
         self.done = np.zeros(batch, dtype=bool)
@@ -67,7 +66,7 @@ class SampleSolve(Solve):
         self.wide = out_of_range(norms[0][counts], self._least)
         self._judge_rows(x, norms)
         done, self.kept = self.done[self.rows], None
-        self.far = self._divergence.far[self.rows] & ~done
+        self.far = self._samples.far[self.rows] & ~done
         if not done.any():
             return x, fx, gx
         if not self.shrinks:
@@ -115,7 +114,7 @@ class SampleSolve(Solve):
 
         self.lost[rows[~finite]] = True
         reached = (residual < self.eps) | (residual == 0)
-        diverged = finite & ~reached & self._divergence.diverged(g, f, rows)
+        diverged = finite & ~reached & self._samples.diverged(g, f, rows)
         self._diverged[rows[diverged]] = True
         ends = ~finite | reached | diverged | (own_relative < self.control.floor)
         self.done[rows[ends]] = True
@@ -159,7 +158,7 @@ class SampleSolve(Solve):
         return bool(self._diverged.any() or self.lost.all())
 
     def result(self) -> dict:
-        gave_up = self._gave_up() or bool((self._divergence.far & ~self.done).any())
+        gave_up = self._gave_up() or bool((self._samples.far & ~self.done).any())
         return self._solution(self._own_best(), self._sample_nfe, gave_up)
 
 

@@ -66,6 +66,7 @@ class Solve:
         self.shape, self.dtype, self.device = x0.shape, x0.dtype, x0.device
         self.threshold, self.eps, self.stop_mode = threshold, float(eps), stop_mode
         self.control = control
+        self._max_nfe = math.inf if control.max_nfe is None else control.max_nfe
         self._start = time.perf_counter()
         self.work_dtype = torch.promote_types(x0.dtype, torch.float32)
         self.x0 = x0.detach().reshape(len(x0), -1).to(self.work_dtype)  # (B, D)
@@ -84,8 +85,9 @@ class Solve:
         self.lost, self.lost_mask = np.zeros(len(x0), dtype=bool), None
         self.converged = self.diverged = self.at_floor = self.stalled = False
         self._exhausted = ""  # the limit that the solve ran into, as a reason
-        self.far = np.zeros(len(x0), dtype=bool)  # samples whose newest point is far out
-        self._divergence = Divergence(1, torch.finfo(self.work_dtype).eps)
+        rounding = torch.finfo(self.work_dtype).eps
+        self._divergence, self._samples = Divergence(1, rounding), Divergence(len(x0), rounding)
+        self.far = self._samples.far  # samples whose newest point is far out, (B,)
         self._borrowed = True  # the best iterate may be another's tensor: do not write to it
         self._pending: list[Tensor] = []  # points not yet judged; _norms holds their norms
         self._norms = self.x0.new_empty(min(control.check_every, threshold + 1), 2, len(x0))
@@ -121,10 +123,6 @@ class Solve:
     def left(self) -> int:
         """What is left of a threshold that counts evaluations and products together."""
         return int(min(self.threshold, self._max_nfe)) - self.nfe - self.products
-
-    @property
-    def _max_nfe(self) -> float:
-        return math.inf if self.control.max_nfe is None else self.control.max_nfe
 
     def affords(self, count: int) -> bool:
         """Whether the budget allows ``count`` more; if not, note it as the reason to stop."""
@@ -239,9 +237,7 @@ class Solve:
             self.best = Best(x, residual, np.stack([g, f]), step, newest)
         self.converged |= current < self.eps or current == 0.0
         self.at_floor |= self.rel_trace[-1] < self.control.floor
-        if self.nfe == 1:
-            self._far_out = far_out(g, f, torch.finfo(self.work_dtype).eps)
-        self.far = g > self._far_out
+        self._samples.diverged(g, f)  # for ``far``
         if not forgive:
             found = self._divergence.diverged(np.array([total_g]), np.array([total_f]))
             self.diverged |= bool(found[0])
@@ -350,32 +346,25 @@ def out_of_range(residual: np.ndarray, least: float) -> bool:
     return bool(((residual < least) & (residual > 0) | (residual > 1 / least)).any())
 
 
-def far_out(g: np.ndarray, f: np.ndarray, eps: float) -> np.ndarray:
-    """Limits (n,) above which a residual is far out, from the norms (n,) of g and f at the start.
-
-    After a warm start the first residual may be rounding error, whose growth means nothing: it
-    counts as at least sqrt(eps) ||f||, where ``eps`` is the rounding error of the format.
-    """
-    return FAR * np.maximum(g, math.sqrt(eps) * f)
-
-
 class Divergence:
     """Finds which of n samples diverge: from several steps, never from a single one.
 
     A residual is far out if it is a million times the first residual. Both stop modes measure the
-    absolute residual: the relative residual of z -> 3 z stays at 2/3 forever. A Newton or
-    quasi-Newton step may lead far out once, and the iteration comes back. A diverging iteration
-    keeps rising: far out, it reaches five new highs without coming back in between.
+    absolute residual: the relative residual of z -> 3 z stays at 2/3 forever. After a warm start
+    the first residual may be rounding error, whose growth means nothing: it counts as at least
+    sqrt(eps) ||f||. A Newton or quasi-Newton step may lead far out once, and the iteration comes
+    back. A diverging iteration keeps rising: far out, it reaches five new highs without coming back
+    in between.
 
     Args:
         count: n; 1 for the batch as a whole.
-        eps: as for :func:`far_out`.
+        eps: rounding error of the format.
     """
 
     def __init__(self, count: int, eps: float):
         self._eps = eps
         self._limit: np.ndarray | None = None  # far out above this, (n,)
-        self.far = np.zeros(count, dtype=bool)  # whether the newest residual is far out
+        self.far = np.zeros(count, dtype=bool)  # whether the newest residual is; kept in place
         self._highest = np.zeros(count)
         self._highs = np.zeros(count, dtype=np.int64)  # new highs since the residual was last near
 
@@ -385,7 +374,7 @@ class Divergence:
         The first call sets the limits, for all samples. Norms that are not finite say nothing.
         """
         if self._limit is None:
-            self._limit = far_out(g, f, self._eps)
+            self._limit = FAR * np.maximum(g, math.sqrt(self._eps) * f)
         far = self.far[rows] = g > self._limit[rows]
         if not far.any() and not self._highs[rows].any():  # usual: nothing is far out
             return far
