@@ -10,7 +10,7 @@ Backward: by the implicit function theorem,
 The backward solver finds y, the fixed point of y -> J'y + dL/dz (Bai, Kolter and Koltun 2019, arXiv
 1909.01377). This is ``grad="ift"``; :mod:`lib.gradients` has the others.
 
-Example (a layer defined in a notebook)::
+Example::
 
     >>> import torch
     >>> from lib.deq import DEQ
@@ -192,8 +192,8 @@ class DEQ:
                 more than f(z): see :mod:`lib.solvers.maps`. The Jacobian loss uses ``f.plain``.
             z0: the initial guess, (B, ...) of any rank, or a list of (B, ...) tensors.
             f_thres, b_thres: thresholds of the forward and the backward solver.
-            training: return f(z*) (True) or the value of z* (False). Both carry the gradient
-                if autograd is recording.
+            training: return f(z*) (True) or the value of z* (False), with the gradient if autograd
+                is recording.
             jac_vecs: number of random vectors for the Jacobian loss; 0 skips it.
             sradius_iters: number of products for the spectral radius at z*; 0 skips it.
             indexing: also return, as ``states``, the states after these numbers of evaluations of
@@ -387,7 +387,7 @@ def _flattened(shapes: list[tuple[int, ...]], f: Callable) -> Map:
 def _watched(f: Map, indexing: Sequence[int]) -> tuple[Map, dict[int, Tensor]]:
     """f with a recorder, and the dict that it fills: number of an evaluation, from 0 -> point.
 
-    It offers no ``select``, which would evaluate, and so record, a part of the batch.
+    It offers no ``select``, which would record a part of the batch.
     """
     visited: dict[int, Tensor] = {}
     count = 0
@@ -426,7 +426,8 @@ class SolverAttributes:
     """Mixin for models: ``f_solver``, ``b_solver`` and ``grad`` are those of ``self.deq``.
 
     They may be set at any time. ``b_solver = None`` means the forward solver, as in the published
-    models. Another one has its own tolerance, which the accuracy of the gradient depends on.
+    models. Another one has its own tolerance: a smaller one of ``f_solver`` alone does not
+    improve the gradient.
     """
 
     deq: DEQ

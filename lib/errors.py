@@ -6,8 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
 
-_OWN = ("lib", "deq_sequence", "mdeq_vision")
-
 
 class InputError(ValueError):
     """Bad input: a file, flag, setting or argument that cannot be used.
@@ -46,7 +44,7 @@ def needs(extra: str) -> Iterator[None]:
         yield
     except (ModuleNotFoundError, MissingExtra) as error:  # the outermost context names the extra
         name = (error.name or "").partition(".")[0]
-        if name in _OWN:
+        if name in ("lib", "deq_sequence", "mdeq_vision"):
             raise
         command = f"pip install -e '.[{extra}]'"
         missing = MissingExtra(f"{name} is not installed: run {command} in the repository")

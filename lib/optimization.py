@@ -1,7 +1,7 @@
 """Weight normalisation and variational dropout, in the forms that a fixed-point layer needs.
 
-f must stay the same map during a solve. So each forward pass computes the normalised weight once
-and draws each dropout mask once, for all applications of f.
+f must stay the same map during a solve: each forward pass computes the normalised weight once and
+draws each dropout mask once.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class WeightNorm:
     def reset(self, module: nn.Module) -> None:
         """Compute the weights and hold them until the next call: once per forward pass.
 
-        Without this call, or after g or v has changed, every access computes the weight.
+        Without it, or after g or v has changed, every access computes the weight.
         """
         module.__dict__[_HELD] = {
             name: (self._version(module, name), self.compute(module, name)) for name in self.names

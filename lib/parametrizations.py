@@ -83,9 +83,9 @@ class WeightNorm(_Parametrization):
 class SpectralNorm(_Parametrization):
     """w = v / max(1, ||v||_2 / bound); see :func:`spectral_norm`.
 
-    Power iteration gives the leading singular vectors, the buffers ``left`` and ``right``. They
-    change only in training mode, after the weight has changed: the forward solve, the evaluation
-    that carries the gradient and the adjoint belong to the same weight.
+    The buffers ``left`` and ``right``, the leading singular vectors, change only in training mode,
+    after the weight has changed: the forward solve, the evaluation that carries the gradient and
+    the adjoint belong to the same weight.
     """
 
     def __init__(self, weight: Tensor, bound: float, groups: int | None):
@@ -235,7 +235,7 @@ class ContractiveLayer(nn.Module):
         self.mix = spectral_norm(nn.Linear(size, size, bias=False), bound)  # W z
 
     def forward(self, z: Tensor, u: Tensor) -> Tensor:
-        """f(z) for z (B, ..., size) and u = ``inject(x)`` of the same shape."""
+        """f(z) for z and u = ``inject(x)``, both (B, ..., size)."""
         return torch.tanh(self.mix(z) + u)
 
 

@@ -57,7 +57,7 @@ class LinearSolve:
         report: called with the solver's dict after each solve.
         name: what warnings call the solution.
         of: what warnings call the result that depends on the solution.
-        group: processes among which products communicate (:mod:`lib.solvers.lockstep`).
+        group: processes among which products communicate (:func:`~lib.solvers.maps.lockstep`).
     """
 
     def __init__(

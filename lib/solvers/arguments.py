@@ -133,7 +133,7 @@ def _value(text: str):
 
 
 class Names(list):
-    """Names as the choices of a command line. A name followed by options is also a choice."""
+    """Names as the choices of a command line, also with options."""
 
     def __contains__(self, text: object) -> bool:
         return super().__contains__(str(text).partition(":")[0])

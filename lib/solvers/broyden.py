@@ -51,12 +51,12 @@ def broyden(
         ls: shorten a step until ||g|| over the batch rises by no more than Li and Fukushima (2000)
             allow (a factor of 3.7 over the whole solve). There are at most five trials per step. If
             all are rejected, H learns from the shortest trial and the iterate stays where it is.
-        name: label of the solve, returned in the result.
-        memory: number of most recent updates that make up H, at two stored vectors each. None keeps
-            all updates, at one vector each.
+        name: label of the solve.
+        memory: number of last updates that make up H, at two stored vectors each. None keeps all
+            updates, at one vector each.
         damping: step length t, in (0, 1].
-        keep_inverse: return H as "inverse", and the number of its updates made on the way to the
-            result as "updates". Not with stop='sample' or best='sample'.
+        keep_inverse: return H as "inverse", and as "updates" the number of those made on the way to
+            the result. Not with stop='sample' or best='sample'.
         **control: see :class:`~lib.solvers.arguments.Control`; a line search needs stop='batch'.
 
     Returns:
@@ -75,7 +75,7 @@ def broyden(
     own = keep_inverse and control.get("best") == "sample"
     check(not own, "keep_inverse", keep_inverse, "False with best='sample'")
     check(not ls or damping == 1, "ls", ls, "False with a damping")
-    solve = start(f, x0, threshold, eps, stop_mode, control, heeds_check_every=not ls)
+    solve = start(f, x0, threshold, eps, stop_mode, control, needs_all=ls)
     if memory is None:
         inverse = BroydenInverse(solve.x0, threshold)
     else:

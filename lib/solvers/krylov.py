@@ -37,8 +37,8 @@ def gmres(
     """GMRES: the point of the Krylov space with the least residual (Saad and Schultz 1986).
 
     Arnoldi's process (orthogonalised twice) gives J V = V H. The point z = x0 + V c minimises
-    ||r_0 - (I - J) V c||. Givens rotations update the solution of this small least-squares problem.
-    A step costs one product and one stored vector. f need not be a contraction.
+    ||r_0 - (I - J) V c||, a small least-squares problem solved by Givens rotations. A step costs
+    one product and one stored vector. f need not be a contraction.
 
     Args:
         f: an affine map of (B, ...) to the same shape.
@@ -117,7 +117,7 @@ def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[
 
 
 class _LeastSquares:
-    """min ||r_0 - (I - J) V c|| for each sample, in float64, by Givens rotations.
+    """min ||r_0 - (I - J) V c|| for each sample, in float64.
 
     A sample that takes no further part gets columns of the identity and a right-hand side of zero.
     """
@@ -285,13 +285,12 @@ class System:
     """State of a linear solve: the point x (B, D), f(x), g = f(x) - x, and when to stop."""
 
     def __init__(self, f, x0: Tensor, threshold: int, eps: float, stop_mode: str, control: dict):
-        options = {"shrinks": False, "heeds_check_every": False}
-        self.solve = start(f, x0, threshold, eps, stop_mode, control, **options)
+        self.solve = start(f, x0, threshold, eps, stop_mode, control, needs_all=True)
         self.f = f
         self.x, self.fx, self.g = self.solve.evaluate(self.solve.x0)
 
     def move(self, correction: Tensor, improved: np.ndarray) -> None:
-        """Move the samples ``improved`` (B,) to x + correction; evaluate the true residual there.
+        """Move the samples ``improved`` (B,) to x + correction, and evaluate f there.
 
         Samples whose true residual does not fall are noted as stalled.
         """

@@ -36,15 +36,15 @@ class Affine:
         self._version = None if zero is None else zero._version
 
     def __call__(self, z: Tensor) -> Tensor:
-        if self._is_zero(z):
+        zero = self.zero
+        if (
+            zero is not None
+            and zero._version == self._version
+            and z.data_ptr() == zero.data_ptr()
+            and z.shape == zero.shape
+        ):
             return self.shift.clone()
         return self.product(z) + self.shift
-
-    def _is_zero(self, z: Tensor) -> bool:
-        zero = self.zero
-        if zero is None or zero._version != self._version:
-            return False
-        return z.data_ptr() == zero.data_ptr() and z.shape == zero.shape
 
 
 def plain(f: Map) -> Map:

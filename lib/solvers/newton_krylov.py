@@ -50,8 +50,7 @@ def newton_krylov(
     Args:
         f, x0, eps, stop_mode: as for :func:`~lib.solvers.anderson.anderson`.
         threshold: maximum number of evaluations of f and products with J together.
-        inner: maximum number of products per linear system. One system may use up the threshold;
-            choose fewer products to prevent this.
+        inner: maximum number of products per linear system; one system may use up the threshold.
         inner_eps: relative residual ||g - (I - J) d|| / ||g|| at which a sample's linear system
             counts as solved. Near the solution each step lowers the residual by this factor.
         damping: step length t, in (0, 1], unless a shorter one is needed.
@@ -80,8 +79,7 @@ def newton_krylov(
         if x0.is_inference():
             x0 = x0.clone()
         linearised = _Linearised(f, jvp)
-        options = {"shrinks": False, "heeds_check_every": False}
-        solve = start(linearised, x0, threshold, eps, stop_mode, control, **options)
+        solve = start(linearised, x0, threshold, eps, stop_mode, control, needs_all=True)
         iterate = _Iterate(solve, warmup, damping)
         while not solve.stopped:
             newton = iterate.takes_a_step

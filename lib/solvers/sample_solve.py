@@ -8,7 +8,7 @@ A method goes on with the rows of the unfinished samples: ``solve.kept`` holds t
 the rows so far (None: all of them). If f can be restricted to samples (``f.select``, see
 :mod:`lib.solvers.maps`), it sees these alone, otherwise the whole batch, with the finished samples
 at rest. Methods that multiply with the Jacobian of the whole batch keep all rows
-(``shrinks=False``): finished samples stay at their best iterate, with a residual of zero.
+(``needs_all``): finished samples stay at their best iterate, with a residual of zero.
 
 The result differs from that of a solve that stops by the batch:
 
@@ -36,10 +36,10 @@ from lib.solvers.solve import Solve, out_of_range
 class SampleSolve(Solve):
     """A :class:`~lib.solvers.solve.Solve` that judges and stops each sample by itself."""
 
-    def __init__(self, *arguments, shrinks: bool = True):
+    def __init__(self, *arguments, needs_all: bool):
         super().__init__(*arguments)
         batch = len(self.x0)
-        self.shrinks = shrinks
+        self.needs_all = needs_all
         self.rows = np.arange(batch)  # the samples that the method holds
         self.done = np.zeros(batch, dtype=bool)
         self.own.residual, self.own.norms = self.own.residual.copy(), self.own.norms.copy()
@@ -53,7 +53,7 @@ class SampleSolve(Solve):
 
         ``out`` keeps all b rows: the method drops those of finished samples from what it stores.
         """
-        if not self.shrinks:
+        if self.needs_all:
             x = self._at_rest(x)
         x, fx, gx = self._value(x, self._f_rows, out)
         norms = torch.stack([torch.linalg.vector_norm(v, dim=1) for v in (gx, fx)])
@@ -69,7 +69,7 @@ class SampleSolve(Solve):
         self.far = self._samples.far[self.rows] & ~done
         if not done.any():
             return x, fx, gx
-        if not self.shrinks:
+        if self.needs_all:
             gx.masked_fill_(mask_of(done, gx), 0.0)
             return self._at_rest(x), self._at_rest(fx), gx
         self.kept = to_device(np.flatnonzero(~done), self.device)
@@ -124,7 +124,7 @@ class SampleSolve(Solve):
 
     def _keep_best(self, x: Tensor, samples: np.ndarray, places: np.ndarray) -> None:
         """Keep row ``places[i]`` of x as the best iterate so far of sample ``samples[i]``."""
-        if len(samples) == len(self.x0):  # usual: keep a reference, no copy
+        if len(samples) == len(self.x0):  # a reference, no copy
             self.own.x, self._borrowed = x, True
         elif len(samples):
             if self._borrowed:
@@ -170,16 +170,15 @@ def start(
     stop_mode: str,
     control: dict,
     *,
-    shrinks: bool = True,
-    heeds_check_every: bool = True,
+    needs_all: bool = False,
 ) -> Solve:
     """Make the object that keeps a solve, per batch or per sample; ``control`` holds keywords.
 
-    ``shrinks``: with stop='sample', the method drops the rows of finished samples.
-    ``heeds_check_every``: False for a method that needs every residual; ``check_every`` is then 1.
+    ``needs_all``: the method needs every residual (``check_every`` is 1), and with stop='sample'
+    the rows of finished samples too.
     """
     options = Control(**control)
-    if not heeds_check_every:
+    if needs_all:
         options = replace(options, check_every=1)
-    make = partial(SampleSolve, shrinks=shrinks) if options.stop == "sample" else Solve
+    make = partial(SampleSolve, needs_all=needs_all) if options.stop == "sample" else Solve
     return make(f, x0, threshold, eps, stop_mode, options)

@@ -45,9 +45,8 @@ class Solve:
     Points are (B, D) tensors in the working dtype: that of ``x0``, or float32 if ``x0`` is in half
     precision, whose inner products are too inaccurate. f sees the shape and dtype of ``x0``.
 
-    Every ``check_every`` evaluations, one transfer brings the norms to the host, where they are
-    judged: as kernels on the device, a dozen operations on a few numbers would cost more than the
-    norms themselves.
+    Every ``check_every`` evaluations, one transfer brings the norms to the host. There they are
+    judged: on the device, a dozen kernels on a few numbers would cost more than the norms.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class Solve:
         self.own = replace(self.best, step=np.zeros(len(x0), dtype=np.int64))
         self.wide = False  # whether inner products of residuals may leave the range of float32
         self._least = least_norm(self.x0)
-        # Samples on which f was not finite: on the host, and on the device once there are any.
+        # Samples on which f was not finite: on the host, and on the device if there are any.
         self.lost, self.lost_mask = np.zeros(len(x0), dtype=bool), None
         self.converged = self.diverged = self.at_floor = self.stalled = False
         self._exhausted = ""  # the limit that the solve ran into, as a reason
@@ -135,11 +134,7 @@ class Solve:
 
         A sample on which f is not finite is lost: from then on it rests at its best finite iterate
         with a residual of zero, and does not disturb the others. Between two checks it may go
-        unnoticed.
-
-        Args:
-            x: the point. It is kept by reference: do not overwrite it afterwards.
-            out: where to write f(x) - x; a new tensor if None.
+        unnoticed. x is kept by reference: do not overwrite it. ``out`` takes f(x) - x.
         """
         point = self.trial(x, out, forgive=False)
         assert point is not None  # None is for forgiven ones

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from lib.errors import InputError
 
-INSTEAD = "use torch.autograd instead (grad, backward, functional.jacobian, one by one)"
-
 
 def refuse_transforms() -> None:
     """Refuse a call inside torch.func or torch.export."""
@@ -32,7 +30,8 @@ def refuse_transforms() -> None:
     if traced or functorch.peek_interpreter_stack() is not None:
         raise InputError(
             "a solve inside a transform of torch.func (grad, vmap, jvp, ...), or traced, is not "
-            f"possible, because its number of steps depends on values: {INSTEAD}"
+            "possible, because its number of steps depends on values: use torch.autograd instead "
+            "(grad, backward, functional.jacobian, one by one)"
         )
 
 
