@@ -157,7 +157,7 @@ def spectral_norm(module: nn.Module, bound: float = 0.9) -> nn.Module:
 
     Power iteration estimates the norm (Miyato et al. 2018, arXiv 1802.05957): 100 iterations at the
     start, then 5 in training mode after each change of the weight. The estimate comes from below:
-    the norm exceeded the bound by less than 1 % at the start in our tests, and by less than 0.1 %
+    the norm may exceed the bound, in our tests by less than 1 % at the start and by less than 0.1 %
     after some steps of training. Evaluation changes no buffer.
 
     The norm of a convolution is that of the operator: the circular convolution of stride 1 on an

@@ -50,7 +50,8 @@ def newton_krylov(
     Args:
         f, x0, eps, stop_mode: as for :func:`~lib.solvers.anderson.anderson`.
         threshold: maximum number of evaluations of f and products with J together.
-        inner: maximum number of products per linear system; one system may use up the threshold.
+        inner: maximum number of products per linear system. One system may use up the threshold:
+            choose fewer to prevent this.
         inner_eps: relative residual ||g - (I - J) d|| / ||g|| at which a sample's linear system
             counts as solved. Near the solution each step lowers the residual by this factor.
         damping: step length t, in (0, 1], unless a shorter one is needed.

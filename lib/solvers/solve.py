@@ -137,7 +137,7 @@ class Solve:
         unnoticed. x is kept by reference: do not overwrite it. ``out`` takes f(x) - x.
         """
         point = self.trial(x, out, forgive=False)
-        assert point is not None  # None is for forgiven ones
+        assert point is not None  # only a trial that is forgiven may fail
         return point
 
     def trial(
