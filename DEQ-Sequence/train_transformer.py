@@ -7,7 +7,7 @@ python train_transformer.py --help                        # all flags
 import sys
 
 try:
-    from lib.extras import command_needs
+    from lib.errors import command_needs
 
     with command_needs("words", "train_transformer.py"):
         from deq_sequence.command import main

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 try:
-    from lib.extras import command_needs
+    from lib.errors import command_needs
 
     with command_needs("images", "quickstart.py"):
         from mdeq_vision.quickstart import main

@@ -18,8 +18,7 @@ from statistics import fmean
 import torch
 from torch import Tensor, nn
 
-from lib.errors import InputError, check, check_count
-from lib.extras import command_needs
+from lib.errors import InputError, check, check_count, command_needs
 from prefix_sums import GRAD, PLAIN, TRAINED, WINDOWS, Layer, fit, measure, strings, train
 
 BITS = {8: 100, 16: 100, 32: 100, 64: 100, 128: 100, 512: 100, 2048: 20}  # -> strings of a test

@@ -1,12 +1,11 @@
 """Deep equilibrium models: the DEQ layer, its solvers and gradients, and Jacobian tools.
 
-Most programs need only the names below. The modules have more (:mod:`lib.solvers`,
-:mod:`lib.gradients`, :mod:`lib.jacobian`, :mod:`lib.optimization`). :mod:`lib.runs` is about
-training runs: records, checkpoints, processes. Nothing in this package depends on text or images.
+Most programs need only these names. :mod:`lib.solvers`, :mod:`lib.gradients`, :mod:`lib.jacobian`
+and :mod:`lib.optimization` have more. :mod:`lib.runs` is about training runs: records, checkpoints,
+processes. Nothing here depends on text or images.
 """
 
 from lib.auditing import audit
-from lib.contractive import ContractiveLayer
 from lib.deq import DEQ, Equilibrium
 from lib.errors import DEQWarning, InputError
 from lib.gradients import get_gradient
@@ -19,7 +18,7 @@ from lib.optimization import (
     VariationalHidDropout2d,
     weight_norm,
 )
-from lib.parametrizations import spectral_norm, weight_norm_all
+from lib.parametrizations import ContractiveLayer, spectral_norm, weight_norm_all
 from lib.solvers import (
     anderson,
     bicgstab,

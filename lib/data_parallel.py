@@ -1,6 +1,6 @@
 """Data parallelism over several GPUs in one process."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
@@ -9,7 +9,7 @@ from torch.nn.parallel import DataParallel, parallel_apply, replicate
 from torch.nn.parallel.scatter_gather import gather
 
 from lib.errors import InputError
-from lib.solvers.precision import same_autocast
+from lib.solvers.precision import in_context, same_autocast
 
 
 def shares(batch: int, n_devices: int, first: int = -1) -> list[int]:
@@ -22,11 +22,10 @@ def shares(batch: int, n_devices: int, first: int = -1) -> list[int]:
         return [batch]
     if first > batch:
         raise InputError(f"the first device's share {first} exceeds the batch of {batch}")
-    if first < 0:
-        quotient, rest = divmod(batch, n_devices)
-        return [quotient + (i < rest) for i in range(n_devices)]
-    quotient, rest = divmod(batch - first, n_devices - 1)
-    return [first, *(quotient + (i < rest) for i in range(n_devices - 1))]
+    given = [] if first < 0 else [first]
+    others = n_devices - len(given)
+    quotient, rest = divmod(batch - sum(given), others)
+    return given + [quotient + (i < rest) for i in range(others)]
 
 
 class BalancedDataParallel(DataParallel):
@@ -60,46 +59,29 @@ class BalancedDataParallel(DataParallel):
         devices = [d for d, size in zip(self.device_ids, parts, strict=True) if size]
         sizes = [size for size in parts if size]
         scattered = zip(*(self._split(value, devices, sizes) for value in inputs), strict=True)
-        replicas = self._replicas(devices)
-        # parallel_apply calls its modules, so any functions serve.
-        outputs = parallel_apply(
-            replicas,  # pyright: ignore[reportArgumentType]
-            list(scattered),
-            [kwargs] * len(devices),
-            devices,
-        )
+        copies = [kwargs] * len(devices)
+        outputs = parallel_apply(self._replicas(devices), list(scattered), copies, devices)
         return [
             self._merge(part, dim, sizes)
             for part, dim in zip(zip(*outputs, strict=True), self.output_dims, strict=True)
         ]
 
-    def _replicas(self, devices: list[int]) -> list[Callable]:
-        """Copies of the module on ``devices``, each with the caller's autocast setting."""
-        # replicate copies from the first device, so include it even if it has no samples. Its
-        # replica then contributes a zero gradient.
+    def _replicas(self, devices: list[int]) -> list:
+        """Copies of the module on ``devices``, as functions with the caller's autocast setting."""
+        # replicate copies from the first device: include it even without samples (zero gradient).
         first, *others = self.device_ids
         wanted = [first, *(d for d in devices if d in others)]
         replicas = replicate(self.module, wanted, detach=not torch.is_grad_enabled())
         autocast = same_autocast(self.src_device_obj)
-
         # parallel_apply runs each replica in a thread, and enables autocast there without the
-        # caller's dtype. The dtype would be float16 on a GPU, even if the caller chose another one.
-        def under_autocast(replica: nn.Module) -> Callable:
-            def forward(*inputs, **kwargs):
-                with autocast():
-                    return replica(*inputs, **kwargs)
-
-            return forward
-
-        return [under_autocast(replica) for replica in replicas[-len(devices) :]]
+        # caller's dtype: on a GPU it would be float16, whatever the caller chose.
+        return [in_context(autocast, replica) for replica in replicas[-len(devices) :]]
 
     def _merge(self, parts: Sequence[Tensor], dim: int | None, sizes: list[int]) -> Tensor:
         if dim is not None:
             return gather(parts, self.output_device, dim)
-        weighted = [
-            part.to(self.output_device) * size for part, size in zip(parts, sizes, strict=True)
-        ]
-        return reduce(torch.add, weighted) / sum(sizes)
+        pairs = zip(parts, sizes, strict=True)
+        return reduce(torch.add, (p.to(self.output_device) * n for p, n in pairs)) / sum(sizes)
 
     def _split(self, value, devices: list[int], sizes: list[int]) -> list:
         if isinstance(value, Tensor):

@@ -1,16 +1,16 @@
 r"""The DEQ wrapper: find z* = f(z*), re-attach it to autograd, report what the solvers did.
 
-Forward: a solver runs without autograd. Then f is applied once more, with autograd, at the solver's
-result. So backward keeps one evaluation of f, however many iterations the solver ran.
+Forward: a solver runs without autograd. Then f is applied once more, with autograd, at its result:
+backward keeps one evaluation of f, however many iterations the solver ran.
 
 Backward: by the implicit function theorem,
 
     dL/dtheta = y' df/dtheta,      y' = dL/dz' (I - J)^-1,    J = df/dz at z*
 
-Here y is the fixed point of y -> J'y + dL/dz, and the backward solver finds y (Bai, Kolter and
-Koltun 2019, arXiv 1909.01377). This is ``grad="ift"``; :mod:`lib.gradients` has the others.
+The backward solver finds y, the fixed point of y -> J'y + dL/dz (Bai, Kolter and Koltun 2019, arXiv
+1909.01377). This is ``grad="ift"``; :mod:`lib.gradients` has the others.
 
-Example (a layer defined in a notebook)::
+Example::
 
     >>> import torch
     >>> from lib.deq import DEQ
@@ -45,13 +45,11 @@ from lib.jacobian import jac_loss_estimate, power_method
 from lib.layer_utils import list2vec, vec2list
 from lib.parametrizations import weights_held
 from lib.solvers import SOLVERS, get_solver
-from lib.solvers.arguments import Control, check_stop_mode
+from lib.solvers.arguments import Control, check_stop_mode, unwrapped
 from lib.solvers.krylov import gmres
-from lib.solvers.lockstep import lockstep
-from lib.solvers.maps import Map, plain, transformed
+from lib.solvers.maps import Map, lockstep, plain, transformed
 from lib.solvers.newton_krylov import newton_krylov
 from lib.solvers.precision import half_precision, in_float32, solve_in_stages
-from lib.solvers.specs import unwrapped
 from lib.solvers.stats import SolverStats, all_finite, solve_figures
 from lib.solvers.transforms import (
     differentiating_forward,
@@ -72,13 +70,13 @@ class Equilibrium:
     """The result of one forward solve.
 
     Attributes:
-        z: the output state, with the chosen gradient attached. With ``training`` its value is
-            f(z*), or the last step of a gradient that takes steps; otherwise its value is z*.
+        z: the output state, with the chosen gradient. Its value is z*; with ``training`` it is
+            f(z*), or the last step of a gradient that takes steps.
         z_star: the solver's result, detached.
         jac_loss: the Jacobian loss, a scalar; zero if not requested.
         sradius: the spectral radius, (B, 1); zeros if not requested.
         solution: the solver's dict; None for a stacked network.
-        states: the states that ``indexing`` requests, then z; empty without ``indexing``.
+        states: the states that ``indexing`` requests, then z; empty without it.
     """
 
     z: Tensor | list[Tensor]
@@ -93,20 +91,20 @@ class DEQ:
     """Solve for the equilibrium of a layer and differentiate it.
 
     Args:
-        f_solver: the forward solver. Either a name in :data:`lib.solvers.SOLVERS`, optionally with
-            options ("anderson:m=4"), or any callable with the signature of these solvers, such as
+        f_solver: the forward solver: a name in :data:`lib.solvers.SOLVERS`, possibly with options
+            ("anderson:m=4"), or any callable with the signature of these solvers, such as
             ``functools.partial(broyden, eps=1e-9)``.
-        b_solver: the backward solver, which solves for the adjoint; given like ``f_solver``. A name
-            is one of :data:`lib.solvers.ADJOINT_SOLVERS`, which include gmres and bicgstab.
-            None means gmres with the tolerance of the forward solver, if the forward solver is
-            one of :data:`lib.solvers.SOLVERS`; otherwise None means the forward solver itself.
-            "same" means the forward solver; if that is newton_krylov, gmres.
+        b_solver: the backward solver, which solves for the adjoint; given like ``f_solver``, with
+            names in :data:`lib.solvers.ADJOINT_SOLVERS` (with gmres and bicgstab). None means gmres
+            with the tolerance of the forward solver if that is one of
+            :data:`lib.solvers.SOLVERS`, else the forward solver itself. "same" means the forward
+            solver; if that is newton_krylov, gmres.
         stop_mode: 'rel' or 'abs': the residual by which the forward solve stops.
         b_stop_mode: the same for the backward solve; None takes ``stop_mode``.
-        grad: how to differentiate. Either a name in :data:`lib.gradients.GRADIENTS`, optionally
-            with options ("phantom:steps=3,damping=0.8"), or an instance of one of these classes.
+        grad: how to differentiate: a name in :data:`lib.gradients.GRADIENTS`, possibly with
+            options ("phantom:steps=3,damping=0.8"), or an instance of one of these classes.
         group: the processes among which f communicates (as under ``fully_shard``, FSDP2), such as
-            ``torch.distributed.group.WORLD``: see :mod:`lib.solvers.lockstep`.
+            ``torch.distributed.group.WORLD``: see :func:`~lib.solvers.maps.lockstep`.
 
     ``stats`` accumulates what the solvers did; ``stats.reset()`` clears it.
 
@@ -191,24 +189,22 @@ class DEQ:
             f: the layer, a function of the state alone. Compute what does not depend on z
                 (weights, masks, injections) once, and let f hold it in its closure. f may offer
                 more than f(z): see :mod:`lib.solvers.maps`. The Jacobian loss uses ``f.plain``.
-            z0: the initial guess, (B, ...) of any rank, or a list of (B, ...) tensors. A good guess
-                saves evaluations.
+            z0: the initial guess, (B, ...) of any rank, or a list of (B, ...) tensors.
             f_thres, b_thres: thresholds of the forward and the backward solver.
-            training: return f(z*) (True) or the value of z* (False). Both carry the gradient
-                whenever autograd is recording.
-            jac_vecs: number of random vectors for the Jacobian loss; 0 skips this loss.
+            training: return f(z*) (True) or the value of z* (False), with the gradient if autograd
+                is recording.
+            jac_vecs: number of random vectors for the Jacobian loss; 0 skips it.
             sradius_iters: number of products for the spectral radius at z*; 0 skips it.
-            indexing: also return the states after these numbers of evaluations of f, for losses
-                that correct the path to the fixed point (Bai et al. 2022, arXiv 2204.08442).
-                ``states`` of the result holds these states in the order of ``indexing``, then z.
-                To each of them f is applied once (with ``phantom``: its steps), and the gradient is
-                that of this application alone. If the solve ends before a number, z takes the
-                place of its state.
+            indexing: also return, as ``states``, the states after these numbers of evaluations of
+                f, in this order, then z: for losses that correct the path to the fixed point (Bai
+                et al. 2022, arXiv 2204.08442). To each of them f is applied once (with
+                ``phantom``: its steps), and the gradient is that of this application alone. If the
+                solve ends before a number, z takes its place.
             on_solve: called with ('forward' or 'backward', solver dict) after each solve.
 
         Raises:
-            InputError: an argument is out of range, or the call is inside a transform of torch.func
-                or an export.
+            InputError: an argument is out of range, or the call is inside an export or a transform
+                of torch.func.
         """
         refuse_transforms()
         shapes = None  # of the tensors in a list
@@ -217,13 +213,15 @@ class DEQ:
             check(listed, "z0", type(z0).__name__, "a tensor or a list of tensors")
             shapes = [tuple(t.shape[1:]) for t in z0]
             f, z0 = transformed(f, partial(_flattened, shapes)), list2vec(z0)
+        recording, half = torch.is_grad_enabled(), half_precision(z0)
+        jac_vecs = jac_vecs if recording else 0
         if self.group is not None:
-            self._refuse_with_group(half_precision(z0), bool(indexing), jac_vecs)
+            self._refuse_with_group(half, bool(indexing), jac_vecs)
         for number in indexing:
             check_count("a number in indexing", number)
-        z, states, solution = self._solve(f, z0, f_thres, indexing)
+        z, states, solution = self._solve(f, z0, f_thres, indexing, half)
         self._report("forward", solution, on_solve)
-        if training and torch.is_grad_enabled():
+        if training and recording:
             self._warn_once(solution)
         z_star = solution["result"].detach()
         jac_loss, sradius = z_star.new_zeros(()), z_star.new_zeros(len(z_star), 1)
@@ -231,24 +229,21 @@ class DEQ:
             with recording_for("the spectral radius"):
                 point = z_star.clone().requires_grad_()
                 sradius = power_method(f(point), point, n_iters=sradius_iters)[1]
-        grad, recording = self._grad, torch.is_grad_enabled()
-        jac_vecs = jac_vecs if recording else 0
+        grad = self._grad
         if isinstance(grad, Iteration):
             if jac_vecs:
                 point = _point(z_star.clone(), requires_grad=True)
                 jac_loss = jac_loss_estimate(plain(f)(point), point, vecs=jac_vecs)
         elif recording or training or differentiating_forward():
-            z, jac_loss = self._attach(
-                grad, f, solution, jac_vecs, b_thres, on_solve, half_precision(z0)
-            )
+            z, jac_loss = self._attach(grad, f, solution, jac_vecs, b_thres, on_solve, half)
             values = {0: z_star} | states
             states = {i: grad.attach_state(f, state) for i, state in states.items()}
             if not training:  # the values from the solver, with the chosen gradient
                 z, *ends = (values[i] + (t - t.detach()) for i, t in ({0: z} | states).items())
                 states = dict(zip(states, ends, strict=True))
         else:
-            z = z_star.clone()  # the user may change z in place; z_star must not change with it
-        # Clone: a number may occur twice, or stand for z, and the user may change one in place.
+            z = z_star.clone()  # the user may change z in place, and z_star must stay
+        # Clone: a number may occur twice, or stand for z; the user may change one in place.
         ends = [states.get(number, z).clone() for number in indexing]
         state, star, *listed = (_parts(t, shapes) for t in (z, z_star, *ends))
         return Equilibrium(
@@ -269,17 +264,18 @@ class DEQ:
             )
         double_backward = {
             "f_solver newton_krylov": unwrapped(self._f_solver)[0] is newton_krylov,
-            "the Jacobian loss": jac_vecs > 0 and torch.is_grad_enabled(),
+            "the Jacobian loss": jac_vecs > 0,
             "a gradient of order 2": getattr(self._grad, "order", 1) > 1,
         }
-        for what in (name for name, wanted in double_backward.items() if wanted):
-            raise InputError(
-                f"group: {what} differentiates the backward of f, which shards do not allow: "
-                "leave it out"
-            )
+        for what, wanted in double_backward.items():
+            if wanted:
+                raise InputError(
+                    f"group: {what} differentiates the backward of f, which shards do not allow: "
+                    "leave it out"
+                )
 
     def _solve(
-        self, f: Map, z0: Tensor, f_thres: int, indexing: Sequence[int]
+        self, f: Map, z0: Tensor, f_thres: int, indexing: Sequence[int], half: bool
     ) -> tuple[Tensor, dict[int, Tensor], dict]:
         """The last state, the states after ``indexing`` evaluations of f, and the solver's dict."""
         if isinstance(self._grad, Iteration):
@@ -290,7 +286,7 @@ class DEQ:
             options["keep_inverse"] = True
         with torch.no_grad(), weights_held(), lockstep(f, z0, self.group) as f:
             f, visited = _watched(f, indexing) if indexing else (f, {})
-            if half_precision(z0):
+            if half:
                 solution = solve_in_stages(self.f_solver, f, lambda: in_float32(f), z0, **options)
             else:
                 solution = self.f_solver(f, z0, **options)
@@ -308,14 +304,12 @@ class DEQ:
     ) -> tuple[Tensor, Tensor]:
         """The output state with its gradient, and the Jacobian loss."""
         wanted = jac_vecs > 0 or grad.differentiates_state
-        # Clone: the user may change z_star, which shares memory with the result, in place.
+        # Clone: the user may change z_star, which shares its memory, in place.
         point = _point(solution["result"].clone(), torch.is_grad_enabled() and wanted)
         with own_saved_tensors():
             form = plain(f) if jac_vecs or grad.order > 1 else f
             fz = form(point)
-        jac_loss = fz.new_zeros(())
-        if jac_vecs:
-            jac_loss = jac_loss_estimate(fz, point, vecs=jac_vecs)
+        jac_loss = jac_loss_estimate(fz, point, vecs=jac_vecs) if jac_vecs else fz.new_zeros(())
         solve = partial(
             LinearSolve,
             self.b_solver,
@@ -392,7 +386,7 @@ def _flattened(shapes: list[tuple[int, ...]], f: Callable) -> Map:
 def _watched(f: Map, indexing: Sequence[int]) -> tuple[Map, dict[int, Tensor]]:
     """f with a recorder, and the dict that it fills: number of an evaluation, from 0 -> point.
 
-    The returned f offers no ``select``: it would evaluate, and so record, a part of the batch.
+    It offers no ``select``, which would record a part of the batch.
     """
     visited: dict[int, Tensor] = {}
     count = 0
@@ -415,7 +409,7 @@ def _watched(f: Map, indexing: Sequence[int]) -> tuple[Map, dict[int, Tensor]]:
 
 def _point(state: Tensor, requires_grad: bool) -> Tensor:
     point = state.detach().requires_grad_(requires_grad)
-    if requires_grad:  # the state is no parameter: a backward pass must leave no gradient on it
+    if requires_grad:  # the state is no parameter: backward must leave no gradient on it
         point.register_post_accumulate_grad_hook(_drop_grad)
     return point
 
@@ -431,8 +425,8 @@ class SolverAttributes:
     """Mixin for models: ``f_solver``, ``b_solver`` and ``grad`` are those of ``self.deq``.
 
     They may be set at any time. ``b_solver = None`` means the forward solver, as in the published
-    models. Another ``b_solver`` has its own tolerance: a smaller tolerance of ``f_solver`` alone
-    does not improve the gradient.
+    models. Another one has its own tolerance: a smaller one of ``f_solver`` alone does not
+    improve the gradient.
     """
 
     deq: DEQ
@@ -450,10 +444,9 @@ class SolverAttributes:
 def stacked(f: Callable, z0: Tensor | list[Tensor], n_layer: int) -> Tensor | list[Tensor]:
     """Apply f ``n_layer`` times with ordinary autograd: the weight-tied network."""
     check(n_layer >= 1, "the number of stacked layers", n_layer, "at least 1")
-    z = z0
     for _ in range(n_layer):
-        z = f(z)
-    return z
+        z0 = f(z0)
+    return z0
 
 
 def _drop_grad(point: Tensor) -> None:

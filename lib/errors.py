@@ -1,6 +1,7 @@
-"""The exception for bad input, and the warning about a bad solve."""
+"""The exceptions for bad input and missing packages, and the warning about a bad solve."""
 
 import difflib
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
@@ -14,6 +15,10 @@ class InputError(ValueError):
     """
 
 
+class MissingExtra(InputError, ImportError):
+    """A package is not installed; the message names it and the command that installs it."""
+
+
 class DEQWarning(RuntimeWarning):
     """A solve that ended badly enough to spoil the result or its gradient."""
 
@@ -25,6 +30,37 @@ def naming(what: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{what}: {error}") from error
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """A context for imports of packages of an ``extra`` in pyproject.toml, such as 'images'.
+
+    Raises:
+        MissingExtra: a package is not installed. An import of our own that fails is a bug and
+            stays a ModuleNotFoundError.
+    """
+    try:
+        yield
+    except (ModuleNotFoundError, MissingExtra) as error:  # the outermost context names the extra
+        name = (error.name or "").partition(".")[0]
+        if name in ("lib", "deq_sequence", "mdeq_vision"):
+            raise
+        command = f"pip install -e '.[{extra}]'"
+        missing = MissingExtra(f"{name} is not installed: run {command} in the repository")
+        missing.name = name
+        raise missing from error
+
+
+@contextmanager
+def command_needs(extra: str, program: str) -> Iterator[None]:
+    """As :func:`needs`, for a command's imports: print one line and exit with code 2."""
+    try:
+        with needs(extra):
+            yield
+    except MissingExtra as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from lib.errors import InputError, check, check_count
-from lib.solvers.inner_products import orthogonalise
 from lib.solvers.maps import Map, vjp
+from lib.solvers.norms import orthogonalise
 
 _ARNOLDI_STEPS = 24  # after the power iterations: enough to separate a few leading pairs
 _LEADING_STEPS = 100  # default steps of leading_eigenvalues

@@ -10,10 +10,7 @@ from lib.errors import InputError
 
 
 def list2vec(tensors: Sequence[Tensor]) -> Tensor:
-    """Flatten a list of (B, ...) tensors and stack them into one state (B, sum of sizes, 1).
-
-    The (B, C_i, H_i, W_i) states of a multiscale model give (B, sum C_i H_i W_i, 1).
-    """
+    """Flatten a list of (B, ...) tensors, such as (B, C_i, H_i, W_i), into (B, sum of sizes, 1)."""
     listed = isinstance(tensors, Sequence) and len(tensors) > 0
     if not listed or not all(isinstance(t, Tensor) and t.dim() for t in tensors):
         raise InputError("list2vec needs at least one tensor, in a list, each of the form (B, ...)")

@@ -1,7 +1,7 @@
 r"""Bounded and normalised weights for all layers of a module, in one call.
 
-A layer f settles if df/dz is small enough. These functions replace each weight of the linear and
-convolutional layers of a module by a function of a free parameter (PyTorch's parametrizations:
+A layer f settles if df/dz is small enough. These functions replace the weights of the linear and
+convolutional layers of a module by functions of free parameters (see
 :mod:`torch.nn.utils.parametrize`)::
 
     >>> import torch
@@ -15,9 +15,9 @@ loses accuracy for nothing.
 
 While a solver of :class:`lib.deq.DEQ` runs, each weight is computed once and held, without a
 graph. The evaluation of f that carries the gradient computes it again, with its graph: twice per
-training step. (``torch.nn.utils.parametrize.cached()`` does not fit around a DEQ: the solver would
-fill its cache with weights that have no graph, and a module and its deepcopy share an entry.) The
-gradients ``unroll`` and ``reversible`` compute the weight at each evaluation.
+training step. ``unroll`` and ``reversible`` compute it at each evaluation.
+(``torch.nn.utils.parametrize.cached()`` does not fit around a DEQ: the solver would fill it with
+weights that have no graph, and a module and its deepcopy share an entry.)
 """
 
 import threading
@@ -83,9 +83,9 @@ class WeightNorm(_Parametrization):
 class SpectralNorm(_Parametrization):
     """w = v / max(1, ||v||_2 / bound); see :func:`spectral_norm`.
 
-    Power iteration gives the leading singular vectors, the buffers ``left`` and ``right``. They
-    change in training mode only, and only after the weight has changed. So the forward solve, the
-    evaluation that carries the gradient and the adjoint belong to the same weight.
+    The buffers ``left`` and ``right``, the leading singular vectors, change only in training mode,
+    after the weight has changed: the forward solve, the evaluation that carries the gradient and
+    the adjoint belong to the same weight.
     """
 
     def __init__(self, weight: Tensor, bound: float, groups: int | None):
@@ -95,7 +95,7 @@ class SpectralNorm(_Parametrization):
         if groups is not None:
             sides = [max(_GRID, side) for side in weight.shape[2:]]
             shape = (1, weight.shape[1] * groups, *sides)
-        # A generator of its own: the random state of the program stays as it is.
+        # A generator of its own: the program's random state stays as it is.
         start = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
         right = start.to(weight)
         self.register_buffer("right", right / right.norm())
@@ -156,15 +156,15 @@ def spectral_norm(module: nn.Module, bound: float = 0.9) -> nn.Module:
     """Hold the spectral norm of each weight at or below ``bound``: w = v / max(1, ||v||_2 / bound).
 
     Power iteration estimates the norm (Miyato et al. 2018, arXiv 1802.05957): 100 iterations at the
-    start, then 5 in training mode after each change of the weight. The estimate comes from below,
-    so the norm may exceed the bound a little: by less than 1 % at the start in our tests, and by
-    less than 0.1 % after some steps of training. Evaluation changes no buffer.
+    start, then 5 in training mode after each change of the weight. The estimate comes from below:
+    the norm may exceed the bound, in our tests by less than 1 % at the start and by less than 0.1 %
+    after some steps of training. Evaluation changes no buffer.
 
-    The norm of a convolution is that of the operator itself: the circular convolution of stride 1
-    on an image of side 16, or of the side of the kernel if that is larger. Other strides and zero
-    padding have norms that are at most the same; a larger image may exceed it by a few per cent.
-    (``torch.nn.utils.parametrizations.spectral_norm`` takes the norm of the reshaped kernel
-    instead. The operator's norm is up to sqrt(k k) times larger for a kernel of k x k.)
+    The norm of a convolution is that of the operator: the circular convolution of stride 1 on an
+    image of side 16, or of the side of the kernel if that is larger. Other strides and zero padding
+    have no larger norms; a larger image may exceed it by a few per cent.
+    (``torch.nn.utils.parametrizations.spectral_norm`` takes the norm of the reshaped kernel: for
+    k x k, that of the operator is up to sqrt(k k) times larger.)
 
     Args:
         module: changed in place; each Linear, Conv1d to Conv3d and ConvTranspose in it. The
@@ -203,6 +203,40 @@ def weight_norm_all(module: nn.Module, dim: int = 0) -> nn.Module:
         InputError: as :func:`spectral_norm`.
     """
     return _parametrize(module, lambda layer: WeightNorm(dim))
+
+
+class ContractiveLayer(nn.Module):
+    """A layer to start from: f(z, x) = tanh(W z + U x + b) with ||W||_2 <= bound < 1.
+
+    tanh has slopes of at most 1, so f multiplies distances between states by ``bound`` at most,
+    whatever its parameters become: the fixed point exists, it is unique, and every solver finds it.
+    U and b are free::
+
+        >>> import torch
+        >>> from lib import DEQ, ContractiveLayer
+        >>> layer, deq = ContractiveLayer(8, 64), DEQ()
+        >>> u = layer.inject(torch.randn(2, 8))  # does not depend on z: once, outside of f
+        >>> deq(lambda z: layer(z, u), torch.zeros_like(u)).z.shape
+        torch.Size([2, 64])
+
+    Args:
+        inputs: size of x.
+        size: size of z.
+        bound: the largest spectral norm of W, between 0 and 1.
+
+    Raises:
+        InputError: the bound is not between 0 and 1.
+    """
+
+    def __init__(self, inputs: int, size: int, bound: float = 0.9):
+        super().__init__()
+        check(0 < bound < 1, "bound", bound, "between 0 and 1 for a contraction")
+        self.inject = nn.Linear(inputs, size)  # U x + b
+        self.mix = spectral_norm(nn.Linear(size, size, bias=False), bound)  # W z
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        """f(z) for z and u = ``inject(x)``, both (B, ..., size)."""
+        return torch.tanh(self.mix(z) + u)
 
 
 def _parametrize(module: nn.Module, make: Callable[[nn.Linear | _ConvNd], nn.Module]) -> nn.Module:

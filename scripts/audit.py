@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lib.errors import InputError, check_count
-from lib.extras import needs
+from lib.errors import InputError, check_count, needs
 from lib.runs.atomic_files import atomic_write
 from lib.runs.command_line import Parser, exit_code
 from lib.runs.run_folder import SETTINGS

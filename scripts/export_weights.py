@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib.errors import InputError
-from lib.extras import needs
+from lib.errors import InputError, needs
 from lib.runs.atomic_files import atomic_write
 from lib.runs.checkpoint import (
     CHECKSUM,

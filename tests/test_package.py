@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from lib.extras import needs
+from lib.errors import needs
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = ("matplotlib", "PIL", "safetensors", "sklearn", "tensorboardX", "torchvision", "yacs")

@@ -16,8 +16,8 @@ from lib.errors import InputError, check, naming
 from lib.gradients import GRADIENTS
 from lib.runs.command_line import Parser
 from lib.solvers import ADJOINT_SOLVERS, SOLVERS
+from lib.solvers.arguments import Names
 from lib.solvers.precision import AMP
-from lib.solvers.specs import Names
 
 DEFAULT_DATA = "../data/wikitext-103"
 # Folder of each data set, relative to DEQ-Sequence. get_data.sh fills them (demo: get_lm_corpus()).

@@ -7,8 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
-from lib.errors import InputError, check
-from lib.extras import needs
+from lib.errors import InputError, check, needs
 from lib.runs.atomic_files import atomic_write
 
 # The longer side of a scene in a panel, in pixels: small scenes grow up to the first number,

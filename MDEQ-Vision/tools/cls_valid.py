@@ -6,7 +6,7 @@ python tools/cls_valid.py --cfg experiments/digits/cls_mdeq_TINY.yaml
 import sys
 
 try:
-    from lib.extras import command_needs
+    from lib.errors import command_needs
 
     with command_needs("images", "cls_valid.py"):
         from mdeq_vision.command import cls_valid

@@ -6,7 +6,7 @@ python tools/extract_pretrained.py CHECKPOINT pretrained_models/mdeq_SMALL.pth
 import sys
 
 try:
-    from lib.extras import command_needs
+    from lib.errors import command_needs
 
     with command_needs("images", "extract_pretrained.py"):
         from mdeq_vision.command import extract

@@ -7,7 +7,7 @@ python tools/make_cityscapes_lists.py /elsewhere  # for /elsewhere/cityscapes
 import sys
 
 try:
-    from lib.extras import command_needs
+    from lib.errors import command_needs
 
     with command_needs("images", "make_cityscapes_lists.py"):
         from mdeq_vision.command import make_cityscapes_lists

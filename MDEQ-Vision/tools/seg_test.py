@@ -6,7 +6,7 @@ python tools/seg_test.py --cfg experiments/digit_scenes/seg_mdeq_TINY.yaml
 import sys
 
 try:
-    from lib.extras import command_needs
+    from lib.errors import command_needs
 
     with command_needs("images", "seg_test.py"):
         from mdeq_vision.command import seg_test

@@ -50,8 +50,8 @@ from lib.gradients.attachment import recording_for
 from lib.gradients.iterations import Iteration
 from lib.jacobian import power_method
 from lib.solvers import SOLVERS, fixed_point_iteration
+from lib.solvers.arguments import unwrapped
 from lib.solvers.norms import relative
-from lib.solvers.specs import unwrapped
 from lib.solvers.stats import SolverStats, solve_figures
 
 __all__ = ["ADVICE", "OWN", "Audit", "Rules", "audit"]

@@ -30,10 +30,9 @@ from lib.errors import InputError, check, check_count, check_number
 from lib.gradients.adjoint import Adjoint, Tangents, warn
 from lib.gradients.attachment import attach
 from lib.gradients.iterations import Iteration, Reversible, Unroll
-from lib.solvers.arguments import check_damping
+from lib.solvers.arguments import check_damping, choice, unwrapped
 from lib.solvers.broyden import broyden
 from lib.solvers.maps import Map, plain
-from lib.solvers.specs import choice, unwrapped
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lib.errors import DEQWarning
-from lib.solvers.host import to_device
-from lib.solvers.lockstep import lockstep
-from lib.solvers.maps import Affine, Map, plain, vjp
+from lib.solvers.arguments import unwrapped
+from lib.solvers.maps import Affine, Map, lockstep, plain, vjp
 from lib.solvers.norms import norms as norms_of
+from lib.solvers.norms import to_device, totals
 from lib.solvers.precision import in_float32, same_autocast, solve_in_stages
-from lib.solvers.solve import totals
-from lib.solvers.specs import unwrapped
 from lib.solvers.stats import all_finite
 from lib.solvers.transforms import tangent_of
 
@@ -63,7 +61,7 @@ class LinearSolve:
         threshold, stop_mode: arguments for the solver.
         report: called with the solver's dict after each solve.
         name, of: what warnings call the solution, and the result that depends on it.
-        group: processes among which products communicate (:mod:`lib.solvers.lockstep`).
+        group: processes among which products communicate (:func:`~lib.solvers.maps.lockstep`).
     """
 
     solver: Callable[..., dict]

@@ -15,12 +15,11 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from lib.errors import InputError, check, is_number
+from lib.errors import InputError, check, check_count, is_number
 from lib.gradients.adjoint import warn
-from lib.solvers.arguments import check_arguments, check_damping, checked_value
-from lib.solvers.host import to_device
+from lib.solvers.arguments import check_damping, check_state, checked_value
 from lib.solvers.maps import Map
-from lib.solvers.norms import TINY, relative
+from lib.solvers.norms import TINY, relative, to_device
 from lib.solvers.precision import same_autocast
 from lib.solvers.transforms import tangent_of
 
@@ -78,7 +77,8 @@ class Unroll(Iteration):
     def run(
         self, f: Map, z0: Tensor, evaluations: int, indexing: Collection[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor], dict]:
-        check_arguments(f, z0, evaluations)
+        check_state(f, z0)
+        check_count("threshold", evaluations)
         value = partial(checked_value, f)
         z, states, steps = z0, {}, []
         for i in range(1, evaluations + 1):
@@ -137,7 +137,8 @@ class Reversible(Iteration):
         Raises:
             InputError: backward cannot undo so many steps, or forward mode is active.
         """
-        check_arguments(f, z0, evaluations)
+        check_state(f, z0)
+        check_count("threshold", evaluations)
         self.refuse_threshold(evaluations)
         n = max(evaluations // 2, 1)
         history = _History(f, z0, self.damping)

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lib.errors import InputError, naming
-from lib.extras import needs
+from lib.errors import InputError, naming, needs
 from lib.runs.atomic_files import atomic_write
 
 with needs("runs"):

@@ -10,8 +10,7 @@ from typing import TextIO
 
 import torch.distributed as dist
 
-from lib.errors import InputError, did_you_mean
-from lib.extras import needs
+from lib.errors import InputError, did_you_mean, needs
 from lib.runs.interrupts import Stopped, TrainingError, out_of_memory
 from lib.runs.processes import end_at_once, lost_contact
 

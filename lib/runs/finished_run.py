@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lib.errors import is_number
-from lib.extras import needs
+from lib.errors import is_number, needs
 from lib.runs.solver_figures import PASSES
 
 CURVES = "curves.png"

@@ -19,8 +19,7 @@ from typing import BinaryIO
 
 import torch
 
-from lib.errors import DEQWarning, InputError
-from lib.extras import needs
+from lib.errors import DEQWarning, InputError, needs
 from lib.runs.atomic_files import atomic_write
 from lib.runs.command_line import put
 from lib.runs.retention import clean_temporaries, versions

@@ -1,9 +1,9 @@
 """Fixed-point solvers: find z with f(z) = z.
 
 Every solver has the signature ``solver(f, x0, threshold=..., eps=..., stop_mode=...) -> dict`` and
-is listed by name in :data:`SOLVERS`. A method only proposes its next iterate. A
-:class:`~lib.solvers.solve.Solve` evaluates f there, keeps the residual traces and the best
-iterate, finds samples that are no longer finite, and decides when to stop.
+a name in :data:`SOLVERS`. A method only proposes its next iterate. A
+:class:`~lib.solvers.solve.Solve` evaluates f there, keeps the traces and the best iterate, finds
+samples that are no longer finite, and decides when to stop.
 
 Example::
 
@@ -16,26 +16,24 @@ Example::
 What a solver returns
     ========== ===========================================================================
     result     the iterate z with the lowest residual, in the shape and dtype of ``x0``. A sample
-               that is not finite there holds its own best finite iterate. The tensor shares no
-               memory with ``x0`` or with a value of f.
-               With best='sample', each sample holds its own iterate with the lowest residual
+               that is not finite there, and with best='sample' every sample, holds its own best
+               finite iterate. Shares no memory with ``x0`` or with a value of f
     lowest     residual of ``result`` over the whole batch, in ``stop_mode``
     nstep      index of ``result`` in the traces. With best='sample', the largest index over the
                samples; ``lowest`` may then be below every entry of the trace
     abs_trace  list of ||f(z) - z|| over the batch: one float per evaluation, starting at ``x0``
     rel_trace  list of ||f(z) - z|| / ||f(z)||, likewise
-    prot_break True if the iteration diverged (:mod:`lib.solvers.divergence`), if it ended far out,
-               or if no sample stayed finite
+    prot_break True if the iteration diverged or ended far out
+               (:class:`~lib.solvers.solve.Divergence`), or if no sample stayed finite
     nfe        number of evaluations of f (the length of the traces)
     converged  (batch,) bool: the sample's own residual at ``result`` is below ``eps``
     residual   (batch,) the sample's own residual, in ``stop_mode``; inf if f was never finite
-    finite     (batch,) bool: f, and products with its Jacobian, stayed finite for this sample at
-               every evaluated point
+    finite     (batch,) bool: f, and products with its Jacobian, stayed finite for this sample
     all_finite True if all samples are finite; a bool on the host
     norms      (2, batch) numpy array on the host: ||f(z) - z|| and ||f(z)|| of each sample at
                ``result``
     sample_nfe (batch,) number of evaluations that the sample took part in
-    products   number of products with the Jacobian; zero for methods that take none
+    products   number of products with the Jacobian
     reason     what ended the solve: 'eps', 'threshold', 'diverged', 'floor', 'max_nfe',
                'max_seconds', or 'stalled' (a Krylov method no longer lowers any residual)
     abs_lowest residual of ``result`` over the batch, absolute
@@ -46,9 +44,9 @@ What a solver returns
     ========== ===========================================================================
 
 All solvers take the keywords of :class:`~lib.solvers.arguments.Control`: stop per sample, check the
-residual less often, limit the evaluations or the time. A solve that stops per sample returns a
-slightly different dict: see :mod:`lib.solvers.sample_solve`. ``x0`` is the initial guess. A good
-guess saves evaluations; a guess that is already a solution costs a single evaluation.
+residual less often, limit the evaluations or the time. The dict of a solve that stops per sample
+differs: see :mod:`lib.solvers.sample_solve`. A good initial guess ``x0`` saves evaluations; a
+solution costs a single one.
 
 A solve that does not converge reports so in this dict. Misuse raises an
 :class:`~lib.errors.InputError`. Solvers run under ``torch.no_grad``: :mod:`lib.deq` differentiates
@@ -62,13 +60,12 @@ from torch import Tensor
 
 from lib.errors import InputError
 from lib.solvers.anderson import anderson
-from lib.solvers.arguments import Control, check_damping
+from lib.solvers.arguments import Control, check_damping, choice, unwrapped
 from lib.solvers.broyden import broyden
 from lib.solvers.krylov import bicgstab, gmres
 from lib.solvers.newton_krylov import newton_krylov
 from lib.solvers.sample_solve import start
 from lib.solvers.solve import solver_method
-from lib.solvers.specs import choice, unwrapped
 
 __all__ = [
     "ADJOINT_SOLVERS",
@@ -108,8 +105,8 @@ def fixed_point_iteration(
     return solve.result()
 
 
-# Forward solvers and adjoint solvers, by name. An adjoint system is linear: Krylov methods apply to
-# it. newton_krylov differentiates f, and it cannot differentiate an adjoint.
+# By name. An adjoint system is linear: Krylov methods apply, and newton_krylov, which
+# differentiates f, does not.
 SOLVERS: dict[str, Callable[..., dict]] = {
     "anderson": anderson,
     "broyden": broyden,
@@ -124,7 +121,7 @@ ADJOINT_SOLVERS: dict[str, Callable[..., dict]] = {
     "gmres": gmres,
 }
 
-# Arguments set by the code that calls the solver; a text such as "anderson:m=4" may not set them.
+# Arguments that a text such as "anderson:m=4" may not set: the code that calls the solver does.
 _CALLERS = {"f", "x0", "threshold", "stop_mode", "name", "keep_inverse"}
 
 
@@ -144,17 +141,16 @@ def get_solver(solver: str | Callable[..., dict], *, adjoint: bool = False) -> C
     if callable(solver):
         function, _ = unwrapped(solver)
         name = getattr(function, "__name__", "")
-        ours = any(function is other for other in others.values())
+        ours = others.get(name) is function
     else:
         name = str(solver).partition(":")[0].strip()
         ours = name in others
     if ours and name not in accepted:
-        why = "differentiates f, and the adjoint is linear already"
-        raise InputError(
-            f"{name} is no {'backward' if adjoint else 'forward'} solver (it "
-            f"{why if adjoint else 'solves linear systems'}): choose from "
-            f"{', '.join(sorted(accepted))}"
-        )
+        kind, why = ("forward", "solves linear systems")
+        if adjoint:
+            kind, why = ("backward", "differentiates f, and the adjoint is linear already")
+        listed = ", ".join(sorted(accepted))
+        raise InputError(f"{name} is no {kind} solver (it {why}): choose from {listed}")
     if callable(solver):
         return solver
     found = choice("solver", solver, accepted, without=_CALLERS, more=Control)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from lib.errors import check, check_count, check_number
-from lib.solvers.host import to_device
-from lib.solvers.inner_products import products
+from lib.solvers.norms import mask_of, products
 from lib.solvers.sample_solve import start
 from lib.solvers.solve import solver_method
 
@@ -53,7 +52,7 @@ def anderson(
         eps: stop once the residual over the batch is below this.
         stop_mode: 'abs' for ||f(z) - z||, 'rel' for ||f(z) - z|| / ||f(z)||.
         beta: damping; 1 uses the f(z_i) alone. Each step that leads far out
-            (:mod:`lib.solvers.divergence`) cuts beta to a hundredth for that sample.
+            (:class:`~lib.solvers.solve.Divergence`) cuts beta to a hundredth for that sample.
         restart: whenever m points are stored, forget them all and restart from the mixed point,
             instead of replacing the oldest point.
         **control: see :class:`~lib.solvers.arguments.Control`.
@@ -108,8 +107,7 @@ class _AndersonWindow:
         self._absent = self._ABSENT * eye
         self._gram = self._absent.repeat(batch, 1, 1)
         self._ones = eye.new_ones(batch, m, 1)
-        # A relative ridge above the rounding errors of the inner products keeps the system positive
-        # definite.
+        # Above the rounding errors of the inner products: the system stays positive definite.
         rounding = max(10 * torch.finfo(like.dtype).eps, 1e-13)
         self._scale = 1 + rounding * eye
         self._shift = None if lam is None else lam * eye
@@ -117,12 +115,11 @@ class _AndersonWindow:
         self._unbind()
 
     def _unbind(self) -> None:
-        # Unbind once: for small states indexing costs as much as the inner products.
+        # For small states indexing costs as much as the inner products.
         self.residual, self.value = self._residuals.unbind(), self._values.unbind()
         self._row, self._column = self._gram.unbind(1), self._gram.unbind(2)
 
     def select(self, rows: Tensor) -> None:
-        """Keep only the samples ``rows``."""
         self._residuals, self._values = self._residuals[:, rows], self._values[:, rows]
         self._gram, self._ones = self._gram[rows], self._ones[rows]
         if isinstance(self._beta, Tensor):
@@ -136,7 +133,7 @@ class _AndersonWindow:
 
     def damp(self, samples: np.ndarray) -> None:
         """Cut beta to a hundredth for ``samples`` (B,), and adapt their stored values h_i."""
-        mask = to_device(samples, self._gram.device)[:, None]
+        mask = mask_of(samples, self._gram)
         cut = self._values.new_ones(mask.shape).masked_fill_(mask, _CUT)
         after = self._beta * cut
         self._values -= (self._beta - after) * self._residuals
@@ -164,9 +161,9 @@ class _AndersonWindow:
     def _weights(self, newest: int) -> Tensor:
         """Weights a (B, 1, m) that sum to one and minimise a' (G + ridge) a; G is the Gram matrix.
 
-        A Cholesky factorisation is accurate however much the lengths of the residuals differ. It
-        fails for a sample if an absolute ridge is too small, or if float64 does not hold the
-        squares: that sample takes the plain step from the newest point.
+        Cholesky's factorisation is accurate however much the lengths of the residuals differ. Where
+        it fails (an absolute ridge is too small, or float64 does not hold the squares), a sample
+        takes the plain step from the newest point.
         """
         system = self._gram * self._scale if self._shift is None else self._gram + self._shift
         factor, failed = torch.linalg.cholesky_ex(system)

@@ -10,14 +10,12 @@ from torch import Tensor
 
 from lib.errors import check, check_count
 from lib.solvers.arguments import check_damping
-from lib.solvers.host import to_device
-from lib.solvers.inner_products import products
-from lib.solvers.norms import scaled_norms
+from lib.solvers.norms import products, scaled_norms, to_device
 from lib.solvers.sample_solve import start
 from lib.solvers.solve import Solve, solver_method
 
-# Vectors are stored in blocks: few kernels, little unused memory. A block holds _BLOCK_ROWS
-# vectors, or as many as fit in _BLOCK_BYTES if that is more.
+# Vectors are stored in blocks of so many vectors, or of so many bytes if that holds more: few
+# kernels, little unused memory.
 _BLOCK_ROWS, _BLOCK_BYTES = 8, 2**20
 
 _TRIALS, _SHORTER = 5, 0.1  # line search: number of trials, ratio of successive step lengths
@@ -53,12 +51,12 @@ def broyden(
         ls: shorten a step until ||g|| over the batch rises by no more than Li and Fukushima (2000)
             allow (a factor of 3.7 over the whole solve). There are at most five trials per step. If
             all are rejected, H learns from the shortest trial and the iterate stays where it is.
-        name: label of the solve, returned in the result.
-        memory: number of most recent updates that make up H, at two stored vectors each. None keeps
-            all updates, at one vector each.
+        name: label of the solve.
+        memory: number of last updates that make up H, at two stored vectors each. None keeps all
+            updates, at one vector each.
         damping: step length t, in (0, 1].
-        keep_inverse: return H as "inverse", and the number of its updates made on the way to the
-            result as "updates". Not with stop='sample' or best='sample'.
+        keep_inverse: return H as "inverse", and as "updates" the number of those made on the way to
+            the result. Not with stop='sample' or best='sample'.
         **control: see :class:`~lib.solvers.arguments.Control`; a line search needs stop='batch'.
 
     Returns:
@@ -77,7 +75,7 @@ def broyden(
     own = keep_inverse and control.get("best") == "sample"
     check(not own, "keep_inverse", keep_inverse, "False with best='sample'")
     check(not ls or damping == 1, "ls", ls, "False with a damping")
-    solve = start(f, x0, threshold, eps, stop_mode, control, heeds_check_every=not ls)
+    solve = start(f, x0, threshold, eps, stop_mode, control, needs_all=ls)
     if memory is None:
         inverse = BroydenInverse(solve.x0, threshold)
     else:
@@ -126,15 +124,14 @@ class BroydenInverse:
 
         H_{j+1} = (I + w_j d_j' / d_j'd_j) H_j,   w_j = d_{j+1} - (1 - t_j) d_j
 
-    (unit steps: Kelley, Iterative Methods for Linear and Nonlinear Equations, section 7.3). So an
-    update costs one stored vector instead of two. Applying k factors to -g gives p + sum c_j w_j
-    with c_j = d_j'p_j / d_j'd_j. The c_j solve a triangular system in the inner products d_i'd_j
-    and d_i'g:
+    (unit steps: Kelley, Iterative Methods for Linear and Nonlinear Equations, section 7.3): one
+    stored vector per update instead of two. Applying k factors to -g gives p + sum c_j w_j with
+    c_j = d_j'p_j / d_j'd_j. The c_j solve a triangular system:
 
         d_j'd_j c_j - sum_{i<j} c_i (d_j'd_{i+1} - (1 - t_i) d_j'd_i) = -d_j'g
 
-    The system is solved in float64 from direct inner products. A recurrence for the inner products
-    would read the directions once less, but would lose the small residuals.
+    It is solved in float64 from direct inner products: a recurrence for them would read the
+    directions once less, but lose the small residuals.
 
     The caller writes g at the newest point into ``residual`` (B, D).
     """
@@ -151,12 +148,9 @@ class BroydenInverse:
         self.triangle = torch.zeros(batch, 16, 16, dtype=torch.float64, device=like.device)
 
     def newton_direction(self, length: float | None, wide: bool = False) -> Tensor:
-        """-H g, (B, D), overwritten by the next call.
+        """-H g, (B, D), overwritten by the next call; g is ``residual``.
 
-        Args:
-            length: t of the step along the last direction; ``residual`` is g at its end. None at
-                first.
-            wide: see :func:`~lib.solvers.inner_products.products`.
+        ``length`` is t of the step that led there along the last direction, None at first.
         """
         self._wide |= wide
         if length is None:
@@ -179,9 +173,8 @@ class BroydenInverse:
     def return_to(self, residual: Tensor, length: float) -> Tensor:
         """-H g, (B, D), for g = ``residual`` at the point before the last step, of length t.
 
-        H has learnt from that step, but the step is not taken. Since H y = s, the direction there
-        is d+ + t d, where d+ = -H g+ is the direction at the end of the step. The factor of that
-        update becomes one with t = 0.
+        H has learnt from that step, which is not taken. Since H y = s, the direction is d+ + t d,
+        with d+ = -H g+ at the end of the step. The factor of that update becomes one with t = 0.
         """
         before = list(self._filled())[-1][-1]
         self.shortfall[-1] = 1.0
@@ -207,7 +200,6 @@ class BroydenInverse:
         return out.neg_()
 
     def select(self, rows: Tensor) -> None:
-        """Go on with these samples alone."""
         self._newest = self._newest[:, rows]
         self.direction, self.residual = self._newest
         self.blocks = [block[:, rows] for block in self.blocks]
@@ -268,11 +260,11 @@ class LimitedInverse:
 
         H = -I + W M^-1 S',   w_j = s_j + y_j,   M_ij = s_i'w_j for i after j, else s_i'y_j
 
-    So a new update overwrites the oldest vectors, and one row and one column of M. (Dropping the
-    oldest terms from a sum of rank-one terms would not be Broyden's method: the later terms belong
-    to another H, and the iteration diverges on plain contractions.)
+    So a new update overwrites the oldest vectors, and a row and a column of M. (Without its oldest
+    terms, a sum of rank-one terms would not be Broyden's method: the later ones belong to another
+    H, and the iteration diverges on plain contractions.)
 
-    The methods are those of :class:`BroydenInverse`; ``transposed`` uses only the stored updates.
+    The methods are those of :class:`BroydenInverse`; ``transposed`` uses the stored updates alone.
     """
 
     def __init__(self, like: Tensor, memory: int):
@@ -350,9 +342,9 @@ def _line_search(
 ) -> _Trial | None:
     """Shorten t from 1 until ||g(x + t d)|| <= (1 + eta - 1e-4 t^2) ||g(x)||.
 
-    This is the rule of Li and Fukushima (2000), with t^2 ||g(x)|| for their ||t d||^2, so that
-    nothing depends on the scale of z. It needs no slope: Broyden's direction need not be a descent
-    direction. eta = 1 / (step + 1)^2 lets the residual rise, by at most 3.7 over all steps.
+    This is the rule of Li and Fukushima (2000), with t^2 ||g(x)|| for their ||t d||^2: nothing
+    depends on the scale of z. It needs no slope: Broyden's direction need not be one of descent.
+    eta is 1 / (step + 1)^2.
 
     Returns:
         The first trial that meets the rule, else the shortest; None if f was finite at none.

@@ -1,14 +1,13 @@
 """Krylov methods for affine maps: find z with f(z) = J z + b = z, that is (I - J) z = b.
 
 The adjoint of an equilibrium is such a system. Each sample has its own Krylov space. A
-:class:`~lib.solvers.maps.Affine` map gives products with J directly. For any other f, a product is
-a difference of two values of f and costs one evaluation.
+:class:`~lib.solvers.maps.Affine` map gives products with J. For any other f, a product is a
+difference of two values of f and costs one evaluation.
 
-Within a cycle, the residual comes from the recursion of the method. At the end of a cycle f itself
-is evaluated; only these true residuals are reported. ``nfe`` counts these evaluations, including
-the one at the start; ``products`` counts the products. ``threshold`` and ``max_nfe`` limit the sum
-of both. The solve ends as 'stalled' if a cycle lowers no residual, because of rounding or because
-I - J is singular.
+Within a cycle, the residual comes from the recursion of the method. At its end f itself is
+evaluated; only these true residuals are reported. ``nfe`` counts these evaluations, with the one at
+the start; ``threshold`` and ``max_nfe`` limit the sum of ``nfe`` and ``products``. The solve ends
+as 'stalled' if a cycle lowers no residual, by rounding or because I - J is singular.
 """
 
 from collections.abc import Callable
@@ -18,10 +17,8 @@ import torch
 from torch import Tensor
 
 from lib.errors import check_count
-from lib.solvers.host import to_device
-from lib.solvers.inner_products import orthogonalise
 from lib.solvers.maps import Affine, Map
-from lib.solvers.norms import TINY, norms, scaled_norms
+from lib.solvers.norms import TINY, mask_of, norms, orthogonalise, scaled_norms, to_device
 from lib.solvers.sample_solve import start
 from lib.solvers.solve import Solve, solver_method
 
@@ -40,8 +37,8 @@ def gmres(
     """GMRES: the point of the Krylov space with the least residual (Saad and Schultz 1986).
 
     Arnoldi's process (orthogonalised twice) gives J V = V H. The point z = x0 + V c minimises
-    ||r_0 - (I - J) V c||. Givens rotations update the solution of this small least-squares problem.
-    A step costs one product and one stored vector. f need not be a contraction.
+    ||r_0 - (I - J) V c||, a small least-squares problem solved by Givens rotations. A step costs
+    one product and one stored vector. f need not be a contraction.
 
     Args:
         f: an affine map of (B, ...) to the same shape.
@@ -68,17 +65,10 @@ def gmres(
 
 
 def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[Tensor, np.ndarray]:
-    """One cycle of GMRES, of at most ``size`` products.
+    """One cycle of GMRES, of at most ``size`` products, from x (B, D) with the residual g there.
 
-    The small least-squares problems are solved on the host; one transfer per step brings a column
-    of H.
-
-    Args:
-        system: has ``product`` (v -> J v, both (B, D)), ``enough`` (the samples that need no
-            further step, from their residual and ||x + V c||), and ``solve``.
-        g: residual at the start, (B, D).
-        size: maximum number of products.
-        x: the start, (B, D); None means zero.
+    One transfer per step brings a column of H to the host, where the least-squares problems are
+    solved. ``system`` has ``product``, ``enough`` and ``solve`` as :class:`System`; x None is zero.
 
     Returns:
         The correction V c (B, D), and the samples (B,) whose residual it lowers.
@@ -127,7 +117,7 @@ def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[
 
 
 class _LeastSquares:
-    """min ||r_0 - (I - J) V c|| for each sample, in float64, by Givens rotations.
+    """min ||r_0 - (I - J) V c|| for each sample, in float64.
 
     A sample that takes no further part gets columns of the identity and a right-hand side of zero.
     """
@@ -139,10 +129,9 @@ class _LeastSquares:
         self._rotations: list[tuple[np.ndarray, np.ndarray]] = []
 
     def add(self, column: np.ndarray, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Add a column (B, n + 1) of V'(I - J)V, which is overwritten.
+        """Add a column (B, n + 1) of V'(I - J)V, which is overwritten; return c (B, n).
 
-        Returns:
-            c (B, n), and those of the ``active`` samples whose I - J is not singular on the space.
+        Also those of the ``active`` samples whose I - J is not singular on the space.
         """
         n = column.shape[1] - 1
         j = n - 1
@@ -168,8 +157,8 @@ class _Best:
     """The best point of a cycle for each sample: ``residual`` ||g||, ``value`` ||x + correction||.
 
     If I - J is almost singular, points run far away for a small gain in the residual. So a point
-    more than a thousand times as far away counts only if it halves the residual. Also, the rounding
-    error at the point must be below the lowest residual so far. All arrays are (B,).
+    more than a thousand times as far away counts only if it halves the residual; and its rounding
+    error must be below the lowest residual so far. All arrays are (B,).
     """
 
     def __init__(self, residual: np.ndarray, value: np.ndarray, like: Tensor):
@@ -180,10 +169,7 @@ class _Best:
     def offer(
         self, samples: np.ndarray, residual: np.ndarray, length: np.ndarray, value: np.ndarray
     ) -> np.ndarray:
-        """Offer ``samples`` a point each; return the samples that accept it. All are (B,).
-
-        ``residual``, ``length`` and ``value`` are ||g||, ||correction||, ||x + correction||.
-        """
+        """Offer ``samples`` a point each, with ``length`` ||correction||; return who accepts."""
         halved = residual < 0.5 * self._level
         better = samples & (np.maximum(residual, self.rounding * length) < self.residual)
         better &= halved | (length <= 1000 * self._far)
@@ -199,15 +185,9 @@ class _Best:
         return self.residual < 0.999 * self._first
 
 
-def rows(samples: np.ndarray, like: Tensor) -> Tensor:
-    """The mask ``samples`` (B,) as (B, 1), on the device of ``like``."""
-    return to_device(samples, like.device)[:, None]
-
-
 def _unit(vectors: Tensor, norms: np.ndarray) -> Tensor:
     """Vectors (B, D) divided by their norms (B,); zero where the norm is zero."""
-    sizes = to_device(norms, vectors)[:, None]
-    return torch.where(sizes > 0, vectors / torch.where(sizes > 0, sizes, 1.0), 0.0)
+    return _ratio(vectors, to_device(norms, vectors)[:, None])
 
 
 @solver_method
@@ -242,7 +222,7 @@ def _bicgstab_cycle(system: "System") -> tuple[Tensor, np.ndarray]:
     r, x = system.g / unit, system.x / unit
     correction, chosen = torch.zeros_like(r), torch.zeros_like(r)
     best, active = _Best(first, norms(system.x), r), (first > 0) & ~solve.resting
-    going = rows(active, r)
+    going = mask_of(active, r)
     shadow, p, rho = r, torch.where(going, r, 0.0), _dot(r, r)
     while active.any() and solve.affords(3) and not solve.stopped:
         ap, finite = _finite(p - system.product(p))
@@ -272,11 +252,11 @@ def _bicgstab_cycle(system: "System") -> tuple[Tensor, np.ndarray]:
         solve.lose(fails)
         active &= ~fails
         better = best.offer(active, residual, length, value)
-        chosen = torch.where(rows(better, r), correction, chosen)
+        chosen = torch.where(mask_of(better, r), correction, chosen)
         # A recursion whose residual has grown this much has lost all digits of the best residual.
         active &= (found[4] > 0) & (residual > 0) & (best.rounding * residual < best.residual)
         active &= ~system.enough(best.residual, best.value)
-        going = rows(active, r)
+        going = mask_of(active, r)
         p = torch.where(going, p, 0.0)
     return chosen * unit, best.improved
 
@@ -305,18 +285,17 @@ class System:
     """State of a linear solve: the point x (B, D), f(x), g = f(x) - x, and when to stop."""
 
     def __init__(self, f, x0: Tensor, threshold: int, eps: float, stop_mode: str, control: dict):
-        options = {"shrinks": False, "heeds_check_every": False}
-        self.solve = start(f, x0, threshold, eps, stop_mode, control, **options)
+        self.solve = start(f, x0, threshold, eps, stop_mode, control, needs_all=True)
         self.f = f
         self.x, self.fx, self.g = self.solve.evaluate(self.solve.x0)
 
     def move(self, correction: Tensor, improved: np.ndarray) -> None:
-        """Move the samples ``improved`` (B,) to x + correction; evaluate the true residual there.
+        """Move the samples ``improved`` (B,) to x + correction, and evaluate f there.
 
         Samples whose true residual does not fall are noted as stalled.
         """
         if improved.any() and not self.solve.resting.all():
-            before, moves = norms(self.g), rows(improved, correction)
+            before, moves = norms(self.g), mask_of(improved, correction)
             x = self.x + torch.where(moves, correction, 0.0)
             self.x, self.fx, self.g = self.solve.evaluate(x)
             improved = norms(self.g) < before
@@ -334,14 +313,14 @@ class System:
         return (value - self.fx) / scale
 
     def goes_on(self, products: int) -> bool:
-        """Whether another cycle is needed, and affordable; a step takes this many products."""
+        """Whether another cycle is needed and affordable; a step takes ``products``."""
         return not self.solve.stopped and self.solve.affords(products + 1)
 
     def enough(self, residual: np.ndarray, value: np.ndarray) -> np.ndarray:
         """The samples (B,) that need no further step in this cycle.
 
-        With stop='batch' these are all samples, or only those with a residual of zero. ``residual``
-        and ``value`` (B,) are ||g|| and ||x|| at the best point, for ||f(x)|| = ||x + g||.
+        With stop='batch' all or only those with a residual of zero. ``residual`` and ``value`` (B,)
+        are ||g|| and ||x|| at the best point, the latter for ||f(x)|| = ||x + g||.
         """
         if self.solve.control.stop == "sample":
             return self._small(residual, value)

@@ -1,7 +1,7 @@
-"""What a map f may offer besides its value f(z).
+"""What a map f may offer besides its value f(z), and how f keeps several processes in step.
 
-Solvers and gradients accept any function of the state. A map may offer three more things. Wrappers
-of f (autocast, lists of tensors) preserve them with :func:`transformed`:
+Solvers and gradients accept any function of the state. A map may offer three more things, which
+wrappers of f (autocast, lists of tensors) preserve with :func:`transformed`:
 
 - ``f.plain`` is the same map in operations that all have second derivatives. An f of fused kernels
   or compiled code has none itself.
@@ -10,10 +10,12 @@ of f (autocast, lists of tensors) preserve them with :func:`transformed`:
 - :class:`Affine` states that f(z) = J z + b, and gives products J v without b.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Map = Callable[[Tensor], Tensor]
@@ -34,15 +36,15 @@ class Affine:
         self._version = None if zero is None else zero._version
 
     def __call__(self, z: Tensor) -> Tensor:
-        if self._is_zero(z):
+        zero = self.zero
+        if (
+            zero is not None
+            and zero._version == self._version
+            and z.data_ptr() == zero.data_ptr()
+            and z.shape == zero.shape
+        ):
             return self.shift.clone()
         return self.product(z) + self.shift
-
-    def _is_zero(self, z: Tensor) -> bool:
-        zero = self.zero
-        if zero is None or zero._version != self._version:
-            return False
-        return z.data_ptr() == zero.data_ptr() and z.shape == zero.shape
 
 
 def plain(f: Map) -> Map:
@@ -66,6 +68,37 @@ def transformed(f: Map, change: Callable[[Map], Map]) -> Map:
             select(rows), change
         )
     return out
+
+
+@contextmanager
+def lockstep(f: Map, point: Tensor, group: "dist.ProcessGroup | None") -> Iterator[Map]:
+    """A context that gives a form of ``f`` which all processes of ``group`` evaluate equally often.
+
+    With ``torch.distributed.fsdp.fully_shard`` or tensor parallelism, f and its backward gather
+    parameters from all processes. Each process solves for its own samples and stops by itself: the
+    others would wait for it forever. So a process that leaves the block evaluates f at ``point``,
+    for nothing, until all have left. Values are those of a single process. Each evaluation costs
+    one more all-reduce, of a single number. Without a group the context gives ``f`` itself.
+    """
+    if group is None:
+        yield f
+        return
+
+    def others_go_on(i_do: bool) -> Tensor:
+        active = torch.full((), float(i_do), device=point.device)
+        dist.all_reduce(active, dist.ReduceOp.MAX, group=group)
+        return active
+
+    def change(f: Map) -> Map:
+        def evaluated(z: Tensor) -> Tensor:
+            others_go_on(True)
+            return f(z)
+
+        return evaluated
+
+    yield transformed(f, change)
+    while others_go_on(False):
+        f(point)
 
 
 def vjp(fz: Tensor, point: Tensor, v: Tensor, *, create_graph: bool = False) -> Tensor:

@@ -1,7 +1,6 @@
 """Newton's method with GMRES for its linear systems."""
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -11,16 +10,15 @@ from torch import Tensor
 
 from lib.errors import check, check_count, is_number
 from lib.solvers.arguments import check_damping
-from lib.solvers.host import to_device
-from lib.solvers.krylov import gmres_cycle, multiply, rows
-from lib.solvers.maps import Map, plain
-from lib.solvers.matmul_precision import callers_products
-from lib.solvers.norms import norms
+from lib.solvers.krylov import gmres_cycle, multiply
+from lib.solvers.maps import Map, plain, vjp
+from lib.solvers.norms import mask_of, norms, to_device
+from lib.solvers.precision import callers_products
 from lib.solvers.sample_solve import start
 from lib.solvers.solve import Solve, solver_method
+from lib.solvers.transforms import tangent_of
 
-# PATIENCE steps in a row without a lower residual; then at most TRIALS shorter steps.
-PATIENCE, TRIALS = 5, 5
+PATIENCE, TRIALS = 5, 5  # steps in a row without a lower residual; then shorter steps
 
 
 @solver_method
@@ -40,21 +38,20 @@ def newton_krylov(
 ) -> dict:
     """Inexact Newton: z+ = z + t d with (I - J(z)) d = f(z) - z by GMRES (Knoll and Keyes 2004).
 
-    J is never formed. Jacobian-vector products J v are exact. They come from differentiating the
+    J is never formed. Its products J v are exact: they come from differentiating the
     vector-Jacobian product u -> J'u, which is linear in u, or from forward-mode differentiation. f
     is differentiated at every iterate, so all its operations must be differentiable; if f offers
-    ``f.plain``, that map is used. Inside ``torch.inference_mode`` the solve leaves that mode. If f
-    holds tensors made in that mode, only forward-mode differentiation gives the products.
+    ``f.plain``, that map is used. The solve leaves ``torch.inference_mode``. If f holds tensors
+    made in that mode, only forward-mode differentiation gives the products.
 
-    Each sample has its own step length t. It is ``damping`` by default. If five steps in a row do
-    not lower the residual of a sample, the sample goes back to its lowest point and shortens the
-    step from there.
+    Each sample has its own step length t, at first ``damping``. If five steps in a row do not lower
+    its residual, the sample goes back to its lowest point and shortens the step from there.
 
     Args:
         f, x0, eps, stop_mode: as for :func:`~lib.solvers.anderson.anderson`.
         threshold: maximum number of evaluations of f and products with J together.
-        inner: maximum number of products per linear system. One system may use up the threshold;
-            choose fewer products to prevent this.
+        inner: maximum number of products per linear system. One system may use up the threshold:
+            choose fewer to prevent this.
         inner_eps: relative residual ||g - (I - J) d|| / ||g|| at which a sample's linear system
             counts as solved. Near the solution each step lowers the residual by this factor.
         damping: step length t, in (0, 1], unless a shorter one is needed.
@@ -72,19 +69,18 @@ def newton_krylov(
     Raises:
         InputError: as for :func:`~lib.solvers.anderson.anderson`.
     """
-    check(callable(f), "f", f, "a function of the state")
     check_count("inner", inner)
     check_damping(damping)
     check_count("warmup", warmup, least=0)
     fits = is_number(inner_eps) and 0 < inner_eps < 1
     check(fits, "inner_eps", inner_eps, "a number between 0 and 1")
     check(jvp in _PRODUCTS, "jvp", jvp, "'reverse' or 'forward'")
-    with _outside_of_inference_mode():
-        if isinstance(x0, Tensor) and x0.is_inference():
+    # Outside of inference mode, so that enable_grad works; gradients stay off by default.
+    with torch.inference_mode(False), torch.no_grad():
+        if x0.is_inference():
             x0 = x0.clone()
         linearised = _Linearised(f, jvp)
-        options = {"shrinks": False, "heeds_check_every": False}
-        solve = start(linearised, x0, threshold, eps, stop_mode, control, **options)
+        solve = start(linearised, x0, threshold, eps, stop_mode, control, needs_all=True)
         iterate = _Iterate(solve, warmup, damping)
         while not solve.stopped:
             newton = iterate.takes_a_step
@@ -93,12 +89,12 @@ def newton_krylov(
             if newton.any():
                 goal = inner_eps * iterate.size
                 size = min(inner, solve.left - 1, iterate.x.shape[1])
-                residual = torch.where(rows(newton, iterate.gx), iterate.gx, 0.0)
+                residual = torch.where(mask_of(newton, iterate.gx), iterate.gx, 0.0)
                 step, improved = gmres_cycle(_Step(solve, linearised, goal), residual, size)
                 if solve.resting.all():
                     break
                 # Without improvement J has the eigenvalue 1: take a plain step.
-                iterate.step = torch.where(rows(improved, step), step, iterate.gx)
+                iterate.step = torch.where(mask_of(improved, step), step, iterate.gx)
             iterate.evaluate()
         return solve.result()
 
@@ -106,13 +102,11 @@ def newton_krylov(
 class _Iterate:
     """The current point of each sample, and its next one. Arrays (B,) are per sample, on the host.
 
-    A sample first takes plain steps, as long as they lower its residual, then full Newton steps. It
-    remembers its lowest point (the point with its lowest residual) and the step from there. If a
-    plain step does not lower the residual, the sample goes back to its lowest point. If
-    ``PATIENCE`` Newton steps in a row do not, the sample goes back and shortens the step from
-    there. It does not go back earlier, because the residual of Newton's method often rises before
-    it falls (the watchdog of Chamberlain et al. 1982). No sample waits for another: going back
-    costs the other samples nothing.
+    A sample first takes plain steps, then full Newton steps. It remembers its lowest point (that
+    with its lowest residual) and the step from there. After a plain step in vain it goes back to
+    its lowest point; after ``PATIENCE`` Newton steps in vain it also shortens the step from there.
+    It does not go back earlier, because the residual of Newton's method often rises before it falls
+    (the watchdog of Chamberlain et al. 1982). Going back costs the other samples nothing.
     """
 
     def __init__(self, solve: Solve, warmup: int, damping: float):
@@ -141,7 +135,7 @@ class _Iterate:
         newton, plain, returns = self.takes_a_step, self._plain > 0, self._returns.copy()
         lower = ~returns & (self._fresh | (self.size < self._low))
         if lower.any():
-            mask = rows(lower, self.x)
+            mask = mask_of(lower, self.x)
             self._low_x = torch.where(mask, self.x, self._low_x)
             self._low_step = torch.where(mask, self.step, self._low_step)
             self._low, self._vain = (
@@ -150,10 +144,12 @@ class _Iterate:
             self._fresh &= ~lower
         point = self.x + self._damping * self.step
         if plain.any():
-            point = torch.where(rows(plain, point), self.fx, point)
+            point = torch.where(mask_of(plain, point), self.fx, point)
         if returns.any():
             lengths = to_device(self._lengths[:, None], point)
-            point = torch.where(rows(returns, point), self._low_x + lengths * self._low_step, point)
+            point = torch.where(
+                mask_of(returns, point), self._low_x + lengths * self._low_step, point
+            )
         self._set(*self._solve.evaluate(point))
 
         self._vain += newton
@@ -220,7 +216,7 @@ class _Linearised:
         self.product: Map = torch.zeros_like
 
     def __call__(self, z: Tensor) -> Tensor:
-        self.product = torch.zeros_like  # free the previous graph before f builds the next one
+        self.product = torch.zeros_like  # free the graph before f builds the next one
         try:
             value, self.product = _PRODUCTS[self._jvp](self._f, z)
         except RuntimeError as error:
@@ -229,16 +225,6 @@ class _Linearised:
             self._jvp = "forward"  # autograd does not record operations on inference tensors
             value, self.product = _forward(self._f, z)
         return value
-
-
-@contextmanager
-def _outside_of_inference_mode():
-    """Leave inference mode, so that ``enable_grad`` works; keep gradients off by default."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 def _reverse(f: Map, z: Tensor) -> tuple[Tensor, Map]:
@@ -251,20 +237,18 @@ def _reverse(f: Map, z: Tensor) -> tuple[Tensor, Map]:
         return value, torch.zeros_like
 
     @cache
-    def vjp() -> tuple[Tensor, Tensor | None]:
+    def linear() -> tuple[Tensor, Tensor]:
         """u, and J'u with its graph. Made once, at the first product."""
         u = torch.zeros_like(value, requires_grad=True)
         with callers_products():
-            (back,) = torch.autograd.grad(value, point, u, create_graph=True, allow_unused=True)
-        return u, back
+            return u, vjp(value, point, u, create_graph=True)
 
     def product(v: Tensor) -> Tensor:
-        u, back = vjp()
-        if back is None or not back.requires_grad:  # J = 0, as for a step function
+        u, back = linear()
+        if not back.requires_grad:  # J = 0, as for a step function
             return torch.zeros_like(v)
         with callers_products():
-            (found,) = torch.autograd.grad(back, u, v, retain_graph=True, allow_unused=True)
-        return torch.zeros_like(v) if found is None else found
+            return vjp(back, u, v)
 
     return value.detach(), product
 
@@ -274,7 +258,7 @@ def _forward(f: Map, z: Tensor) -> tuple[Tensor, Map]:
 
     def product(v: Tensor) -> Tensor:
         with forward_ad.dual_level():
-            tangent = forward_ad.unpack_dual(f(forward_ad.make_dual(z, v))).tangent
+            tangent = tangent_of(f(forward_ad.make_dual(z, v)))
         return torch.zeros_like(v) if tangent is None else tangent
 
     return f(z), product

@@ -1,21 +1,31 @@
-"""Number formats: bfloat16 autocast, solves that start in half precision, and TF32."""
+"""Number formats of f and of the methods: autocast, solves in stages, float32 matrix products."""
 
+import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
 from lib.errors import InputError
+from lib.solvers.arguments import accepts
 from lib.solvers.maps import Map, transformed
-from lib.solvers.specs import accepts
 from lib.solvers.stats import all_finite
 
-# Relative residual at which a solve in half precision hands over to float32. It is above the level
-# at which bfloat16 alone stalls (7e-3 in the published image models).
+# Relative residual at which a solve in half precision hands over to float32: above the level at
+# which bfloat16 stalls (7e-3 in the published image models).
 COARSE_EPS = 1e-2
 
 AMP = ("none", "bf16")  # the values that both trainers accept
+
+# torch.set_float32_matmul_precision is one setting for all threads. While a solve runs, its own
+# products are in full precision, and f is called under the caller's setting. Solves in several
+# threads (DataParallel replicas, the backward's own thread) share the setting that the first of
+# them found; while one is inside f, the others' methods compute with it too.
+_NAMES = ("highest", "high", "medium")
+_FULL = ("highest", "ieee")  # full precision, in _NAMES and in torch.backends.cuda.matmul
+_lock = threading.Lock()
+_solves, _callers = 0, _FULL[0]  # running solves; the setting before the first one
 
 
 def autocast(amp: str, device: torch.device):
@@ -85,12 +95,12 @@ def solve_in_stages(
     """Solve with f in half precision; finish in float32 if the tolerance requires it.
 
     The first stage ends at the solver's ``eps``, at the threshold, or at a relative residual of
-    :data:`COARSE_EPS`. Only in the last case, and if evaluations are left, the second stage starts
-    from the result of the first. A solver without an argument ``floor`` runs the first stage only.
+    :data:`COARSE_EPS`. Only in the last case, if evaluations are left, the second stage starts from
+    its result. A solver without an argument ``floor`` has no second stage.
 
     Args:
         f: the map in half precision, on float32 states.
-        make_precise: makes the map in float32; called only if the second stage runs.
+        make_precise: makes the map in float32, for the second stage.
         solver, z0, threshold, stop_mode, options: as in :mod:`lib.solvers`. The threshold is for
             both stages together; a budget that a partial sets is for each.
 
@@ -115,3 +125,68 @@ def solve_in_stages(
     fine["finite"] = fine["finite"] & coarse["finite"]
     fine["all_finite"] = all_finite(fine) and all_finite(coarse)
     return fine | {"threshold": threshold}
+
+
+@contextmanager
+def full_products():
+    """Set full precision; give a function that makes contexts with the caller's setting.
+
+    It is None if the caller's setting is full precision already.
+    """
+    global _solves, _callers
+    with _lock:
+        before = _get()
+        if _solves == 0:
+            _callers = before
+        callers = _callers
+        if callers not in _FULL:
+            _solves += 1
+            _set(_FULL[0] if callers in _NAMES else _FULL[1])
+    if callers in _FULL:
+        yield None
+        return
+    try:
+        yield lambda: _setting(callers)
+    finally:
+        with _lock:
+            _solves -= 1  # the last solve restores the setting that the first one found
+            _set(before if _solves else callers)
+
+
+def callers_products() -> AbstractContextManager:
+    """A context with the caller's setting; without effect outside of a solve."""
+    return _setting(_callers) if _solves else nullcontext()
+
+
+@contextmanager
+def _setting(precision: str):
+    before = _get()
+    _set(precision)
+    try:
+        yield
+    finally:
+        _set(before)
+
+
+def _get() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # set through torch's newer API, which the older getter refuses
+        return str(torch.backends.cuda.matmul.fp32_precision)
+
+
+def _set(precision: str) -> None:
+    if precision in _NAMES:
+        torch.set_float32_matmul_precision(precision)
+    else:
+        torch.backends.cuda.matmul.fp32_precision = precision
+
+
+def in_context(make_context: Callable[[], AbstractContextManager], f: Callable) -> Callable:
+    """f, called within a new context at every call."""
+
+    def call(*args, **kwargs):
+        with make_context():
+            return f(*args, **kwargs)
+
+    return call

@@ -1,24 +1,22 @@
 """A solve that stops per sample: a finished sample leaves the solve and costs nothing more.
 
-A sample is finished once its own residual is below ``eps`` (or the floor), once it diverges, once
-f is not finite for it, or once a Krylov method cannot lower its residual. Its result is its own
-best iterate, and so does not depend on the other samples of the batch.
+A sample is finished once its own residual is below ``eps`` (or the floor), it diverges, f is not
+finite for it, or a Krylov method cannot lower its residual. Its result is its own best iterate, and
+so does not depend on the other samples of the batch.
 
-A method continues with the rows of the unfinished samples. After an evaluation, ``solve.kept``
-holds the indices of these rows among the rows so far (None: all of them). If f can be restricted to
-samples (``f.select``, see :mod:`lib.solvers.maps`), it sees the unfinished samples only. Otherwise
-f sees the whole batch, with the finished samples at rest. Methods that multiply with the Jacobian
-of the whole batch keep all rows (``shrinks=False``): finished samples stay at their best iterate,
-with a residual of zero.
+A method goes on with the rows of the unfinished samples: ``solve.kept`` holds their indices among
+the rows so far (None: all of them). If f can be restricted to samples (``f.select``, see
+:mod:`lib.solvers.maps`), it sees these alone, otherwise the whole batch, with the finished samples
+at rest. Methods that multiply with the Jacobian of the whole batch keep all rows
+(``needs_all``): finished samples stay at their best iterate, with a residual of zero.
 
 The result differs from that of a solve that stops by the batch:
 
 - ``sample_nfe`` is the number of evaluations until the sample was finished.
 - The traces are still norms over the whole batch. A finished sample counts with the residual of
   its result. ``lowest`` and ``nstep`` are as with best='sample'.
-- ``reason``, once all samples are finished, is the worst among the samples: 'diverged' if any
-  diverged or all are lost, else 'stalled', else 'floor', else 'eps'. ``finite`` tells which samples
-  are lost.
+- ``reason``, once all samples are finished, is the worst among them: 'diverged' if any diverged or
+  all are lost (see ``finite``), else 'stalled', else 'floor', else 'eps'.
 - ``prot_break`` is True if a sample diverged or was far out at the end, or if all are lost.
 """
 
@@ -31,23 +29,19 @@ import torch
 from torch import Tensor
 
 from lib.solvers.arguments import Control, check_finite
-from lib.solvers.divergence import Divergence
-from lib.solvers.host import to_device
-from lib.solvers.norms import corrected_norms, relative
-from lib.solvers.solve import Solve, out_of_range, totals
+from lib.solvers.norms import corrected_norms, mask_of, relative, to_device, totals
+from lib.solvers.solve import Solve, out_of_range
 
 
 class SampleSolve(Solve):
     """A :class:`~lib.solvers.solve.Solve` that judges and stops each sample by itself."""
 
-    def __init__(self, *arguments, shrinks: bool = True):
+    def __init__(self, *arguments, needs_all: bool):
         super().__init__(*arguments)
         batch = len(self.x0)
-        self._divergence = Divergence(batch, torch.finfo(self.work_dtype).eps)
-        self.shrinks = shrinks
+        self.needs_all = needs_all
         self.rows = np.arange(batch)  # the samples that the method holds
         self.done = np.zeros(batch, dtype=bool)
-        # Written to from now on, sample by sample.
         self.own.residual, self.own.norms = self.own.residual.copy(), self.own.norms.copy()
         self._norms_now = self.own.norms.copy()  # of g and f at the newest point
         self._sample_nfe = np.zeros(batch, dtype=np.int64)
@@ -55,14 +49,11 @@ class SampleSolve(Solve):
         self._f_rows = self.f
 
     def evaluate(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Evaluate f at x (b, D); return (x, f(x), f(x) - x) of the rows that the method keeps.
+        """As in a Solve, of the b rows kept so far; returns the rows that the method goes on with.
 
-        Args:
-            x: the point, with the rows that the method has kept so far.
-            out: where to write f(x) - x. ``out`` keeps all b rows: the method itself drops the rows
-                of finished samples from everything that it stores.
+        ``out`` keeps all b rows: the method drops those of finished samples from what it stores.
         """
-        if not self.shrinks:
+        if self.needs_all:
             x = self._at_rest(x)
         x, fx, gx = self._value(x, self._f_rows, out)
         norms = torch.stack([torch.linalg.vector_norm(v, dim=1) for v in (gx, fx)])
@@ -75,11 +66,11 @@ class SampleSolve(Solve):
         self.wide = out_of_range(norms[0][counts], self._least)
         self._judge_rows(x, norms)
         done, self.kept = self.done[self.rows], None
-        self.far = self._divergence.far[self.rows] & ~done
+        self.far = self._samples.far[self.rows] & ~done
         if not done.any():
             return x, fx, gx
-        if not self.shrinks:
-            gx.masked_fill_(to_device(done, self.device)[:, None], 0.0)
+        if self.needs_all:
+            gx.masked_fill_(mask_of(done, gx), 0.0)
             return self._at_rest(x), self._at_rest(fx), gx
         self.kept = to_device(np.flatnonzero(~done), self.device)
         self.rows, self.far = self.rows[~done], self.far[~done]
@@ -91,7 +82,7 @@ class SampleSolve(Solve):
         """x (B, D) with the finished samples at their best iterate."""
         if not self.done.any():
             return x
-        return torch.where(to_device(self.done, self.device)[:, None], self.own.x, x)
+        return torch.where(mask_of(self.done, x), self.own.x, x)
 
     def _restricted(self) -> Callable[[Tensor], Tensor]:
         """f restricted to the unfinished samples."""
@@ -123,7 +114,7 @@ class SampleSolve(Solve):
 
         self.lost[rows[~finite]] = True
         reached = (residual < self.eps) | (residual == 0)
-        diverged = finite & ~reached & self._divergence.diverged(g, f, rows)
+        diverged = finite & ~reached & self._samples.diverged(g, f, rows)
         self._diverged[rows[diverged]] = True
         ends = ~finite | reached | diverged | (own_relative < self.control.floor)
         self.done[rows[ends]] = True
@@ -133,7 +124,7 @@ class SampleSolve(Solve):
 
     def _keep_best(self, x: Tensor, samples: np.ndarray, places: np.ndarray) -> None:
         """Keep row ``places[i]`` of x as the best iterate so far of sample ``samples[i]``."""
-        if len(samples) == len(self.x0):  # usual: keep a reference, no copy
+        if len(samples) == len(self.x0):  # a reference, no copy
             self.own.x, self._borrowed = x, True
         elif len(samples):
             if self._borrowed:
@@ -167,7 +158,7 @@ class SampleSolve(Solve):
         return bool(self._diverged.any() or self.lost.all())
 
     def result(self) -> dict:
-        gave_up = self._gave_up() or bool((self._divergence.far & ~self.done).any())
+        gave_up = self._gave_up() or bool((self._samples.far & ~self.done).any())
         return self._solution(self._own_best(), self._sample_nfe, gave_up)
 
 
@@ -179,22 +170,15 @@ def start(
     stop_mode: str,
     control: dict,
     *,
-    shrinks: bool = True,
-    heeds_check_every: bool = True,
+    needs_all: bool = False,
 ) -> Solve:
-    """Make the object that keeps a solve, per batch or per sample.
+    """Make the object that keeps a solve, per batch or per sample; ``control`` holds keywords.
 
-    Args:
-        control: keywords of :class:`~lib.solvers.arguments.Control`.
-        shrinks: whether, with stop='sample', the method drops the rows of finished samples.
-        heeds_check_every: False for a method that needs every residual; ``check_every`` is then 1.
-
-    Raises:
-        InputError: a value out of range.
-        TypeError: a keyword that does not exist.
+    ``needs_all``: the method needs every residual (``check_every`` is 1), and with stop='sample'
+    the rows of finished samples too.
     """
     options = Control(**control)
-    if not heeds_check_every:
+    if needs_all:
         options = replace(options, check_every=1)
-    make = partial(SampleSolve, shrinks=shrinks) if options.stop == "sample" else Solve
+    make = partial(SampleSolve, needs_all=needs_all) if options.stop == "sample" else Solve
     return make(f, x0, threshold, eps, stop_mode, options)

@@ -1,7 +1,4 @@
-"""One solve: evaluate f, record residuals, keep the best iterate, decide when to stop.
-
-All methods of :mod:`lib.solvers` share this code.
-"""
+"""One solve, for all methods: evaluate f, keep the best iterate, decide when to stop."""
 
 import functools
 import math
@@ -13,44 +10,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.solvers.arguments import Control, check_arguments, check_finite, checked_value
-from lib.solvers.divergence import Divergence, far_out
-from lib.solvers.host import to_device
+from lib.errors import check_count, check_number
+from lib.solvers.arguments import Control, check_finite, check_state, check_stop_mode, checked_value
 from lib.solvers.maps import transformed
-from lib.solvers.matmul_precision import full_products, in_context
-from lib.solvers.norms import corrected_norms, least_norm, relative, total
+from lib.solvers.norms import (
+    corrected_norms,
+    least_norm,
+    mask_of,
+    relative,
+    to_device,
+    total,
+    totals,
+)
+from lib.solvers.precision import full_products, in_context, same_autocast
 from lib.solvers.transforms import outside_of_compiler, refuse_transforms
+
+FAR, HIGHS = 1e6, 5  # see Divergence
 
 
 @dataclass
 class Best:
-    """A best iterate: of the whole batch, or of each sample by itself.
+    """A best iterate: of the whole batch, or of each sample by itself."""
 
-    Attributes:
-        x: the iterate, (B, D).
-        residual: of each sample in ``stop_mode``, (B,).
-        norms: of g = f(x) - x and of f(x), (2, B).
-        step: index in the traces, one for all or (B,).
-        total: the residual over the whole batch, 'abs' and 'rel'.
-    """
-
-    x: Tensor
-    residual: np.ndarray
-    norms: np.ndarray
-    step: np.ndarray
-    total: tuple[float, float] = (math.inf, math.inf)
+    x: Tensor  # (B, D)
+    residual: np.ndarray  # of each sample in ``stop_mode``, (B,)
+    norms: np.ndarray  # of g = f(x) - x and of f(x), (2, B)
+    step: np.ndarray  # index in the traces, one for all or (B,)
+    total: tuple[float, float] = (math.inf, math.inf)  # the batch's residual, 'abs' and 'rel'
 
 
 class Solve:
     """One solve of z = f(z) from ``x0``; made by :func:`~lib.solvers.sample_solve.start`.
 
-    Points are (B, D) tensors in the working dtype. The working dtype is the dtype of ``x0``, or
-    float32 if ``x0`` is in half precision: inner products in half precision are too inaccurate for
-    a solver. f sees the shape and dtype of ``x0``.
+    Points are (B, D) tensors in the working dtype: that of ``x0``, or float32 if ``x0`` is in half
+    precision, whose inner products are too inaccurate. f sees the shape and dtype of ``x0``.
 
-    Every ``check_every`` evaluations, one transfer brings the norms to the host, where they are
-    judged. As kernels on the device, a dozen operations on a few numbers would cost more than the
-    norms themselves.
+    Every ``check_every`` evaluations, one transfer brings the norms to the host. There they are
+    judged: on the device, a dozen kernels on a few numbers would cost more than the norms.
     """
 
     def __init__(
@@ -62,43 +58,45 @@ class Solve:
         stop_mode: str,
         control: Control,
     ):
-        check_arguments(f, x0, threshold, eps, stop_mode)
+        check_count("threshold", threshold)
+        check_number("eps", eps)
+        check_stop_mode(stop_mode)
         self.f = f
         self.shape, self.dtype, self.device = x0.shape, x0.dtype, x0.device
         self.threshold, self.eps, self.stop_mode = threshold, float(eps), stop_mode
-        self.control, self.check_every = control, control.check_every
+        self.control = control
+        self._max_nfe = math.inf if control.max_nfe is None else control.max_nfe
         self._start = time.perf_counter()
         self.work_dtype = torch.promote_types(x0.dtype, torch.float32)
         self.x0 = x0.detach().reshape(len(x0), -1).to(self.work_dtype)  # (B, D)
-        self.nfe = 0
-        self.products = 0  # number of products with the Jacobian
+        self.nfe = self.products = 0  # evaluations of f; products with its Jacobian
         self.kept: Tensor | None = None  # see SampleSolve
         self.abs_trace: list[float] = []
         self.rel_trace: list[float] = []
         unknown = np.full((3, len(x0)), math.inf)
         self.best = Best(self.x0, unknown[0], unknown[1:], np.asarray(0))
-        # Each sample's best finite iterate: the sample falls back to it if f is not finite there.
-        # With best='sample' it is the result.
+        # Each sample's best finite iterate: it falls back to it if f is not finite; the result of
+        # best='sample'.
         self.own = replace(self.best, step=np.zeros(len(x0), dtype=np.int64))
-        # Whether inner products of residuals may overflow or underflow in float32.
-        self.wide = False
+        self.wide = False  # whether inner products of residuals may leave the range of float32
         self._least = least_norm(self.x0)
-        # Samples on which f was not finite: on the host, and on the device once there are any.
+        # Samples on which f was not finite: on the host, and on the device if there are any.
         self.lost, self.lost_mask = np.zeros(len(x0), dtype=bool), None
         self.converged = self.diverged = self.at_floor = self.stalled = False
         self._exhausted = ""  # the limit that the solve ran into, as a reason
-        self.far = np.zeros(len(x0), dtype=bool)  # samples whose newest point is far out
-        self._divergence = Divergence(1, torch.finfo(self.work_dtype).eps)
-        self._borrowed = True  # the best iterate may be another owner's tensor: do not write to it
+        rounding = torch.finfo(self.work_dtype).eps
+        self._divergence, self._samples = Divergence(1, rounding), Divergence(len(x0), rounding)
+        self.far = self._samples.far  # samples whose newest point is far out, (B,)
+        self._borrowed = True  # the best iterate may be another's tensor: do not write to it
         self._pending: list[Tensor] = []  # points not yet judged; _norms holds their norms
-        self._norms = self.x0.new_empty(min(self.check_every, threshold + 1), 2, len(x0))
+        self._norms = self.x0.new_empty(min(control.check_every, threshold + 1), 2, len(x0))
         self._slots = [norms.unbind() for norms in self._norms]
 
     @property
     def stopped(self) -> bool:
         """Whether the solve ends here for a reason other than the threshold.
 
-        Ask only after an evaluation: before the first one there is nothing to return.
+        Ask after an evaluation: before the first there is nothing to return.
         """
         seconds = self.control.max_seconds
         if seconds is not None and time.perf_counter() - self._start >= seconds:
@@ -122,12 +120,8 @@ class Solve:
 
     @property
     def left(self) -> int:
-        """Remaining budget of evaluations and products, for methods whose threshold counts both."""
+        """What is left of a threshold that counts evaluations and products together."""
         return int(min(self.threshold, self._max_nfe)) - self.nfe - self.products
-
-    @property
-    def _max_nfe(self) -> float:
-        return math.inf if self.control.max_nfe is None else self.control.max_nfe
 
     def affords(self, count: int) -> bool:
         """Whether the budget allows ``count`` more; if not, note it as the reason to stop."""
@@ -138,36 +132,27 @@ class Solve:
     def evaluate(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Evaluate f at x (B, D); return (x, f(x), f(x) - x), all finite.
 
-        A sample on which f is not finite is lost. From then on it rests at its best finite iterate
-        with a residual of zero: it does not move, and it does not disturb the other samples.
-        Between two checks, a sample that is not finite may go unnoticed.
-
-        Args:
-            x: the point. It is kept by reference: do not overwrite it afterwards.
-            out: where to write f(x) - x; a new tensor if None.
+        A sample on which f is not finite is lost: from then on it rests at its best finite iterate
+        with a residual of zero, and does not disturb the others. Between two checks it may go
+        unnoticed. x is kept by reference: do not overwrite it. ``out`` takes f(x) - x.
         """
-        point = self._evaluate(x, out, forgive=False)
-        assert point is not None  # only a trial may fail
+        point = self.trial(x, out, forgive=False)
+        assert point is not None  # only a trial that is forgiven may fail
         return point
 
-    def trial(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """As :meth:`evaluate`, but if f is not finite, lose no sample and return None."""
-        return self._evaluate(x, None, forgive=True)
-
-    def _evaluate(
-        self, x: Tensor, out: Tensor | None, forgive: bool
+    def trial(
+        self, x: Tensor, out: Tensor | None = None, forgive: bool = True
     ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """As :meth:`evaluate`, but if f is not finite, lose no sample and return None."""
         x, fx, gx = self._value(self._settle(x, self.own.x), self.f, out)
         for vectors, norms in zip((gx, fx), self._slots[len(self._pending)], strict=True):
             torch.linalg.vector_norm(vectors, dim=1, out=norms)
         self._pending.append(x)
-        if forgive or self.nfe == 1 or len(self._pending) >= self.check_every:
+        if forgive or self.nfe == 1 or len(self._pending) >= self.control.check_every:
             if not self._check(forgive, (gx, fx)):
                 return None
-            if self.lost_mask is not None:
-                x, fx = self._settle(x, self.own.x), self._settle(fx, self.own.x)
-                gx[self.lost_mask] = 0.0
-        elif self.lost_mask is not None:
+            x, fx = self._settle(x, self.own.x), self._settle(fx, self.own.x)
+        if self.lost_mask is not None:
             gx[self.lost_mask] = 0.0
         return x, fx, gx
 
@@ -191,8 +176,8 @@ class Solve:
         earlier points are only bounded from below, so that no point counts as solved.
         """
         points, self._pending = self._pending, []
-        # This is the only synchronisation with the device.
-        norms = self._norms[: len(points)].cpu().numpy().astype(np.float64)  # (n, 2, B)
+        # The only synchronisation with the device; (n, 2, B)
+        norms = self._norms[: len(points)].cpu().numpy().astype(np.float64)
         norms = self._in_range(norms, newest)
         if self.nfe == 1 and not np.isfinite(norms).all():
             check_finite(self.x0)
@@ -230,7 +215,7 @@ class Solve:
         self._record(total_g, relative(total_g, total_f))
         residual = g if self.stop_mode == "abs" else relative(g, f)
         if self.lost_mask is not None:
-            # A lost sample keeps its own best iterate, and so that iterate's residual.
+            # A lost sample keeps the residual of its best iterate.
             residual = np.where(self.lost, self.own.residual, residual)
         better = residual < self.own.residual
         self.own.norms = np.where(better, [g, f], self.own.norms)
@@ -238,8 +223,7 @@ class Solve:
         if better.all() or (better | self.lost).all():  # usual: keep a reference, no copy
             self.own.x, self.own.residual = x, residual
         elif better.any():
-            mask = to_device(better, self.device)
-            self.own.x = torch.where(mask[:, None], x, self.own.x)
+            self.own.x = torch.where(mask_of(better, x), x, self.own.x)
             self.own.residual = np.where(better, residual, self.own.residual)
         newest = self.abs_trace[-1], self.rel_trace[-1]
         current = self._of_mode(newest)
@@ -248,9 +232,7 @@ class Solve:
             self.best = Best(x, residual, np.stack([g, f]), step, newest)
         self.converged |= current < self.eps or current == 0.0
         self.at_floor |= self.rel_trace[-1] < self.control.floor
-        if self.nfe == 1:
-            self._far_out = far_out(g, f, torch.finfo(self.work_dtype).eps)
-        self.far = g > self._far_out
+        self._samples.diverged(g, f)  # for ``far``
         if not forgive:
             found = self._divergence.diverged(np.array([total_g]), np.array([total_f]))
             self.diverged |= bool(found[0])
@@ -329,9 +311,9 @@ class Solve:
 def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
     """Decorator of a method: no autograd, and reduced precision inside f only.
 
-    A solver needs accurate inner products and combinations of states; half precision and TF32 are
-    too coarse. So autocast and torch's float32 matmul precision apply only inside f and inside
-    products with its Jacobian.
+    Half precision and TF32 are too coarse for inner products and combinations of states. So
+    autocast and torch's float32 matmul precision apply only inside f and products with its
+    Jacobian.
     """
 
     @outside_of_compiler
@@ -339,14 +321,15 @@ def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
     @torch.no_grad()
     def solve(f: Callable, x0: Tensor, *args, **options) -> dict:
         refuse_transforms()
-        kind = x0.device.type if isinstance(x0, Tensor) else "cpu"
+        check_state(f, x0)
+        kind = x0.device.type
         with full_products() as callers:
-            if callers is not None and callable(f):
+            if callers is not None:
                 f = transformed(f, lambda f: in_context(callers, f))
-            if not (torch.is_autocast_enabled(kind) and callable(f)):
+            if not torch.is_autocast_enabled(kind):
                 return method(f, x0, *args, **options)
-            dtype = torch.get_autocast_dtype(kind)
-            f = transformed(f, lambda f: in_context(lambda: torch.autocast(kind, dtype), f))
+            callers_autocast = same_autocast(x0.device)
+            f = transformed(f, lambda f: in_context(callers_autocast, f))
             with torch.autocast(kind, enabled=False):
                 return method(f, x0, *args, **options)
 
@@ -354,17 +337,43 @@ def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
 
 
 def out_of_range(residual: np.ndarray, least: float) -> bool:
-    """Whether inner products of residuals with these norms may leave the range of the format.
-
-    The limits are ``least``, a :func:`~lib.solvers.norms.least_norm`, and its inverse.
-    """
+    """Whether inner products of residuals with these norms may leave the range of the format."""
     return bool(((residual < least) & (residual > 0) | (residual > 1 / least)).any())
 
 
-def totals(norms: np.ndarray) -> tuple[float, float]:
-    """The residual over the batch, 'abs' and 'rel', from norms (2, B) of g and f."""
-    found = np.isfinite(norms).all(0)  # samples on which f was finite at least once
-    if not found.any():
-        return math.inf, math.inf
-    g, f = (total(own) for own in norms[:, found])
-    return g, relative(g, f)
+class Divergence:
+    """Finds which of n samples diverge: from several steps, never from a single one.
+
+    A residual is far out if it is a million times the first residual. Both stop modes measure the
+    absolute residual: the relative residual of z -> 3 z stays at 2/3 forever. After a warm start
+    the first residual may be rounding error, whose growth means nothing: it counts as at least
+    sqrt(eps) ||f||. A Newton or quasi-Newton step may lead far out once, and the iteration comes
+    back. A diverging iteration keeps rising: far out, it reaches five new highs without coming back
+    in between.
+
+    Args:
+        count: n; 1 for the batch as a whole.
+        eps: rounding error of the format.
+    """
+
+    def __init__(self, count: int, eps: float):
+        self._eps = eps
+        self._limit: np.ndarray | None = None  # far out above this, (n,)
+        self.far = np.zeros(count, dtype=bool)  # whether the newest residual is; kept in place
+        self._highest = np.zeros(count)
+        self._highs = np.zeros(count, dtype=np.int64)  # new highs since the residual was last near
+
+    def diverged(self, g: np.ndarray, f: np.ndarray, rows: np.ndarray | slice = slice(None)):
+        """Which of the samples ``rows`` have diverged, from the norms of g and f at a new point.
+
+        The first call sets the limits, for all samples. Norms that are not finite say nothing.
+        """
+        if self._limit is None:
+            self._limit = FAR * np.maximum(g, math.sqrt(self._eps) * f)
+        far = self.far[rows] = g > self._limit[rows]
+        if not far.any() and not self._highs[rows].any():  # usual: nothing is far out
+            return far
+        higher = far & (g > self._highest[rows])
+        self._highest[rows] = np.where(higher, g, self._highest[rows])
+        self._highs[rows] = np.where(far, self._highs[rows] + higher, 0)
+        return self._highs[rows] >= HIGHS

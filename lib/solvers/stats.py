@@ -8,8 +8,8 @@ from math import nan
 def solve_figures(solution: dict) -> dict:
     """nfe, both residuals and ``broken`` of one solve, from the solver's dict.
 
-    ``nfe`` includes products with the Jacobian: a product costs about as much as an evaluation. A
-    user's own solver may return fewer keys than ours. Without traces the residuals are NaN.
+    ``nfe`` includes products with the Jacobian, which cost about as much as evaluations. A user's
+    own solver may return fewer keys than ours; without traces the residuals are NaN.
     """
     index = solution.get("nstep", -1)
     absolute, relative = (solution.get(f"{mode}_trace") or [nan] for mode in ("abs", "rel"))
@@ -24,7 +24,7 @@ def solve_figures(solution: dict) -> dict:
 def all_finite(solution: dict) -> bool:
     """Whether f stayed finite for all samples; True if the solver does not say.
 
-    Our solvers give ``all_finite`` on the host. Reading ``finite`` would wait for the device.
+    Ours give ``all_finite`` on the host: reading ``finite`` would wait for the device.
     """
     if "all_finite" in solution:
         return solution["all_finite"]

@@ -1,9 +1,8 @@
 """Detect the PyTorch transforms that a solve runs inside, and refuse or bypass them.
 
-A solver reads residuals to decide how often it calls f. So torch.func, torch.export, batched
-gradients and torch.compile cannot trace a solve. torch.compile is bypassed; the others are refused
-with a clear message. This module also detects forward-mode differentiation, because a tangent needs
-its own solve.
+A solver reads residuals to decide how often it calls f, so torch.func, torch.export, batched
+gradients and torch.compile cannot trace it. torch.compile is bypassed; the others are refused.
+Forward-mode differentiation is detected: a tangent needs its own solve.
 """
 
 import functools
@@ -15,15 +14,9 @@ from torch import Tensor
 
 from lib.errors import InputError
 
-INSTEAD = "use torch.autograd instead (grad, backward, functional.jacobian, one by one)"
-
 
 def refuse_transforms() -> None:
-    """Refuse torch.func and torch.export, which cannot trace a solver.
-
-    Raises:
-        InputError: the call is inside one of these transforms.
-    """
+    """Refuse a call inside torch.func or torch.export."""
     if torch.compiler.is_exporting():
         raise InputError(
             "a solve cannot be exported, because its number of steps depends on values: export f "
@@ -37,22 +30,22 @@ def refuse_transforms() -> None:
     if traced or functorch.peek_interpreter_stack() is not None:
         raise InputError(
             "a solve inside a transform of torch.func (grad, vmap, jvp, ...), or traced, is not "
-            "possible, "
-            f"because its number of steps depends on values: {INSTEAD}"
+            "possible, because its number of steps depends on values: use torch.autograd instead "
+            "(grad, backward, functional.jacobian, one by one)"
         )
 
 
 def outside_of_compiler(function: Callable) -> Callable:
     """Decorator: torch.compile calls this function without tracing it.
 
-    If traced, a model would break into dozens of graphs, recompiled for each shape of the history.
-    An f that is itself compiled stays compiled.
+    Traced, a model would break into dozens of graphs, recompiled for each shape of the history. An
+    f that is itself compiled stays compiled.
     """
 
     @functools.wraps(function)
     def called(*args, **kwargs):
         if torch.compiler.is_compiling():  # True only while the compiler traces
-            # Imported here: it loads the compiler, which is loaded already while it traces.
+            # It loads the compiler, which is loaded already while it traces.
             from lib.solvers.eager import call
 
             return call(function, *args, **kwargs)
@@ -62,11 +55,7 @@ def outside_of_compiler(function: Callable) -> Callable:
 
 
 def refuse_batched(value: Tensor | None) -> None:
-    """Refuse a gradient or tangent that holds a batch of directions.
-
-    Raises:
-        RuntimeError: ``value`` holds a batch of directions.
-    """
+    """Refuse, by a RuntimeError, a gradient or tangent that holds a batch of directions."""
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     if value is None:
         return

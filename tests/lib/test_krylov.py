@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lib.solvers import bicgstab, gmres
-from lib.solvers.inner_products import orthogonalise
 from lib.solvers.maps import Affine
+from lib.solvers.norms import orthogonalise
 from problems import SHAPES
 
 SOLVERS = {"gmres": gmres, "gmres anew": partial(gmres, restart=5), "bicgstab": bicgstab}

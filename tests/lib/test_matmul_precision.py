@@ -10,7 +10,7 @@ import torch
 import lib.solvers.krylov
 from lib.solvers import ADJOINT_SOLVERS, SOLVERS, anderson, broyden
 from lib.solvers.maps import Affine
-from lib.solvers.matmul_precision import callers_products
+from lib.solvers.precision import callers_products
 
 # The functions of the same names hide the modules as attributes of lib.solvers.
 anderson_py = import_module("lib.solvers.anderson")

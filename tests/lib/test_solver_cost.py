@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lib.solvers import SOLVERS, anderson, broyden, inner_products
+from lib.solvers import SOLVERS, anderson, broyden, norms
 from lib.solvers.stats import all_finite, solve_figures
 from problems import NanFrom, symmetric, tanh_layer
 
@@ -169,7 +169,7 @@ def test_products(size, rows, count):
     generator = torch.Generator().manual_seed(size + rows)
     vectors = torch.randn(count, 3, size, generator=generator)
     stored = torch.randn(rows, 3, size, generator=generator)
-    found = inner_products.products(vectors, stored)
+    found = norms.products(vectors, stored)
     assert found.dtype == torch.float64
     expected = torch.einsum("vbd,rbd->bvr", vectors.double(), stored.double())
     torch.testing.assert_close(found, expected, rtol=0, atol=5e-6 * size**0.5)
@@ -177,7 +177,7 @@ def test_products(size, rows, count):
 
 def test_chunks_divide():
     for size in (1, 4095, 4097, 8192, 12_289, 30_720, 105_000, 400_000):
-        chunks = inner_products.chunks(size)
+        chunks = norms.chunks(size)
         assert size % chunks == 0
         assert chunks == 1 or size // chunks >= 512
         assert size > 4096 or chunks == 1

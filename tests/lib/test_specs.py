@@ -20,9 +20,9 @@ from lib.solvers import (
     gmres,
     newton_krylov,
 )
+from lib.solvers.arguments import Names, accepts, choice, parse
 from lib.solvers.maps import Affine, plain, transformed
 from lib.solvers.solve import Control
-from lib.solvers.specs import Names, accepts, choice, parse
 
 EVERY = SOLVERS | ADJOINT_SOLVERS
 by_name = pytest.mark.parametrize("name", EVERY)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from lib.extras import needs
+from lib.errors import needs
 
 MEAN, STD = 0.3, 0.31  # of resized images with pixels in [0, 1]
 HELD_OUT = {"test": 0.2, "valid": 0.1}  # shares of each class; in this order

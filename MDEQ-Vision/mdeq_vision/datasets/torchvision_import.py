@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lib.extras import needs
+from lib.errors import needs
 
 # While it is imported, torchvision describes these two compiled operators to PyTorch. If
 # torchvision was built for another PyTorch (a CUDA wheel next to a CPU wheel), the operators do
