@@ -3,19 +3,31 @@
 import argparse
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
+from deq_sequence.muon import Muon
 from lib.runs.optimizers import fused_if_possible
 
 
 def make_optimizer(
     args: argparse.Namespace, model: nn.Module, build: Callable = fused_if_possible
 ) -> torch.optim.Optimizer:
-    """The optimiser ``--optim``, with PyTorch's defaults except for learning rate and decay."""
-    kind = getattr(torch.optim, args.optim)
+    """The optimiser ``--optim``, with its defaults except for learning rate and decay."""
+    own = args.optim == "Muon"  # not that of torch.optim: see the class
+    kind = partial(Muon, matrices=_matrices(model)) if own else getattr(torch.optim, args.optim)
     return build(kind, model, lr=args.lr, weight_decay=args.weight_decay)
+
+
+def _matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The matrices of the layer and of its injection, for Muon; not tables and projections."""
+    return [
+        p
+        for name, p in model.named_parameters()
+        if name.startswith(("func.", "inject_conv.")) and name.endswith(("weight", "weight_v"))
+    ]
 
 
 class LearningRate:

@@ -68,6 +68,7 @@ TOGETHER = [
     "--scheduler dev_perf --decay_rate 0.9 --eval-interval 2 --optim SGD --clip_nonemb "
     "--adaptive --div_val 2 --tie_proj_mode storage",
     "--adaptive --div_val 2 --optim Adagrad --not_tied --save-interval 1",
+    "--optim Muon --weight_decay 0.01",
 ]
 AROUND = [("", stop) for stop in (8, 10, 11, 15)]  # the border is 10; 7, 10 and 14 are saved
 
