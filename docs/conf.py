@@ -12,6 +12,7 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = project
+html_show_copyright = False
 html_show_sourcelink = False
 exclude_patterns = ["_build"]
 

@@ -17,11 +17,11 @@ from lib.runs.run_folder import WEIGHTS
 # gave the best result in this time (the README compares gradients).
 SETTINGS = """
     --dataset demo --name quickstart
-    --d_model 128 --n_head 4 --d_head 32 --d_inner 512 --pre_lnorm --wnorm --init_std 0.05
+    --d_model 128 --n_head 4 --d_head 32 --d_inner 512 --pre_lnorm --init_std 0.05
     --n_layer 3 --eval_n_layer 3 --adaptive --pretrain_steps 900 --max_step 1800
     --tgt_len 64 --mem_len 64 --eval_tgt_len 64 --batch_size 16
     --grad jfb --f_thres 6 --jac_loss_weight 0.3 --jac_loss_freq 0.3
-    --lr 0.002 --warmup_step 50 --dropout 0.05
+    --optim Muon --lr 0.002 --warmup_step 50 --dropout 0.05
     --log-interval 50 --eval-interval 300 --save-interval 50
 """
 
