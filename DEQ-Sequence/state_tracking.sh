@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Running products in a group, trained on strings of up to 32 elements, evaluated on up to 256.
 #     bash state_tracking.sh train|eval --dataset state:S3 [flags]                   S3, or Z2 (parity)
-#     bash state_tracking.sh train|eval --dataset state:A5 --max_step 2000 [flags]   60 elements
+#     bash state_tracking.sh train|eval --dataset state:A5 --max_step 3500 [flags]   60 elements
 settings=(
     --n_head 2 --d_head 32 --d_model 64 --d_inner 512 --init_std 0.1 --local_size 2 --inject own
     --mem_len 0 --tgt_len 32 --batch_size 32 --grow_below 0.05 --eval_batch_size 20

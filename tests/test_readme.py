@@ -84,7 +84,7 @@ ELSEWHERE = {
     "python scripts/benchmarks/bench_audits.py": "scripts/test_bench_audits.py",
     **{
         f"bash state_tracking.sh train --dataset state:{flags}": "sequence/test_launch_scripts.py"
-        for flags in ("Z2", "S3", "A5 --max_step 2000")
+        for flags in ("Z2", "S3", "A5 --max_step 3500")
     },
     "python examples/own_layer.py": "scripts/test_own_layer.py",
     "python scripts/benchmarks/bench_own_layer.py": "scripts/test_own_layer.py",

@@ -9,22 +9,20 @@ runs that are missing.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 from helpers.arguments import Parser, write_json
 from helpers.measure import describe_machine, table
+from helpers.runs import on_one_thread, trained
 
-from lib.errors import InputError
 from lib.runs.command_line import exit_code
-from lib.runs.run_folder import read_metrics, run_folder
+from lib.runs.run_folder import run_folder
 
 SCRIPT = Path(__file__).resolve().parents[2] / "DEQ-Sequence/state_tracking.sh"
 EQUILIBRIUM = "equilibrium"
-LONGER = {"A5": "--max_step 2000"}  # a table of 3,600 products has to be learnt first
+LONGER = {"A5": "--max_step 3500"}  # a table of 3,600 products has to be learnt first
 NEVER = 10**9  # steps before the equilibrium, for a stack
 
 
@@ -63,29 +61,20 @@ def train(group: str, network: str | int, seed: int, options: argparse.Namespace
     flags += f" {LONGER.get(group, '')}"
     if network != EQUILIBRIUM:
         flags += f" --n_layer {network} --eval_n_layer {network} --pretrain_steps {NEVER}"
-    before = os.times()
-    code = launch([*flags.split(), "--work_dir", str(place)])
-    after = os.times()
-    if code:
-        raise InputError(f"the run {name} of {group} ended with exit code {code}")
-    records = read_metrics(run_folder(str(place), f"state-{group}", name))
-    spent = sum(getattr(after, x) - getattr(before, x) for x in _OF_CHILDREN)
+    all_flags = [*flags.split(), "--work_dir", str(place)]
+    folder = run_folder(str(place), f"state-{group}", name)
+    records, minutes = trained(lambda: launch(all_flags), f"{name} of {group}", folder)
     figures = ("length", "exact", "rel_residual", "nfe")
     return {
         **{"group": group, "network": network, "seed": seed, "steps": records[-1]["step"]},
-        "minutes": spent / 60,
+        "minutes": minutes,
         "tests": [{k: r[k] for k in figures} for r in records if r["kind"].startswith("final_")],
     }
 
 
 def launch(flags: list[str]) -> int:
     """Train by the script, with more flags; the exit code."""
-    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    command = ["bash", str(SCRIPT), "train", *flags]
-    return subprocess.run(command, stdout=subprocess.DEVNULL, env=environment).returncode
-
-
-_OF_CHILDREN = ("children_user", "children_system")
+    return on_one_thread(["bash", str(SCRIPT), "train", *flags], PYTHON=sys.executable)
 
 
 def report(found: dict) -> str:

@@ -9,8 +9,6 @@ same --json does the runs that are missing.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,6 +17,7 @@ from statistics import mean, median
 import torch
 from helpers.arguments import Parser, write_json
 from helpers.measure import describe_machine, in_turns, table
+from helpers.runs import on_one_thread, trained
 from helpers.settings import ROOT
 from helpers.trainers import next_step
 
@@ -28,9 +27,8 @@ from deq_sequence.options import parse as parse_training
 from deq_sequence.quickstart import SETTINGS
 from deq_sequence.text.corpus import get_lm_corpus
 from deq_sequence.text_trainer import LMTrainer
-from lib.errors import InputError
 from lib.runs.command_line import exit_code
-from lib.runs.run_folder import read_metrics, run_folder
+from lib.runs.run_folder import run_folder
 
 EQUILIBRIUM = "equilibrium"
 DATA = ROOT / "DEQ-Sequence/data/demo"
@@ -112,29 +110,20 @@ def train(network: str | int, seed: int, steps: dict, options: argparse.Namespac
     if network != EQUILIBRIUM:
         flags += f"--n_layer {network} --eval_n_layer {network} --pretrain_steps {NEVER}".split()
         flags += ["--max_step", str(steps[str(network)])]
-    before = os.times()
-    code = launch([*SETTINGS.split(), *flags, "--work_dir", str(place)])
-    after = os.times()
-    if code:
-        raise InputError(f"the run {name} ended with exit code {code}")
-    records = read_metrics(run_folder(str(place), "demo", name))
-    spent = sum(getattr(after, x) - getattr(before, x) for x in _OF_CHILDREN)
+    flags = [*SETTINGS.split(), *flags, "--work_dir", str(place)]
+    folder = run_folder(str(place), "demo", name)
+    records, minutes = trained(lambda: launch(flags), name, folder)
     final = {r["kind"]: r for r in records if r["kind"].startswith("final_")}
     return {
-        **{"network": network, "seed": seed, "steps": records[-1]["step"], "minutes": spent / 60},
+        **{"network": network, "seed": seed, "steps": records[-1]["step"], "minutes": minutes},
         **{split: perplexity(final[f"final_{split}"]["loss"]) for split in ("valid", "test")},
         **{key: final["final_test"][key] for key in ("rel_residual", "nfe")},
     }
 
 
 def launch(flags: list[str]) -> int:
-    """Train with these flags in a process of one thread; the exit code."""
-    command = [sys.executable, str(ROOT / "DEQ-Sequence/train_transformer.py"), *flags]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, stdout=subprocess.DEVNULL, env=environment).returncode
-
-
-_OF_CHILDREN = ("children_user", "children_system")
+    """Train with these flags; the exit code."""
+    return on_one_thread([sys.executable, str(ROOT / "DEQ-Sequence/train_transformer.py"), *flags])
 
 
 def report(found: dict) -> str:
