@@ -140,8 +140,8 @@ def _row(network: str | int, found: dict) -> list[str]:
 
     def spread(key: str, digits: int = 1) -> str:
         values = [row[key] for row in rows]
-        ends = f"{min(values):.{digits}f} to {max(values):.{digits}f}"
-        return f"{mean(values):.{digits}f} ({ends})"
+        ends = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if len(rows) > 1 else ""
+        return f"{mean(values):.{digits}f}{ends}"
 
     return [
         network if solved else f"{network} layers",
