@@ -137,7 +137,7 @@ def _training_flags(group) -> None:
     add = group.add_argument
     optimisers = ("Adam", "SGD", "Adagrad", "RMSprop", "RAdam", "Muon")
     schedules = ("cosine", "inv_sqrt", "dev_perf", "constant")
-    add("--optim", default="Adam", choices=optimisers, help="Muon: for matrices")
+    add("--optim", default="Adam", choices=optimisers, help="optimiser; Muon: for matrices")
     add("--lr", type=float, default=0.00025, help="peak learning rate")
     add("--scheduler", default="cosine", choices=schedules, help="after the warm-up")
     add("--warmup_step", type=int, default=0, help="steps of linear warm-up")
