@@ -3,8 +3,8 @@
     python scripts/benchmarks/bench_states.py --json docs/data/state_tracking.json
 
 Trains DEQ-Sequence/state_tracking.sh for each group and seed: the equilibrium, and the same layer
-stacked, with the same steps. Every run has one thread. A second call with the same --json does the
-runs that are missing.
+stacked, with the same steps. Every run has one thread of the CPU, whatever --device says. A second
+call with the same --json does the runs that are missing.
 """
 
 import argparse
@@ -12,18 +12,21 @@ import json
 import sys
 from pathlib import Path
 
-import torch
 from helpers.arguments import Parser, write_json
-from helpers.measure import describe_machine, table
-from helpers.runs import on_one_thread, trained
+from helpers.measure import table
+from helpers.runs import (
+    EQUILIBRIUM,
+    machine_of_one_thread,
+    on_one_thread,
+    stack_flags,
+    trained,
+)
 
 from lib.runs.command_line import exit_code
 from lib.runs.run_folder import run_folder
 
 SCRIPT = Path(__file__).resolve().parents[2] / "DEQ-Sequence/state_tracking.sh"
-EQUILIBRIUM = "equilibrium"
 LONGER = {"A5": "--max_step 3500"}  # a table of 3,600 products has to be learnt first
-NEVER = 10**9  # steps before the equilibrium, for a stack
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,7 +49,7 @@ def run(options: argparse.Namespace) -> None:
     rows = []
     if options.json is not None and options.json.exists():
         rows = json.loads(options.json.read_text())["runs"]
-    machine = describe_machine(torch.device("cpu")).replace(f"{torch.get_num_threads()} t", "1 t")
+    machine = machine_of_one_thread()
     for job in jobs:
         if job not in [(row["group"], row["network"], row["seed"]) for row in rows]:
             rows.append(train(*job, options))
@@ -57,13 +60,13 @@ def run(options: argparse.Namespace) -> None:
 def train(group: str, network: str | int, seed: int, options: argparse.Namespace) -> dict:
     """Do one run; its figures."""
     name, place = f"{network}-{seed}", options.out.resolve() / "runs"
-    flags = f"--dataset state:{group} --seed {seed} --name {name} --num_threads 1"
-    flags += f" {LONGER.get(group, '')}"
+    flags = f"--dataset state:{group} --seed {seed} --name {name} --num_threads 1".split()
+    flags += LONGER.get(group, "").split()
     if network != EQUILIBRIUM:
-        flags += f" --n_layer {network} --eval_n_layer {network} --pretrain_steps {NEVER}"
-    all_flags = [*flags.split(), "--work_dir", str(place)]
+        flags += stack_flags(network)
+    flags += ["--work_dir", str(place)]
     folder = run_folder(str(place), f"state-{group}", name)
-    records, minutes = trained(lambda: launch(all_flags), f"{name} of {group}", folder)
+    records, minutes = trained(lambda: launch(flags), f"{name} of {group}", folder)
     figures = ("length", "exact", "rel_residual", "nfe")
     return {
         **{"group": group, "network": network, "seed": seed, "steps": records[-1]["step"]},

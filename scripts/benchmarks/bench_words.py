@@ -3,8 +3,8 @@
     python scripts/benchmarks/bench_words.py --json docs/data/words.json
 
 The stacks have the same parameters and settings, but for the steps: as many as take the time of the
-equilibrium's training, by steps measured in turns. Every run has one thread. A second call with the
-same --json does the runs that are missing.
+equilibrium's training, by steps measured in turns. Every run has one thread of the CPU, whatever
+--device says. A second call with the same --json does the runs that are missing.
 """
 
 import argparse
@@ -16,8 +16,15 @@ from statistics import mean, median
 
 import torch
 from helpers.arguments import Parser, write_json
-from helpers.measure import describe_machine, in_turns, table
-from helpers.runs import on_one_thread, trained
+from helpers.measure import in_turns, table
+from helpers.runs import (
+    EQUILIBRIUM,
+    NEVER,
+    machine_of_one_thread,
+    on_one_thread,
+    stack_flags,
+    trained,
+)
 from helpers.settings import ROOT
 from helpers.trainers import next_step
 
@@ -30,9 +37,7 @@ from deq_sequence.text_trainer import LMTrainer
 from lib.runs.command_line import exit_code
 from lib.runs.run_folder import run_folder
 
-EQUILIBRIUM = "equilibrium"
 DATA = ROOT / "DEQ-Sequence/data/demo"
-NEVER = 10**9  # steps before the equilibrium, for a stack
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="bench_words.py", description=__doc__.splitlines()[0])
+    parser = Parser(prog="bench_words.py", description=__doc__.splitlines()[0], least={"rounds": 1})
     add = parser.add_argument
     add("--seeds", nargs="+", type=int, default=[1, 2, 3], help="seeds")
     add("--stacks", nargs="*", type=int, default=[3, 6], help="layers")
@@ -53,10 +58,12 @@ def run(options: argparse.Namespace) -> None:
     found = {"runs": []}
     if options.json is not None and options.json.exists():
         found = json.loads(options.json.read_text())
-    machine = describe_machine(torch.device("cpu")).replace(f"{torch.get_num_threads()} t", "1 t")
+    machine = machine_of_one_thread()
     found["machine"] = machine
-    if not found.get("steps", {}).keys() >= {str(n) for n in options.stacks}:
-        found |= steps_in_equal_time(options.stacks, options.rounds)
+    if "steps" not in found or not found["steps"].keys() >= {str(n) for n in options.stacks}:
+        # Runs that are there keep the steps that they took.
+        for key, timed in steps_in_equal_time(options.stacks, options.rounds).items():
+            found[key] = timed | found.get(key, {})
     for seed in options.seeds:
         for network in (EQUILIBRIUM, *options.stacks):
             if (network, seed) not in [(row["network"], row["seed"]) for row in found["runs"]]:
@@ -108,7 +115,7 @@ def train(network: str | int, seed: int, steps: dict, options: argparse.Namespac
     name, place = f"{network}-{seed}", options.out.resolve() / "runs"
     flags = f"--data {DATA} --seed {seed} --name {name} --num_threads 1".split()
     if network != EQUILIBRIUM:
-        flags += f"--n_layer {network} --eval_n_layer {network} --pretrain_steps {NEVER}".split()
+        flags += stack_flags(network)
         flags += ["--max_step", str(steps[str(network)])]
     flags = [*SETTINGS.split(), *flags, "--work_dir", str(place)]
     folder = run_folder(str(place), "demo", name)

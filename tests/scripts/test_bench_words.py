@@ -57,6 +57,21 @@ def test_the_command(command, tmp_path, capsys):
     values = [row["test"] for row in found["runs"] if row["network"] == 3]
     assert f"({min(values):.1f} to {max(values):.1f})" in lines[3]
     assert command(*flags) == (0, [])  # all are there
+    assert command(*flags, "1")[0] == 0  # one more stack
+    again = json.loads((tmp_path / "found.json").read_text())
+    assert again["steps"].keys() == {"1", "3"}
+    assert again["steps"]["3"] == found["steps"]["3"]  # as its runs have them
+
+
+def test_without_stacks(command, capsys):
+    code, trained = command("--seeds", "1", "--stacks")
+    assert (code, len(trained)) == (0, 1)
+    assert "| equilibrium | 4 " in capsys.readouterr().out
+
+
+def test_no_round(command, capsys):
+    assert command("--rounds", "0")[0] == 2
+    assert "--rounds" in capsys.readouterr().err
 
 
 def test_a_run_that_fails(command, monkeypatch, capsys):

@@ -10,7 +10,7 @@ from deq_sequence.muon import Muon, orthogonal
 from deq_sequence.options import parse
 from deq_sequence.schedules import make_optimizer
 from lib.runs.optimizers import restore_optimizer
-from tests.sequence.small_model import build
+from small_model import build
 
 LR, DECAY = 0.02, 0.1
 

@@ -1,12 +1,29 @@
-"""Training runs in processes of their own, with the CPU time that they take."""
+"""Training runs of equilibria and stacks, each in a process of one thread, and their CPU time."""
 
 import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from helpers.measure import describe_machine
 from lib.errors import InputError
 from lib.runs.run_folder import read_metrics
+
+EQUILIBRIUM = "equilibrium"  # the name of a network; a stack has its number of layers
+NEVER = 10**9  # steps before the equilibrium, for a stack
+
+
+def stack_flags(layers: int) -> list[str]:
+    """Flags of train_transformer.py for the same layer stacked, and never solved."""
+    return f"--n_layer {layers} --eval_n_layer {layers} --pretrain_steps {NEVER}".split()
+
+
+def machine_of_one_thread() -> str:
+    """The machine in words, for runs by :func:`on_one_thread`."""
+    described = describe_machine(torch.device("cpu"))
+    return described.replace(f"{torch.get_num_threads()} t", "1 t")
 
 
 def trained(launch: Callable[[], int], name: str, folder: Path) -> tuple[list[dict], float]:
