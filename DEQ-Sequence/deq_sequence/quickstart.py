@@ -21,7 +21,7 @@ SETTINGS = """
     --n_layer 3 --eval_n_layer 3 --adaptive --pretrain_steps 800 --max_step 1500
     --tgt_len 64 --mem_len 64 --eval_tgt_len 64 --batch_size 16
     --grad phantom:steps=3,damping=0.8,form=neumann --f_thres 6
-    --jac_loss_weight 0.3 --jac_loss_freq 0.3
+    --jac_loss_weight 2 --jac_loss_freq 0.3
     --optim Muon --lr 0.003 --warmup_step 50 --dropout 0.05
     --log-interval 50 --eval-interval 300 --save-interval 50
 """
