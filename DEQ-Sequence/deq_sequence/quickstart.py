@@ -13,8 +13,8 @@ from lib.runs.checkpoint import load_weights
 from lib.runs.command_line import exit_code
 from lib.runs.run_folder import WEIGHTS
 
-# A few minutes on two cores. In this time no other gradient gave a better perplexity (docs/words.md).
-# Without the Jacobian loss the perplexity is the same, but the spectral radius passes one.
+# A few minutes on two cores. In this time no other gradient gave a better perplexity. Without the
+# Jacobian loss the perplexity is the same, but the spectral radius passes one (docs/words.md).
 SETTINGS = """
     --dataset demo --name quickstart
     --d_model 128 --n_head 4 --d_head 32 --d_inner 376 --pre_lnorm --init_std 0.05
