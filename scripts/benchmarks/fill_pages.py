@@ -13,6 +13,7 @@ from pathlib import Path
 
 import bench_audits
 import bench_states
+import bench_words
 import compare_gradients
 import compare_ties
 from helpers import comparison_figures, maze_tables, prefix_sums_tables
@@ -41,6 +42,10 @@ def of_states(found: dict) -> dict[str, str]:
     return {"state tracking": f"    {found['machine']}\n\n{bench_states.report(found)}"}
 
 
+def of_words(found: dict) -> dict[str, str]:
+    return {"words": f"    {found['machine']}\n\n{bench_words.report(found)}"}
+
+
 def of_audits(found: dict) -> dict[str, str]:
     text = f"    {found['machine']}\n\n{bench_audits.report(found)}"
     return {"audits": text, "audits, correctness": bench_audits.findings(found)}
@@ -56,6 +61,7 @@ FIGURES = {
     "mazes.json": ("larger-problems.md", maze_tables.blocks),
     "maze_ablations.json": ("larger-problems.md", maze_tables.ablations),
     "state_tracking.json": ("larger-problems.md", of_states),  # bench_states.py
+    "words.json": ("words.md", of_words),  # bench_words.py
     "audits.json": ("larger-problems.md", of_audits),  # bench_audits.py
 }
 # Files of printed text: the page that shows each. The block has the name of the file.

@@ -2,8 +2,8 @@
 
     python tests/scale/shipped_losses.py [words] [digits=0.005,0.001] [scenes=0.001]
 
-Each model is trained by its own command under torchrun with the settings of the quickstart (Adam,
-float32, their solvers and tolerances), 25 steps stacked and 25 at equilibrium, at the learning
+Each model is trained by its own command under torchrun with the settings of the quickstart
+(optimiser, solvers, tolerances, float32), 25 steps stacked and 25 at equilibrium, at the learning
 rates given; without dropout and Jacobian loss, whose random numbers are every process's own. The
 same run in one process of two threads shows what rounding alone does to it.
 """
@@ -20,7 +20,7 @@ from lib.runs.run_folder import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS, BORDER = 50, 25
-RATES = {"words": ["0.002"], "digits": ["0.005", "0.001", "0.0001"],
+RATES = {"words": ["0.003"], "digits": ["0.005", "0.001", "0.0001"],
          "scenes": ["0.005", "0.001", "0.0001"]}  # fmt: skip
 # Name -> number of processes, threads of each; all are compared with the first.
 WAYS = {"1 process": (1, 1), "1, two threads": (1, 2), "2 processes": (2, 1), "4 processes": (4, 1)}
