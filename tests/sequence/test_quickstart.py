@@ -311,7 +311,7 @@ def test_a_prompt_of_unknown_words(model, small_corpus):
         ({"f_thres": 0}, "threshold"),
         ({"vocab": Vocab.from_symbols(["<eos>", "w1"])}, "the size of the vocabulary is 2"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_generation_refuses(model, small_corpus, changes, named):
     model.train()
