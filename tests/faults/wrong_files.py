@@ -29,7 +29,7 @@ from lib.runs.run_folder import METRICS, Run, read_metrics
 from lib.runs.trainer import Trainer
 from mdeq_vision.command import load_config
 from mdeq_vision.datasets import get_cls_dataset
-from mdeq_vision.datasets.cityscapes import read_list
+from mdeq_vision.datasets.cityscapes import WAY_OUT, check_names, read_list
 from mdeq_vision.model import get_cls_net
 from mdeq_vision.options import experiment_parser
 from mdeq_vision.tasks import ClassificationTrainer
@@ -206,7 +206,10 @@ def lists(folder: Path, count: int, seed: int) -> Iterator[tuple[str, str]]:
     alone = "".join(f"{a.relative_to(place)}\n" for a in images)
 
     def right() -> bool:
-        found = [tuple(f and f.resolve() for f in pair) for pair in read_list(path, place)]
+        found = [
+            tuple(f and f.resolve() for f in pair)
+            for pair in read_list(path, place, WAY_OUT, check_names)
+        ]
         known = {(a.resolve(), b.resolve()) for a, b in pairs} | {
             (a.resolve(), None) for a in images
         }

@@ -395,7 +395,7 @@ def test_the_header_of_the_job():
 
 STATES = [
     ([], "new 0"),
-    ([("train", {}), ("valid", {})], "running 2"),
+    ([("train", {}), ("valid", {"phase": "stacked"})], "running 2"),
     ([("train", {}), ("summary", {"finished": False})], "stopped 2"),
     ([("summary", {"finished": False}), ("train", {})], "running 2"),
     ([("train", {}), ("summary", {"finished": True})], "finished 2"),

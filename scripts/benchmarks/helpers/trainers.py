@@ -138,7 +138,9 @@ def random_text(vocab: int, length: int) -> SimpleNamespace:
     """What a trainer needs of a corpus: random words, frequent ones first as in a text (Zipf)."""
     frequencies = 1 / torch.arange(1, vocab + 1, dtype=torch.float64)
     text = torch.multinomial(frequencies, length, replacement=True)
-    return SimpleNamespace(train=text, valid=text, test=text, vocab=range(vocab), characters=False)
+    splits = dict.fromkeys(("train", "valid", "test"), text)
+    facts = {"vocab": range(vocab), "characters": False, "fingerprint": lambda: "random"}
+    return SimpleNamespace(**splits, **facts)
 
 
 @cache
