@@ -7,7 +7,7 @@
 # Without a GPU the check runs in tiny sizes on the CPU, which tests the check itself. Nothing is
 # installed. PYTHON names the interpreter (default: .venv's if there is one, else python3). If that
 # interpreter lacks packages, put their wheels on PYTHONPATH: the section "steps" needs only
-# PyTorch, numpy and yacs. A section that lacks a package says so.
+# PyTorch, numpy, yacs (with PyYAML), tqdm and safetensors. A section that lacks a package says so.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

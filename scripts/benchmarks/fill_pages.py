@@ -16,6 +16,7 @@ import bench_states
 import bench_words
 import compare_gradients
 import compare_ties
+import quickstart_seeds
 from helpers import comparison_figures, maze_tables, prefix_sums_tables
 from helpers.comparison import TASKS
 from helpers.measure import fill, table
@@ -46,6 +47,11 @@ def of_words(found: dict) -> dict[str, str]:
     return {"words": f"    {found['machine']}\n\n{bench_words.report(found)}"}
 
 
+def of_quickstart(found: dict) -> dict[str, str]:
+    body = quickstart_seeds.report(found["runs"])
+    return {"quickstart": f"    {found['machine']}\n\n{body}"}
+
+
 def of_audits(found: dict) -> dict[str, str]:
     text = f"    {found['machine']}\n\n{bench_audits.report(found)}"
     return {"audits": text, "audits, correctness": bench_audits.findings(found)}
@@ -62,6 +68,7 @@ FIGURES = {
     "maze_ablations.json": ("larger-problems.md", maze_tables.ablations),
     "state_tracking.json": ("larger-problems.md", of_states),  # bench_states.py
     "words.json": ("words.md", of_words),  # bench_words.py
+    "quickstart_seeds.json": ("start.md", of_quickstart),  # quickstart_seeds.py
     "audits.json": ("larger-problems.md", of_audits),  # bench_audits.py
 }
 # Files of printed text: the page that shows each. The block has the name of the file.

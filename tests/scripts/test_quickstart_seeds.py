@@ -1,6 +1,7 @@
 """quickstart_seeds.py on tiny sizes: what it trains, what it keeps, and its table."""
 
 import json
+import re
 
 import pytest
 import quickstart_seeds
@@ -15,7 +16,8 @@ from test_readme import TINY_WORDS
 def command(tmp_path, demo_folder, monkeypatch):
     """Run the command in this process; its exit code and what it trained."""
     words = [*TINY_WORDS, "--data", str(demo_folder)]
-    extra = {"words": words, "digits": [*TINY_DIGITS, *SMALL], "scenes": []}
+    digits = [*TINY_DIGITS, *SMALL]
+    extra = {"words": words, "digits": digits, "digits-stacked": digits}
     monkeypatch.setattr(quickstart_seeds, "EXTRA", extra)
     trained = []
 
@@ -56,3 +58,18 @@ def test_the_command(command, tmp_path, capsys):
 def test_bad_flags(command, capsys):
     assert command("--only", "sentences") == (2, [])
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_stack_throughout(command, tmp_path, capsys):
+    both = ["digits", "digits-stacked"]
+    assert command("--only", *both, "--seeds", "1") == (0, [(name, 1) for name in both])
+    evaluations = []
+    for folder in (tmp_path / "seeds", tmp_path / "seeds/stacked"):
+        records = read_metrics(folder / "seed-1/digits/cls_mdeq_TINY")
+        evaluations.append([r["nfe"] for r in records if r["kind"] == "final_test"])
+        assert records[-1]["finished"]
+    assert min(evaluations[0]) > 0
+    assert set(evaluations[1]) == {0}
+    rows = [x for x in capsys.readouterr().out.splitlines() if x.startswith("| digits")]
+    names = [re.search(r"\((.*?)\)", row)[1] for row in rows]
+    assert names.count("stacked, valid") == 1
