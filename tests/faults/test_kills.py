@@ -13,8 +13,8 @@ from lib.runs.run_folder import CHECKPOINT, METRICS, WEIGHTS
 from parameters import slow_but
 
 
-# The image trainers save and resume through the same code of lib.runs; test_signals.py resumes one
-# of them bit for bit.
+# The image trainers save and resume through the same code of lib.runs; test_resume_vision.py
+# and the slow tests here and of test_signals.py resume them bit for bit.
 @pytest.mark.parametrize("trainer", slow_but(["language"], TRAINERS), indirect=True)
 def test_kills(trainer, server, whole, tmp_path):
     """The undisturbed run was forked and the last attempt is not, so both ways are the same."""

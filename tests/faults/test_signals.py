@@ -42,10 +42,8 @@ def stop_and_resume(trainer, number, at, delay, parent, whole, server=None):
     return step
 
 
-# The classifier loads in a process of its own, which gets the signal too, and has to outlive it.
-@pytest.mark.parametrize(
-    "trainer", slow_but(["language", "classification"], TRAINERS), indirect=True
-)
+# The classifier (slow) loads in a process of its own, which gets the signal too, and outlives it.
+@pytest.mark.parametrize("trainer", slow_but(["language"], TRAINERS), indirect=True)
 def test_stopped_by_a_signal(trainer, server, whole, tmp_path):
     """One of the four combinations; the others are slow."""
     i = list(TRAINERS).index(trainer.name)

@@ -32,6 +32,7 @@ def test_a_classifier(digits, capsys):  # noqa: F811
     assert own(found)["measure"] == pytest.approx(tested["top1"])  # of the same eight images
 
 
+@pytest.mark.slow  # like the classifier
 def test_a_segmentation(tmp_path, capsys):
     argv = ["--cfg", SCENES, "--modelDir", tmp_path, *TINY_SCENES, "WORKERS", 0]
     assert run_tool("seg_train", *argv) == 0
