@@ -466,8 +466,8 @@ def _taken_over(folder):
 def test_a_run_whose_folder_is_gone_ends_and_writes_nothing(start, tmp_path, happens):
     folder, trainer, coming = tmp_path / "run", ToyTrainer(), [happens]
     trainer.on_step = lambda step: coming.pop()(folder) if step == 5 and coming else None
+    own(folder)
     with pytest.raises(InputError, match="moved, removed or replaced, so step 8 cannot be saved"):
-        own(folder)
         start(trainer)
     left = sorted(path.name for path in folder.glob("*"))
     assert left == ([] if happens is _moved else [LOG, "run.lock"])
