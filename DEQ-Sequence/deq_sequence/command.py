@@ -58,7 +58,7 @@ from lib.solvers.precision import allow_tf32
 _FREE = (
     "--restart", "--auto_restart", "--max_step", "--max_time", "--max_skipped", "--log-interval",
     "--eval-interval", "--save-interval", "--keep_checkpoints", "--work_dir", "--name", "--load",
-    "--num_threads", "--eval_batch_size", "--max_eval_steps",
+    "--num_threads",
 )  # fmt: skip
 
 # These have an effect on a new run only.

@@ -334,7 +334,7 @@ def _used(resume: str) -> str:
 
 # Settings (or their prefixes) that a continued run may change without a note in the log.
 _FREE = ("OUTPUT_DIR", "LOG_DIR", "DATA_DIR", "GPUS", "WORKERS", "PRINT_FREQ", "SAVE_FREQ",
-         "KEEP_CHECKPOINTS", "MAX_TIME", "AUTO_RESUME", "PIN_MEMORY", "DEBUG", "TEST",
+         "KEEP_CHECKPOINTS", "MAX_TIME", "AUTO_RESUME", "PIN_MEMORY", "DEBUG", "TEST.MODEL_FILE",
          "TRAIN.RESUME", "TRAIN.CHECKPOINT", "TRAIN.MODEL_FILE", "TRAIN.MAX_SKIPPED",
          "MODEL.PRETRAINED", "DATASET.CLASSES")  # fmt: skip
 
