@@ -40,11 +40,16 @@ class Entry(NamedTuple):
 
 def main(argv: list[str]) -> int:
     """Run the command; return its exit code."""
-    if len(argv) != 3:
-        print("usage: unpack.py ARCHIVE FOLDER GIGABYTES", file=sys.stderr)
+    try:
+        archive, folder, gigabytes = argv
+        most_bytes = int(float(gigabytes) * 1e9)
+    except (ValueError, OverflowError):
+        print("usage: unpack.py ARCHIVE FOLDER GIGABYTES (a number)", file=sys.stderr)
         return 2
     try:
-        unpack(Path(argv[0]), Path(argv[1]), int(float(argv[2]) * 1e9))
+        unpack(Path(archive), Path(folder), most_bytes)
+    except KeyboardInterrupt:
+        return 130
     except (Refused, OSError) as error:
         print(f"unpack.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

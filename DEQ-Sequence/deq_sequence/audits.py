@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deq_sequence.command import build_model, read_corpus
 from deq_sequence.model import DEQTransformerLM
-from deq_sequence.own_settings import read_settings
+from deq_sequence.own_settings import check_vocabulary, read_settings
 from deq_sequence.state.evaluation import evaluation_threshold
 from deq_sequence.state.strings import StateStrings, get_state_strings, is_state
 from deq_sequence.text.corpus import Corpus
@@ -43,6 +43,7 @@ def audit_run(folder: Path, samples: int, device: torch.device) -> Audit:
     args.compile = False  # compiling takes longer than an audit
     states = is_state(args.dataset)
     data = get_state_strings(args.dataset, args.seed) if states else read_corpus(args)
+    check_vocabulary(folder, data.vocab)
     model = build_model(args, data, device)
     load_weights(model, folder / WEIGHTS)
     model.eval()

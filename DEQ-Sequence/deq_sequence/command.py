@@ -22,7 +22,12 @@ from deq_sequence.options import (
     parse,
     text_rules,
 )
-from deq_sequence.own_settings import evaluation_settings, read_saved
+from deq_sequence.own_settings import (
+    VOCABULARY,
+    check_vocabulary,
+    evaluation_settings,
+    read_saved,
+)
 from deq_sequence.sequence_trainer import SequenceTrainer
 from deq_sequence.state.evaluation import FACTORS, evaluate_states
 from deq_sequence.state.strings import StateStrings, get_state_strings, is_state
@@ -53,7 +58,7 @@ from lib.solvers.precision import allow_tf32
 _FREE = (
     "--restart", "--auto_restart", "--max_step", "--max_time", "--max_skipped", "--log-interval",
     "--eval-interval", "--save-interval", "--keep_checkpoints", "--work_dir", "--name", "--load",
-    "--num_threads", "--eval_batch_size", "--max_eval_steps",
+    "--num_threads",
 )  # fmt: skip
 
 # These have an effect on a new run only.
@@ -139,7 +144,11 @@ def train_command(
             load_weights(model, args.load)
         return Job(
             trainer,
-            _settings(vars(args) | {"cutoffs": cutoffs_for(args, len(data.vocab))}),
+            _settings(
+                vars(args)
+                | {"cutoffs": cutoffs_for(args, len(data.vocab))}
+                | {VOCABULARY: data.vocab.fingerprint()}
+            ),
             f"{data_name(args)}: {data.description}",
             _notes(args, model),
             lambda run: _final_evaluation(trainer, run),
@@ -219,9 +228,9 @@ def evaluate_command(
     notes: Sequence[str] = (),
 ) -> None:
     """Print what saved weights reach at equilibrium, on each part of the data."""
-    data = _data(args, processes)
+    data, path = _data(args, processes), _weights(args)
+    check_vocabulary(path.parent, data.vocab)
     model = build_model(args, data, device)
-    path = _weights(args)
     load_weights(model, path)
     for line in notes if processes.leads else ():
         print(line)

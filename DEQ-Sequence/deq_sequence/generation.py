@@ -1,7 +1,5 @@
 """Text generation with a trained model."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from lib.errors import InputError, check, check_count, is_number
 from lib.runs.evaluation_loop import evaluating
 
 _GREEDY = 1e-6  # temperatures below this one count as 0: float32 could not divide by them
+_HOTTEST = 1e9  # by far: at 100 nearly all words are equally likely
 _WORDS, _BYTES = 40, 200  # lengths of a continuation
 
 
@@ -46,9 +45,11 @@ def generate(
     """
     check_count("n_words", n_words, 0)
     check_count("top_k", top_k)
-    fits = is_number(temperature) and 0 <= temperature < math.inf
-    check(fits, "temperature", temperature, "a number of at least 0")
-    check(isinstance(seed, int) and 0 <= seed < 2**63, "seed", seed, "from 0 to 2^63 - 1")
+    fits = is_number(temperature) and 0 <= temperature < _HOTTEST
+    check(fits, "temperature", temperature, f"a number of at least 0, and below {_HOTTEST:g}")
+    check(type(seed) is int and 0 <= seed < 2**63, "seed", seed, "from 0 to 2^63 - 1")
+    fits = isinstance(skip, (tuple, list, set)) and all(isinstance(s, str) for s in skip)
+    check(fits, "skip", skip, "a list of symbols")
     size = model.n_token
     check(len(vocab) == size, "the size of the vocabulary", len(vocab), f"{size}, the model's")
     banned = [vocab.sym2idx[symbol] for symbol in set(skip) if symbol in vocab.sym2idx]
@@ -63,7 +64,7 @@ def generate(
     with evaluating(model):
         for _ in range(n_words):
             scores, mems = model.log_prob(data, mems, f_thres=f_thres)
-            scores = scores[0].float().cpu() / max(temperature, _GREEDY)
+            scores = scores[0].float().cpu() / max(float(temperature), _GREEDY)
             scores[banned] = -torch.inf
             best, ids = scores.topk(count)
             choice = ids[torch.multinomial(best.softmax(0), 1, generator=generator)]

@@ -214,6 +214,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         own = FOLDERS.get(args.dataset, DEFAULT_DATA)
         if args.dataset != "wt103" or (Path(own).is_dir() and not Path(DEFAULT_DATA).is_dir()):
             args.data = own
+    name = Path(args.name)
+    inside = args.name == "" or (name.parts and ".." not in name.parts and not name.is_absolute())
+    check(inside, "--name", args.name, "a name within --work_dir, which chooses the place")
     if args.d_embed == -1:
         args.d_embed = args.d_model
     if args.same_length:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deq_sequence.options import build_parser, flag_of, parse
+from deq_sequence.text.vocabulary import Vocab
 from lib.errors import InputError, naming
 from lib.runs.run_folder import SETTINGS
 
@@ -21,6 +22,8 @@ _OF_THE_PROCESS = frozenset(
     "eval load prompt work_dir name debug restart auto_restart restart_dir max_time multi_gpu "
     "gpu0_bsz".split()
 )
+
+VOCABULARY = "vocabulary"  # in a run's settings, besides those of the command line
 
 
 def read_saved(path: Path) -> dict[str, Any]:
@@ -85,13 +88,28 @@ def evaluation_settings(
     return args
 
 
+def check_vocabulary(folder: Path, vocab: Vocab) -> None:
+    """Refuse a vocabulary that is not that of the run in ``folder``: words have other ids.
+
+    Weights without settings beside them, and those of older runs, go with any vocabulary.
+    """
+    path, now = folder / SETTINGS, vocab.fingerprint()
+    before = read_saved(path).get(VOCABULARY) if path.is_file() else None
+    if before not in (None, now):
+        raise InputError(
+            f"{folder} was trained with the vocabulary {before}, and --data has {now}: evaluate it "
+            "on text with the vocabulary of its training"
+        )
+
+
 def _words_of_run(saved: dict[str, Any]) -> list[str]:
     """The command line that gives the settings of a run.
 
     Raises:
         InputError: a value is not what its flag accepts.
     """
-    of_run = {name: value for name, value in saved.items() if name not in _OF_THE_PROCESS}
+    others = _OF_THE_PROCESS | {VOCABULARY}
+    of_run = {name: value for name, value in saved.items() if name not in others}
     words = _words(of_run)
     found = vars(build_parser().parse_args(words))
     for name, value in of_run.items():

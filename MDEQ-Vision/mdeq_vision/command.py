@@ -21,7 +21,13 @@ from lib.runs.run_training import Job, Plan, Settings, run_training
 from lib.solvers.precision import allow_tf32
 from mdeq_vision.class_predictions import Prediction, class_table, write_predictions
 from mdeq_vision.config import config, flat, merge_file, update_config
-from mdeq_vision.datasets import WITH_VALIDATION, get_cls_dataset, get_seg_dataset
+from mdeq_vision.datasets import (
+    NAMED_BY_FILES,
+    WITH_VALIDATION,
+    class_names,
+    get_cls_dataset,
+    get_seg_dataset,
+)
 from mdeq_vision.datasets.cityscapes_lists import write_lists
 from mdeq_vision.evaluation import (
     LESS_MEMORY,
@@ -42,6 +48,7 @@ from mdeq_vision.transfer import extract_pretrained, get_seg_net, load_pretraine
 CONFIG = "config.yaml"  # the resolved settings, in the run's folder
 PREDICTIONS = "predictions"  # of seg_test and cls_valid, in the run's folder
 _MOST_CLASSES = 100  # that cls_valid prints one by one
+_MOST_SAVED = 5_000  # whose names a run saves: a file of settings must stay readable
 _Log = Callable[[str], None]
 
 
@@ -209,7 +216,8 @@ def _train(
             f"{model_summary(cfg, model, (image_size[1], image_size[0]))}\n{cfg.DATASET.DATASET}: "
             f"{len(train_set)} training and {len(valid_set)} validation images"
         )
-        settings = Settings(flat(cfg), CONFIG, cfg.dump(), _read_settings, _FREE, _FIRST)
+        kept = _with_classes(cfg, class_names(train_set))
+        settings = Settings(flat(kept), CONFIG, kept.dump(), _read_settings, _FREE, _FIRST)
         return Job(trainer, settings, title, notes, lambda run: _finish(cfg, trainer, run))
 
     inner = folder.relative_to(folder.parents[1])
@@ -224,6 +232,16 @@ def _train(
         events=Path(cfg.LOG_DIR) / inner if cfg.LOG_DIR else None,
     )
     return run_training(plan, job, processes)
+
+
+def _with_classes(cfg: CfgNode, names: list[str]) -> CfgNode:
+    """The settings that a run saves: its evaluations refuse data with other classes."""
+    kept = cfg.clone()
+    if cfg.DATASET.DATASET in NAMED_BY_FILES and len(names) <= _MOST_SAVED:
+        kept.defrost()
+        kept.DATASET.CLASSES = names
+        kept.freeze()
+    return kept
 
 
 def _idle_settings(cfg: CfgNode, model: MDEQNet) -> list[str]:
@@ -316,9 +334,9 @@ def _used(resume: str) -> str:
 
 # Settings (or their prefixes) that a continued run may change without a note in the log.
 _FREE = ("OUTPUT_DIR", "LOG_DIR", "DATA_DIR", "GPUS", "WORKERS", "PRINT_FREQ", "SAVE_FREQ",
-         "KEEP_CHECKPOINTS", "MAX_TIME", "AUTO_RESUME", "PIN_MEMORY", "DEBUG", "TEST",
+         "KEEP_CHECKPOINTS", "MAX_TIME", "AUTO_RESUME", "PIN_MEMORY", "DEBUG", "TEST.MODEL_FILE",
          "TRAIN.RESUME", "TRAIN.CHECKPOINT", "TRAIN.MODEL_FILE", "TRAIN.MAX_SKIPPED",
-         "MODEL.PRETRAINED")  # fmt: skip
+         "MODEL.PRETRAINED", "DATASET.CLASSES")  # fmt: skip
 
 _FIRST = ("MODEL.INIT_WEIGHTS", "TRAIN.BEGIN_EPOCH")  # have an effect on a new run only
 

@@ -12,16 +12,16 @@ import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import yaml
 from yacs.config import CfgNode
 
 from lib.deq import DEQ, SAME
 from lib.errors import InputError, check, did_you_mean, is_number, naming
 from lib.solvers.precision import AMP
 from mdeq_vision.stage import check_keys
+from mdeq_vision.yaml_files import read_yaml
 
 _NEVER = 100_000_000
-_MOST, _DEEPEST = 10_000, 20  # values and levels of a file of settings
+_MOST, _DEEPEST = 10_000, 20  # values of a file of settings, and parts of a key
 
 
 def _defaults() -> CfgNode:
@@ -90,6 +90,7 @@ def _defaults() -> CfgNode:
     cfg.DATASET.TEST_SET = "valid"
     cfg.DATASET.EXTRA_TRAIN_SET = ""  # list file for a second stage of segmentation training
     cfg.DATASET.NUM_CLASSES = 1000  # segmentation; classification uses MODEL.NUM_CLASSES
+    cfg.DATASET.CLASSES = []  # their names in order, as the data must have them; [] accepts any
     cfg.DATASET.DATA_FORMAT = "jpg"  # unused; the published files set it
     cfg.DATASET.AUGMENT = True  # classification: random changes of training images
 
@@ -197,48 +198,10 @@ def merge_file(cfg: CfgNode, path: str | Path) -> None:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"no configuration file {path}: the published ones lie in experiments/")
-    try:
-        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
-        node = loader.get_single_node()
-        with naming(str(path)):
-            _check_tree(node)
-        content = None if node is None else loader.construct_document(node)
-    except InputError:
-        raise
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, most=_MOST)
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds no settings: expected lines KEY: value")
     _merge(cfg, content, str(path))
-
-
-def _check_tree(root: yaml.Node | None) -> None:
-    """Refuse a key that stands twice in a section, and aliases that lead in a circle or to a bomb.
-
-    YAML keeps the last of equal keys without a word; an alias stands for a node of any size.
-    """
-    pending, count = [(root, 0)], 0
-    while pending:
-        node, depth = pending.pop()
-        count += 1
-        if count > _MOST or depth > _DEEPEST:
-            raise InputError(
-                f"more than {_MOST} values or {_DEEPEST} levels: a file of settings has fewer, "
-                "unless an alias leads in a circle"
-            )
-        if isinstance(node, yaml.MappingNode):
-            first: dict = {}
-            for key, value in node.value:
-                name = key.value if isinstance(key, yaml.ScalarNode) else id(key)
-                if first.setdefault(name, key) is not key:
-                    lines = [k.start_mark.line + 1 for k in (first[name], key)]
-                    raise InputError(
-                        f"{name} stands twice, in lines {lines[0]} and {lines[1]}: the first would "
-                        "be lost, so put both into one"
-                    )
-                pending += [(key, depth + 1), (value, depth + 1)]
-        elif isinstance(node, yaml.SequenceNode):
-            pending += [(value, depth + 1) for value in node.value]
 
 
 def flat(cfg: CfgNode, prefix: str = "") -> dict:
@@ -383,6 +346,7 @@ _RANGES: list[tuple[str, Callable, str]] = [
     ("between 0 and 2**63 - 1", lambda v: 0 <= v < 2**63, "SEED"),
     ("at most 1024", lambda v: v <= 1024, "WORKERS"),
     ("numbers of GPUs, such as (0,1)", lambda v: v and _integers(v, 0), "GPUS"),
+    ("a list of names", lambda v: all(isinstance(name, str) for name in v), "DATASET.CLASSES"),
     ("a list of epochs", lambda v: _integers(v, 0), "TRAIN.LR_STEP"),
     ("numbers above 0", lambda v: v and all(0 < s < math.inf for s in v), "TEST.SCALE_LIST"),
     (

@@ -90,6 +90,8 @@ class ImageTrainer(Trainer):
             "the training images": fingerprint(train_set),
             "the validation images": fingerprint(valid_set),
         }
+        if classes := getattr(train_set, "class_fingerprint", ""):
+            self.data["the classes"] = classes
         devices = max(len(gpus), 1) * processes.world_size
         self.batch_size = cfg.TRAIN.BATCH_SIZE or cfg.TRAIN.BATCH_SIZE_PER_GPU * devices
         self.curriculum = Curriculum(

@@ -13,6 +13,7 @@ from mdeq_vision.config import config, flat, update_config
 # that begin so.
 CHOSEN = (
     *("DATA_DIR", "DATASET.DATASET", "DATASET.ROOT", "DATASET.TEST_SET", "MODEL.IMAGE_SIZE"),
+    "DATASET.CLASSES",
     *("DEQ.", "TEST.", "AMP", "TF32", "COMPILE", "CUDNN.", "GPUS", "WORKERS", "PIN_MEMORY", "SEED"),
 )
 # These belong to a process, not to a run: only the yaml file and the command line set them.
@@ -67,6 +68,6 @@ def evaluation_config(
             continue
         if now != ran.get(key):
             log(f"note: {key} is {now!r} in this evaluation, and {ran.get(key)!r} in the run")
-        elif now != wanted.get(key):
+        elif now != wanted.get(key) and key != "DATASET.CLASSES":  # which no yaml file needs
             log(f"note: {key} is {now!r}, as in the run, and not {wanted.get(key)!r}")
     return cfg

@@ -48,9 +48,12 @@ def own(folder: Path) -> BinaryIO | None:
         The locked file; None on a file system without locks.
 
     Raises:
-        InputError: another process owns the folder.
+        InputError: another process owns the folder, or a file that is written in place is a link.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for path in (folder / LOCK, folder / LOG):
+        if path.is_symlink():
+            raise InputError(f"{path} is a link, so a run would write elsewhere: delete it")
     # Neither truncated nor written before it is locked: it may name the present owner.
     file = open(folder / LOCK, "a+b", buffering=0)  # noqa: SIM115  (open for the whole run)
     try:
@@ -72,6 +75,14 @@ def own(folder: Path) -> BinaryIO | None:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return file
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a file from others, while it is open or exists; None without one."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_dev, found.st_ino
+    return None
 
 
 def new_folder(path: Path) -> Path:
@@ -103,7 +114,7 @@ def last_good(folder: Path | None) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The records of a run, oldest first, with NaN for null, up to the first damaged one.
+    """The records of a run, oldest first, with NaN for null, without damaged ones.
 
     A kill can leave the last one incomplete.
     """
@@ -113,10 +124,9 @@ def read_metrics(folder: Path) -> list[dict]:
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            break
-        if not _is_record(record):
-            break
-        records.append({k: math.nan if v is None else v for k, v in record.items()})
+            continue
+        if _is_record(record):
+            records.append({k: math.nan if v is None else v for k, v in record.items()})
     return records
 
 
@@ -230,6 +240,7 @@ class Run:
     def _begin(self, settings: tuple[str, str], resume_step: int | None) -> None:
         """Write the settings, drop records, open the files."""
         folder, (name, content) = self.folder, settings
+        self._lock = _identity(folder / LOCK)
         with atomic_write(folder / name) as file:
             file.write(content.encode())
         last = -math.inf if resume_step is None else resume_step
@@ -250,6 +261,14 @@ class Run:
     def silent(cls) -> "Run":
         """A run that writes and prints nothing, for processes other than the first."""
         return cls(None, ("", ""), quiet=True)
+
+    def still_has_its_folder(self) -> bool:
+        """False if the folder was moved or removed, or another run has begun in its place.
+
+        Someone may remove the lock alone, with which another run could begin here.
+        """
+        lock = _identity(self.folder / LOCK)
+        return lock == self._lock if lock else (self.folder / LOG).is_file()
 
     def log(self, line: str) -> None:
         """Write one line to the terminal and to log.txt."""

@@ -400,6 +400,11 @@ class Trainer(Task):
         if bad := not_finite(self.model.state_dict()):
             self._give_up(f"weights are not finite ({', '.join(bad)})")
         path = self.run.folder / name
+        if not self.run.still_has_its_folder():
+            raise InputError(
+                f"{self.run.folder} was moved, removed or replaced, so step {self.step} cannot be "
+                f"saved: put the run's folder back, and {self.care.resume} continues the run"
+            )
         try:
             write(path)
         except OSError as error:

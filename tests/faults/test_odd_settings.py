@@ -4,7 +4,7 @@ import pytest
 
 import odd_settings
 from lib.errors import InputError
-from mdeq_vision import config
+from mdeq_vision import config, yaml_files
 from odd_settings import ALLOWED, KINDS, Odd, outcome
 
 
@@ -36,7 +36,8 @@ def test_the_instrument_notices_what_gets_by(tmp_path, monkeypatch, check, text,
     monkeypatch.setattr(odd_settings, "_damaged", lambda rng, settings, write: text.encode())
     odd = Odd("yaml files of images", 0)
     assert outcome(odd, tmp_path)[0] == "refused"
-    monkeypatch.setattr(config, check, lambda *arguments: None)
+    module = yaml_files if check == "_check_tree" else config
+    monkeypatch.setattr(module, check, lambda *arguments: None)
     assert outcome(odd, tmp_path)[0] == expected
 
 

@@ -186,6 +186,16 @@ def test_a_last_line_that_was_cut_off(folder, end):
     assert len((folder / METRICS).read_text().splitlines()) == 3
 
 
+@pytest.mark.parametrize("line", ["", "note to self", '{"kind": "train"}', "\x00" * 9])
+def test_a_damaged_line_costs_that_line_alone(folder, line):
+    """A restart writes all the others again."""
+    started(folder, [1, 2, 3])
+    first, *rest = (folder / METRICS).read_text().splitlines()
+    (folder / METRICS).write_text("\n".join([first, line, *rest, ""]))
+    Run(folder, SAVED, resume_step=3).close()
+    assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3]
+
+
 def test_metrics_of_a_folder_without_any(tmp_path):
     assert read_metrics(tmp_path) == []
     assert read_metrics(tmp_path / "nowhere") == []

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from lib.errors import InputError
-from lib.runs.run_folder import LOCK, new_folder, own
+from lib.runs.run_folder import LOCK, LOG, new_folder, own
 
 
 def child(action):
@@ -72,6 +72,21 @@ def test_the_end_of_a_fork_does_not_free_the_folder(tmp_path):
     with pytest.raises(InputError):
         own(tmp_path)
     lock.close()
+
+
+@pytest.mark.parametrize("name", [LOCK, LOG])
+@pytest.mark.parametrize("exists", [True, False])
+def test_nothing_is_written_through_a_link(tmp_path, name, exists):
+    """The folder of a run may come from elsewhere."""
+    folder, other = tmp_path / "run", tmp_path / "other.txt"
+    folder.mkdir()
+    (folder / name).symlink_to(other)
+    if exists:
+        other.write_text("precious")
+    with pytest.raises(InputError, match=f"{name} is a link"):
+        own(folder)
+    assert other.exists() == exists
+    assert not exists or other.read_text() == "precious"
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch):

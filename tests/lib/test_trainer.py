@@ -15,7 +15,7 @@ from lib.runs.checkpoint import load
 from lib.runs.evaluation_loop import EvaluationStopped
 from lib.runs.interrupts import Stopped, TrainingError
 from lib.runs.retention import versions
-from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, Run, read_metrics
+from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, Run, own, read_metrics
 from lib.runs.trainer import FORMAT
 from toy_trainer import ToyTrainer
 
@@ -449,3 +449,33 @@ def test_a_disk_that_is_full_leaves_what_was_there(start, tmp_path, monkeypatch)
     with pytest.raises((InputError, OSError), match="No space left"):
         start(trainer)
     assert load(tmp_path / "run" / CHECKPOINT)["step"] == 2
+
+
+def _moved(folder):
+    folder.rename(folder.with_name("moved"))
+
+
+def _taken_over(folder):
+    """By a run that begins where this one lay."""
+    _moved(folder)
+    own(folder)
+    (folder / LOG).write_text("of another run")
+
+
+@pytest.mark.parametrize("happens", [_moved, _taken_over])
+def test_a_run_whose_folder_is_gone_ends_and_writes_nothing(start, tmp_path, happens):
+    folder, trainer, coming = tmp_path / "run", ToyTrainer(), [happens]
+    trainer.on_step = lambda step: coming.pop()(folder) if step == 5 and coming else None
+    own(folder)
+    with pytest.raises(InputError, match="moved, removed or replaced, so step 8 cannot be saved"):
+        start(trainer)
+    left = sorted(path.name for path in folder.glob("*"))
+    assert left == ([] if happens is _moved else [LOG, "run.lock"])
+    assert load(tmp_path / "moved" / CHECKPOINT)["step"] == 4
+
+
+def test_a_run_survives_that_its_lock_is_deleted(start, tmp_path):
+    own(tmp_path / "run")
+    trainer = ToyTrainer()
+    trainer.on_step = lambda step: (tmp_path / "run" / "run.lock").unlink(missing_ok=True)
+    assert load(start(trainer) / CHECKPOINT)["step"] == 8

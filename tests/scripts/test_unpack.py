@@ -177,6 +177,8 @@ def test_other_files(tmp_path, refused, content):
     assert "is damaged" in refused(tmp_path / "page.zip")
 
 
-def test_usage(capsys):
-    assert main(["archive"]) == 2
-    assert capsys.readouterr().err == "usage: unpack.py ARCHIVE FOLDER GIGABYTES\n"
+@pytest.mark.parametrize("more", [[], ["new", "one"], ["new", "nan"], ["new", "1e400"]])
+def test_usage(capsys, more):
+    assert main(["archive", *more]) == 2
+    usage = "usage: unpack.py ARCHIVE FOLDER GIGABYTES (a number)\n"
+    assert capsys.readouterr().err == usage

@@ -93,6 +93,12 @@ def test_value_of_another_type_names_flag_and_value(flag, value):
     assert value in message
 
 
+@pytest.mark.parametrize("name", [".", "..", "../other", "a/../..", "/elsewhere"])
+def test_a_name_stays_within_the_work_dir(name):
+    assert "--name" in refusal("--name", name)
+    assert parse(["--name", "a/b.c"]).name == "a/b.c"
+
+
 @pytest.mark.parametrize("flag", sorted(flag for flag, a in ACTIONS.items() if a.choices))
 def test_unknown_value_lists_the_choices(flag):
     message = refusal(flag, "815")

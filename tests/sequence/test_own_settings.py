@@ -7,7 +7,13 @@ import pytest
 
 from deq_sequence.command import main
 from deq_sequence.options import parse
-from deq_sequence.own_settings import CHOSEN, evaluation_settings, read_settings
+from deq_sequence.own_settings import (
+    CHOSEN,
+    check_vocabulary,
+    evaluation_settings,
+    read_settings,
+)
+from deq_sequence.text.corpus import get_lm_corpus
 from lib.errors import InputError
 from lib.runs.run_folder import SETTINGS, WEIGHTS
 
@@ -48,6 +54,27 @@ def test_the_settings_are_those_of_the_run(train, flags, run_folder, tmp_path, e
     own = ["--load", tmp_path / "alone.pt", "--pre_lnorm", "--local_size", 2, "--f_thres", 5]
     assert figures(*flags, *own) == expected
     assert figures(*flags, *own[:2]) != expected
+
+
+def test_another_vocabulary_is_refused(train, run_folder, corpus_folder, tmp_path, evaluate):
+    """Even one of the same size: the words have other ids."""
+    train()
+    other = tmp_path / "other"
+    for split in ("train", "valid", "test"):
+        text = (corpus_folder / f"{split}.txt").read_text()
+        other.mkdir(exist_ok=True)
+        (other / f"{split}.txt").write_text(text.replace(" w1 ", " new "))
+    place = ["--work_dir", tmp_path / "runs", "--name", "run"]
+    code, _, err = evaluate(*place, "--data", other)
+    assert code == 2
+    assert f"{run_folder} was trained with the vocabulary " in err
+    with pytest.raises(InputError, match="was trained with the vocabulary"):
+        check_vocabulary(run_folder, get_lm_corpus(other, "wt103").vocab)
+    # Older runs have not saved theirs.
+    settings = json.loads((run_folder / SETTINGS).read_text())
+    del settings["vocabulary"]
+    (run_folder / SETTINGS).write_text(json.dumps(settings))
+    assert evaluate(*place, "--data", other)[0] == 0
 
 
 @pytest.fixture

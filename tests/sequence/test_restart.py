@@ -152,8 +152,12 @@ def test_restart_dir(finished, run_folder, capsys):
 
 
 def test_changed_settings_are_named_and_saved(finished, run_folder, capsys):
-    assert main([*finished, "--restart", "--lr", "0.004", "--max_step", "7"]) == 0
-    assert "changed since the checkpoint: --lr from 0.01 to 0.004" in capsys.readouterr().out
+    more = ["--lr", "0.004", "--max_step", "7", "--max_eval_steps", "3"]
+    assert main([*finished, "--restart", *more]) == 0
+    found = capsys.readouterr().out
+    assert "changed since the checkpoint: --lr from 0.01 to 0.004" in found
+    # The best score so far was measured with the former.
+    assert "changed since the checkpoint: --max_eval_steps from 4 to 3" in found
     assert "--lr from 0.01 to 0.004" in (run_folder / LOG).read_text()
     assert json.loads((run_folder / SETTINGS).read_text())["lr"] == 0.004
     assert [r["lr"] < 0.004 for r in read_metrics(run_folder) if r["step"] == 7 and "lr" in r] == [

@@ -52,6 +52,14 @@ def test_a_fingerprint_is_of_the_content(dataset, tmp_path):
     assert other.split()[0] == found.split()[0]
 
 
+def test_a_name_that_is_not_utf_8(tmp_path):
+    write_imagenet(tmp_path)
+    before = read("imagenet", tmp_path)
+    image = next((tmp_path / "images/train").glob("*/*_2.JPEG"))
+    image.rename(image.with_name("\udcff.JPEG"))
+    assert read("imagenet", tmp_path) != before
+
+
 def test_a_fingerprint_of_digits():
     cfg = settings("digits", MODEL={"IMAGE_SIZE": [8, 8]})
     train, test = (fingerprint(get_cls_dataset(cfg, split)) for split in ("train", "test"))

@@ -50,6 +50,15 @@ def test_train_and_predict(root, tmp_path, capsys):
     right = sum(row["class"] == row["predicted"] for row in rows)
     assert right / 12 == pytest.approx(valid["top1"])
     assert all(1 / 3 <= float(row["probability"]) <= 1 for row in rows)
+    assert not any(line.startswith("note: DATASET.CLASSES") for line in out)
+    # Another name, another order: the outputs would get wrong names.
+    for split in ("train", "val"):
+        (root / split / "Zebra").rename(root / split / "zebra")
+    assert run_tool("cls_valid", *argv) == 2
+    expected = "class 0 of own_pictures is 'a, b', but the model was trained with 'Zebra' there"
+    assert expected in capsys.readouterr().err
+    assert run_tool("cls_valid", *argv, "DATASET.CLASSES", "[]") == 0
+    assert "note: DATASET.CLASSES is [] in this evaluation" in capsys.readouterr().out
 
 
 def test_debug_writes_no_predictions(root, tmp_path):

@@ -72,6 +72,36 @@ def test_predictions_have_the_values_of_the_files(root, tmp_path):
         assert np.array(image)[0].tolist() == [[10, 20, 30], [200, 0, 0], [200, 0, 0]]
 
 
+def test_what_yaml_would_lose(tmp_path):
+    for text in (f"classes: []\n{CLASSES}", CLASSES.replace("name: sky", "name: sea, name: sky")):
+        with pytest.raises(InputError, match="stands twice, in lines"):
+            classes_of(tmp_path, text)
+
+
+@pytest.mark.parametrize("name", ["sky\\nblue", "sky ", " ", "a\\tb", "\\ud800"])
+def test_names_are_words_of_one_line(tmp_path, name):
+    with pytest.raises(InputError, match=r"class 0: name is .* text of one line"):
+        classes_of(tmp_path, CLASSES.replace("sky", f'"{name}"'))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("sky", "sea"), ("labels: 7", "labels: 8"), ("[10, 20, 30]", "[10, 20, 31]")],
+)
+def test_a_run_goes_on_with_its_own_classes(root, old, new):
+    """As pixels get their classes by this file."""
+    before = dataset(root, "train").class_fingerprint
+    assert dataset(root, "test").class_fingerprint == before
+    classes_of(root / "lists", CLASSES.replace(old, new))
+    assert dataset(root, "train").class_fingerprint != before
+
+
+def test_data_with_other_classes_than_those_of_the_training(root):
+    dataset(root, "test", CLASSES=["sky", "no", "3"])
+    with pytest.raises(InputError, match=r"class 1 of own_scenes is 'no', but .* with 'yes' there"):
+        dataset(root, "test", CLASSES=["sky", "yes", "3"])
+
+
 def test_images_without_labels_are_predicted(root):
     (root / "lists/new.lst").write_text("a/1.jpg\n")
     data = dataset(root, "test", TEST_SET="lists/new.lst")
@@ -160,7 +190,7 @@ ONE = "classes: [{name: a, colour: [0, 0, 0]%s}]"
         (ONE % ", labels: [0, 0]", "class 0: 0 stands twice"),
         (ONE % "" + "\nignore: [0]", "ignore: 0 stands twice"),
         (ONE % "" + "\nignore: sky", "ignore is 'sky', but must be a list of labels"),
-        ("classes: &a [*a]", "class 0 is [[["),
+        ("classes: &a [*a]", "unless an alias leads in a circle"),
         (
             "classes: [{name: a, colour: [0, 0, 0]}, {name: a, colour: [0, 0, 1]}]",
             "class 1: 'a' stands twice",

@@ -316,12 +316,13 @@ def test_changed_settings_are_named_and_saved(digits, capsys):
     capsys.readouterr()
     more = [*sgd, "TRAIN.MOMENTUM", "0.5", "TRAIN.NESTEROV", "True"]
     more += "TRAIN.END_EPOCH 3 TRAIN.WD 0.5 TRAIN.LR 0.004 WORKERS 1 PRINT_FREQ 2 AMP bf16".split()
-    more += "KEEP_CHECKPOINTS 3 MAX_TIME 600 TRAIN.MAX_SKIPPED 5".split()
+    more += "KEEP_CHECKPOINTS 3 MAX_TIME 600 TRAIN.MAX_SKIPPED 5 TEST.NUM_SAMPLES 7".split()
     assert digits.resume(*more) == 0
     out = capsys.readouterr().out
     changed = [line for line in out.splitlines() if line.startswith("changed since")]
     assert {line.split(": ")[1].split()[0] for line in changed} == {
         "AMP",
+        "TEST.NUM_SAMPLES",
         "TRAIN.END_EPOCH",
         "TRAIN.LR",
         "TRAIN.MOMENTUM",

@@ -23,10 +23,12 @@ __all__ = [
     "CITYSCAPES",
     "CLASSIFICATION",
     "DIGIT_SCENES",
+    "NAMED_BY_FILES",
     "SEGMENTATION",
     "WITH_VALIDATION",
     "SegmentationDataset",
     "SegmentationFacts",
+    "class_names",
     "fingerprint",
     "get_cls_dataset",
     "get_seg_dataset",
@@ -49,6 +51,8 @@ SEGMENTATION = {
 }
 # These have validation images apart from the test images. The others validate on DATASET.TEST_SET.
 WITH_VALIDATION = ("digits", "digit_scenes")
+# Files name the classes of these, and may change after the training.
+NAMED_BY_FILES = ("imagenet", "own_pictures", "own_scenes")
 
 
 def get_cls_dataset(cfg: Any, split: str) -> Dataset:
@@ -99,4 +103,24 @@ def _build(
         )
     if split == "valid" and name not in WITH_VALIDATION:
         split = "test"
-    return builders[name](cfg, split)
+    dataset = builders[name](cfg, split)
+    _check_classes(cfg, class_names(dataset))
+    return dataset
+
+
+def class_names(dataset: Dataset) -> list[str]:
+    """The names of the classes, in the order of a model's outputs."""
+    found = dataset.facts.class_names if hasattr(dataset, "facts") else dataset.classes
+    return list(found)
+
+
+def _check_classes(cfg: Any, names: list[str]) -> None:
+    """Refuse data whose classes have other numbers than DATASET.CLASSES says."""
+    wanted = cfg.DATASET.CLASSES
+    for number, (name, expected) in enumerate(zip(names, wanted, strict=False)):
+        if name != expected:
+            raise InputError(
+                f"class {number} of {cfg.DATASET.DATASET} is {name!r}, but the model was trained "
+                f"with {expected!r} there (DATASET.CLASSES): give the classes the names and the "
+                "order of the training, or add DATASET.CLASSES [] to go on as it is"
+            )

@@ -14,6 +14,7 @@ def fingerprint(dataset: Dataset) -> str:
     """
     digest = hashlib.blake2b(digest_size=6)
     for part in getattr(dataset, "contents", tuple)():
-        digest.update(part.encode() if isinstance(part, str) else part)
+        # A file's name may have bytes that are not UTF-8.
+        digest.update(part.encode(errors="surrogateescape") if isinstance(part, str) else part)
         digest.update(b"\0")
     return f"{len(dataset)} ({digest.hexdigest()})"

@@ -10,6 +10,7 @@ Label files may also be RGB pictures in the colours of the classes. ``ignore`` l
 colours of pixels that do not count; by default 255, if it is no class's.
 """
 
+import hashlib
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from lib.errors import InputError, did_you_mean
 from mdeq_vision.datasets.cityscapes import ListedImages
@@ -25,10 +25,12 @@ from mdeq_vision.datasets.cityscapes_labels import check_colours
 from mdeq_vision.datasets.facts import CITYSCAPES, SegmentationFacts
 from mdeq_vision.datasets.geometry import IGNORE
 from mdeq_vision.datasets.image_reading import labels_of, read_label_image
+from mdeq_vision.yaml_files import read_yaml
 
 CLASSES = "classes.yaml"
 MOST = IGNORE  # classes: label arrays have 8 bits, and one value is for ignored pixels
 _VALUES = 2**16  # of a label file with 16 bits
+_MOST_VALUES = 2 * _VALUES  # in classes.yaml: every label of every class, and more
 _Colour = tuple[int, int, int]
 
 
@@ -48,6 +50,7 @@ class OwnScenes(ListedImages):
         way_out = "each line is 'image labels', paths below DATASET.ROOT"
         super().__init__(cfg, split, self.classes.facts, folder=root, way_out=way_out)
         self.notes = [f"classes: {', '.join(self.classes.facts.class_names)}"]
+        self.class_fingerprint = self.classes.fingerprint()
 
     def name(self, index: int) -> str:
         path = self.samples[index][0]
@@ -66,6 +69,12 @@ class Classes:
     of_label: np.ndarray  # (2**16,) int16: train id of each value in a label file, or -1
     of_colour: dict[_Colour, int]  # train id of each colour in a label picture
     path: Path
+
+    def fingerprint(self) -> str:
+        """A short text that changes with the order, the names, the labels or the colours."""
+        digest = hashlib.blake2b(self.of_label.tobytes(), digest_size=6)
+        digest.update(repr((self.facts.class_names, sorted(self.of_colour.items()))).encode())
+        return f"{len(self.facts.class_names)} ({digest.hexdigest()})"
 
     def read(self, path: Path) -> np.ndarray:
         """Read a label file as train ids or IGNORE: (H, W) uint8.
@@ -128,8 +137,14 @@ def read_classes(path: Path) -> Classes:
         where = f"{path}, class {number}"
         entry = _mapping(entry, ("name", "colour", "labels"), where)
         name, colour = entry.get("name"), entry.get("colour")
-        named = isinstance(name, (str, int)) and not isinstance(name, bool) and str(name).strip()
-        _need(named, f"{where}: name", name, "text, in quotes if YAML takes it for something else")
+        named = isinstance(name, (str, int)) and not isinstance(name, bool) and _is_word(str(name))
+        _need(
+            named,
+            f"{where}: name",
+            name,
+            "text of one line without blanks around it, in quotes if YAML takes it for something "
+            "else",
+        )
         _need(_is_colour(colour), f"{where}: colour", colour, "three numbers from 0 to 255")
         labels = entry.get("labels", number)
         labels = labels if isinstance(labels, list) else [labels]
@@ -163,14 +178,12 @@ def read_classes(path: Path) -> Classes:
 
 def _load(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return read_yaml(path, most=_MOST_VALUES)
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror}): write the classes into it, with names and "
             "colours"
         ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
 
 
 def _mapping(value: Any, known: tuple[str, ...], where: str) -> Mapping:
@@ -188,6 +201,10 @@ def _need(fits: Any, what: str, value: Any, accepted: str) -> None:
 
 def _is_label(value: Any, below: int = _VALUES) -> bool:
     return type(value) is int and 0 <= value < below
+
+
+def _is_word(text: str) -> bool:
+    return text.isprintable() and text != "" and text == text.strip()
 
 
 def _is_colour(value: Any) -> bool:
