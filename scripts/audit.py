@@ -32,6 +32,8 @@ def run(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="in place of audit.json there")
     args = parser.parse_args(argv)
     check_count("--samples", args.samples)
+    if args.out is not None and args.out.exists():  # before the work
+        raise InputError(f"--out: {args.out} exists: give another name")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     report = _auditor(args.folder)(args.folder, args.samples, device)
     print(report)

@@ -28,6 +28,6 @@ def split_file(path: Path, share: float, *, whole_lines: bool) -> dict[str, str]
         if not parts[split].strip():
             raise InputError(
                 f"{path} leaves no {split} text with a --held_out of {share}: raise it, give a "
-                "longer text, or a folder with three files"
+                "text of more lines, or a folder with three files"
             )
     return parts
