@@ -5,13 +5,11 @@ import pytest
 from corrupted_runs import judged
 from corruptions import ALLOWED, KINDS
 from harness import TRAINERS
-from parameters import slow_but
 
 
-@pytest.mark.parametrize(
-    "count", [1, pytest.param(len(KINDS), marks=pytest.mark.slow)], ids=["one", "each kind"]
-)
-@pytest.mark.parametrize("trainer", slow_but(["language"], TRAINERS), indirect=True)
+@pytest.mark.slow  # test_corruptions.py corrupts the files without commands
+@pytest.mark.parametrize("count", [1, len(KINDS)], ids=["one", "each kind"])
+@pytest.mark.parametrize("trainer", TRAINERS, indirect=True)
 def test_corrupted_runs(trainer, count, server, whole, tmp_path):
     outcomes = []
     for corruption, outcome, said in judged(trainer, tmp_path, whole(trainer), server, count):

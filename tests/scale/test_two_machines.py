@@ -52,6 +52,7 @@ def on(*kinds):
 # ---- by default ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # waits longer than the one below
 def test_a_power_cut_is_noticed(two, tmp_path):
     lose(Trial(two, tmp_path), "run", 2, lost=1)
 
