@@ -72,7 +72,8 @@ def refused(trainer, parent, server, *more, **options):
     assert code == 2, errors
     (line,) = errors.splitlines()  # no traceback, of no thread either
     assert str(folder / CHECKPOINT) in line  # the last good one
-    assert tensors(folder) == files
+    # The first validation's weights can have come; nothing that was there has changed.
+    assert files.items() <= tensors(folder).items()
     assert unreadable(folder) == []
     assert temporary_files(folder) == set()
     kept = [record for record in before if record["step"] <= step]
@@ -95,7 +96,7 @@ def fits_not(folder, what):
     return {
         CHECKPOINT: size[CHECKPOINT] // 2,
         WEIGHTS: 15_000,
-        "records": max(size[METRICS], size[LOG]) + 50,
+        "records": max(n for name, n in size.items() if not name.endswith(".pt")) + 50,
         "nothing": 500,
     }[what]
 
