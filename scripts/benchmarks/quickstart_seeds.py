@@ -3,8 +3,7 @@
     python scripts/benchmarks/quickstart_seeds.py --json docs/data/quickstart_seeds.json
 
 For comparison, ``digits-stacked`` and ``scenes-stacked`` train the same f as a stack in every
-step. Three seeds of all models take 40 minutes on two cores. The runs lie below --out. A second
-call continues runs that were cut off, and repeats none.
+step. The runs lie below --out. A second call continues runs that were cut off, and repeats none.
 """
 
 import argparse

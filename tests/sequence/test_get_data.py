@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fake_sums import FAKE_SUM
+
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 WT2_TOKENS = {"train": 2_088_628, "valid": 217_646, "test": 245_569}
@@ -32,11 +34,6 @@ tail -c +$((size + 1)) "$SERVED/${url##*/}" >>"$out"
 """
 
 
-# The published sum for what the test has declared to be as published, otherwise zeros.
-FAKE_SUM = """#!/usr/bin/env bash
-sum=$(cksum | tr -d ' ')
-grep "^$sum " "$SERVED/sums" 2>/dev/null | cut -d ' ' -f 2 | grep . || echo 00000000
-"""
 SUMS = {
     "wikitext-2-v1.zip": "542ccefacc6c27f945fb54453812b3cd",
     "simple-examples.tgz": "30177ea32e27c525793142b6bf2c8e2d",

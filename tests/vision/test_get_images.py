@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
+from fake_sums import FAKE_SUM
 from image_files import settings, write_cifar10, write_cityscapes
 from mdeq_vision.command import make_cityscapes_lists
 from mdeq_vision.datasets import get_cls_dataset
@@ -39,11 +40,6 @@ file=$SERVED/${url##*/} size=0
 tail -c +$((size + 1)) "$file" >>"$out"
 """
 
-# The published sum for what the test has declared to be as published, otherwise zeros.
-FAKE_SUM = """#!/usr/bin/env bash
-sum=$(cksum | tr -d ' ')
-grep "^$sum " "$SERVED/sums" 2>/dev/null | cut -d ' ' -f 2 | grep . || echo 00000000
-"""
 SUMS = {
     "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
     "data_batch_1": "c99cafc152244af753f735de768cd75f",
