@@ -1,6 +1,6 @@
 """Kill training runs over and over, and compare what comes out with runs that were left alone.
 
-python tests/faults/kills.py --trainer all --kills 30 --seed 0
+PYTHONPATH=tests python tests/faults/kills.py --trainer all --kills 30 --seed 0
 
 Each trainer trains once undisturbed. Then the same run is killed by SIGKILL, its whole process
 group, and resumed, so many times: half of the kills while a checkpoint is being written, the

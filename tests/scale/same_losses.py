@@ -1,6 +1,6 @@
 """Do several processes compute what one does? Trains all models both ways, and prints a table.
 
-    python tests/scale/same_losses.py [--steps 50] [--models words digits scenes]
+    PYTHONPATH=tests python tests/scale/same_losses.py [--steps 50] [--models words digits scenes]
 
 1, 2 and 4 processes (gloo, a CPU thread each) share the same batches of the embedded text, the
 digits and the digit scenes; half of the steps are stacked, half at equilibrium. All is computed in
