@@ -118,6 +118,10 @@ class TrainedModel:
             ids = self.vocabulary.encode([text.encode()], source)
         else:
             ids = self.vocabulary.encode(text.splitlines(), source)
+        return self.checked(ids, source)
+
+    def checked(self, ids: Tensor, source: str) -> Tensor:
+        """The ids of a text, refused if they are fewer than two."""
         if len(ids) < 2:
             raise InputError(f"{source} has {len(ids)} tokens: a perplexity needs two or more")
         return ids
