@@ -33,6 +33,8 @@ def run(argv: list[str] | None = None) -> None:
     for flag, path in (("--tokens", args.tokens), ("--figure", args.figure)):
         if path is not None and path.exists():  # before the work
             raise InputError(f"{flag}: {path} exists: give another name")
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"{flag}: there is no folder {path.parent}")
     if args.figure is not None and args.figure.suffix != ".png":
         raise InputError(f"--figure: {args.figure} does not end in .png")
     trained = load_model(args)
