@@ -21,6 +21,7 @@ def generate(
     *,
     temperature: float = 0.8,
     top_k: int = 40,
+    top_p: float = 1.0,
     f_thres: int = 30,
     seed: int = 0,
     skip: tuple[str, ...] = (UNK,),
