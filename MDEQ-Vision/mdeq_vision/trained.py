@@ -35,6 +35,15 @@ _SHOWN = """
     DEQ.B_THRES TRAIN.PRETRAIN_STEPS TRAIN.END_EPOCH TRAIN.BATCH_SIZE_PER_GPU TRAIN.OPTIMIZER
     TRAIN.LR TRAIN.LR_SCHEDULER TRAIN.WD LOSS.JAC_LOSS_WEIGHT LOSS.JAC_LOSS_FREQ SEED
 """.split()
+_DATA = {
+    "digits": "70 % of the 1797 handwritten digits of scikit-learn; bright ink on dark ground",
+    "digit_scenes": "drawn scenes of several handwritten digits, those of scikit-learn",
+    "cifar10": "CIFAR-10",
+    "imagenet": "ImageNet, or folders of pictures like its",
+    "cityscapes": "Cityscapes",
+    "own_pictures": "folders of its user's own pictures",
+    "own_scenes": "scenes of its user's own",
+}
 _OF_TASK = {CLASSIFIER: (), SEGMENTER: ("TRAIN.IMAGE_SIZE", "TEST.IMAGE_SIZE", "TEST.BASE_SIZE")}
 
 
@@ -47,7 +56,10 @@ def load(
         InputError: there is no such model or device, or the file is damaged.
     """
     device = find_device(device)
-    return build(read_model_file(path, (CLASSIFIER, SEGMENTER), of_run), device)
+    found = read_model_file(path, "", of_run)
+    if found.kind not in (CLASSIFIER, SEGMENTER):
+        raise InputError(f"{path} is for {found.kind}, not for images: give another model")
+    return build(found, device)
 
 
 def build(found: ModelFile, device: torch.device) -> TrainedClassifier | TrainedSegmenter:
@@ -137,7 +149,7 @@ def facts(found: ModelFile) -> dict[str, Any]:
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     shows = "print(found.best(3))" if verb == "classify" else "print(found.shares)"
     return {
-        "title": f"An MDEQ trained on {dataset}",
+        "title": f"An MDEQ trained on {dataset.replace('_', ' ')}",
         "about": (
             f"A model for {found.kind} (arXiv 2006.08656): its features at "
             f"{len(trained.model.channels)} resolutions are the fixed point of one layer f. "
@@ -151,7 +163,7 @@ def facts(found: ModelFile) -> dict[str, Any]:
             for name in (*_SHOWN, *_OF_TASK[found.kind])
             if settings.get(name) not in (None, [], "")
         },
-        "data": f"`DATASET.DATASET {dataset}`.",
+        "data": f"{_DATA[dataset]} (`DATASET.DATASET {dataset}`).",
         "use": (
             "import mdeq_vision\n\n"
             'model = mdeq_vision.load("NAME")\n'
