@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 ORIENTATION = 0x0112  # the EXIF tag
-# What undoes each value of the tag: a file with the tag v holds the picture transposed by UNDONE[v].
+# By value of the tag: how the pixels of such a file are got from the upright picture.
 UNDONE = {
     3: Image.Transpose.ROTATE_180,
     6: Image.Transpose.ROTATE_90,

@@ -70,7 +70,7 @@ def test_what_is_loaded(of_digits, of_scenes):
 
 def test_digits_are_classified_as_in_an_evaluation(of_digits):
     test = get_cls_dataset(of_digits.settings, "test")
-    images = torch.tensor(split_digits()["test"].images[:40])[:, None]  # (40, 1, 8, 8)
+    images = torch.tensor(split_digits()["test"].images[:12])[:, None]  # (12, 1, 8, 8)
     found = of_digits.classify(images)
     with torch.no_grad():
         for i, one in enumerate(found):
@@ -85,12 +85,14 @@ def test_digits_are_classified_as_in_an_evaluation(of_digits):
 
 
 def test_each_picture_is_solved_by_itself(of_digits):
-    images = torch.tensor(split_digits()["test"].images[:8])[:, None]
+    images = torch.tensor(split_digits()["test"].images[:6])[:, None]
     together = of_digits.classify(images)
     alone = [of_digits.classify(image) for image in images]
     assert [a.evaluations for a in alone] == [b.evaluations for b in together]
     assert len({a.evaluations for a in alone}) > 1
-    assert all(torch.equal(a.probabilities, b.probabilities) for a, b in zip(alone, together))
+    assert all(
+        torch.equal(a.probabilities, b.probabilities) for a, b in zip(alone, together, strict=True)
+    )
 
 
 def test_paths_images_and_tensors(of_digits, tmp_path):
@@ -108,13 +110,13 @@ def test_paths_images_and_tensors(of_digits, tmp_path):
     "wrong", [torch.zeros(2, 5, 5), torch.full((3, 4, 4), 1.5), torch.zeros(3, 4, 4).long(), b"x"]
 )
 def test_other_forms_are_refused(wrong):
-    with pytest.raises(InputError, match="a picture is a path, |a tensor of pixels is uint8"):
+    with pytest.raises(InputError, match=r"a picture is a path, |a tensor of pixels is uint8"):
         to_picture(wrong)
 
 
-@pytest.mark.parametrize("test", [{}, {"IMAGE_SIZE": [48, 40], "BASE_SIZE": 96, "FLIP_TEST": True}])
+@pytest.mark.parametrize("test", [{}, {"IMAGE_SIZE": [64, 40], "BASE_SIZE": 72, "FLIP_TEST": True}])
 def test_scenes_are_segmented_as_by_seg_test(of_scenes, monkeypatch, test):
-    monkeypatch.setattr(digit_scenes, "N_SCENES", {"train": 1, "test": 2, "valid": 1})
+    monkeypatch.setattr(digit_scenes, "N_SCENES", {"train": 1, "test": 1, "valid": 1})
     cfg = of_scenes.settings.clone()
     cfg.defrost()
     cfg.TRAIN.IMAGE_SIZE, cfg.TEST.BATCH_SIZE_PER_GPU = [64, 48], 1
@@ -123,17 +125,15 @@ def test_scenes_are_segmented_as_by_seg_test(of_scenes, monkeypatch, test):
     dataset, expected = get_seg_dataset(cfg, "test"), {}
     options = {"device": CPU, "processes": Processes(), "on_prediction": expected.__setitem__}
     evaluation = evaluate_segmentation(cfg, model.model, dataset, **options)
-    found = model.segment([Image.fromarray(dataset.picture(i)) for i in range(2)])
-    for i, one in enumerate(found):
-        assert np.array_equal(one.labels, expected[i].numpy())
-        assert one.confidence.shape == one.labels.shape == (48, 64)
-        assert 1 / 11 <= one.confidence.min() <= one.confidence.max() <= 1
-        assert sum(one.shares.values()) == pytest.approx(1)
-        assert list(one.shares)[0] == "background"
-        assert one.windows == (12 if test else 1)
-    solves = sum(one.windows for one in found)
-    mean = sum(one.evaluations for one in found) / solves
-    assert mean == pytest.approx(evaluation.figures["nfe"])
+    found = model.segment(Image.fromarray(dataset.picture(0)))
+    assert np.array_equal(found.labels, expected[0].numpy())
+    assert found.confidence.shape == found.labels.shape == (48, 64)
+    assert 1 / 11 <= found.confidence.min() <= found.confidence.max() <= 1
+    assert sum(found.shares.values()) == pytest.approx(1)
+    assert next(iter(found.shares)) == "background"
+    assert found.solves == (8 if test else 1)  # four windows, and their mirror images
+    assert found.evaluations / found.solves == pytest.approx(evaluation.figures["nfe"])
+    assert found.residual >= evaluation.figures["rel_residual"] * (1 - 1e-6)
 
 
 def test_a_run_and_its_file_are_the_same_model(digits, tmp_path, capsys):  # noqa: F811
@@ -148,10 +148,8 @@ def test_a_run_and_its_file_are_the_same_model(digits, tmp_path, capsys):  # noq
     assert torch.equal(one.probabilities, other.probabilities)
     assert file.figures == run.figures
     assert file.classes == run.classes
-    said = (
-        target.read_bytes()[:30_000].decode(errors="replace") + (tmp_path / "model.md").read_text()
-    )
-    assert str(tmp_path) not in said  # no places on this machine
+    for written in (target, tmp_path / "model.md"):
+        assert str(tmp_path).encode() not in written.read_bytes()  # no places on this machine
     (folder / CLASSES).unlink()  # an older run
     assert mdeq_vision.load(folder).classes == run.classes
 

@@ -89,8 +89,8 @@ def segment(argv: list[str] | None = None) -> int:
                 save_png(array, _target(args.out, kind, picture))
             shares = ", ".join(f"{name} {100 * p:.1f} %" for name, p in found.shares.items())
             confidence = f"confidence {found.confidence.mean(dtype=np.float64):.3f}"
-            windows = f" in {found.windows} windows" if found.windows > 1 else ""
-            print(f"{picture.path} | {shares} | {confidence} | {_solve(found, windows)}")
+            solves = f" in {found.solves} solves" if found.solves > 1 else ""
+            print(f"{picture.path} | {shares} | {confidence} | {_solve(found, solves)}")
             print(f"  {_target(args.out, 'overlays', picture)}", flush=True)
 
         def check(pictures: list[PictureFile]) -> None:
@@ -128,8 +128,8 @@ def _classes(found: Classification, top: int) -> str:
     return ", ".join(f"{name} {100 * p:.2f} %" for name, p in found.best(top))
 
 
-def _solve(found: Classification | Segmentation, windows: str = "") -> str:
-    return f"{found.evaluations} evaluations{windows}, residual {found.residual:.1e}"
+def _solve(found: Classification | Segmentation, solves: str = "") -> str:
+    return f"{found.evaluations} evaluations{solves}, residual {found.residual:.1e}"
 
 
 def _arrays(found: Segmentation) -> dict[str, np.ndarray]:

@@ -58,9 +58,9 @@ class Segmentation:
         picture: the upright picture, uint8 (H, W, 3).
         labels: the class of each pixel, by its place among the classes, uint8 (H, W).
         confidence: the probability of that class, float32 (H, W).
-        evaluations: how many evaluations of f the solver took, over all windows.
-        residual: the largest relative residual of a window.
-        windows: how many times the model was called; 1 if the picture fits in a window.
+        evaluations: how many evaluations of f the solves took together.
+        residual: the largest relative residual of a solve.
+        solves: 1; or one for each window, scale and mirror image.
         facts: the names, colours and official labels of the classes.
     """
 
@@ -69,7 +69,7 @@ class Segmentation:
     confidence: np.ndarray
     evaluations: int
     residual: float
-    windows: int
+    solves: int
     facts: SegmentationFacts
 
     @cached_property
@@ -184,7 +184,7 @@ class TrainedSegmenter(_Trained):
             confidence=confidence.cpu().numpy(),
             evaluations=stats.forward.nfe,
             residual=max(residuals),
-            windows=len(residuals),
+            solves=len(residuals),
             facts=facts,
         )
 
