@@ -2,6 +2,7 @@
 
 import csv
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +52,8 @@ def classify(argv: list[str] | None = None) -> int:
         def check(pictures: list[PictureFile]) -> None:
             if args.csv is not None:
                 for source in (args.run, *(picture.path for picture in pictures)):
-                    check_target(source, args.csv)
+                    if os.path.exists(source):  # False for a name that is too long, too
+                        check_target(source, args.csv)
                 _check_folder(args.csv.parent, "--csv")
                 if args.csv.is_dir():
                     raise InputError(f"--csv: {args.csv} is a folder: give the name of a file")
