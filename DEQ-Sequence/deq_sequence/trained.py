@@ -84,7 +84,7 @@ class TrainedModel:
         drawn = generate(
             self.model,
             self.vocabulary,
-            self.vocabulary.symbols(prompt) or self.vocabulary.symbols("\n") or [EOS],
+            self.begin(prompt),
             words,
             temperature=temperature,
             top_k=top_k,
@@ -93,6 +93,19 @@ class TrainedModel:
             seed=seed,
         )
         return self.vocabulary.join(drawn)
+
+    def begin(self, prompt: str) -> list[str]:
+        """The symbols of a prompt; an empty one is the end of a line.
+
+        Raises:
+            InputError: the vocabulary lacks a symbol, and has no ``<unk>``.
+        """
+        return self.vocabulary.symbols(prompt or "\n") or [EOS]
+
+    def unknown(self, text: str) -> list[str]:
+        """The words of a text for which ``<unk>`` stands."""
+        text = text.lower() if self.vocabulary.lower_case else text
+        return [word for word in text.split() if word not in self.vocabulary.sym2idx]
 
     def encode(self, text: str, source: str = "text") -> Tensor:
         """The ids of a text, (tokens,); every line of words ends with ``<eos>``.
@@ -105,6 +118,10 @@ class TrainedModel:
             ids = self.vocabulary.encode([text.encode()], source)
         else:
             ids = self.vocabulary.encode(text.splitlines(), source)
+        return self.checked(ids, source)
+
+    def checked(self, ids: Tensor, source: str) -> Tensor:
+        """The ids of a text, refused if they are fewer than two."""
         if len(ids) < 2:
             raise InputError(f"{source} has {len(ids)} tokens: a perplexity needs two or more")
         return ids
