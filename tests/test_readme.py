@@ -80,6 +80,21 @@ ELSEWHERE = {
     "python scripts/export_weights.py DEQ-Sequence/LM-TFM-demo/try/model.pt words.safetensors": (
         "scripts/test_export_weights.py"
     ),
+    'python generate.py ../docs/models/words.safetensors --prompt "this function returns" '
+    "--seed 1": "sequence/test_evaluate_text.py",
+    **{
+        f"python evaluate.py ../docs/models/words.safetensors data/demo/{flags}": (
+            "sequence/test_evaluate_text.py"
+        )
+        for flags in (
+            "test.txt --batch_size 10",
+            "test.txt --batch_size 10 --mem_len 0 32 64 --f_thres 1 2 4 6 12 --figure sweep.png",
+            "valid.txt --tokens tokens.csv",
+        )
+    },
+    "python ../scripts/export_weights.py LM-TFM-demo/try try.safetensors": (
+        "sequence/test_load.py"
+    ),
     "python scripts/audit.py DEQ-Sequence/LM-TFM-demo/quickstart": "sequence/test_audits.py",
     "python scripts/benchmarks/bench_audits.py": "scripts/test_bench_audits.py",
     **{
