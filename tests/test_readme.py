@@ -124,6 +124,12 @@ ELSEWHERE = {
             *(("seg_train", "seg"), ("seg_test", "seg")),
         )
     },
+    "python tools/classify.py ../docs/models/digits.safetensors ../docs/figures/digit.png": (
+        "vision/test_classify.py"
+    ),
+    "python tools/segment.py ../docs/models/scenes.safetensors ../docs/figures/scene.png": (
+        "vision/test_segment.py"
+    ),
     # What made the environment that these tests run in: its result is tested.
     "pip install -r requirements.txt": "test_house.py",
     "bash scripts/test.sh": "test_house.py",

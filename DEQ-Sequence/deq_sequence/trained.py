@@ -33,7 +33,7 @@ from deq_sequence.text.corpus import DATASETS
 from deq_sequence.text.vocabulary import EOS, ByteVocab, Vocab
 from lib.errors import InputError, naming
 from lib.runs.checkpoint import load_state
-from lib.runs.model_file import ModelFile, read_model_file
+from lib.runs.model_file import ModelFile, find_device, read_model_file
 from lib.runs.run_folder import SETTINGS
 
 KIND = "language model"
@@ -160,21 +160,6 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> TrainedModel:
     """
     device = find_device(device)
     return build(read_model_file(path, KIND, of_run), device)
-
-
-def find_device(name: str | torch.device) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        InputError: it does not exist on this machine.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"the device {name!s} cannot be used here ({reason}): try cpu") from error
-    return device
 
 
 def build(found: ModelFile, device: torch.device) -> TrainedModel:
