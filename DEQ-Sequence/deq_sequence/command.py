@@ -24,6 +24,7 @@ from deq_sequence.options import (
 )
 from deq_sequence.own_settings import (
     VOCABULARY,
+    WORDS,
     check_vocabulary,
     evaluation_settings,
     read_saved,
@@ -33,6 +34,7 @@ from deq_sequence.state.evaluation import FACTORS, evaluate_states
 from deq_sequence.state.strings import StateStrings, get_state_strings, is_state
 from deq_sequence.state.trainer import StateTrainer
 from deq_sequence.text.corpus import Corpus, get_lm_corpus
+from deq_sequence.text.vocabulary import Vocab
 from deq_sequence.text_trainer import LMTrainer
 from deq_sequence.ties import TIE_PROJ_MODES
 from lib.errors import InputError, naming
@@ -63,6 +65,7 @@ _FREE = (
 
 # These have an effect on a new run only.
 _FIRST = ("--init", "--emb_init", "--proj_init_std", "--start_train_steps")
+_ALONE = Processes()
 _USED = "add --restart to continue it, or choose another --name"
 
 # Flags of the same name and meaning as an argument of DEQTransformerLM, and of initialize().
@@ -104,7 +107,14 @@ def run_command(args: argparse.Namespace, notes: Sequence[str] = ()) -> Path | N
 
 def build_model(args: argparse.Namespace, corpus: Corpus | StateStrings, device: torch.device):
     """Build and initialise the model that the arguments describe."""
-    n_token = len(corpus.vocab)
+    model = model_for(args, len(corpus.vocab)).to(device)
+    if args.compile:
+        model.func.compile_evaluations()
+    return model
+
+
+def model_for(args: argparse.Namespace, n_token: int) -> DEQTransformerLM:
+    """The model of the arguments for a vocabulary of this size, on the CPU, initialised."""
     cutoffs = cutoffs_for(args, n_token)
     # With --adaptive all projections except the first are tied, as published.
     tie_projs = [args.adaptive and i > 0 for i in range(len(cutoffs) + 1)]
@@ -117,9 +127,6 @@ def build_model(args: argparse.Namespace, corpus: Corpus | StateStrings, device:
         **{name: getattr(args, name) for name in _OF_MODEL},
     )
     initialize(model, **{name: getattr(args, name) for name in _OF_INITIALIZATION})
-    model.to(device)
-    if args.compile:
-        model.func.compile_evaluations()
     return model
 
 
@@ -136,7 +143,7 @@ def train_command(
     kind = StateTrainer if is_state(args.dataset) else LMTrainer
 
     def build(anew: bool) -> Job:
-        data = _data(args, processes)
+        data = read_data(args, processes)
         model = build_model(args, data, device)
         processes.vary_seed(args.seed)
         trainer = kind(args, model, data, device, processes, stopping)
@@ -147,7 +154,8 @@ def train_command(
             _settings(
                 vars(args)
                 | {"cutoffs": cutoffs_for(args, len(data.vocab))}
-                | {VOCABULARY: data.vocab.fingerprint()}
+                | {VOCABULARY: data.vocab.fingerprint()},
+                data.vocab,
             ),
             f"{data_name(args)}: {data.description}",
             _notes(args, model),
@@ -179,7 +187,8 @@ def _checkpoint_to_continue(args: argparse.Namespace, folder: Path) -> Path | No
     return None
 
 
-def _data(args: argparse.Namespace, processes: Processes) -> Corpus | StateStrings:
+def read_data(args: argparse.Namespace, processes: Processes = _ALONE) -> Corpus | StateStrings:
+    """The strings or the text that the arguments name."""
     if is_state(args.dataset):
         return get_state_strings(args.dataset, args.seed)
     return processes.in_turn(lambda: read_corpus(args))
@@ -190,12 +199,14 @@ def read_corpus(args: argparse.Namespace) -> Corpus:
     return get_lm_corpus(args.data, args.dataset, text_rules(args))
 
 
-def _settings(values: dict) -> Settings:
+def _settings(values: dict, vocab: Vocab) -> Settings:
     def read(path: Path) -> dict:
         return {flag_of(name): value for name, value in read_saved(path).items()}
 
     flags = {flag_of(name): value for name, value in values.items()}
-    return Settings(flags, SETTINGS, json.dumps(values, indent=1) + "\n", read, _FREE, _FIRST)
+    words = (WORDS, json.dumps(vocab.idx2sym, indent=0) + "\n")
+    content = json.dumps(values, indent=1) + "\n"
+    return Settings(flags, SETTINGS, content, read, _FREE, _FIRST, (words,))
 
 
 def _notes(args: argparse.Namespace, model: DEQTransformerLM) -> list[str]:
@@ -228,7 +239,7 @@ def evaluate_command(
     notes: Sequence[str] = (),
 ) -> None:
     """Print what saved weights reach at equilibrium, on each part of the data."""
-    data, path = _data(args, processes), _weights(args)
+    data, path = read_data(args, processes), _weights(args)
     check_vocabulary(path.parent, data.vocab)
     model = build_model(args, data, device)
     load_weights(model, path)

@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -199,6 +199,7 @@ class Run:
     Args:
         folder: the run's folder, created if absent; None writes no file (a debug run).
         settings: name and content of the file that holds the resolved settings.
+        beside: names and contents of other files.
         resume_step: None for a new run, else the step to continue from. Records of later steps
             and of the end are dropped, as they come again.
         events: folder of the TensorBoard events; None means ``folder``.
@@ -216,6 +217,7 @@ class Run:
         *,
         events: Path | None = None,
         quiet: bool = False,
+        beside: Iterable[tuple[str, str]] = (),
     ):
         self.folder, self.quiet = folder, quiet
         self._events, self._log, self._metrics = None, None, None
@@ -229,7 +231,7 @@ class Run:
         clean_temporaries(folder)
         self._events_folder = events or folder
         try:
-            self._begin(settings, resume_step)
+            self._begin((settings, *beside), resume_step)
         except OSError as error:
             self.close()
             raise InputError(
@@ -237,12 +239,13 @@ class Run:
                 f"({error.strerror or error}): mend that{last_good(folder)}"
             ) from error
 
-    def _begin(self, settings: tuple[str, str], resume_step: int | None) -> None:
+    def _begin(self, contents: Iterable[tuple[str, str]], resume_step: int | None) -> None:
         """Write the settings, drop records, open the files."""
-        folder, (name, content) = self.folder, settings
+        folder = self.folder
         self._lock = _identity(folder / LOCK)
-        with atomic_write(folder / name) as file:
-            file.write(content.encode())
+        for name, content in contents:
+            with atomic_write(folder / name) as file:
+                file.write(content.encode())
         last = -math.inf if resume_step is None else resume_step
         kept = [
             record

@@ -54,6 +54,7 @@ class Settings:
     read: Callable[[Path], dict]  # reads such a file; raises an InputError if it is unreadable
     free: tuple[str, ...]  # beginnings of names that a resumed run may change without a note
     first: tuple[str, ...]  # of names that have an effect on a new run only
+    beside: tuple[tuple[str, str], ...] = ()  # names and contents of other files of the run
 
     def changes(self, path: Path) -> list[str]:
         """One line per setting that differs from those in ``path``.
@@ -178,7 +179,7 @@ def _begin(
         folder = new_folder(folder) if plan.unnamed else folder
         lines = _own(folder, locks)
         check_unused(folder, plan.used, anew=plan.anew)  # no other run can begin here from now on
-    run = Run(folder, kept, step, events=plan.events)
+    run = Run(folder, kept, step, events=plan.events, beside=settings.beside)
     for line in lines:
         run.log(line)
     if plan.checkpoint in (None, folder / CHECKPOINT):
