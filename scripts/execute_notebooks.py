@@ -39,11 +39,16 @@ def run(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("notebook", nargs="*", help="files (default: all of docs/notebooks)")
     args = parser.parse_args(argv)
-    for path in [Path(name) for name in args.notebook] or sorted(FOLDER.glob("*.ipynb")):
+    for path in chosen(args.notebook):
         text = nbformat.writes(executed(path))
         with atomic_write(path) as file:
             file.write(text.encode() + b"\n")
         print(f"{path.name}: {len(text) / 1000:.0f} kB", flush=True)
+
+
+def chosen(names: list[str]) -> list[Path]:
+    """The files that a command line names; without names, all notebooks of the documentation."""
+    return [Path(name) for name in names] or sorted(FOLDER.glob("*.ipynb"))
 
 
 def executed(path: Path) -> NotebookNode:
