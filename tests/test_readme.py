@@ -80,6 +80,21 @@ ELSEWHERE = {
     "python scripts/export_weights.py DEQ-Sequence/LM-TFM-demo/try/model.pt words.safetensors": (
         "scripts/test_export_weights.py"
     ),
+    'python generate.py ../docs/models/words.safetensors --prompt "this function returns" '
+    "--seed 1": "sequence/test_evaluate_text.py",
+    **{
+        f"python evaluate.py ../docs/models/words.safetensors data/demo/{flags}": (
+            "sequence/test_evaluate_text.py"
+        )
+        for flags in (
+            "test.txt --batch_size 10",
+            "test.txt --batch_size 10 --mem_len 0 32 64 --f_thres 1 2 4 6 12 --figure sweep.png",
+            "valid.txt --tokens tokens.csv",
+        )
+    },
+    "python ../scripts/export_weights.py LM-TFM-demo/try try.safetensors": (
+        "sequence/test_load.py"
+    ),
     "python scripts/audit.py DEQ-Sequence/LM-TFM-demo/quickstart": "sequence/test_audits.py",
     "python scripts/benchmarks/bench_audits.py": "scripts/test_bench_audits.py",
     **{
@@ -109,6 +124,12 @@ ELSEWHERE = {
             *(("seg_train", "seg"), ("seg_test", "seg")),
         )
     },
+    "python tools/classify.py ../docs/models/digits.safetensors ../docs/figures/digit.png": (
+        "vision/test_classify.py"
+    ),
+    "python tools/segment.py ../docs/models/scenes.safetensors ../docs/figures/scene.png": (
+        "vision/test_segment.py"
+    ),
     # What made the environment that these tests run in: its result is tested.
     "pip install -r requirements.txt": "test_house.py",
     "bash scripts/test.sh": "test_house.py",

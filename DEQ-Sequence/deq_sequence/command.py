@@ -65,7 +65,6 @@ _FREE = (
 
 # These have an effect on a new run only.
 _FIRST = ("--init", "--emb_init", "--proj_init_std", "--start_train_steps")
-_ALONE = Processes()
 _USED = "add --restart to continue it, or choose another --name"
 
 # Flags of the same name and meaning as an argument of DEQTransformerLM, and of initialize().
@@ -143,7 +142,7 @@ def train_command(
     kind = StateTrainer if is_state(args.dataset) else LMTrainer
 
     def build(anew: bool) -> Job:
-        data = read_data(args, processes)
+        data = _data(args, processes)
         model = build_model(args, data, device)
         processes.vary_seed(args.seed)
         trainer = kind(args, model, data, device, processes, stopping)
@@ -187,8 +186,7 @@ def _checkpoint_to_continue(args: argparse.Namespace, folder: Path) -> Path | No
     return None
 
 
-def read_data(args: argparse.Namespace, processes: Processes = _ALONE) -> Corpus | StateStrings:
-    """The strings or the text that the arguments name."""
+def _data(args: argparse.Namespace, processes: Processes) -> Corpus | StateStrings:
     if is_state(args.dataset):
         return get_state_strings(args.dataset, args.seed)
     return processes.in_turn(lambda: read_corpus(args))
@@ -239,7 +237,7 @@ def evaluate_command(
     notes: Sequence[str] = (),
 ) -> None:
     """Print what saved weights reach at equilibrium, on each part of the data."""
-    data, path = read_data(args, processes), _weights(args)
+    data, path = _data(args, processes), _weights(args)
     check_vocabulary(path.parent, data.vocab)
     model = build_model(args, data, device)
     load_weights(model, path)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deq_sequence.command import model_for, read_data
+from deq_sequence.command import model_for, read_corpus
 from deq_sequence.evaluation import Evaluation, evaluate, perplexity
 from deq_sequence.generation import generate
 from deq_sequence.model import DEQTransformerLM
@@ -33,7 +33,7 @@ from deq_sequence.text.corpus import DATASETS
 from deq_sequence.text.vocabulary import EOS, ByteVocab, Vocab
 from lib.errors import InputError, naming
 from lib.runs.checkpoint import load_state
-from lib.runs.model_file import ModelFile, read_model_file
+from lib.runs.model_file import ModelFile, find_device, read_model_file
 from lib.runs.run_folder import SETTINGS
 
 KIND = "language model"
@@ -43,6 +43,16 @@ _SHOWN = (
     "f_solver f_thres stop_mode grad b_solver b_thres pretrain_steps max_step batch_size optim lr "
     "scheduler dropout dropatt jac_loss_weight jac_loss_freq seed"
 ).split()
+
+_TEXTS = {
+    "wt103": "WikiText-103",
+    "wt2": "WikiText-2",
+    "ptb": "the Penn Treebank",
+    "enwik8": "enwik8",
+    "text8": "text8",
+    "demo": "the docstrings, comments and help topics of Python's standard library",
+    "text": "a text of its user",
+}
 
 
 @dataclass(frozen=True)
@@ -152,21 +162,6 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> TrainedModel:
     return build(read_model_file(path, KIND, of_run), device)
 
 
-def find_device(name: str | torch.device) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        InputError: it does not exist on this machine.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"the device {name!s} cannot be used here ({reason}): try cpu") from error
-    return device
-
-
 def build(found: ModelFile, device: torch.device) -> TrainedModel:
     """The model that a file or a run describes."""
     with naming(str(found.path)):
@@ -198,8 +193,9 @@ def of_run(folder: Path) -> tuple[str, dict[str, Any], list[str]]:
     saved = read_saved(path)
     with naming(str(path)):
         args = settings_of(saved)
-    kind = "state tracking" if is_state(args.dataset) else KIND
-    return kind, of_the_model(saved), _words_of_run(folder, args, saved)
+    if is_state(args.dataset):
+        raise InputError(f"{folder} is a run of {args.dataset}, not of a language model")
+    return KIND, of_the_model(saved), _words_of_run(folder, args, saved)
 
 
 def _words_of_run(folder: Path, args: argparse.Namespace, saved: dict[str, Any]) -> list[str]:
@@ -214,20 +210,20 @@ def _words_of_run(folder: Path, args: argparse.Namespace, saved: dict[str, Any])
             raise InputError(f"{path} is not the vocabulary of the run: restore or delete it")
         return words
     args.data = saved.get("data", args.data)
-    if not is_state(args.dataset) and not Path(args.data).exists():
+    if not Path(args.data).exists():
         raise InputError(
             f"{path} is missing, and so is the text of the run ({args.data}), from which its "
             "vocabulary could be read: restore one of them"
         )
-    vocab = read_data(args).vocab
+    vocab = read_corpus(args).vocab
     check_vocabulary(folder, vocab)
     return vocab.idx2sym
 
 
 def _vocabulary(args: argparse.Namespace, names: list[str]) -> Vocab:
-    rules = text_rules(args) or DATASETS.get(args.dataset)
-    kind = ByteVocab if rules is not None and rules.characters else Vocab
-    return kind.from_symbols(names, lower_case=rules is not None and rules.lower_case)
+    rules = text_rules(args) or DATASETS[args.dataset]
+    kind = ByteVocab if rules.characters else Vocab
+    return kind.from_symbols(names, lower_case=rules.lower_case)
 
 
 def facts(found: ModelFile) -> dict[str, Any]:
@@ -235,13 +231,11 @@ def facts(found: ModelFile) -> dict[str, Any]:
     trained = build(found, torch.device("cpu"))
     args, model = trained.settings, trained.model
     symbols = "bytes" if trained.is_of_bytes else "words"
-    states = is_state(args.dataset)
     return {
         "title": f"A DEQ-Transformer trained on {data_name(args)}",
         "about": (
             f"A {found.kind} (arXiv 1909.01377): its hidden states are the fixed point of one "
-            f"transformer layer f. The vocabulary has {len(trained.vocabulary):,} "
-            f"{'symbols' if states else symbols}."
+            f"transformer layer f. Its vocabulary has {len(trained.vocabulary):,} {symbols}."
         ),
         "equation": (
             "z = f(z; u, m), with u the injected words and m the last "
@@ -252,7 +246,10 @@ def facts(found: ModelFile) -> dict[str, Any]:
         "settings": {
             name: getattr(args, name) for name in _SHOWN if getattr(args, name) not in ([], None)
         },
-        "data": f"`--dataset {args.dataset}`, vocabulary {trained.vocabulary.fingerprint()}.",
+        "data": (
+            f"{_TEXTS[args.dataset]} (`--dataset {args.dataset}`); vocabulary "
+            f"{trained.vocabulary.fingerprint()}."
+        ),
         "use": (
             "import deq_sequence\n\n"
             'model = deq_sequence.load("NAME")\n'

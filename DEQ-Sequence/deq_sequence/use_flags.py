@@ -4,10 +4,10 @@ import argparse
 
 import torch
 
-from deq_sequence.trained import KIND, TrainedModel, build, find_device, of_run
+from deq_sequence.trained import KIND, TrainedModel, build, of_run
 from lib.errors import check_count, naming
 from lib.runs.command_line import Parser
-from lib.runs.model_file import read_model_file
+from lib.runs.model_file import find_device, read_model_file
 
 
 def add_model(parser: Parser) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from lib.errors import InputError, naming
 from lib.runs.checkpoint import load_state
-from lib.runs.model_file import ModelFile, read_model_file
+from lib.runs.model_file import ModelFile, find_device, read_model_file
 from mdeq_vision.classes_file import CLASSES, check_classes, classes_of, facts_of, read_classes
 from mdeq_vision.config import CONFIG, config, config_of, flat, update_config
 from mdeq_vision.datasets import CLASSIFICATION, get_cls_dataset, get_seg_dataset
@@ -123,21 +123,6 @@ def of_run(folder: Path) -> tuple[str, dict[str, Any], list[str]]:
         place[key] = ""
     kind = CLASSIFIER if is_classifier else SEGMENTER
     return kind, {**settings, "CLASSES": classes}, [entry["name"] for entry in classes]
-
-
-def find_device(name: str | torch.device) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        InputError: it does not exist on this machine.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"the device {name!s} cannot be used here ({reason}): try cpu") from error
-    return device
 
 
 def facts(found: ModelFile) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lib.errors import InputError, needs
@@ -61,6 +62,21 @@ def read_model_file(
     if kind and found.kind != kind:
         raise InputError(f"{path} is for {found.kind}, not for {kind}: give another model")
     return found
+
+
+def find_device(name: str | torch.device) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        InputError: it does not exist on this machine.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the device {name!s} cannot be used here ({reason}): try cpu") from error
+    return device
 
 
 def digest(said: dict) -> str:

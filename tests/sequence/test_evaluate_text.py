@@ -2,13 +2,16 @@
 
 import csv
 import math
+import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from deq_sequence import evaluate_command, generate_command
 from deq_sequence.evaluate_command import main
 
 ROOM = Path(__file__).parents[2] / "DEQ-Sequence"
@@ -86,6 +89,25 @@ def test_a_sweep(text, tmp_path, capsys):
     with Image.open(figure) as picture:
         assert picture.size[0] > 500
         assert len(picture.convert("RGB").getcolors(2**20)) > 50
+
+
+def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
+    """On a short text, in a folder that lies as DEQ-Sequence does."""
+    page = (ROOM.parent / "docs/words.md").read_text("utf-8")
+    lines = re.findall(r"^python (generate|evaluate)\.py (.*)$", page, flags=re.MULTILINE)
+    assert len(lines) == 4
+    (tmp_path / "docs").symlink_to(ROOM.parent / "docs")
+    (data := tmp_path / "DEQ-Sequence/data/demo").mkdir(parents=True)
+    for name in ("test.txt", "valid.txt"):
+        (data / name).write_text(TEXT)
+    monkeypatch.chdir(tmp_path / "DEQ-Sequence")
+    for command, flags in lines:
+        run = generate_command.main if command == "generate" else evaluate_command.main
+        words = [*shlex.split(flags), "--num_threads", "1"]
+        assert run([*words, "--words", "4"] if command == "generate" else words) == 0
+    assert Path("sweep.png").exists()
+    assert Path("tokens.csv").exists()
+    assert "[this function returns] " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

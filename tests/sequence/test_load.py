@@ -172,6 +172,13 @@ def test_a_device_that_is_not_there(name):
         deq_sequence.load(WORDS, device=name)
 
 
+def test_a_run_of_state_tracking(tmp_path):
+    settings = {"dataset": "state:Z2", "mem_len": 0}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="is a run of state:Z2, not of a language model"):
+        deq_sequence.load(tmp_path)
+
+
 def test_text_that_is_too_short(words):
     with pytest.raises(InputError, match="text has 0 tokens"):
         words.perplexity("")

@@ -149,3 +149,16 @@ def test_refusals(scene, tmp_path, capsys):
         assert re.search(message, err), err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["labels", "scene.png"]
     assert (place / "scene.png").read_bytes() == before
+
+
+def test_the_figure_of_the_page(tmp_path, capsys, monkeypatch):
+    """The page's command draws the page's figure, up to the drawing of letters."""
+    monkeypatch.chdir(ROOM)
+    docs = ROOM.parent / "docs"
+    page = (docs / "images.md").read_text()
+    (words,) = re.findall(r"^python tools/segment\.py (.*)$", page, re.MULTILINE)
+    assert segment([*words.split(), "--out", str(tmp_path)]) == 0
+    found, shown = read(tmp_path / "overlays/scene.png"), read(docs / "figures/segment.png")
+    assert found.shape[0] == shown.shape[0]
+    drawn = (slice(None), slice(0, 512))
+    assert np.abs(found[drawn].astype(float) - shown[drawn]).mean() < 1

@@ -2,15 +2,16 @@
 
 import csv
 import io
+import os
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from lib.errors import InputError, check_count
+from lib.errors import InputError, check_count, naming
 from lib.runs.atomic_files import atomic_write
 from lib.runs.checkpoint import check_target
 from lib.runs.command_line import Parser, exit_code
+from lib.runs.model_file import find_device
 from mdeq_vision.pictures import colour, save_png, to_label_ids
 from mdeq_vision.prediction.files import PictureFile, use_each
 from mdeq_vision.prediction.predictors import (
@@ -51,7 +52,8 @@ def classify(argv: list[str] | None = None) -> int:
         def check(pictures: list[PictureFile]) -> None:
             if args.csv is not None:
                 for source in (args.run, *(picture.path for picture in pictures)):
-                    check_target(source, args.csv)
+                    if os.path.exists(source):  # False for a name that is too long, too
+                        check_target(source, args.csv)
                 _check_folder(args.csv.parent, "--csv")
                 if args.csv.is_dir():
                     raise InputError(f"--csv: {args.csv} is a folder: give the name of a file")
@@ -111,12 +113,13 @@ def _parser(program: str, description: str) -> Parser:
     add = parser.add_argument
     add("run", metavar="RUN", help="a run's folder, or a file of scripts/export_weights.py")
     add("images", metavar="IMAGE", nargs="+", help="pictures, or folders of pictures")
-    add("--device", help="such as cpu or cuda:1 (default: a GPU, if there is one)")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (cpu)")
     return parser
 
 
 def _load(args, kind: type) -> TrainedClassifier | TrainedSegmenter:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with naming("--device"):
+        device = find_device(args.device)
     model = load(args.run, device)
     if not isinstance(model, kind):
         other = "segment.py" if isinstance(model, TrainedSegmenter) else "classify.py"
