@@ -133,6 +133,7 @@ ELSEWHERE = {
     # What made the environment that these tests run in: its result is tested.
     "pip install -r requirements.txt": "test_house.py",
     "bash scripts/test.sh": "test_house.py",
+    "bash scripts/notebooks.sh": "test_notebooks.py",
     "bash scripts/gpu_check.sh": "scripts/test_gpu_check.py",
     "pip install --no-deps torchdeq==0.1.0": "scripts/test_bench_solvers.py",
     "python scripts/benchmarks/bench_solvers.py": "scripts/test_bench_solvers.py",
