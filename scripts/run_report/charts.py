@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from run_report.drawing import LEAST_OF_BAND, Chart, band, line, log_scale, look
+from run_report.drawing import LEAST_OF_BAND, Chart, band, line, log_scale, look, window
 from run_report.reading import SCORES, TrainingRun
 from run_report.saying import number, plural
 
@@ -42,7 +42,7 @@ def _chart(
     lines: Callable[[TrainingRun], Iterable[tuple[str, Series, dict, bool]]],
     say: Callable[[TrainingRun], str],
     *,
-    logarithmic: bool | None = None,
+    logarithmic: bool | None = None,  # None: if the values spread by a factor
     level: tuple[float, str] | None = None,
 ) -> Chart | None:
     """A figure of the lines (name, series, style, as a band) of each run; None without any."""
@@ -69,6 +69,8 @@ def _chart(
             log_scale(axes, values, 1.0)
         elif logarithmic is None:
             log_scale(axes, values)
+        elif key != "radius":
+            axes.set_ylim(bottom=0)
         if len(axes.get_legend_handles_labels()[0]) > 1 or len(runs) > 1:
             rows = len(axes.get_legend_handles_labels()[0])
             axes.legend(loc="best" if rows < 5 else "upper right", ncols=1 if rows < 5 else 2)
@@ -156,11 +158,13 @@ def _residuals(runs, which: str) -> Chart | None:
     def say(run):
         steps, found = values(run)
         low, middle, high = np.percentile(found, (10, 50, 90))
-        how = "" if len(steps) < LEAST_OF_BAND else " (line: median of a window; band: 10 to 90 %)"
-        return (
+        said = (
             f"Median {number(middle)}, 10 to 90 % of the records from {number(low)} to "
-            f"{number(high)}, last {number(found[-1])}{how}."
+            f"{number(high)}, last {number(found[-1])}."
         )
+        if len(steps) < LEAST_OF_BAND:
+            return said
+        return f"{said} Line and band: median and 10 to 90 % of {window(len(steps))} records."
 
     modes = {run.stop_mode for run in runs}
     mode = {"abs": "absolute", "rel": "relative"}[modes.pop()] if len(modes) == 1 else ""

@@ -22,8 +22,9 @@ with needs("runs"):
 COLOURS = ("#3f87d9", "#dd7a1f", "#2f9e6e", "#b065c9", "#d6496b", "#8a8d2c", "#17a0b4", "#9a7355")
 STYLES = ("-", "--", ":", "-.")  # after the last colour
 MOST_POINTS = 240  # of a line; more are drawn as means over windows
-WINDOWS = 40  # of a band
-LEAST_OF_BAND = 20  # fewer values are drawn one by one
+LEAST_OF_BAND = 10  # fewer values are drawn one by one
+_WINDOW = 5  # values, at least, and at least this part of all:
+_PART = 20
 _INK = "#010203"  # stands for the colour of the page's text
 _SIZE = 5.2, 3.0  # inches: as wide as a phone
 _STYLE = {
@@ -90,29 +91,31 @@ def look(index: int) -> dict:
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": style}
 
 
-def windows(steps: Sequence[int], values: Sequence[float], count: int):
-    """Steps (the last of each) and values of at most ``count`` windows of equal numbers."""
-    edges = np.unique(np.linspace(0, len(steps), count + 1).round().astype(int))
-    return [(steps[b - 1], np.asarray(values[a:b])) for a, b in pairwise(edges)]
-
-
 def line(axes: Axes, steps: Sequence[int], values: Sequence[float], **style) -> None:
-    """Draw a line; with many points, of means over windows."""
+    """Draw a line; with many points, of means over windows of equal numbers of them."""
     if len(steps) > MOST_POINTS:
-        found = windows(steps, values, MOST_POINTS)
-        steps, values = [s for s, _ in found], [v.mean() for _, v in found]
+        edges = np.linspace(0, len(steps), MOST_POINTS + 1).round().astype(int)
+        steps = [steps[b - 1] for b in edges[1:]]
+        values = [np.mean(values[a:b]) for a, b in pairwise(edges)]
     marker = {"marker": "o"} if len(steps) < 3 else {}
     axes.plot(steps, values, **marker | style)
 
 
+def window(count: int) -> int:
+    """The number of values in a moving window over ``count`` of them."""
+    return max(_WINDOW, count // _PART)
+
+
 def band(axes: Axes, steps: Sequence[int], values: Sequence[float], **style) -> None:
-    """Draw the median over windows and the band from the 10th to the 90th percentile."""
+    """Draw the median of a moving window, and the band from its 10th to its 90th percentile."""
     if len(steps) < LEAST_OF_BAND:
         line(axes, steps, values, **style)
         return
-    found = windows(steps, values, min(WINDOWS, len(steps) // 5))
-    at = [s for s, _ in found]
-    low, middle, high = np.array([np.percentile(v, (10, 50, 90)) for _, v in found]).T
+    size = window(len(steps))
+    centres = np.unique(np.linspace(0, len(steps) - 1, MOST_POINTS).round().astype(int))
+    starts = (centres - size // 2).clip(0, len(steps) - size)
+    found = np.array([np.percentile(values[a : a + size], (10, 50, 90)) for a in starts])
+    at, (low, middle, high) = np.asarray(steps)[centres], found.T
     axes.plot(at, middle, **style)
     axes.fill_between(at, low, high, color=style.get("color"), alpha=0.25, linewidth=0)
 

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from html import escape
+from pathlib import Path
 
 from run_report.drawing import Chart
 from run_report.reading import COMMANDS_REPORT, PICTURES, TrainingRun
@@ -15,28 +16,7 @@ from run_report.saying import as_text, differing_settings, final_figures, number
 
 MARK = '<meta name="generator" content="scripts/report.py">'  # a page of this command
 _LARGEST_PICTURE = 1_000_000  # bytes
-_LONGEST_TEXT = 20_000  # characters of a command's own report
-_STYLE = """
-:root{color-scheme:light dark;--ink:#1d1f22;--soft:#5a6068;--line:#d5d9de;--ground:#fff;--card:#f6f7f9}
-@media(prefers-color-scheme:dark){:root{--ink:#e4e6e9;--soft:#a3aab3;--line:#3a3f46;--ground:#16181b;--card:#1f2226}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:76rem;padding:1rem;background:var(--ground);color:var(--ink);
-font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
-h1{font-size:1.5rem;margin:.5rem 0}h2{font-size:1.2rem;margin:2rem 0 .6rem}h3{font-size:1rem;margin:.3rem 0}
-p{margin:.4rem 0}.soft,figcaption{color:var(--soft)}
-.card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.8rem 1rem;margin:.6rem 0}
-.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,26rem),1fr));gap:1rem}
-figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:.8rem}
-figure img{display:block;width:100%;height:auto}figcaption{font-size:.85rem;margin-top:.4rem}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:.9rem}
-th,td{text-align:left;padding:.25rem .8rem .25rem 0;border-bottom:1px solid var(--line);vertical-align:top;overflow-wrap:normal}
-th{font-weight:600}tbody th{font-weight:400;color:var(--soft)}
-td.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-thead th.n{text-align:right}
-details{margin:.6rem 0}summary{cursor:pointer}
-pre{overflow-x:auto;font-size:.85rem;background:var(--card);padding:.8rem;border-radius:8px;white-space:pre-wrap}
-""".strip()
+_STYLE = Path(__file__).with_name("style.css")
 
 
 def page(runs: Sequence[TrainingRun], charts: Sequence[Chart]) -> str:
@@ -63,7 +43,7 @@ def page(runs: Sequence[TrainingRun], charts: Sequence[Chart]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         # Browsers ask for an icon unless they are told that there is none.
         f'<link rel="icon" href="data:,">\n<title>{escape(title)}</title>\n'
-        f"<style>\n{_STYLE}\n</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+        f"<style>\n{_STYLE.read_text('utf-8')}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -165,13 +145,11 @@ def _notes(run: TrainingRun) -> str:
 
 
 def _own(run: TrainingRun) -> str:
-    path = run.folder / COMMANDS_REPORT
-    if not path.is_file():
+    if not run.own_report:
         return ""
-    text = path.read_text("utf-8", errors="replace")[:_LONGEST_TEXT]
     return (
         f"<details><summary>{escape(run.name)}: {COMMANDS_REPORT}</summary>"
-        f"<pre>{escape(text)}</pre></details>"
+        f"<pre>{escape(run.own_report)}</pre></details>"
     )
 
 

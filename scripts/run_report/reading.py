@@ -18,6 +18,7 @@ COMMANDS_REPORT = "report.txt"  # what a quickstart prints at its end
 PICTURES = ("scenes.png",)  # that a command draws of its predictions
 _TOLERANCE = 1e-3  # of the models' solvers, where the settings name none
 _CHARACTERS = ("enwik8", "text8")
+_LONGEST = 20_000  # characters of a command's own report
 _NOTES = 12  # most lines of the log on warnings, starts and stops
 
 
@@ -217,6 +218,25 @@ class TrainingRun:
         """The largest peak of memory that is known, in MiB; NaN without one."""
         found = [float(m[1]) for m in self.said(r"peak memory (\d+) MiB")]
         return max([*found, *self.series("train", "memory_mib")[1]], default=math.nan)
+
+    @cached_property
+    def radius(self) -> tuple[float, str]:
+        """A mean spectral radius and where it is from: the audit, validation, or the command."""
+        found = self.audit.get("radius")
+        found = found.get("mean") if isinstance(found, dict) else None
+        if is_number(found) and math.isfinite(found):
+            return float(found), "audit"
+        if values := self.series("valid", "sradius")[1]:
+            return values[-1], "last validation"
+        if said := re.search(r"^spectral radius \((.*?)\) +(\d+\.\d+)", self.own_report, re.M):
+            return float(said[2]), f"{COMMANDS_REPORT}, {said[1]}"
+        return math.nan, ""
+
+    @cached_property
+    def own_report(self) -> str:
+        """What the training command printed at its end, "" without it."""
+        path = self.folder / COMMANDS_REPORT
+        return path.read_text("utf-8", errors="replace")[:_LONGEST] if path.is_file() else ""
 
     @property
     def environment(self) -> dict[str, str]:

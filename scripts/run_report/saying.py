@@ -38,6 +38,10 @@ def summary(run: TrainingRun) -> list[str]:
         if skipped + diverged == 0
         else f"{plural(skipped, 'step')} skipped, {plural(diverged, 'solve')} diverged."
     )
+    radius, where = run.radius
+    if where:
+        settles = "below" if radius < 1 else "not below"
+        said.append(f"The mean spectral radius of df/dz is {radius:.3f}, {settles} 1 ({where}).")
     if run.audit:
         said.append(f"The audit's verdict: {run.audit['verdict']}.")
     if run.damaged:
@@ -115,8 +119,8 @@ def final_figures(runs: Sequence[TrainingRun]) -> list[tuple[str, list[tuple[str
     for score in dict.fromkeys(run.score for run in runs):
         key = score.valid
         own = [run if run.score is score else None for run in runs]
-        add(f"best {score.name}, validation",
-            [score.value(r.best or {}, key) if r else math.nan for r in own], score.text)  # fmt: skip
+        values = [score.value(r.best or {}, key) if r else math.nan for r in own]
+        add(f"best {score.name}, validation", values, score.text)
         add("… at step", [_of(r.best if r else None, "step") for r in own], lambda v: f"{v:,.0f}")
     # Of images, those of the best weights, which are the last of their kind.
     kinds = [r["kind"] for run in runs for r in run.records if r["kind"].startswith("final_")]
@@ -131,9 +135,7 @@ def final_figures(runs: Sequence[TrainingRun]) -> list[tuple[str, list[tuple[str
                  "backward_nfe", "jac_loss", "tokens_per_s", "images_per_s"):  # fmt: skip
         last = [(run.series("train", name)[1] or [math.nan])[-1] for run in runs]
         add(f"last training record: {_readable(name)}", last)
-    add("spectral radius, validation",
-        [(run.series("valid", "sradius")[1] or [math.nan])[-1] for run in runs])  # fmt: skip
-    add("spectral radius, audit", [_of(run.audit.get("radius"), "mean") for run in runs])
+    add("spectral radius", [run.radius[0] for run in runs])
     add("training time, seconds", [run.seconds for run in runs])
     add("peak memory, MiB", [run.memory for run in runs])
     for kind, name in (("skipped", "skipped steps"), ("diverged", "diverged solves")):
