@@ -43,7 +43,9 @@ def _chart(
     say: Callable[[TrainingRun], str],
     *,
     logarithmic: bool | None = None,  # None: if the values spread by a factor
+    from_zero: bool = True,  # where the axis is not logarithmic
     level: tuple[float, str] | None = None,
+    note: str = "",
 ) -> Chart | None:
     """A figure of the lines (name, series, style, as a band) of each run; None without any."""
     found = [(i, run, [part for part in lines(run) if part[1][0]]) for i, run in enumerate(runs)]
@@ -56,7 +58,8 @@ def _chart(
         for i, run, parts in found:
             for name, (steps, numbers), style, banded in parts:
                 own = look(i) if len(runs) > 1 else look(_place(parts, name))
-                named = {"label": _label(runs, run, name, parts)}
+                alone = len(runs) > 1 and name != parts[0][0]  # one entry for each run
+                named = {"label": "_" if alone else name if len(runs) == 1 else run.name}
                 (band if banded else line)(axes, steps, numbers, **own | named | style)
                 values += numbers
             if run.border and run.last_step > run.border:
@@ -69,11 +72,13 @@ def _chart(
             log_scale(axes, values, 1.0)
         elif logarithmic is None:
             log_scale(axes, values)
-        elif key != "radius":
+        elif from_zero:
             axes.set_ylim(bottom=0)
-        if len(axes.get_legend_handles_labels()[0]) > 1 or len(runs) > 1:
-            rows = len(axes.get_legend_handles_labels()[0])
-            axes.legend(loc="best" if rows < 5 else "upper right", ncols=1 if rows < 5 else 2)
+        entries = len(axes.get_legend_handles_labels()[0])
+        if len(runs) > 1:
+            axes.figure.legend(loc="outside upper left", ncols=2)
+        elif entries > 1:
+            axes.legend()
 
     border = (
         " The dotted line marks the first step at equilibrium."
@@ -82,21 +87,20 @@ def _chart(
     )
     said = " ".join(f"{_prefix(runs, run)}{say(run)}" for _, run, _ in found)
     of = f" of {plural(len(found), 'run')}" if len(runs) > 1 else ""
-    return Chart(key, title, f"{what}{of}, over the steps", f"{said}{border}", draw)
+    return Chart(key, title, f"{what}{of}, over the steps", f"{said}{note}{border}", draw)
 
 
 def _place(parts, name: str) -> int:
     return [part[0] for part in parts].index(name)
 
 
-def _label(runs, run: TrainingRun, name: str, parts) -> str:
-    if len(runs) == 1:
-        return name
-    return run.name if name == parts[0][0] else f"{run.name}, {name}"
-
-
 def _prefix(runs, run: TrainingRun) -> str:
     return f"{run.name}: " if len(runs) > 1 else ""
+
+
+def _points(runs) -> str:
+    """What tells the lines of a run from each other, as the legend names the runs alone."""
+    return " Points: validation." if len(runs) > 1 else ""
 
 
 def _losses(runs) -> Chart | None:
@@ -115,7 +119,8 @@ def _losses(runs) -> Chart | None:
         yield "training", run.series("train", "loss"), _TRAIN, False
         yield "validation", run.series("valid", "loss"), _VALID, False
 
-    return _chart(runs, "loss", "Loss", "Training and validation loss", "loss", lines, say)
+    what = "Training and validation loss"
+    return _chart(runs, "loss", "Loss", what, "loss", lines, say, note=_points(runs))
 
 
 def _scores(runs, kind: str) -> Chart | None:
@@ -144,7 +149,9 @@ def _scores(runs, kind: str) -> Chart | None:
     label = f"{score.name}, %" if score.percent else score.name
     title = score.name[0].upper() + score.name[1:]
     what = f"{title} in training and validation"
-    return _chart(runs, f"score-{kind.replace(' ', '-')}", title, what, label, lines, say)
+    key = f"score-{kind.replace(' ', '-')}"
+    how = {"logarithmic": False, "from_zero": False} if score.percent else {}
+    return _chart(runs, key, title, what, label, lines, say, note=_points(runs), **how)
 
 
 def _residuals(runs, which: str) -> Chart | None:
@@ -158,13 +165,10 @@ def _residuals(runs, which: str) -> Chart | None:
     def say(run):
         steps, found = values(run)
         low, middle, high = np.percentile(found, (10, 50, 90))
-        said = (
+        return (
             f"Median {number(middle)}, 10 to 90 % of the records from {number(low)} to "
             f"{number(high)}, last {number(found[-1])}."
         )
-        if len(steps) < LEAST_OF_BAND:
-            return said
-        return f"{said} Line and band: median and 10 to 90 % of {window(len(steps))} records."
 
     modes = {run.stop_mode for run in runs}
     mode = {"abs": "absolute", "rel": "relative"}[modes.pop()] if len(modes) == 1 else ""
@@ -173,10 +177,16 @@ def _residuals(runs, which: str) -> Chart | None:
     level = None
     if which == "forward" and len(tolerances) == 1:
         level = (tolerances.pop(), "tolerance of the solver")
+    sizes = [len(values(run)[0]) for run in runs if len(values(run)[0]) >= LEAST_OF_BAND]
+    note = ""
+    if sizes:
+        sizes = sorted({window(size) for size in sizes})
+        size = " to ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
+        note = f" Line and band: median and 10 to 90 % of a moving window of {size} records."
     title = f"{which.capitalize()} residual"
     what = f"{title} of the training solves"
-    key = f"{which}-residual"
-    return _chart(runs, key, title, what, label, lines, say, logarithmic=True, level=level)
+    key, more = f"{which}-residual", {"level": level, "note": note}
+    return _chart(runs, key, title, what, label, lines, say, logarithmic=True, **more)
 
 
 def _evaluations(runs) -> Chart | None:
@@ -195,8 +205,12 @@ def _evaluations(runs) -> Chart | None:
         return f"Mean evaluations of f per solve: {', '.join(parts)}."
 
     what = "Evaluations of f per solve"
-    label = "evaluations per solve"
-    return _chart(runs, "evaluations", "Evaluations", what, label, lines, say, logarithmic=False)
+    label, note = (
+        "evaluations per solve",
+        _points(runs) and f"{_points(runs)[:-1]}; dashed: backward.",
+    )
+    how = {"logarithmic": False, "note": note}
+    return _chart(runs, "evaluations", "Evaluations", what, label, lines, say, **how)
 
 
 def _plain(runs, key: str, title: str, name: str, what: str, unit: str = "") -> Chart | None:
@@ -228,7 +242,8 @@ def _radii(runs) -> Chart | None:
 
     what = "Spectral radius of df/dz at the equilibrium, in validation"
     title = "Spectral radius"
-    return _chart(runs, "radius", title, what, "spectral radius", lines, say, logarithmic=False)
+    return _chart(runs, "radius", title, what, "spectral radius", lines, say, logarithmic=False,
+                  from_zero=False)  # fmt: skip
 
 
 def _speed(runs) -> Chart | None:

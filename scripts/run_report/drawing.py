@@ -26,13 +26,13 @@ LEAST_OF_BAND = 10  # fewer values are drawn one by one
 _WINDOW = 5  # values, at least, and at least this part of all:
 _PART = 20
 _INK = "#010203"  # stands for the colour of the page's text
-_SIZE = 5.2, 3.0  # inches: as wide as a phone
+_SIZE = 4.4, 2.8  # inches: as wide as a phone
 _STYLE = {
     "svg.hashsalt": "report", "svg.fonttype": "none", "font.family": "sans-serif",
-    "font.size": 9.5, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": "#8a8a8a",
+    "font.size": 9, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": "#8a8a8a",
     "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.35, "grid.color": "#8a8a8a",
-    "grid.linewidth": 0.5, "legend.frameon": False, "legend.fontsize": 8.5,
+    "grid.linewidth": 0.5, "legend.frameon": False, "legend.fontsize": 8,
     "lines.linewidth": 1.5, "lines.markersize": 4,
 }  # fmt: skip
 _THEMES = "<style>svg{color:#222}@media(prefers-color-scheme:dark){svg{color:#dcdcdc}}</style>"

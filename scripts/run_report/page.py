@@ -10,11 +10,12 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from run_report.drawing import Chart
+from run_report.drawing import Chart, look
 from run_report.reading import COMMANDS_REPORT, PICTURES, TrainingRun
 from run_report.saying import as_text, differing_settings, final_figures, number, summary
 
 MARK = '<meta name="generator" content="scripts/report.py">'  # a page of this command
+_MOST_ROWS = 40  # of differing settings; more are folded
 _LARGEST_PICTURE = 1_000_000  # bytes
 _STYLE = Path(__file__).with_name("style.css")
 
@@ -25,7 +26,7 @@ def page(runs: Sequence[TrainingRun], charts: Sequence[Chart]) -> str:
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">Made on {time.strftime("%Y-%m-%d %H:%M:%S")} by scripts/report.py.</p>',
-        *(_summary(run) for run in runs),
+        *(_summary(run, look(i)["color"] if len(runs) > 1 else "") for i, run in enumerate(runs)),
         *_section("Figures", _charts(charts)),
         *_section("Final figures", _figures(runs)),
     ]
@@ -51,11 +52,12 @@ def _section(title: str, content: str) -> list[str]:
     return [f"<h2>{escape(title)}</h2>", content] if content else []
 
 
-def _summary(run: TrainingRun) -> str:
+def _summary(run: TrainingRun, colour: str) -> str:
     first, *others = map(escape, summary(run))
+    dot = f'<span class="dot" style="background:{colour}"></span>' if colour else ""
     rest = f"<p>{' '.join(others)}</p>" if others else ""
     return (
-        f'<section class="card"><h3>{escape(run.name)}</h3><p><strong>{first}</strong></p>{rest}'
+        f'<section class="card"><h3>{dot}{escape(run.name)}</h3><p><strong>{first}</strong></p>{rest}'
         "</section>"
     )
 
@@ -116,7 +118,10 @@ def _differences(runs: Sequence[TrainingRun]) -> str:
     rows = [(escape(n), list(map(escape, values))) for n, values in differing_settings(runs)]
     if not rows:
         return "<p>The runs have the same settings.</p>"
-    return _table(["setting", *_names(runs)], rows)
+    table = _table(["setting", *_names(runs)], rows)
+    if len(rows) <= _MOST_ROWS:
+        return table
+    return f"<details><summary>{len(rows)} settings differ</summary>{table}</details>"
 
 
 def _environment(runs: Sequence[TrainingRun]) -> str:
