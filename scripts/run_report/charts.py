@@ -85,9 +85,11 @@ def _chart(
         if any(run.border and run.last_step > run.border for _, run, _ in found)
         else ""
     )
-    said = " ".join(f"{_prefix(runs, run)}{say(run)}" for _, run, _ in found)
+    said = "\n".join(f"{_prefix(runs, run)}{say(run)}" for _, run, _ in found)
+    end = f"{note}{border}"
+    end = end.replace(" ", "\n", 1) if len(found) > 1 else end  # each run has a line of its own
     of = f" of {plural(len(found), 'run')}" if len(runs) > 1 else ""
-    return Chart(key, title, f"{what}{of}, over the steps", f"{said}{note}{border}", draw)
+    return Chart(key, title, f"{what}{of}, over the steps", f"{said}{end}", draw)
 
 
 def _place(parts, name: str) -> int:
@@ -163,7 +165,7 @@ def _residuals(runs, which: str) -> Chart | None:
         yield f"{which} solve", values(run), {}, True
 
     def say(run):
-        steps, found = values(run)
+        found = values(run)[1]
         low, middle, high = np.percentile(found, (10, 50, 90))
         return (
             f"Median {number(middle)}, 10 to 90 % of the records from {number(low)} to "

@@ -57,8 +57,8 @@ def _summary(run: TrainingRun, colour: str) -> str:
     dot = f'<span class="dot" style="background:{colour}"></span>' if colour else ""
     rest = f"<p>{' '.join(others)}</p>" if others else ""
     return (
-        f'<section class="card"><h3>{dot}{escape(run.name)}</h3><p><strong>{first}</strong></p>{rest}'
-        "</section>"
+        f'<section class="card"><h3>{dot}{escape(run.name)}</h3><p><strong>{first}</strong></p>'
+        f"{rest}</section>"
     )
 
 

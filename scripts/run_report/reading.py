@@ -42,7 +42,7 @@ class Score:
     def text(self, value: float) -> str:
         """A value as people write it."""
         if self.percent:
-            return f"{100 * value:.2f} %"
+            return f"{100 * value:.2f}\N{NO-BREAK SPACE}%"
         return f"{value:.3f}" if self.name == BITS else f"{value:.2f}"
 
 
