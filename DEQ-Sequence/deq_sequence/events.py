@@ -26,18 +26,17 @@ class TextEvents:
     def __init__(self):
         self._drawn = time.monotonic()
 
-    def after_validation(
-        self, run: Run, step: int, border: int, model: DEQTransformerLM, corpus: Corpus, f_thres
-    ) -> None:
-        """Show a generated text and, if half a minute has passed, the curves.
+    def sample(self, run: Run, step: int, model: DEQTransformerLM, corpus: Corpus, f_thres) -> None:
+        """Show a generated text, the same with the same weights.
 
-        The text is the same with the same weights. Torch's random state is neither used nor
-        changed, so that a run is the same with and without the text.
+        Torch's random state is neither used nor changed: a run is the same with and without it.
         """
-        if run.folder is None:
-            return
-        run.show(step, text("generated text", _sample(model, corpus, f_thres)))
-        if time.monotonic() > self._drawn + _PAUSE:
+        if run.folder is not None:
+            run.show(step, text("generated text", _sample(model, corpus, f_thres)))
+
+    def curves(self, run: Run, step: int, border: int) -> None:
+        """Show the curves, if half a minute has passed; ``border``: the first step solved."""
+        if run.folder is not None and time.monotonic() > self._drawn + _PAUSE:
             run.show(step, _curves(run, border))
             self._drawn = time.monotonic()
 

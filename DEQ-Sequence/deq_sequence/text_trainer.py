@@ -123,9 +123,10 @@ class LMTrainer(SequenceTrainer):
 
     def after_validation(self, found: Evaluation) -> None:
         self.learning_rate.after_evaluation(found.loss, self.step)
+        self.events.curves(self.run, self.step, self.pretrain_steps)
         if not self.args.compile:  # each length of a text would be compiled
-            own = self.model, self.corpus, self.args.f_thres
-            self.events.after_validation(self.run, self.step, self.pretrain_steps, *own)
+            args = self.model, self.corpus, self.args.f_thres
+            self.events.sample(self.run, self.step, *args)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 
