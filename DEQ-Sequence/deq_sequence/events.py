@@ -6,9 +6,9 @@ import time
 from deq_sequence.generation import generate
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.text.corpus import Corpus
-from deq_sequence.text.vocabulary import EOS, ByteVocab
+from deq_sequence.text.vocabulary import ByteVocab
 from deq_sequence.text_report import draw_perplexity, prompts
-from lib.errors import needs
+from lib.errors import InputError, needs
 from lib.runs.finished_run import draw_curves
 from lib.runs.run_folder import Run, read_metrics
 
@@ -43,9 +43,13 @@ class TextEvents:
 
 def _sample(model: DEQTransformerLM, corpus: Corpus, f_thres: int) -> str:
     """A line from the model; in backquotes, as TensorBoard takes a text for Markdown."""
-    prompt, vocab = prompts(corpus)[0] or [EOS], corpus.vocab
+    vocab = corpus.vocab
     n = _BYTES if isinstance(vocab, ByteVocab) else _WORDS
-    words = generate(model, vocab, prompt, n, f_thres=f_thres, temperature=0.7)
+    prompt = prompts(corpus)[0] or vocab.decode(corpus.test[: n // 2])
+    try:
+        words = generate(model, vocab, prompt, n, f_thres=f_thres, temperature=0.7)
+    except InputError as error:  # such as a vocabulary of <unk> alone: training goes on
+        return str(error)
     return f"`[{vocab.join(prompt)}] {vocab.join(words)}`"
 
 
