@@ -80,6 +80,14 @@ ELSEWHERE = {
     "python scripts/export_weights.py DEQ-Sequence/LM-TFM-demo/try/model.pt words.safetensors": (
         "scripts/test_export_weights.py"
     ),
+    **{
+        f"python scripts/report.py {words}": "scripts/test_report.py"
+        for words in (
+            "DEQ-Sequence/LM-TFM-demo/quickstart",
+            "DEQ-Sequence/LM-TFM-demo/try DEQ-Sequence/LM-TFM-demo/steps --out both.html",
+            "DEQ-Sequence/LM-TFM-demo/quickstart --png figures",
+        )
+    },
     "python scripts/audit.py DEQ-Sequence/LM-TFM-demo/quickstart": "sequence/test_audits.py",
     "python scripts/benchmarks/bench_audits.py": "scripts/test_bench_audits.py",
     **{

@@ -240,13 +240,12 @@ class TrainingRun:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Machine, versions, command and data, as the log has them, of the last start."""
+        """Command, versions, device and data, as the log has them, of the last start."""
         found = {}
         for label, pattern in (
-            ("started", r"started (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d.*?): "),
-            ("command", r"started \d{4}.*?: (.*)"),
-            ("software", r"(torch .*?, Python .*?) on "),
-            ("machine", r"torch .*?, Python .*? on (.*)"),
+            ("started", r"started (\d{4}-\d\d-\d\d \d\d:\d\d:\d\d): "),
+            ("command", r"started \S+ \d\d:\d\d:\d\d: (.*)"),
+            ("software", r"(torch \S+, Python \S+)$"),
             ("parameters", r"(\d+) parameters \|"),
             ("device", r"\d+ parameters \| (.*?) \|"),
             ("processes", r"\d+ parameters \| .*? \| (.*)"),

@@ -151,7 +151,8 @@ def _of(record, name: str) -> float:
 def _readable(name: str) -> str:
     short = {"nfe": "evaluations", "rel_residual": "relative residual", "top1": "accuracy",
              "abs_residual": "absolute residual", "top5": "accuracy (one of the first 5)",
-             "exact": "all answers right", "jac_loss": "Jacobian loss"}  # fmt: skip
+             "exact": "all answers right", "jac_loss": "Jacobian loss",
+             "sradius": "spectral radius"}  # fmt: skip
     for which in ("forward_", "backward_"):
         if name.startswith(which):
             return f"{which[:-1]} {_readable(name.removeprefix(which))}"

@@ -175,6 +175,7 @@ def test_its_figures_are_those_of_the_records(tmp_path):
     assert found.row("training time, seconds") == ["20"]  # 100 steps of 200 ms
     assert found.row("skipped steps") == found.row("diverged solves") == ["1"]
     assert found.row("command") == ["train_transformer.py --name a"]
+    assert found.row("software") == ["torch 2.13.0, Python 3.11.7"]
     assert found.row("data") == ["demo: 9 training tokens"]
     residuals = [r["forward_rel_residual"] for r in train if "forward_rel_residual" in r]
     (caption,) = (c for c in found.captions if c.startswith("Median") and "e-04" in c)
