@@ -28,14 +28,7 @@ from lib.runs.interrupts import Stopped, Stopping, TrainingError, memory_for
 from lib.runs.optimizers import clip_gradients, restore_optimizer
 from lib.runs.processes import Processes, lost_contact
 from lib.runs.retention import save_newest
-from lib.runs.run_folder import (
-    CHECKPOINT,
-    WEIGHTS,
-    Run,
-    last_good,
-    peak_memory_mib,
-    warnings_in,
-)
+from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, last_good, peak_memory_mib, warnings_in
 from lib.runs.solver_figures import (
     broken_since,
     broken_solves,

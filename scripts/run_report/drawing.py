@@ -17,6 +17,7 @@ with needs("runs"):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # Of middle lightness: they can be told apart on a light and on a dark ground.
 COLOURS = ("#3f87d9", "#dd7a1f", "#2f9e6e", "#b065c9", "#d6496b", "#8a8d2c", "#17a0b4", "#9a7355")
@@ -121,6 +122,15 @@ def band(axes: Axes, steps: Sequence[int], values: Sequence[float], **style) -> 
 
 
 def log_scale(axes: Axes, values: Sequence[float], least: float = 8.0) -> None:
-    """Take a logarithmic axis if all values are positive and they spread by a factor."""
-    if values and min(values) > 0 and max(values) / min(values) > least:
-        axes.set_yscale("log")
+    """Take a logarithmic axis if all values are positive and they spread by a factor.
+
+    Its numbers are plain: typeset powers of ten are slow to draw, and harder to read.
+    """
+    if not values or min(values) <= 0 or max(values) / min(values) < least:
+        return
+    axes.set_yscale("log")
+    spread = max(values) / min(values)
+    axis = axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1,) if spread > 100 else (1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

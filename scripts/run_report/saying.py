@@ -76,7 +76,7 @@ def _cost(run: TrainingRun) -> list[str]:
     if math.isfinite(run.seconds):
         parts.append(f"{in_words(run.seconds)} of training steps (validations not counted)")
     if math.isfinite(run.memory):
-        parts.append(f"a peak memory of {number(run.memory)} MiB")
+        parts.append(f"a peak memory of {run.memory:,.0f} MiB")
     return [f"It took {' and '.join(parts)}."] if parts else []
 
 
