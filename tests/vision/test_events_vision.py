@@ -1,6 +1,7 @@
 """What TensorBoard shows of an image model: predictions at each validation, the curves."""
 
 import io
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -8,8 +9,11 @@ import torch
 from PIL import Image
 
 from events import pictures
+from lib.runs.run_folder import Run
 from mdeq_vision import events
 from mdeq_vision.class_predictions import Prediction
+from mdeq_vision.command import load_config
+from mdeq_vision.datasets import get_seg_dataset
 from mdeq_vision.events import ImageEvents
 from small_digits import digits, of_kind, quick  # noqa: F401  (fixtures)
 from small_runs import SCENES, TINY_SCENES, run_tool
@@ -23,6 +27,7 @@ def opened(png):
     return np.asarray(Image.open(io.BytesIO(png)))
 
 
+@pytest.mark.slow
 def test_each_validation_has_predictions(digits, monkeypatch):  # noqa: F811
     """And a run without them is the same."""
     monkeypatch.setattr(events, "_PAUSE", 0.0)
@@ -51,12 +56,36 @@ def test_frames_say_what_is_right():
     assert (tiles[2:8, 2:8] == 0).all()
 
 
-def test_a_scene_has_its_overlay(tmp_path):
+@pytest.mark.slow
+def test_a_run_of_scenes_shows_overlays(tmp_path):
     assert run_tool("seg_train", "--cfg", SCENES, "--modelDir", tmp_path, *TINY_SCENES) == 0
     (folder,) = (path.parent for path in tmp_path.rglob("metrics.jsonl"))
     found = pictures(folder)
     assert steps_of(found, "predictions") == [r["step"] for r in of_kind(folder, "valid")]
     assert opened(found[0][2]).shape[0] == 2 * 32  # a scene above its overlay
+
+
+def test_scenes_stand_above_their_overlays(tmp_path, monkeypatch):
+    """At most eight; the curves come once half a minute has passed."""
+    cfg = load_config(Namespace(cfg=SCENES, opts=["TRAIN.IMAGE_SIZE", "[32,32]"]))
+    scenes = get_seg_dataset(cfg, "valid")
+    shown, run = ImageEvents(), Run(tmp_path, ("config.yaml", ""), quiet=True)
+    run.record("valid", 1, phase="stacked", mIoU=0.5)
+    for step in (1, 2):
+        shown.begin()
+        for index in range(9 if step == 1 else 1):
+            shown.keep(index, torch.full((32, 32), 3))
+        shown.after_validation(run, step, 1, scenes, "mIoU")
+        monkeypatch.setattr(events, "_PAUSE", 0.0)
+    run.close()
+    found = pictures(tmp_path)
+    assert [entry[:2] for entry in found] == [("predictions", 1), ("predictions", 2), ("curves", 2)]
+    drawn = [opened(png) for _, _, png in found]
+    assert drawn[0].shape == (2 * 32, 8 * (32 + 2), 3)
+    scene = scenes.picture(0)
+    assert (drawn[1][:32, :32] == scene).all()
+    mixed = (scene.astype(float) + np.asarray(scenes.facts.palette[3])) / 2
+    assert np.abs(drawn[1][32:, :32] - mixed).max() <= 0.5
 
 
 @pytest.mark.parametrize(("size", "shown"), [((64, 64), (64, 64)), ((1024, 2048), (128, 256))])
