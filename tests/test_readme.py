@@ -95,6 +95,14 @@ ELSEWHERE = {
     "python ../scripts/export_weights.py LM-TFM-demo/try try.safetensors": (
         "sequence/test_load.py"
     ),
+    **{
+        f"python scripts/report.py {words}": "scripts/test_report.py"
+        for words in (
+            "DEQ-Sequence/LM-TFM-demo/quickstart",
+            "DEQ-Sequence/LM-TFM-demo/try DEQ-Sequence/LM-TFM-demo/steps --out both.html",
+            "DEQ-Sequence/LM-TFM-demo/quickstart --png figures",
+        )
+    },
     "python scripts/audit.py DEQ-Sequence/LM-TFM-demo/quickstart": "sequence/test_audits.py",
     "python scripts/benchmarks/bench_audits.py": "scripts/test_bench_audits.py",
     **{

@@ -1,6 +1,9 @@
 """A training command: read the checkpoint, build, open the folder, train, finish."""
 
 import contextlib
+import shlex
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,6 +131,8 @@ def run_training(plan: Plan, build: Callable[[bool], Job], processes: Processes)
         locks.callback(run.close)
         try:
             device = trainer.device
+            run.log(f"started {time.strftime('%F %T')}: {shlex.join(sys.argv)}")
+            run.log(f"torch {torch.__version__}, Python {sys.version.split()[0]}")
             run.log(job.title)
             run.log(
                 f"{sum(p.numel() for p in trainer.model.parameters())} parameters | "
