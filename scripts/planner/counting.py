@@ -30,6 +30,7 @@ from mdeq_vision import schedules as image_schedules
 from planner.live_bytes import LiveBytes
 from planner.runs import Run, most_evaluations
 
+STACKED, EQUILIBRIUM, JACOBIAN = "stacked", "equilibrium", "with the Jacobian loss"
 _TOY = 4096  # elements of the state on which a solver's own memory is counted
 
 
@@ -84,8 +85,20 @@ class Counter:
                 loss, jac_loss, *_ = self.model(*self.data[:2], list(self.data[2:]), **options)
             else:
                 loss, jac_loss, _ = self.model(self.data[0], **options)
-                loss = _image_loss(run, loss, self.data[1])
+                loss = image_loss(run, loss, self.data[1])
         return loss.mean() + jac_loss.mean() if jac else loss.mean()
+
+    def activations(self, **options) -> tuple[int, int]:
+        """Bytes that are kept between forward and backward, and the most at once in a step, with
+        its gradients; weights, optimiser and data are not among them."""
+        model = self.model
+        model.zero_grad(set_to_none=True)
+        with LiveBytes([*model.parameters(), *model.buffers(), *self.data]) as live:
+            loss = self.step(2, 2, **options)
+            kept = live.live
+            loss.backward()
+        model.zero_grad(set_to_none=True)
+        return kept, live.peak
 
     @cached_property
     def data(self) -> tuple[Tensor, ...]:
@@ -111,6 +124,15 @@ class Counter:
         trace = [1e-3] * threshold
         found = {"result": result, "nstep": 0, "nfe": threshold, "products": 0}
         return found | {"abs_trace": trace, "rel_trace": trace, "lowest": 1e-3, "eps": 1e-3}
+
+
+def phases(run: Run) -> dict[str, dict]:
+    """Options of :meth:`Counter.step` for each kind of step that the run has."""
+    found: dict[str, dict] = {STACKED: {"at": 0}} if run.border else {}
+    found[EQUILIBRIUM] = {}
+    if run.jac_share:
+        found[JACOBIAN] = {"jac": True}
+    return found
 
 
 def count_flops(run: Run) -> tuple[Flops, int]:
@@ -156,7 +178,6 @@ def count_memory(run: Run, samples: int) -> Memory:
     """Memory of a step on a GPU that takes ``samples`` at once, in float32."""
     counter = Counter(run, samples)
     model = counter.model
-    still = [*model.parameters(), *model.buffers(), *counter.data]
     weights = _bytes([*model.parameters(), *model.buffers()])
     gradients = _bytes(p for p in model.parameters() if p.requires_grad)
     optimizer = _optimizer_bytes(run, model)
@@ -168,20 +189,11 @@ def count_memory(run: Run, samples: int) -> Memory:
         solver_states(backward, round(b_thres)) if run.grad.startswith("ift") else 0.0,
     ]
     fixed = weights + optimizer + data
-    phases = {"stacked": {"at": 0}} if run.border else {}
-    phases["equilibrium"] = {}
-    if run.jac_share:
-        phases["with the Jacobian loss"] = {"jac": True}
-    kept, peaks, solver = {}, {}, 0
-    for phase, options in phases.items():
-        counter.history = 0.0 if phase == "stacked" else max(histories)
-        model.zero_grad(set_to_none=True)
-        with LiveBytes(still) as live:
-            loss = counter.step(2, 2, **options)
-            kept[phase] = live.live
-            loss.backward()
-        del loss
-        peaks[phase] = fixed + max(live.peak, gradients)
+    kept, peaks = {}, {}
+    for phase, options in phases(run).items():
+        counter.history = 0.0 if phase == STACKED else max(histories)
+        kept[phase], peak = counter.activations(**options)
+        peaks[phase] = fixed + max(peak, gradients)
     size = _state_bytes(counter)
     solver = round(max(histories) * size)
     return Memory(weights, gradients, optimizer, data, kept, solver, peaks)
@@ -260,7 +272,7 @@ def _clusters(run: Run, samples: int) -> Iterator[None]:
         yield
 
 
-def _image_loss(run: Run, output: Tensor, labels: Tensor) -> Tensor:
+def image_loss(run: Run, output: Tensor, labels: Tensor) -> Tensor:
     if run.segments:
         output = nn.functional.interpolate(output, labels.shape[-2:], mode="bilinear")
     return nn.functional.cross_entropy(output, labels, reduction="sum")
