@@ -1,14 +1,14 @@
 """The plan of a run: what is counted, and hours from the rates that were measured."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
 from lib.errors import InputError
 from planner.counting import Flops, Memory, count_flops, count_memory, evaluations
 from planner.gpus import GPU, MEASURED, RATES, find_gpu, measured_rates
-from planner.runs import Run, find_run
+from planner.runs import EXPERIMENTS, WORDS, Run, find_run
 
 # What stands in for a model that was not measured: FLOP/s of the nearest published one.
 _STAND_IN = {"words": "wt103_deq_transformer_reg", "segments": "cityscapes/seg_mdeq_SMALL",
@@ -27,6 +27,7 @@ class Step:
     transfer: float  # to sum gradients over GPUs, after each of them
     basis: str  # where the rates are from
     measured: bool  # of this model, batch, number format and GPU
+    peaks: dict[str, int]  # bytes that were measured, by phase, if it is
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def make_plan(run: Run, gpus: int, gpu_name: str, number_format: str, rates: Pat
     if step is not None and gpus > 1:
         # A ring: every gradient goes around twice.
         seconds = 2 * (gpus - 1) / gpus * memory.gradients / gpu.link
-        step = Step(**{**vars(step), "transfer": seconds})
+        step = replace(step, transfer=seconds)
     return Plan(run, gpus, gpu, number_format, parameters, flops, f_evals, b_evals, memory, step)
 
 
@@ -116,8 +117,6 @@ def _counted(setting: str) -> tuple[Run, Flops]:
 
 
 def _file_of(setting: str) -> Path:
-    from planner.runs import EXPERIMENTS, WORDS
-
     return EXPERIMENTS / f"{setting}.yaml" if "/" in setting else WORDS / f"{setting}.sh"
 
 
@@ -179,6 +178,9 @@ def _step(
     pairs = ((getattr(flops, k), getattr(base, k)) for k in ("forward", "backward", "rest"))
     same = all(abs(ours - theirs) <= _SAME * theirs for ours, theirs in pairs)
     complete = "seconds" in first or not run.border
-    measured = same and share == batch and slower == 1.0 and complete
+    measured = same and share == batch and slower == 1.0 and complete and run.chunks == 1
+    peaks = {name: phase["peak_bytes"] for name, phase in phases.items() if "peak_bytes" in phase}
     basis = f"{setting} at {batch} samples on {found['gpu']}"
-    return Step(stacked, sum(parts.values()), parts, 0.0, basis, measured)
+    return Step(
+        stacked, sum(parts.values()), parts, 0.0, basis, measured, peaks if measured else {}
+    )

@@ -97,7 +97,9 @@ def _memory(plan: Plan) -> list[tuple[str, ...]]:
         ("history of a solver", _bytes(memory.solver)),
     ]
     rows += [(f"kept for backward, {k}", _bytes(v)) for k, v in memory.kept.items()]
-    return rows + [(f"peak, {k}", _bytes(v)) for k, v in memory.peaks.items()]
+    rows += [(f"peak, {k}", _bytes(v)) for k, v in memory.peaks.items()]
+    measured = plan.step.peaks if plan.step is not None else {}
+    return rows + [(f"measured peak, {k}", _bytes(v)) for k, v in measured.items()]
 
 
 def _totals(plan: Plan) -> list[tuple[str, ...]]:
