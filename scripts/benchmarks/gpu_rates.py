@@ -18,7 +18,7 @@ import warnings
 import torch
 from helpers.arguments import Parser, chosen
 from helpers.measure import describe_machine, table
-from helpers.rates import FORMATS, measure, published_share
+from helpers.rates import FORMATS, PHASES, measure, published_share
 from helpers.settings import PUBLISHED_GPUS, SIZES, Options, chosen_settings
 
 from lib.deq import DEQWarning
@@ -32,6 +32,8 @@ ORDER = (
     "cityscapes/seg_mdeq_LARGE", "cityscapes/seg_mdeq_XL", "cifar/cls_mdeq_LARGE",
     "cifar/cls_mdeq_LARGE_reg", "cifar/cls_mdeq_TINY",
 )  # fmt: skip
+HEAD = ("setting", "per GPU", "format", "stacked ms", "equilibrium ms", "with Jacobian loss ms",
+        "evaluations f / b", "peak GiB")  # fmt: skip
 
 
 def build_parser() -> Parser:
@@ -97,6 +99,21 @@ def run(argv: list[str] | None = None) -> dict:
         record |= {"unit": task.unit, "units_per_step": task.units}
         write()
     return figures
+
+
+def rows(figures: dict) -> list[list[str]]:
+    """The rows of a table of the figures, under :data:`HEAD`."""
+    found = []
+    for name, record in figures["settings"].items():
+        for kind, phases in record["formats"].items():
+            seconds = (phases.get(phase, {}).get("seconds") for phase in PHASES)
+            times = ["" if s is None else f"{1e3 * s:.0f}" for s in seconds]
+            solved = phases.get("equilibrium", {})
+            nfe = [str(solved.get(f"{which}_evaluations", "")) for which in "fb"]
+            peaks = (phase.get("peak_bytes", 0) for phase in phases.values())
+            peak = f"{max(peaks) / 2**30:.1f}"
+            found.append([name, str(record["batch"]), kind, *times, " / ".join(nfe), peak])
+    return found
 
 
 def _cells(one: dict) -> str:

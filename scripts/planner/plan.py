@@ -10,9 +10,12 @@ from planner.counting import Flops, Memory, count_flops, count_memory, evaluatio
 from planner.gpus import GPU, MEASURED, RATES, find_gpu, measured_rates
 from planner.runs import EXPERIMENTS, WORDS, Run, find_run
 
-# What stands in for a model that was not measured: FLOP/s of the nearest published one.
-_STAND_IN = {"words": "wt103_deq_transformer_reg", "segments": "cityscapes/seg_mdeq_SMALL",
-             "classes": "cifar/cls_mdeq_TINY"}  # fmt: skip
+# What stands in for a model that was not measured: the first of these that was.
+_STAND_INS = {
+    "words": ("wt103_deq_transformer_reg",),
+    "segments": ("cityscapes/seg_mdeq_SMALL",),
+    "classes": ("cifar/cls_mdeq_TINY", "imagenet/cls_mdeq_SMALL"),
+}
 _SAME = 1e-6  # relative difference of FLOPs below which two models are the same
 
 
@@ -120,6 +123,11 @@ def _file_of(setting: str) -> Path:
     return EXPERIMENTS / f"{setting}.yaml" if "/" in setting else WORDS / f"{setting}.sh"
 
 
+def _formats(settings: dict, setting: str | None) -> dict:
+    """What was measured of a setting, by number format."""
+    return settings.get(setting, {}).get("formats", {})
+
+
 def _step(
     run: Run,
     flops: Flops,
@@ -131,11 +139,10 @@ def _step(
 ) -> Step | None:
     found = measured_rates(path)
     settings = found["settings"]
-    setting = run.published
-    if number_format not in settings.get(setting, {}).get("formats", {}):
-        kind = "words" if run.words else "segments" if run.segments else "classes"
-        setting = _STAND_IN[kind]
-    phases = settings.get(setting, {}).get("formats", {}).get(number_format, {})
+    kind = "words" if run.words else "segments" if run.segments else "classes"
+    known = (run.published, *_STAND_INS[kind])
+    setting = next((s for s in known if number_format in _formats(settings, s)), None)
+    phases = _formats(settings, setting).get(number_format, {})
     one = phases.get("equilibrium", {})
     if "seconds" not in one:
         return None
