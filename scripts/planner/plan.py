@@ -185,7 +185,7 @@ def _step(
     pairs = ((getattr(flops, k), getattr(base, k)) for k in ("forward", "backward", "rest"))
     same = all(abs(ours - theirs) <= _SAME * theirs for ours, theirs in pairs)
     complete = "seconds" in first or not run.border
-    measured = same and share == batch and slower == 1.0 and complete and run.chunks == 1
+    measured = same and share == batch and gpu_name == MEASURED and complete and run.chunks == 1
     peaks = {name: phase["peak_bytes"] for name, phase in phases.items() if "peak_bytes" in phase}
     basis = f"{setting} at {batch} samples on {found['gpu']}"
     return Step(

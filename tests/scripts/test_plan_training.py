@@ -32,7 +32,7 @@ def words():
 @pytest.mark.parametrize("name", known_runs())
 def test_known_runs(name):
     run = find_run(name, [])
-    assert run.batch >= 12
+    assert run.batch >= 8
     assert run.border >= 0
     if run.words or run.settings.DATASET.DATASET in IMAGES:
         assert run.steps >= run.stacked_steps > 0
