@@ -31,6 +31,7 @@ from planner.counting import (
     evaluations,
     image_loss,
     phases,
+    random_words,
     solver_states,
 )
 from planner.runs import Run
@@ -104,11 +105,10 @@ class _Real:
         if run.words:
             args, vocab = run.settings, run.size[0]
             self.model = build_model(args, SimpleNamespace(vocab=range(vocab)), torch.device("cpu"))
-            weights = 1 / torch.arange(1, vocab + 1, dtype=torch.float64)
-            text = torch.multinomial(weights, n * (args.tgt_len + 1), replacement=True).view(-1, n)
+            words = random_words(run, n).view(-1, n)
             shape = args.mem_len, n, args.d_model
             memory = [torch.zeros(shape), torch.zeros(*shape[:2], 3 * args.d_model)]
-            self.data = [text[:-1], text[1:], *(memory if args.mem_len else [])]
+            self.data = [words, words, *(memory if args.mem_len else [])]
         else:
             self.model = (MDEQSegNet if run.segments else MDEQClsNet)(run.settings)
             width, height = run.image_size
@@ -180,14 +180,25 @@ def _flops(event) -> float:
         return event.flops or 0
     if event.name == "aten::convolution_backward":
         gradient, _, weight = event.input_shapes[:3]
-        wanted = str(event.concrete_inputs[-1]).split(",")[
-            :2
-        ]  # of input and weight; bias: no product
+        # Gradients of input and weight; that of a bias takes no product.
+        wanted = str(event.concrete_inputs[-1]).split(",")[:2]
         return 2 * prod(gradient) * prod(weight[1:]) * sum("True" in one for one in wanted)
+    parent = event.cpu_parent.name if event.cpu_parent is not None else ""
+    if event.name == "aten::convolution" and parent == "aten::_convolution_double_backward":
+        return _convolution(*event.input_shapes[:2], *event.concrete_inputs[3:7])
     if event.name == "aten::_scaled_dot_product_flash_attention_for_cpu":
         query, key = event.input_shapes[:2]
         return 4 * prod(query) * key[-2]
     return 0
+
+
+def _convolution(x, weight, stride, padding, dilation, transposed) -> float:
+    """FLOPs of a convolution of these shapes."""
+    if transposed:
+        return 2 * prod(x) * prod(weight[1:])
+    sides = zip(x[2:], weight[2:], stride, padding, dilation, strict=True)
+    pixels = prod((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sides)
+    return 2 * x[0] * pixels * prod(weight)
 
 
 def check_report(found: list[dict]) -> str:

@@ -143,27 +143,18 @@ def count_flops(run: Run) -> tuple[Flops, int]:
     def cost(f_thres: int = 1, b_thres: int = 1, **options) -> float:
         return counted(lambda: counter.step(f_thres, b_thres, **options).backward()) / samples
 
-    # An iteration without a solver may need two evaluations at least.
-    base = cost(2, 1)
-    forward, backward = cost(3, 1) - base, cost(2, 2) - base
+    base = cost()
+    forward, backward = cost(2, 1) - base, cost(1, 2) - base
     with torch.no_grad():
         ahead = counted(lambda: counter.step(1, 1)) / samples
-    # In training f is evaluated once more, for the graph.
     return Flops(
         forward=forward,
         backward=backward,
-        once=max(ahead - 2 * _plain(counter) / samples, 0.0),
-        rest=base - 2 * forward - backward,
-        jacobian=cost(2, 1, jac=True) - base if run.jac_share else 0.0,
+        once=ahead - 2 * forward,  # the solver's evaluation, and one more for the graph
+        rest=base - forward - backward,
+        jacobian=cost(jac=True) - base if run.jac_share else 0.0,
         stacked=cost(at=0) if run.border else 0.0,
     ), counter.parameters
-
-
-def _plain(counter: Counter) -> float:
-    """FLOPs of one evaluation of f, without autograd."""
-    with torch.no_grad():
-        one, two = (counted(lambda n=n: counter.step(n, 1)) for n in (1, 2))
-    return two - one
 
 
 def counted(action: Callable[[], object]) -> int:
@@ -229,8 +220,7 @@ def solver_states(solver: str, threshold: int) -> float:
 def evaluations(run: Run, flops: Flops) -> tuple[float, float]:
     """Evaluations of f, and products with its Jacobian, of solves that run to their thresholds."""
     (forward, backward), (f_thres, b_thres) = run.solvers, run.thresholds
-    own = run.grad.partition(":")[0] == "unroll"  # an iteration of its own
-    f_evals = f_thres if own else most_evaluations(forward, f_thres)
+    f_evals = most_evaluations(forward, f_thres)
     # J'0 is known; a gradient that solves for nothing makes no products.
     b_evals = most_evaluations(backward, b_thres) - 1 if flops.backward else 0.0
     return f_evals, b_evals
@@ -249,16 +239,19 @@ def _build(run: Run) -> nn.Module:
         return (MDEQSegNet if run.segments else MDEQClsNet)(cfg).train()
 
 
+def random_words(run: Run, samples: int) -> Tensor:
+    """Words of a batch, (tgt_len * samples,), as frequent as in a natural text (Zipf)."""
+    weights = 1 / torch.arange(1, run.size[0] + 1, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    n = samples * run.settings.tgt_len
+    return torch.multinomial(weights, n, replacement=True, generator=generator)
+
+
 @contextmanager
 def _clusters(run: Run, samples: int) -> Iterator[None]:
-    """In place of the numbers of rare words in a batch, which have no values here, those of a
-    random text whose words are as frequent as in a natural one (Zipf)."""
-    weights = 1 / torch.arange(1, run.size[0] + 1, dtype=torch.float64)
-    n = samples * run.settings.tgt_len
-    words = torch.multinomial(
-        weights, n, replacement=True, generator=torch.Generator().manual_seed(0)
-    )
-
+    """In place of the numbers of rare words in a batch, which have no values here, those of
+    :func:`random_words`."""
+    words = random_words(run, samples)
     bounds = cluster_bounds(run.size[0], cutoffs_for(run.settings, run.size[0]))
     counts = torch.bincount(cluster_of(words, bounds), minlength=len(bounds)).tolist()
 

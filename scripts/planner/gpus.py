@@ -63,6 +63,6 @@ def find_gpu(name: str, number_format: str) -> GPU:
 
 
 @cache
-def measured_rates(path: Path = RATES) -> dict:
+def measured_rates() -> dict:
     """What scripts/benchmarks/gpu_rates.py wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(RATES.read_text(encoding="utf-8"))

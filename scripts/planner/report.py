@@ -81,7 +81,8 @@ def as_dict(plan: Plan) -> dict:
     if step is not None:
         stacked, equilibrium = plan.hours
         found["time"] = {
-            "seconds": vars(step),
+            **vars(step),
+            "transfer": plan.transfer,
             "hours": {"stacked": stacked, "equilibrium": equilibrium},
         }
     return found
@@ -124,14 +125,14 @@ def _time(plan: Plan) -> str:
     stacked, equilibrium = plan.hours
     rows = []
     if run.stacked_steps:
-        seconds = step.stacked + step.transfer
+        seconds = step.stacked + plan.transfer
         rows.append(("stacked", f"{1e3 * seconds:.0f} ms a step", f"{_hours(stacked)} h"))
     if plan.equilibrium_steps:
-        seconds = step.equilibrium + step.transfer
+        seconds = step.equilibrium + plan.transfer
         rows.append(("equilibrium", f"{1e3 * seconds:.0f} ms a step", f"{_hours(equilibrium)} h"))
         rows += [(f"  {name}", f"{1e3 * part:.0f} ms") for name, part in step.parts.items()]
-    if step.transfer:
-        rows.append(("  sum of gradients (link's rate)", f"{1e3 * step.transfer:.1f} ms"))
+    if plan.transfer:
+        rows.append(("  sum of gradients (link's rate)", f"{1e3 * plan.transfer:.1f} ms"))
     total = stacked + equilibrium
     rows.append(("the run", "", f"{_hours(total)} h, {_hours(plan.gpus * total)} GPU hours"))
     kind = "measured steps" if step.measured else "ESTIMATE"

@@ -27,7 +27,7 @@ WORDS, EXPERIMENTS = ROOT / "DEQ-Sequence", ROOT / "MDEQ-Vision/experiments"
 # training images.
 TEXTS = {"wt103": (267_735, 103_227_021), "ptb": (10_000, 929_589)}
 IMAGES = {"cifar10": 50_000, "imagenet": 1_281_167, "cityscapes": 2_975}
-GRADIENTS = ("ift", "jfb", "phantom", "unroll")  # that can be counted without values
+GRADIENTS = ("ift", "jfb", "phantom")  # that can be counted without values
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Run:
 
     name: str
     settings: Any  # arguments of train_transformer.py, or a configuration of images
-    published: str | None  # the published setting with this model, if it is one
+    published: str | None  # the published setting that it begins with, if it does
+    changed: bool  # by flags or overrides
 
     @property
     def words(self) -> bool:
@@ -185,9 +186,9 @@ def find_run(name: str, more: list[str]) -> Run:
     if path.suffix == ".yaml":
         cfg = config.clone()
         update_config(cfg, argparse.Namespace(cfg=path, opts=more))
-        run = Run(name, cfg, _setting(path))
+        run = Run(name, cfg, _setting(path), bool(more))
     else:
-        run = Run(name, _arguments(path, more), _setting(path))
+        run = Run(name, _arguments(path, more), _setting(path), bool(more))
         if is_state(run.settings.dataset):
             raise InputError(f"--run: {name} trains on strings of a group: plan a run on text")
     if run.grad.partition(":")[0] not in GRADIENTS:
@@ -210,7 +211,7 @@ def _arguments(path: Path, more: list[str]) -> argparse.Namespace:
     if path.suffix == ".json":
         return build_parser().parse_args(more, read_settings(path))
     found = re.search(r"settings=\((.*?)\)", path.read_text(encoding="utf-8"), re.DOTALL)
-    if not found:
+    if not found or not found[1].strip():
         raise InputError(f"--run: {path} has no list settings=(...) of flags")
     flags = shlex.split(found[1], comments=True)
     return parse([*(flag for flag in flags if flag != "--cuda"), *more])
