@@ -20,10 +20,10 @@ from lib.runs.command_line import Parser, exit_code
 
 try:
     with command_needs("words,images", "plan_training.py"):
-        from planner.check import check, check_report
+        from planner.check import check, check_table
         from planner.gpus import GPUS, MEASURED
         from planner.plan import make_plan
-        from planner.report import as_dict, report
+        from planner.report import as_dict, columns, report
         from planner.runs import find_run, known_runs
 except KeyboardInterrupt:  # the imports take seconds
     sys.exit(130)
@@ -45,15 +45,14 @@ def run(argv: list[str] | None = None) -> None:
     names = args.run.split(",")
     runs = [find_run(name, more) for name in names]
     if args.check:
-        found = [record for one in runs for record in check(one)]
-        print(check_report(found))
+        records = [record for one in runs for record in check(one)]
+        found = {"records": records, "table": check_table(records)}
+        print("counted / profiler")
+        print(columns([found["table"]["head"], *found["table"]["rows"]]))
     else:
-        found, texts = [], []
-        for one in runs:
-            plan = make_plan(one, args.gpus, args.gpu, _format(args, one))
-            found.append(as_dict(plan))
-            texts.append(report(plan))
-        print("\n\n\n".join(texts))
+        plans = [make_plan(one, args.gpus, args.gpu, _format(args, one)) for one in runs]
+        found = [as_dict(plan) for plan in plans]
+        print("\n\n\n".join(map(report, plans)))
     if args.json is not None:
         with atomic_write(args.json) as file:
             file.write(json.dumps(found, indent=1).encode() + b"\n")

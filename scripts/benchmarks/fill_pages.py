@@ -63,17 +63,8 @@ def of_gpu_rates(found: dict) -> dict[str, str]:
     return {"gpu rates": f"    {found['machine']}\n\n{body}"}
 
 
-def of_planner(found: list[dict]) -> dict[str, str]:
-    head = ["run", "step", "MFLOP", "ratio", "MiB kept for backward", "ratio", "peak MiB", "ratio"]
-    units = {"flops": 1e6, "kept_bytes": 2**20, "peak_bytes": 2**20}
-    rows = []
-    for record in found:
-        row = [record["run"], record["phase"]]
-        for name, unit in units.items():
-            counted, seen = record[name]["counted"], record[name]["profiler"]
-            row += [f"{counted / unit:,.1f} / {seen / unit:,.1f}", f"{counted / seen:.3f}"]
-        rows.append(row)
-    return {"planner": table(head, rows)}
+def of_planner(found: dict) -> dict[str, str]:
+    return {"planner": table(found["table"]["head"], found["table"]["rows"])}
 
 
 # Files of figures: the page that shows each, and what makes the text of its blocks, by name.

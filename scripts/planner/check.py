@@ -201,16 +201,14 @@ def _convolution(x, weight, stride, padding, dilation, transposed) -> float:
     return 2 * x[0] * pixels * prod(weight)
 
 
-def check_report(found: list[dict]) -> str:
-    """A markdown table of what :func:`check` found: counted / profiler, and their ratio."""
-    head = ("run", "step", "MFLOP", "ratio", "kept MiB", "ratio", "peak MiB", "ratio")
-    rows = [head, ("---",) * len(head)]
+def check_table(found: list[dict]) -> dict[str, list]:
+    """Head and rows of a table of what :func:`check` found: counted / profiler, and their ratio."""
+    head = ["run", "step", "MFLOP", "ratio", "kept MiB", "ratio", "peak MiB", "ratio"]
+    rows = []
     for record in found:
-        cells = [record["run"], record["phase"]]
+        row = [record["run"], record["phase"]]
         for name, unit in (("flops", 1e6), ("kept_bytes", 2**20), ("peak_bytes", 2**20)):
             counted, seen = record[name]["counted"], record[name]["profiler"]
-            cells += [f"{counted / unit:,.1f} / {seen / unit:,.1f}", f"{counted / seen:.3f}"]
-        rows.append(tuple(cells))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = (" | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(f"| {line} |" for line in lines)
+            row += [f"{counted / unit:,.1f} / {seen / unit:,.1f}", f"{counted / seen:.3f}"]
+        rows.append(row)
+    return {"head": head, "rows": rows}

@@ -1,5 +1,8 @@
 """The text and the JSON of a plan."""
 
+from collections.abc import Sequence
+from itertools import zip_longest
+
 from planner.plan import Plan
 
 _UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
@@ -140,11 +143,14 @@ def _time(plan: Plan) -> str:
 
 
 def _table(title: str, rows: list[tuple[str, ...]]) -> str:
-    columns = max(len(row) for row in rows)
-    rows = [(*row, *[""] * (columns - len(row))) for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(columns)]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join([title, *(f"  {line}".rstrip() for line in lines)])
+    return f"{title}\n{columns(rows, indent=2)}"
+
+
+def columns(rows: Sequence[Sequence[str]], indent: int = 0) -> str:
+    """Lines of aligned cells; a row may end early."""
+    widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=False)) for row in rows)
+    return "\n".join(" " * indent + line.rstrip() for line in lines)
 
 
 def _flops(value: float) -> str:
