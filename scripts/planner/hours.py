@@ -13,6 +13,7 @@ _STAND_INS = {
     "segments": ("cityscapes/seg_mdeq_SMALL",),
     "classes": ("cifar/cls_mdeq_TINY", "imagenet/cls_mdeq_SMALL"),
 }
+_SMALL = 0.5  # share of the measured FLOPs of an evaluation below which that is said
 _SAME = 1e-6  # relative difference of FLOPs below which two models are the same
 
 
@@ -27,6 +28,7 @@ class Step:
     basis: str  # where the rates are from
     measured: bool  # of this model, batch, number format and GPU
     peaks: dict[str, int]  # bytes that were measured, by phase, if it is
+    too_low: bool  # so small an evaluation waits for its kernels to start
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def step_on(
         basis=f"{rates.setting} at {rates.batch} samples on {rates.gpu}",
         measured=measured,
         peaks=peaks,
+        too_low=share * flops.forward < _SMALL * rates.batch * base.forward,
     )
 
 

@@ -139,7 +139,13 @@ def _time(plan: Plan) -> str:
     total = stacked + equilibrium
     rows.append(("the run", "", f"{_hours(total)} h, {_hours(plan.gpus * total)} GPU hours"))
     kind = "measured steps" if step.measured else "ESTIMATE"
-    return _table(f"time ({kind}: {step.basis})", rows)
+    text = _table(f"time ({kind}: {step.basis})", rows)
+    if step.too_low:
+        text += (
+            "\n  Likely several times too low: an evaluation is much smaller than the measured one, "
+            "and\n  then a GPU waits for its kernels to start. Measure some hundred steps."
+        )
+    return text
 
 
 def _table(title: str, rows: list[tuple[str, ...]]) -> str:

@@ -120,6 +120,7 @@ def test_the_page_shows_what_is_printed(capsys, tmp_path):
     rest = one["seconds"] - one["forward_solve"] - one["backward_solve"]
     extra = 0.35 * max(jacobian["seconds"] - one["seconds"], 0)
     assert time["measured"]
+    assert not time["too_low"]
     assert time["equilibrium"] == pytest.approx(solves + rest + extra)
     assert time["stacked"] == pytest.approx(found["stacked"]["seconds"])
     assert time["transfer"] == pytest.approx(1.5 * 4 * plan["parameters"] / 450e9)
@@ -136,7 +137,9 @@ def test_the_page_shows_what_is_printed(capsys, tmp_path):
 
 def test_another_model_is_an_estimate(words, capsys):
     assert plan_training.main(["--run", "wt103_reg", "--gpu", "h100", "--", *SMALL]) == 0
-    assert "time (ESTIMATE: wt103_deq_transformer_reg at 14 samples" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "time (ESTIMATE: wt103_deq_transformer_reg at 14 samples" in printed
+    assert "several times too low" in printed  # so small a model
 
 
 def test_the_folder_of_a_run(tmp_path):
