@@ -142,8 +142,8 @@ def _time(plan: Plan) -> str:
     text = _table(f"time ({kind}: {step.basis})", rows)
     if step.too_low:
         text += (
-            "\n  Likely several times too low: an evaluation is much smaller than the measured one, "
-            "and\n  then a GPU waits for its kernels to start. Measure some hundred steps."
+            "\n  Likely several times too low: an evaluation is much smaller than the measured one."
+            "\n  A GPU then waits for its kernels to start. Measure some hundred steps."
         )
     return text
 
