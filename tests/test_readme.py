@@ -148,6 +148,9 @@ ELSEWHERE = {
     "python scripts/benchmarks/bench_train.py": "scripts/test_bench_train.py",
     "python scripts/benchmarks/bench_gradients.py": "scripts/test_bench_gradients.py",
     "python scripts/benchmarks/compare_gradients.py": "scripts/test_compare_gradients.py",
+    "python scripts/plan_training.py --run wt103_reg --gpus 4 --gpu h100": (
+        "scripts/test_plan_training.py"
+    ),
 }
 
 

@@ -16,6 +16,7 @@ import bench_states
 import bench_words
 import compare_gradients
 import compare_ties
+import gpu_rates
 import quickstart_seeds
 from helpers import comparison_figures, maze_tables, prefix_sums_tables
 from helpers.comparison import TASKS
@@ -57,6 +58,15 @@ def of_audits(found: dict) -> dict[str, str]:
     return {"audits": text, "audits, correctness": bench_audits.findings(found)}
 
 
+def of_gpu_rates(found: dict) -> dict[str, str]:
+    body = table(gpu_rates.HEAD, gpu_rates.rows(found))
+    return {"gpu rates": f"    {found['machine']}\n\n{body}"}
+
+
+def of_planner(found: dict) -> dict[str, str]:
+    return {"planner": table(found["table"]["head"], found["table"]["rows"])}
+
+
 # Files of figures: the page that shows each, and what makes the text of its blocks, by name.
 FIGURES = {
     "gradients.json": ("gradients.md", of_gradients),  # compare_gradients.py
@@ -70,6 +80,8 @@ FIGURES = {
     "words.json": ("words.md", of_words),  # bench_words.py
     "quickstart_seeds.json": ("start.md", of_quickstart),  # quickstart_seeds.py
     "audits.json": ("larger-problems.md", of_audits),  # bench_audits.py
+    "gpu_rates.json": ("planning.md", of_gpu_rates),  # gpu_rates.py
+    "planner_check.json": ("planning.md", of_planner),  # scripts/plan_training.py --check
 }
 # Files of printed text: the page that shows each. The block has the name of the file.
 PRINTED = {
