@@ -9,24 +9,27 @@ TARGET ends in .safetensors or .pt. Every command that loads weights reads both 
 import sys
 from pathlib import Path
 
-import torch
-from torch import Tensor
+try:
+    import torch
+    from torch import Tensor
 
-from lib.errors import InputError, needs
-from lib.runs.atomic_files import atomic_write
-from lib.runs.checkpoint import (
-    CHECKSUM,
-    check_target,
-    checksum,
-    not_finite,
-    odd_tensors,
-    read_state,
-    save_atomic,
-)
-from lib.runs.command_line import Parser, exit_code
+    from lib.errors import InputError, needs
+    from lib.runs.atomic_files import atomic_write
+    from lib.runs.checkpoint import (
+        CHECKSUM,
+        check_target,
+        checksum,
+        not_finite,
+        odd_tensors,
+        read_state,
+        save_atomic,
+    )
+    from lib.runs.command_line import Parser, exit_code
 
-with needs("runs"):
-    import safetensors.torch
+    with needs("runs"):
+        import safetensors.torch
+except KeyboardInterrupt:  # the imports take seconds
+    sys.exit(130)
 
 SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth")
 

@@ -21,8 +21,14 @@ import time
 # Of the lines "step 7 | epoch 0 | ...", "epoch 0 [7/20] | step 7 | ..." and "step 7 | valid ...".
 _STEP = re.compile(r"\bstep (\d+) \| (valid)?")
 _PATIENCE = 120  # seconds without a line after which a run hangs
-# Modules of both rooms that a command imports where they are used.
-_LAZY = ("deq_sequence.command", "mdeq_vision.command", "sklearn.datasets", "torchinfo")
+# Modules of both rooms, and what a command imports where it is used.
+_LAZY = (
+    "deq_sequence.command",
+    "mdeq_vision.command",
+    "sklearn.datasets",
+    "torch._dynamo",  # by every optimiser of PyTorch
+    "torchinfo",
+)
 # Models this small gain nothing from a second thread, and on a busy machine the first one would
 # wait for it in every operation.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
