@@ -5,6 +5,7 @@ done the imports, and forks for every attempt; what a child runs is the script i
 proper remains the reference: whoever uses a server compares with runs that did without.
 """
 
+import gc
 import json
 import os
 import re
@@ -196,6 +197,7 @@ def _serve(connection: socket.socket) -> None:
     """Answer requests until the other end closes; a child returns from here to run its script."""
     for name in _LAZY:
         __import__(name)
+    gc.freeze()  # else the end of each child, and its collections, walk through all modules
     while True:
         message, files, *_ = socket.recv_fds(connection, 1 << 16, 2)
         if not message:
