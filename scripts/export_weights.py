@@ -18,27 +18,30 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 
-import torch
-from torch import Tensor
+try:
+    import torch
+    from torch import Tensor
 
-from lib.errors import InputError, needs
-from lib.runs.atomic_files import atomic_write
-from lib.runs.checkpoint import (
-    CHECKSUM,
-    check_target,
-    checksum,
-    not_finite,
-    odd_tensors,
-    read_state,
-    save_atomic,
-)
-from lib.runs.command_line import Parser, exit_code
-from lib.runs.model_file import FORM, KEY, SUM, ModelFile, digest, read_model_file
-from lib.runs.run_folder import SETTINGS
-from model_card import card, check_card
+    from lib.errors import InputError, needs
+    from lib.runs.atomic_files import atomic_write
+    from lib.runs.checkpoint import (
+        CHECKSUM,
+        check_target,
+        checksum,
+        not_finite,
+        odd_tensors,
+        read_state,
+        save_atomic,
+    )
+    from lib.runs.command_line import Parser, exit_code
+    from lib.runs.model_file import FORM, KEY, SUM, ModelFile, digest, read_model_file
+    from lib.runs.run_folder import SETTINGS
+    from model_card import card, check_card
 
-with needs("runs"):
-    import safetensors.torch
+    with needs("runs"):
+        import safetensors.torch
+except KeyboardInterrupt:  # the imports take seconds
+    sys.exit(130)
 
 SAFETENSORS, TORCH = (".safetensors",), (".pt", ".pth")
 
