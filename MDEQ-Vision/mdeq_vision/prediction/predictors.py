@@ -160,8 +160,9 @@ class TrainedSegmenter(_Trained):
     def _segment(self, picture: Picture) -> Segmentation:
         test, facts = self.settings.TEST, self.facts
         pixels = np.array(to_picture(picture))
-        x = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+        x = torch.from_numpy(pixels).permute(2, 0, 1).float().contiguous()
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (facts.mean, facts.std))
+        x.div_(255).sub_(mean).div_(std)  # in place: a picture may be large
         residuals = []
         with evaluating(self.model) as stats:
 
@@ -172,7 +173,7 @@ class TrainedSegmenter(_Trained):
 
             labels, confidence = predict_classes(
                 logits,
-                ((x - mean) / std)[None],
+                x[None],
                 window=tuple(test.IMAGE_SIZE),
                 base_size=test.BASE_SIZE,
                 scales=test.SCALE_LIST if test.MULTI_SCALE else [1.0],
