@@ -210,7 +210,8 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
     ) -> tuple[Tensor, list[Tensor]]:
         """Log-probabilities (B, n_token) of the word after ``data`` (seq_len, B), and memory.
 
-        With ``warm_start`` the solve begins at the last state of the memory, not at zeros.
+        With ``warm_start`` the solve begins at the last state of the memory, not at zeros. If f has
+        several fixed points, it may find another one than from zeros.
         """
         how = {"f_thres": f_thres, "b_thres": 1, "warm_start": warm_start}
         segment = self._carry(data, mems, -1, **how)
