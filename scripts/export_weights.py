@@ -174,9 +174,18 @@ def _safetensors_bytes(state: dict[str, Tensor], more: dict[str, str] | None = N
     own = {"format": "pt", CHECKSUM: checksum(tensors)}
     stored = {name: value for name, value in tensors.items() if name not in more}
     try:
-        return safetensors.torch.save(stored, own | more)
+        return _in_order(safetensors.torch.save(stored, own | more))
     except (KeyError, ValueError) as error:
         raise InputError(f"safetensors files cannot hold these tensors: {error}") from error
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same file with the metadata in a fixed order, so that equal models are equal files."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # as the format aligns its tensors
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def _about(found: ModelFile) -> dict[str, str]:

@@ -150,6 +150,9 @@ def test_a_run_is_exported_with_its_card(tmp_path, run, capsys):
         "step": 2, "loss": 4.0, "nfe": 6.0, "rel_residual": 0.5,
     }  # fmt: skip
     assert target.stat().st_size < 1.05 * WORDS.stat().st_size
+    again = tmp_path / "again.safetensors"
+    assert main([str(run), str(again)]) == 0
+    assert again.read_bytes() == target.read_bytes()
     card = target.with_suffix(".md").read_text()
     for part in (MARK, "| perplexity (test) | 54.598 |", "verdict of the audit: equilibrium"):
         assert part in card
