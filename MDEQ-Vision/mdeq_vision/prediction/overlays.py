@@ -30,8 +30,9 @@ def with_legend(
         entries: a text and a colour for each line of the legend.
     """
     zoom = max(_GROWN // max(picture.shape[:2]), 1)
+    grown = (zoom * picture.shape[1], zoom * picture.shape[0])
     both = [picture, overlay(picture, train_ids, palette, None)]
-    left, right = (Image.fromarray(np.kron(p, np.ones((zoom, zoom, 1), p.dtype))) for p in both)
+    left, right = (Image.fromarray(p).resize(grown, Image.Resampling.NEAREST) for p in both)
     line = min(max(left.height // _LINES, _LINE[0]), _LINE[1])
     font, gap = ImageFont.truetype(_font_file(), int(line * 0.7)), line // 3
     texts = [t if len(t) <= _LONGEST else f"{t[: _LONGEST - 1]}…" for t, _ in entries]

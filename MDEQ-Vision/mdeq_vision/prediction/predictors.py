@@ -16,7 +16,7 @@ from lib.runs.evaluation_loop import evaluating
 from lib.solvers.precision import autocast
 from mdeq_vision.datasets import INPUTS, SegmentationFacts
 from mdeq_vision.datasets.image_reading import as_seen, read_picture
-from mdeq_vision.inference import predict
+from mdeq_vision.inference import predict_classes
 from mdeq_vision.model import MDEQNet
 from mdeq_vision.prediction.overlays import with_legend
 
@@ -170,18 +170,18 @@ class TrainedSegmenter(_Trained):
                 residuals.append(stats.forward.last["rel_residual"])
                 return output
 
-            confidence, labels = predict(
+            labels, confidence = predict_classes(
                 logits,
                 ((x - mean) / std)[None],
                 window=tuple(test.IMAGE_SIZE),
                 base_size=test.BASE_SIZE,
                 scales=test.SCALE_LIST if test.MULTI_SCALE else [1.0],
                 flip=test.FLIP_TEST,
-            )[0].max(dim=0)
+            )
         return Segmentation(
             picture=pixels,
-            labels=labels.to(torch.uint8).cpu().numpy(),
-            confidence=confidence.cpu().numpy(),
+            labels=labels[0].to(torch.uint8).cpu().numpy(),
+            confidence=confidence[0].cpu().numpy(),
             evaluations=stats.forward.nfe,
             residual=max(residuals),
             solves=len(residuals),
