@@ -23,6 +23,7 @@ from lib.runs.command_line import Parser, exit_code
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs/notebooks"
 KEPT = ("mystnb", "tags")  # of a cell's metadata: alternative text, and what the tests need
+MALFORMED = (UnicodeDecodeError, AttributeError, KeyError, TypeError)  # nbformat passes these on
 SECONDS = 600  # for one cell; a notebook as committed takes less than two minutes in all
 
 
@@ -60,7 +61,7 @@ def executed(path: Path) -> NotebookNode:
     try:
         notebook = nbformat.read(path, as_version=4)
         nbformat.validate(notebook)
-    except (NotJSONError, UnicodeDecodeError, nbformat.ValidationError) as error:
+    except (NotJSONError, nbformat.ValidationError, *MALFORMED) as error:
         raise InputError(f"{path} is no notebook: give a file that Jupyter wrote") from error
     _ = matplotlib.font_manager.fontManager  # here: a kernel would report that it builds the list
     client = NotebookClient(
