@@ -30,6 +30,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise InputError(message)
 
+    def _get_values(self, action, arg_strings):
+        if arg_strings == ["--"] and action.nargs is None:  # of --flag=--: argparse gives a list
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)
+
     def parse_args(self, args=None, namespace=None):
         return self._all_known(*self.parse_known_args(args, namespace))
 
