@@ -207,6 +207,7 @@ def _words_of_run(folder: Path, args: argparse.Namespace, saved: dict[str, Any])
         try:
             words = json.loads(path.read_text("utf-8"))
             whole = isinstance(words, list) and all(isinstance(word, str) for word in words)
+            "\0".join(words if whole else []).encode()  # no half of a surrogate pair
         except (ValueError, RecursionError):
             whole = False
         if not whole or saved.get(VOCABULARY) != Vocab.from_symbols(words).fingerprint():

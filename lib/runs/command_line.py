@@ -19,10 +19,7 @@ with needs("runs"):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises an InputError for a bad command line.
-
-    A flag is never abbreviated. The message about an unknown flag names the nearest known one.
-    """
+    """A parser that raises an InputError for a bad command line; no flag is abbreviated."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
@@ -31,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
     def _get_values(self, action, arg_strings):
-        if arg_strings == ["--"] and action.nargs is None:  # of --flag=--: argparse gives a list
+        if arg_strings == ["--"] and action.nargs is None:  # else argparse gives a list
             return self._get_value(action, "--")
         return super()._get_values(action, arg_strings)
 

@@ -17,6 +17,7 @@ with needs("runs"):
     from safetensors import safe_open
 
 KEY, SUM, FORM = "deq.model", "sha256", 1  # in the metadata, in its JSON, its form
+_TYPES = {"kind": str, "settings": dict, "names": list, "figures": dict}
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,12 @@ def read_model_file(
         try:
             with safe_open(path, "pt") as file:
                 said = json.loads(file.metadata()[KEY])
-            if said.pop(SUM) != digest(said) or said.pop("form") != FORM:
+            whole = said.pop(SUM) == digest(said) and said.pop("form") == FORM
+            "".join(said["names"]).encode()  # an error unless they are texts
+            if not whole or {k: type(v) for k, v in said.items()} != _TYPES:
                 raise ValueError
             found = ModelFile(**said, state=state, path=path)
-        except Exception as error:  # on another file anything can be raised
+        except Exception as error:
             raise InputError(
                 f"{path} does not say what model it holds, or is damaged: give a run's folder, or "
                 "what scripts/export_weights.py makes of one"
@@ -73,7 +76,7 @@ def find_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device).tolist()  # "meta" has no values
-    except Exception as error:  # of many types
+    except Exception as error:
         reason = str(error).split(". ")[0]
         raise InputError(f"the device {name!s} cannot be used here ({reason}): try cpu") from error
     return device
