@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
     def _get_values(self, action, arg_strings):
-        if arg_strings == ["--"] and action.nargs is None:  # else argparse gives a list
+        if arg_strings == ["--"] and action.nargs is None:  # else a list
             return self._get_value(action, "--")
         return super()._get_values(action, arg_strings)
 
@@ -58,10 +58,7 @@ def prepare_streams() -> None:
 
 
 def put(line: str, stream: TextIO, end: str = "\n") -> OSError | None:
-    """Write a line above a progress bar; return the error if the stream is lost.
-
-    Its later lines are then dropped, and Python's exit does not fail on those before.
-    """
+    """Write a line above a progress bar; return the error if the stream is lost, silent from then."""
     try:
         tqdm.write(line, stream, end)
         stream.flush()

@@ -68,11 +68,7 @@ def read_model_file(
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        InputError: it does not exist on this machine.
-    """
+    """The device of this name; an InputError if this machine lacks it."""
     try:
         device = torch.device(name)
         torch.empty(1, device=device).tolist()  # "meta" has no values
