@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
     def _get_values(self, action, arg_strings):
-        if arg_strings == ["--"] and action.nargs is None:  # else a list
+        if arg_strings == ["--"] and action.nargs is None:
             return self._get_value(action, "--")
         return super()._get_values(action, arg_strings)
 
@@ -49,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 def prepare_streams() -> None:
     """Let the standard streams print any text, and replace those that are closed."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # otherwise the next file opened would get its number
+        if getattr(sys, name) is None:  # else the next file gets its number
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # Not every stream has an encoding that can be changed.
@@ -58,7 +58,7 @@ def prepare_streams() -> None:
 
 
 def put(line: str, stream: TextIO, end: str = "\n") -> OSError | None:
-    """Write a line above a progress bar; return the error if the stream is lost, silent from then."""
+    """Write a line above a progress bar; return the error if the stream is lost, then silent."""
     try:
         tqdm.write(line, stream, end)
         stream.flush()

@@ -1,4 +1,4 @@
-"""A trained model with what its use needs: a run's folder, or one file of export_weights.py."""
+"""A trained model: a run's folder, or one file of export_weights.py."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def read_model_file(
             with safe_open(path, "pt") as file:
                 said = json.loads(file.metadata()[KEY])
             whole = said.pop(SUM) == digest(said) and said.pop("form") == FORM
-            "".join(said["names"]).encode()  # an error unless they are texts
+            "".join(said["names"]).encode()  # are texts
             if not whole or {k: type(v) for k, v in said.items()} != _TYPES:
                 raise ValueError
             found = ModelFile(**said, state=state, path=path)
@@ -71,7 +71,7 @@ def find_device(name: str | torch.device) -> torch.device:
     """The device of this name; an InputError if this machine lacks it."""
     try:
         device = torch.device(name)
-        torch.empty(1, device=device).tolist()  # "meta" has no values
+        torch.empty(1, device=device).tolist()  # not of "meta"
     except Exception as error:
         reason = str(error).split(". ")[0]
         raise InputError(f"the device {name!s} cannot be used here ({reason}): try cpu") from error
