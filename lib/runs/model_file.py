@@ -16,7 +16,7 @@ from lib.runs.run_folder import WEIGHTS, read_metrics
 with needs("runs"):
     from safetensors import safe_open
 
-KEY, SUM, FORM = "deq.model", "sha256", 1  # in the metadata, in its JSON, its form
+KEY, SUM, FORM = "deq.model", "sha256", 1
 _TYPES = {"kind": str, "settings": dict, "names": list, "figures": dict}
 
 
@@ -26,7 +26,7 @@ class ModelFile:
 
     kind: str
     settings: dict  # of its run
-    names: list[str]  # words or classes, in the order of their ids
+    names: list[str]  # words or classes, by id
     figures: dict[str, dict]  # the run's last records of validation and final tests, by kind
     state: dict[str, Tensor]
     path: Path
