@@ -42,6 +42,8 @@ def run(argv: list[str] | None = None) -> None:
     check_count("--gpus", args.gpus)
     if args.json is not None and not args.json.parent.is_dir():
         raise InputError(f"--json: there is no folder {args.json.parent}")
+    if args.json is not None and args.json.is_dir():
+        raise InputError(f"--json: {args.json} is a folder: name a file")
     names = args.run.split(",")
     runs = [find_run(name, more) for name in names]
     if args.check:

@@ -53,7 +53,7 @@ def find_gpu(name: str, number_format: str) -> GPU:
         InputError: there is none.
     """
     if name not in GPUS:
-        hint = did_you_mean(name, GPUS, otherwise=f": choose from {', '.join(GPUS)}")
+        hint = did_you_mean(name.lower(), GPUS, otherwise=f": choose from {', '.join(GPUS)}")
         raise InputError(f"--gpu: no rates of {name!r} are known{hint}")
     gpu = GPUS[name]
     if number_format not in gpu.peak:

@@ -7,12 +7,14 @@ from planner.counting import Flops, count_flops
 from planner.gpus import GPUS, MEASURED, measured_rates
 from planner.runs import EXPERIMENTS, WORDS, Run, find_run
 
-# What stands in for a model that was not measured: the first of these that was.
+# What stands in for a model that was not measured, from small to large: the first of these that
+# was, or a larger one for an evaluation of more than twice its FLOPs.
 _STAND_INS = {
     "words": ("wt103_deq_transformer_reg",),
-    "segments": ("cityscapes/seg_mdeq_SMALL",),
-    "classes": ("cifar/cls_mdeq_TINY", "imagenet/cls_mdeq_SMALL"),
+    "segments": ("cityscapes/seg_mdeq_SMALL", "cityscapes/seg_mdeq_LARGE"),
+    "classes": ("cifar/cls_mdeq_TINY", "imagenet/cls_mdeq_SMALL", "imagenet/cls_mdeq_XL"),
 }
+_LARGE = 2
 _SMALL = 0.5  # share of the measured FLOPs of an evaluation below which that is said
 _SAME = 1e-6  # relative difference of FLOPs below which two models are the same
 
@@ -61,7 +63,7 @@ def step_on(
 
     None if nothing was measured from which to estimate it.
     """
-    rates = _rates(run, number_format)
+    rates = _rates(run, number_format, share * flops.forward)
     if rates is None:
         return None
     own = rates.setting == run.published and not run.changed
@@ -119,16 +121,26 @@ def step_on(
     )
 
 
-def _rates(run: Run, number_format: str) -> _Rates | None:
-    """What was measured of the run's setting, or of the first stand-in."""
-    found = measured_rates()
+def _rates(run: Run, number_format: str, work: float) -> _Rates | None:
+    """What was measured of the run's setting, or of a stand-in for evaluations of this work."""
+    if own := _measured(run.published, number_format):
+        return own
     kind = "words" if run.words else "segments" if run.segments else "classes"
-    for setting in (run.published, *_STAND_INS[kind]):
-        record = found["settings"].get(setting, {})
-        phases = record.get("formats", {}).get(number_format, {})
-        if "seconds" in phases.get("equilibrium", {}):
-            return _Rates(setting, record["batch"], phases, found["gpu"])
-    return None
+    found = None
+    for setting in _STAND_INS[kind]:
+        if found and work <= _LARGE * found.batch * _counted(found.setting).forward:
+            break
+        found = _measured(setting, number_format) or found
+    return found
+
+
+def _measured(setting: str | None, number_format: str) -> _Rates | None:
+    found = measured_rates()
+    record = found["settings"].get(setting, {})
+    phases = record.get("formats", {}).get(number_format, {})
+    if "seconds" not in phases.get("equilibrium", {}):
+        return None
+    return _Rates(setting, record["batch"], phases, found["gpu"])
 
 
 @cache

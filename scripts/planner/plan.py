@@ -59,6 +59,12 @@ class Plan:
         return self.run.batch * (each + self.equilibrium_steps * self.step_flops)
 
     @property
+    def fits(self) -> bool:
+        """Whether the GPU has the memory that was counted, or measured where it was."""
+        measured = self.step.peaks.values() if self.step is not None else ()
+        return max([*self.memory.peaks.values(), *measured]) <= self.gpu.memory
+
+    @property
     def hours(self) -> tuple[float, float]:
         """Of the stacked and of the equilibrium phase."""
         step = self.step

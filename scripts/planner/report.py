@@ -54,7 +54,10 @@ def report(plan: Plan) -> str:
         layers = run.settings.n_layer if run.words else run.settings.MODEL.NUM_LAYERS
         rows.append(("a stacked step", f"{layers} evaluations", _flops(f.stacked)))
     sections.append(_table("a step", rows))
-    sections.append(_table(f"memory of a GPU (float32, {plan.together} at once)", _memory(plan)))
+    memory = _table(f"memory of a GPU (float32, {plan.together} at once)", _memory(plan))
+    if not plan.fits:
+        memory += "\n  DOES NOT FIT: take more GPUs or more parts of the batch."
+    sections.append(memory)
     sections.append(_table("run", _totals(plan)))
     sections.append(_time(plan))
     return "\n\n".join(sections)
@@ -75,6 +78,8 @@ def as_dict(plan: Plan) -> dict:
         "evaluations": {"forward": plan.f_evals, "backward": plan.b_evals},
         "step_flops": plan.step_parts,
         "memory_bytes": vars(plan.memory),
+        "gpu_memory_bytes": plan.gpu.memory,
+        "fits": plan.fits,
         "steps": {"stacked": run.stacked_steps, "equilibrium": plan.equilibrium_steps},
         f"{run.unit}s": run.steps * run.batch * run.units,
         "epochs": _epochs(plan),
@@ -103,7 +108,8 @@ def _memory(plan: Plan) -> list[tuple[str, ...]]:
     rows += [(f"kept for backward, {k}", _bytes(v)) for k, v in memory.kept.items()]
     rows += [(f"peak, {k}", _bytes(v)) for k, v in memory.peaks.items()]
     measured = plan.step.peaks if plan.step is not None else {}
-    return rows + [(f"measured peak, {k}", _bytes(v)) for k, v in measured.items()]
+    rows += [(f"measured peak, {k}", _bytes(v)) for k, v in measured.items()]
+    return [*rows, (f"memory of {plan.gpu.title}", _bytes(plan.gpu.memory))]
 
 
 def _totals(plan: Plan) -> list[tuple[str, ...]]:
@@ -171,4 +177,6 @@ def _bytes(value: float) -> str:
 
 
 def _hours(hours: float) -> str:
+    if 0 < hours < 0.01:
+        return "below 0.01"
     return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"

@@ -175,7 +175,7 @@ def find_run(name: str, more: list[str]) -> Run:
     known, path = known_runs(), Path(name)
     if name in known:
         path = known[name]
-    elif path.is_dir():
+    elif name and path.is_dir():
         files = [path / SETTINGS, path / CONFIG]
         path = next((file for file in files if file.is_file()), path)
         if path.is_dir():

@@ -59,7 +59,7 @@ def _chart(
             for name, (steps, numbers), style, banded in parts:
                 own = look(i) if len(runs) > 1 else look(_place(parts, name))
                 alone = len(runs) > 1 and name != parts[0][0]  # one entry for each run
-                named = {"label": "_" if alone else name if len(runs) == 1 else run.name}
+                named = {"label": "_" if alone else name if len(runs) == 1 else _shown(run.name)}
                 (band if banded else line)(axes, steps, numbers, **own | named | style)
                 values += numbers
             if run.border and run.last_step > run.border:
@@ -94,6 +94,11 @@ def _chart(
 
 def _place(parts, name: str) -> int:
     return [part[0] for part in parts].index(name)
+
+
+def _shown(name: str) -> str:
+    """The name of a run for a legend, which leaves out what begins with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _prefix(runs, run: TrainingRun) -> str:

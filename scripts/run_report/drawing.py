@@ -34,7 +34,7 @@ _STYLE = {
     "xtick.color": _INK, "ytick.color": _INK, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.35, "grid.color": "#8a8a8a",
     "grid.linewidth": 0.5, "legend.frameon": False, "legend.fontsize": 8,
-    "lines.linewidth": 1.5, "lines.markersize": 4,
+    "lines.linewidth": 1.5, "lines.markersize": 4, "text.parse_math": False,
 }  # fmt: skip
 _THEMES = "<style>svg{color:#222}@media(prefers-color-scheme:dark){svg{color:#dcdcdc}}</style>"
 

@@ -20,6 +20,7 @@ _TOLERANCE = 1e-3  # of the models' solvers, where the settings name none
 _CHARACTERS = ("enwik8", "text8")
 _LONGEST = 20_000  # characters of a command's own report
 _NOTES = 12  # most lines of the log on warnings, starts and stops
+_LARGEST = 1e305  # a number beyond it has no place on an axis
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,7 @@ def _names(paths: list[Path]) -> list[str]:
 def _read(folder: Path, name: str) -> TrainingRun:
     settings = _settings(folder)
     path = folder / METRICS
-    records = read_metrics(folder)
+    records = [_drawable(r) for r in read_metrics(folder) if abs(r["step"]) < _LARGEST]
     if settings is None and not path.is_file():
         raise InputError(
             f"{folder} holds no training run: expected a folder with metrics.jsonl, as training "
@@ -323,6 +324,12 @@ def _read(folder: Path, name: str) -> TrainingRun:
         log.read_text("utf-8", errors="replace").splitlines() if log.is_file() else [],
         _audit(folder / AUDIT),
     )
+
+
+def _drawable(record: dict) -> dict:
+    """The record with NaN for numbers that are too large for a float or an axis."""
+    large = {k: math.nan for k, v in record.items() if is_number(v) and abs(v) > _LARGEST}
+    return record | large
 
 
 def _settings(folder: Path) -> dict | None:
@@ -351,7 +358,7 @@ def _audit(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"), parse_int=float)  # of any number of digits
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not readable JSON ({error}): restore or delete it") from error
     if not isinstance(found, dict) or not isinstance(found.get("verdict"), str):

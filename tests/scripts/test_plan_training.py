@@ -1,6 +1,7 @@
 """plan_training.py: its counts against ones made by hand and the profiler's, and the command."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from planner.counting import Flops, count_flops, evaluations, solver_states
 from planner.gpus import GPUS, measured_rates
 from planner.hours import step_on
 from planner.live_bytes import LiveBytes
+from planner.plan import make_plan
+from planner.report import as_dict, report
 from planner.runs import IMAGES, TEXTS, find_run, known_runs, most_evaluations
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,6 +145,22 @@ def test_another_model_is_an_estimate(words, capsys):
     assert "several times too low" in printed  # so small a model
 
 
+def test_a_run_that_does_not_fit(words):
+    plan = make_plan(words, 1, "h100", "f32")
+    assert plan.fits
+    assert "DOES NOT FIT" not in report(plan)
+    less = replace(plan, gpu=replace(plan.gpu, memory=max(plan.memory.peaks.values()) - 1))
+    assert "DOES NOT FIT" in report(less)
+    assert not as_dict(less)["fits"]
+
+
+@pytest.mark.slow
+def test_a_large_model_has_a_large_stand_in():
+    one = find_run("cityscapes_XL", [])
+    step = step_on(one, count_flops(one)[0], (27, 29), 4, "f32", "h100")
+    assert step.basis.startswith("cityscapes/seg_mdeq_LARGE at 3 samples")
+
+
 def test_the_folder_of_a_run(tmp_path):
     args = vars(parse(SMALL)) | {"vocabulary": "0", "cutoffs": []}
     (tmp_path / "settings.json").write_text(json.dumps(args))
@@ -197,6 +216,9 @@ def test_the_page_lists_all_settings_within_five_percent():
         ("--run wt103 --gpus 57", "cannot share a batch of 56"),
         ("--run wt103 --gpus 0", "--gpus is 0"),
         ("--run wt103 --json /no/such/folder/x.json", "there is no folder"),
+        ("--run wt103 --json docs", "docs is a folder"),
+        ("--run wt103 --gpu H100", "did you mean h100?"),
+        ("--run wt103,", "no run or file ''"),
         ("--run wt103 -- --n_heads 3", "did you mean --n_head?"),
         ("--run cifar_TINY -- DEQ.F_THRESH 3", "DEQ.F_THRES"),
         ("--run wt103 -- --grad unroll", "cannot be planned"),

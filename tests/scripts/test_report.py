@@ -1,5 +1,6 @@
 """The report of runs: a page by itself, with the records' own figures, of any run in any state."""
 
+import base64
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -256,7 +257,7 @@ def test_a_damaged_line_costs_that_line_alone(tmp_path, line):
     assert found.data == whole.data
 
 
-@pytest.mark.parametrize("value", [None, "7"])
+@pytest.mark.parametrize("value", [None, "7", 1e308])
 def test_a_value_that_is_no_number(tmp_path, value):
     folder = words(tmp_path / "run")
     keys = ("loss", "perplexity", "forward_rel_residual", "forward_nfe", "lr", "sradius", "nfe")
@@ -266,6 +267,25 @@ def test_a_value_that_is_no_number(tmp_path, value):
     with open(folder / METRICS, "a") as file:
         file.writelines(f"{json.dumps(line)}\n" for line in lines)
     assert made(folder, figures=4).row("best perplexity, validation") == ["301.23"]
+
+
+def test_numbers_of_any_size(tmp_path):
+    folder = words(tmp_path / "run")
+    with open(folder / METRICS, "a") as file:
+        file.write(f'{{"kind": "train", "step": 1{"0" * 400}, "loss": 1.0}}\n')
+        file.write(f'{{"kind": "train", "step": 100, "loss": 1{"0" * 400}}}\n')
+    (folder / "audit.json").write_text(f'{{"verdict": "odd", "radius": {{"mean": 1{"0" * 400}}}}}')
+    found = made(folder)
+    assert found.row("last step") == ["100"]
+    assert found.row("spectral radius") == ["0.875"]
+
+
+def test_names_that_drawing_could_take_for_markup(tmp_path):
+    names = "_first", "of $\\frac{1}{$"
+    runs = read_runs([words(tmp_path / name) for name in names])
+    _, svg = charts(runs)[0].svg().split(",")
+    text = base64.b64decode(svg).decode()
+    assert all(f">{' ' * (name[0] == '_')}{name}</text>" in text for name in names)
 
 
 @pytest.mark.parametrize("count", [0, 1])
