@@ -7,19 +7,23 @@ file stays as it was. Times, the machine and the program that wrote the file are
 a second run changes only the outputs that depend on the clock or on rounding.
 """
 
+import sys
 from pathlib import Path
 
-import matplotlib.font_manager
-import nbformat
-from jupyter_client.kernelspec import NoSuchKernel
-from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
-from nbformat import NotebookNode
-from nbformat.reader import NotJSONError
+try:
+    import matplotlib.font_manager
+    import nbformat
+    from jupyter_client.kernelspec import NoSuchKernel
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+    from nbformat import NotebookNode
+    from nbformat.reader import NotJSONError
 
-from lib.errors import InputError
-from lib.runs.atomic_files import atomic_write
-from lib.runs.command_line import Parser, exit_code
+    from lib.errors import InputError
+    from lib.runs.atomic_files import atomic_write
+    from lib.runs.command_line import Parser, exit_code
+except KeyboardInterrupt:  # the imports take seconds
+    sys.exit(130)
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs/notebooks"
 KEPT = ("mystnb", "tags")  # of a cell's metadata: alternative text, and what the tests need

@@ -14,11 +14,11 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
-from lib.errors import InputError, check_count, command_needs
-from lib.runs.atomic_files import atomic_write
-from lib.runs.command_line import Parser, exit_code
-
 try:
+    from lib.errors import InputError, check_count, command_needs
+    from lib.runs.atomic_files import atomic_write
+    from lib.runs.command_line import Parser, exit_code
+
     with command_needs("words,images", "plan_training.py"):
         from planner.check import check, check_table
         from planner.gpus import GPUS, MEASURED

@@ -10,10 +10,13 @@ images; the run may still be going on. The page needs no network and no other fi
 
 import sys
 
-from lib.errors import command_needs
+try:
+    from lib.errors import command_needs
 
-with command_needs("runs", "report.py"):
-    from run_report.command import main
+    with command_needs("runs", "report.py"):
+        from run_report.command import main
+except KeyboardInterrupt:  # the imports take seconds
+    sys.exit(130)
 
 if __name__ == "__main__":
     sys.exit(main(None, __doc__.split("\n\n")[0]))

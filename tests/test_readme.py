@@ -1,6 +1,7 @@
 """Every command and every code block of the README and of the pages, on tiny data."""
 
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -39,6 +40,11 @@ RUN = {
     "python tools/seg_train.py --cfg experiments/digit_scenes/seg_mdeq_TINY.yaml": "MDEQ-Vision",
     "python tools/seg_test.py --cfg experiments/digit_scenes/seg_mdeq_TINY.yaml": "MDEQ-Vision",
     "bash scripts/quickstart.sh": ".",
+    'python DEQ-Sequence/generate.py docs/models/words.safetensors --prompt "this function returns"'
+    "": ".",
+    "python MDEQ-Vision/tools/segment.py docs/models/scenes.safetensors docs/figures/scene.png": (
+        "."
+    ),
 }
 # Commands that other tests run, by the file that does.
 ELSEWHERE = {
@@ -140,6 +146,7 @@ ELSEWHERE = {
     ),
     # What made the environment that these tests run in: its result is tested.
     "pip install -r requirements.txt": "test_house.py",
+    "source .venv/bin/activate": "test_house.py",
     "bash scripts/test.sh": "test_house.py",
     "bash scripts/notebooks.sh": "test_notebooks.py",
     "bash scripts/gpu_check.sh": "scripts/test_gpu_check.py",
@@ -178,6 +185,10 @@ def with_tiny_sizes(command, data, folder):
         bits = ["--steps", "1", "--longest", "32"]
         parts = {"--bits": bits, "--words": words, "--images": images}
         return [line for part, flags in parts.items() for line in started(copy, part, *flags)]
+    if "generate.py" in command:
+        return [[*shlex.split(command), "--words", "3"]]
+    if "segment.py" in command:
+        return [[*command.split(), "--out", str(folder / "segmented")]]
     if "--cfg" in command:
         return [[*command.split(), *TINY_IMAGES, "OUTPUT_DIR", str(folder / "output")]]
     return [[*command.split(), *words]]
@@ -212,8 +223,10 @@ def test_commands_run(room, demo_folder, server, tmp_path):
             with Attempt(words[1:], server=server, folder=ROOT / room) as attempt:
                 assert attempt.wait() == 0, f"{command}: {attempt.errors()}"
             assert re.search(
-                r"test .* ppl \d|test / unigram|top1 \d|mIoU \d|test accuracy|plain iteration +\d",
+                r"test .* ppl \d|test / unigram|top1 \d|mIoU \d|test accuracy|plain iteration +\d"
+                r"|^.this function returns.( \S+){3}$|residual \d",
                 "\n".join(attempt.lines),
+                flags=re.MULTILINE,
             ), attempt.lines
 
 

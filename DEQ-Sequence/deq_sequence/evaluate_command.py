@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import os
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -35,6 +36,8 @@ def run(argv: list[str] | None = None) -> None:
             raise InputError(f"{flag}: {path} exists: give another name")
         if path is not None and not path.parent.is_dir():
             raise InputError(f"{flag}: there is no folder {path.parent}")
+    if args.tokens is not None and args.figure is not None and _same(args.tokens, args.figure):
+        raise InputError(f"--figure: {args.figure} is the file of --tokens: give another name")
     if args.figure is not None and args.figure.suffix != ".png":
         raise InputError(f"--figure: {args.figure} does not end in .png")
     trained = load_model(args)
@@ -112,6 +115,10 @@ def _parser() -> Parser:
     add("--tokens", type=Path, metavar="CSV", help="write the figures of each token")
     add("--figure", type=Path, metavar="PNG", help="draw perplexity over evaluations")
     return parser
+
+
+def _same(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def _measure(

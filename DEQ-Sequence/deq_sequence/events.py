@@ -12,10 +12,6 @@ from lib.errors import InputError, needs
 from lib.runs.finished_run import draw_curves
 from lib.runs.run_folder import Run, read_metrics
 
-with needs("words"):
-    from tensorboardX.proto.summary_pb2 import Summary
-    from tensorboardX.summary import text
-
 _WORDS, _BYTES = 20, 60  # of a generated text: a small part of the time of a validation
 _PAUSE = 30.0  # seconds between two drawings of the curves, which take about half a second
 
@@ -32,6 +28,9 @@ class TextEvents:
         Torch's random state is neither used nor changed: a run is the same with and without it.
         """
         if run.folder is not None:
+            # Imported here, and below: slow, and no use of a trained model needs it.
+            with needs("words"):
+                from tensorboardX.summary import text
             run.show(step, text("generated text", _sample(model, corpus, f_thres)))
 
     def curves(self, run: Run, step: int, border: int) -> None:
@@ -53,7 +52,10 @@ def _sample(model: DEQTransformerLM, corpus: Corpus, f_thres: int) -> str:
     return f"`[{vocab.join(prompt)}] {vocab.join(words)}`"
 
 
-def _curves(run: Run, border: int) -> Summary:
+def _curves(run: Run, border: int):
+    """A summary of tensorboardX."""
+    with needs("words"):
+        from tensorboardX.proto.summary_pb2 import Summary
     records, file = read_metrics(run.folder), io.BytesIO()
     draw_curves(records, border, file, lambda axes: draw_perplexity(axes, records, {}))
     image = Summary.Image(encoded_image_string=file.getvalue())

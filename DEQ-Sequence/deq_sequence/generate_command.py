@@ -62,11 +62,17 @@ def _parser() -> Parser:
 def _prompts(args: argparse.Namespace) -> Iterator[str]:
     if hasattr(args, "prompt"):
         yield args.prompt
-    elif sys.stdin.isatty():
-        while line := _asked():
-            yield line
-    else:
-        yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+        return
+    try:
+        if sys.stdin.isatty():
+            while line := _asked():
+                yield line
+        else:
+            yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+    except UnicodeDecodeError as error:
+        raise InputError(
+            "the standard input is not UTF-8 text: convert it, for instance with iconv -t utf-8"
+        ) from error
 
 
 def _asked() -> str:

@@ -13,6 +13,7 @@ from lib.runs.evaluation_loop import evaluating
 _GREEDY = 1e-6  # temperatures below this one count as 0: float32 could not divide by them
 _HOTTEST = 1e9  # by far: at 100 nearly all words are equally likely
 _WORDS, _BYTES = 40, 200  # lengths of a continuation
+_SEGMENT = 512  # symbols of a prompt that are solved together: attention needs their square
 
 
 def generate(
@@ -39,7 +40,8 @@ def generate(
 
     Args:
         vocab: the vocabulary of the model.
-        prompt: at least one symbol; one outside the vocabulary stands for ``<unk>``.
+        prompt: at least one symbol; one outside the vocabulary stands for ``<unk>``. More than 512
+            are solved in segments, with the model's memory in between.
         temperature: lower values give more likely text; 0 always takes the most likely word.
         top_k: number of most likely words to sample from at each position, at least 1; a number
             above the vocabulary's size means all.
@@ -48,7 +50,7 @@ def generate(
         skip: symbols that are never sampled.
         warm_start: begin each solve at the state of the word before, not at zeros.
         on_word: called with each symbol, and with the number of evaluations of f of the solve that
-            gave its probability (that of the first symbol solves for the whole prompt).
+            gave its probability (for the first symbol, of the solves of the whole prompt).
 
     Raises:
         InputError: an argument cannot be used, or a symbol of the prompt is unknown and the
@@ -75,16 +77,19 @@ def generate(
     words: list[str] = []
     with evaluating(model) as stats:
         for _ in range(n_words):
-            scores, mems = model.log_prob(data, mems, f_thres=f_thres, warm_start=warm_start)
+            before = stats.forward.nfe
+            for part in data.split(_SEGMENT):
+                scores, mems = model.log_prob(part, mems, f_thres=f_thres, warm_start=warm_start)
             scores = scores[0].float().cpu() / max(float(temperature), _GREEDY)
             scores[banned] = -torch.inf
             best, ids = scores.topk(count)
             p = best.softmax(0)
-            p[p.cumsum(0) - p >= top_p] = 0  # the words before it have enough; the first one stays
+            # The words before it have enough. The first one stays, also where top_p rounds to 0.
+            p[1:][(p.cumsum(0) - p)[1:] >= top_p] = 0
             choice = ids[torch.multinomial(p, 1, generator=generator)]
             words += vocab.decode(choice)
             data = choice.view(1, 1).to(device)
-            on_word(words[-1], stats.forward.last["nfe"])
+            on_word(words[-1], stats.forward.nfe - before)
     return words
 
 

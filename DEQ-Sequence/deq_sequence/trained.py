@@ -6,6 +6,7 @@ print(model.generate("this function returns"))
 """
 
 import argparse
+import io
 import json
 import math
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from deq_sequence.own_settings import (
 from deq_sequence.state.strings import is_state
 from deq_sequence.text.corpus import DATASETS
 from deq_sequence.text.vocabulary import EOS, ByteVocab, Vocab
-from lib.errors import InputError, naming
+from lib.errors import InputError, check, naming
 from lib.runs.checkpoint import load_state
 from lib.runs.model_file import ModelFile, find_device, read_model_file
 from lib.runs.run_folder import SETTINGS
@@ -110,6 +111,7 @@ class TrainedModel:
         Raises:
             InputError: the vocabulary lacks a symbol, and has no ``<unk>``.
         """
+        check(isinstance(prompt, str), "prompt", prompt, "a text")
         return self.vocabulary.symbols(prompt or "\n") or [EOS]
 
     def unknown(self, text: str) -> list[str]:
@@ -123,11 +125,12 @@ class TrainedModel:
         Raises:
             InputError: it has fewer than two tokens, or one that the vocabulary lacks.
         """
+        check(isinstance(text, str), "text", text, "a text")
         if self.is_of_bytes:
             text = text.lower() if self.vocabulary.lower_case else text
             ids = self.vocabulary.encode([text.encode()], source)
         else:
-            ids = self.vocabulary.encode(text.splitlines(), source)
+            ids = self.vocabulary.encode(io.StringIO(text), source)  # lines as of a file
         return self.checked(ids, source)
 
     def checked(self, ids: Tensor, source: str) -> Tensor:
@@ -204,6 +207,7 @@ def _words_of_run(folder: Path, args: argparse.Namespace, saved: dict[str, Any])
         try:
             words = json.loads(path.read_text("utf-8"))
             whole = isinstance(words, list) and all(isinstance(word, str) for word in words)
+            "\0".join(words if whole else []).encode()  # no half of a surrogate pair
         except (ValueError, RecursionError):
             whole = False
         if not whole or saved.get(VOCABULARY) != Vocab.from_symbols(words).fingerprint():

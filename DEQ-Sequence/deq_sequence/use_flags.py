@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from deq_sequence.trained import KIND, TrainedModel, build, of_run
-from lib.errors import check_count, naming
+from lib.errors import check, check_count, naming
 from lib.runs.command_line import Parser
 from lib.runs.model_file import find_device, read_model_file
 
@@ -21,6 +21,7 @@ def add_model(parser: Parser) -> None:
 def load_model(args: argparse.Namespace) -> TrainedModel:
     """The model that :func:`add_model`'s flags name."""
     check_count("--num_threads", args.num_threads, 0)
+    check(args.num_threads <= 1024, "--num_threads", args.num_threads, "at most 1024")
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
     with naming("--device"):

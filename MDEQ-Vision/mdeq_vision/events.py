@@ -15,10 +15,6 @@ from mdeq_vision.datasets import SegmentationDataset
 from mdeq_vision.image_report import draw_scores
 from mdeq_vision.pictures import overlay
 
-with needs("images"):
-    from tensorboardX.proto.summary_pb2 import Summary
-    from tensorboardX.summary import image
-
 SHOWN = 8  # images of a validation
 _LARGEST = 256  # pixels of the longer side of one
 _RIGHT, _WRONG = (47, 158, 68), (214, 51, 51)  # colours of a frame
@@ -45,6 +41,9 @@ class ImageEvents:
         if run.folder is None:
             return
         if self._found:
+            # Imported here, and below: slow, and no use of a trained model needs it.
+            with needs("images"):
+                from tensorboardX.summary import image
             run.show(step, image("predictions", _tiles(dataset, self._found), dataformats="HWC"))
         if time.monotonic() > self._drawn + _PAUSE:
             run.show(step, _curves(run, border, score))
@@ -88,7 +87,10 @@ def _framed(pixels: np.ndarray, prediction: Prediction) -> np.ndarray:
     return framed
 
 
-def _curves(run: Run, border: int, score: str) -> Summary:
+def _curves(run: Run, border: int, score: str):
+    """A summary of tensorboardX."""
+    with needs("images"):
+        from tensorboardX.proto.summary_pb2 import Summary
     records, file = read_metrics(run.folder), io.BytesIO()
     draw_curves(records, border, file, lambda axes: draw_scores(axes, records, score))
     drawn = Summary.Image(encoded_image_string=file.getvalue())

@@ -302,8 +302,10 @@ class ImageTrainer(Trainer):
     def after_validation(self, found: Evaluation) -> None:
         border, data = self.pretrain_steps, self.valid_set
         self.events.after_validation(self.run, self.step, border, data, found.score)
-        if self.position < self.n_batches:
-            return
+        if self.position == self.n_batches:
+            self.next_epoch()
+
+    def next_epoch(self) -> None:
         before = self.curriculum.at(self.epoch)
         self.epoch, self.position = self.epoch + 1, 0
         if self.curriculum.at(self.epoch) is not before:

@@ -1,4 +1,4 @@
-"""A trained model with what its use needs: a run's folder, or one file of export_weights.py."""
+"""A trained model: a run's folder, or one file of export_weights.py."""
 
 import hashlib
 import json
@@ -16,7 +16,8 @@ from lib.runs.run_folder import WEIGHTS, read_metrics
 with needs("runs"):
     from safetensors import safe_open
 
-KEY, SUM, FORM = "deq.model", "sha256", 1  # in the metadata, in its JSON, its form
+KEY, SUM, FORM = "deq.model", "sha256", 1
+_TYPES = {"kind": str, "settings": dict, "names": list, "figures": dict}
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ModelFile:
 
     kind: str
     settings: dict  # of its run
-    names: list[str]  # words or classes, in the order of their ids
+    names: list[str]  # words or classes, by id
     figures: dict[str, dict]  # the run's last records of validation and final tests, by kind
     state: dict[str, Tensor]
     path: Path
@@ -51,10 +52,12 @@ def read_model_file(
         try:
             with safe_open(path, "pt") as file:
                 said = json.loads(file.metadata()[KEY])
-            if said.pop(SUM) != digest(said) or said.pop("form") != FORM:
+            whole = said.pop(SUM) == digest(said) and said.pop("form") == FORM
+            "".join(said["names"]).encode()  # are texts
+            if not whole or {k: type(v) for k, v in said.items()} != _TYPES:
                 raise ValueError
             found = ModelFile(**said, state=state, path=path)
-        except Exception as error:  # on another file anything can be raised
+        except Exception as error:
             raise InputError(
                 f"{path} does not say what model it holds, or is damaged: give a run's folder, or "
                 "what scripts/export_weights.py makes of one"
@@ -65,16 +68,12 @@ def read_model_file(
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """The device of this name.
-
-    Raises:
-        InputError: it does not exist on this machine.
-    """
+    """The device of this name; an InputError if this machine lacks it."""
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
+        torch.empty(1, device=device).tolist()  # not of "meta"
+    except Exception as error:
+        reason = str(error).split(". ")[0]
         raise InputError(f"the device {name!s} cannot be used here ({reason}): try cpu") from error
     return device
 

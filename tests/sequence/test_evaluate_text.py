@@ -138,6 +138,7 @@ def test_a_bad_text(tmp_path, capsys, content, part):
         (["--tokens", "text.txt"], "--tokens: text.txt exists"),
         (["--figure", "figure.pdf"], "does not end in .png"),
         (["--tokens", "new.csv", "--f_thres", "1", "2"], "--tokens needs one --mem_len"),
+        (["--tokens", "a.png", "--figure", "./a.png"], "--figure: a.png is the file of --tokens"),
         (["--tokens", "gone/new.csv"], "--tokens: there is no folder gone"),
         (["--f_thres", "0"], "--f_thres is 0"),
         (["--mem_len", "8", "-1"], "--mem_len is -1"),

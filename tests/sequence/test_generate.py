@@ -36,7 +36,7 @@ def test_a_seed_gives_a_text(capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--temperature", "0"], ["--top_k", "1"], ["--top_p", "1e-9", "--temperature", "2"]]
+    "flags", [["--temperature", "0"], ["--top_k", "1"], ["--top_p", "1e-300", "--temperature", "2"]]
 )
 def test_the_likeliest_words(capsys, flags):
     """Three ways to ask for them; and they are those of the text as a whole."""
@@ -75,6 +75,34 @@ def test_lines_of_the_standard_input(capsys, monkeypatch, tmp_path):
     assert "note: <unk> stands for what the vocabulary lacks: 'zyxxy'" in said
 
 
+def test_a_standard_input_in_another_encoding(capsys, monkeypatch, tmp_path):
+    (tmp_path / "lines").write_bytes(b"the value\xff\n")
+    with (tmp_path / "lines").open(encoding="utf-8") as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        code, lines, said = run(capsys)
+    assert (code, lines) == (2, [])
+    assert said[0].startswith("generate.py: the standard input is not UTF-8 text")
+
+
+def test_a_prompt_of_lines_has_their_ends():
+    trained = deq_sequence.load(WORDS)
+    assert trained.begin("the\n\nvalue \n") == ["the", "<eos>", "<eos>", "value"]
+
+
+def test_a_prompt_of_dashes(capsys):
+    assert run(capsys, "--prompt=--")[1][0].startswith("[--] ")
+
+
+def test_a_long_prompt_is_solved_in_segments():
+    """So memory and time grow with its length, not with the square; all evaluations count."""
+    trained = deq_sequence.load(WORDS)
+    nfe = []
+    options = {"f_thres": 5, "temperature": 0, "on_word": lambda _, n: nfe.append(n)}
+    prompt = trained.begin("the value of the object " * 240)  # 1200 words, 3 segments
+    generate(trained.model, trained.vocabulary, prompt, 2, **options)
+    assert nfe == [15, 5]
+
+
 def test_a_terminal_is_asked_until_an_empty_line(capsys, monkeypatch):
     ours, theirs = pty.openpty()
     os.write(ours, b"the object\nthe value\n\nnot read\n")
@@ -105,6 +133,9 @@ def test_memory_of_another_length(capsys):
         ([WORDS, "--f_thres", "0"], "--f_thres is 0"),
         ([WORDS, "--seed", "-1"], "seed is -1"),
         ([WORDS, "--device", "nowhere"], "--device: the device nowhere cannot be used here"),
+        ([WORDS, "--device", "meta"], "--device: the device meta cannot be used here"),
+        ([WORDS, "--device", "hpu"], "--device: the device hpu cannot be used here"),
+        ([WORDS, "--num_threads", "99999999999999999999"], "but must be at most 1024"),
         ([WORDS, "--sead", "1"], "did you mean --seed"),
         (["missing"], "no file missing"),
         ([str(ROOM)], "holds no run of DEQ-Sequence"),

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import deq_sequence
 from deq_sequence.trained import KIND, of_run
 from export_weights import main as export
 from lib.errors import InputError
 from lib.runs.checkpoint import load_weights
-from lib.runs.model_file import KEY, read_model_file
+from lib.runs.model_file import FORM, KEY, SUM, digest, read_model_file
 from lib.solvers import anderson
 
 WORDS = Path(__file__).parents[2] / "docs/models/words.safetensors"
@@ -117,7 +118,7 @@ def test_a_run_without_its_vocabulary(run, flags, tmp_path):
         deq_sequence.load(run)
 
 
-@pytest.mark.parametrize("content", ["[1, 2]", "{", '["<eos>", "w1"]'])
+@pytest.mark.parametrize("content", ["[1, 2]", "{", '["\\ud800"]', '["<eos>", "w1"]'])
 def test_a_wrong_vocabulary(run, content):
     (run / "vocabulary.json").write_text(content)
     with pytest.raises(InputError, match="is not the vocabulary of the run"):
@@ -143,6 +144,18 @@ def test_a_damaged_file(tmp_path, edit, part):
     assert path.read_bytes() != before
     with pytest.raises(InputError, match=part):
         deq_sequence.load(path)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"settings": None}, {"names": 5}, {"names": ["\ud800"]}, {"figures": []}, {"x": 1}]
+)
+def test_a_file_of_another_form(tmp_path, wrong):
+    """Its checksum is right, as somebody wrote it so."""
+    said = {"form": FORM, "kind": KIND, "settings": {}, "names": [], "figures": {}} | wrong
+    text = json.dumps(said | {SUM: digest(said)})
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors", {KEY: text})
+    with pytest.raises(InputError, match="or is damaged"):
+        deq_sequence.load(tmp_path / "a.safetensors")
 
 
 def test_other_files_and_kinds(tmp_path, run):

@@ -1,6 +1,7 @@
 """tools/classify.py: pictures of any form and size, and what it says of bad ones."""
 
 import csv
+import os
 import re
 
 import numpy as np
@@ -100,17 +101,25 @@ def test_bad_pictures_lose_no_others(digit, tmp_path, capsys):
     assert err[-1] == "classify.py: 5 of 6 could not be used: see the lines 'left out'"
 
 
-@pytest.mark.parametrize("name", ["text.png", "empty", "gone.png"])
+@pytest.mark.parametrize("name", ["text.png", "empty", "gone.png", "pipe.png", "loop.png"])
 def test_a_single_bad_picture_is_one_line(tmp_path, capsys, name):
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/.hidden.png").write_bytes(b"")
+    os.mkfifo(tmp_path / "pipe.png")  # nobody writes into it
+    (tmp_path / "loop.png").symlink_to("loop.png")
     assert classify([DIGITS_FILE, str(tmp_path / name)]) == 2
     out, err = capsys.readouterr()
     assert not out
     assert len(err.splitlines()) == 1
     assert err.startswith("classify.py: ")
     assert str(tmp_path / name) in err
+
+
+def test_a_name_without_letters(capsys):
+    """It would stand for the folder of the command, with all pictures below it."""
+    assert classify([DIGITS_FILE, ""]) == 2
+    assert "the name of a picture is empty" in capsys.readouterr().err
 
 
 def test_a_folder_stands_for_its_pictures(digit, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Reading image files, with errors that name the file."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,9 @@ def read_size(path: str | Path, *, upright: bool = False) -> tuple[int, int]:
 
 def _read(path: str | Path, *, load: bool = True) -> Image.Image:
     try:
+        # A pipe without a writer would never end, and no decoder can seek in one.
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("it is not a regular file")
         with Image.open(path) as image:
             if load:
                 image.load()

@@ -97,10 +97,10 @@ def segment(argv: list[str] | None = None) -> int:
 
         def check(pictures: list[PictureFile]) -> None:
             _check_folder(args.out, "--out")
-            sources = {picture.path.resolve() for picture in pictures}
+            sources = {os.path.realpath(picture.path) for picture in pictures}
             for picture in pictures:
                 for target in (_target(args.out, kind, picture) for kind in _KINDS):
-                    if target.resolve() in sources:
+                    if os.path.realpath(target) in sources:
                         raise InputError(f"--out: {target} is one of the pictures: give another")
 
         use_each(args.images, use, check)

@@ -30,7 +30,11 @@ def find_pictures(arguments: Iterable[str]) -> tuple[list[PictureFile], list[Inp
     found: list[tuple[Path, Path]] = []  # path, and name with suffix
     wrong = []
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    for argument in map(Path, arguments):
+    for given in arguments:
+        argument = Path(given)
+        if not given:  # it would stand for this folder
+            wrong.append(InputError("the name of a picture is empty: give a file or a folder"))
+            continue
         if not os.path.isdir(argument):
             found.append((argument, Path(argument.name)))
             continue
