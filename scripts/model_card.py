@@ -59,7 +59,7 @@ def _audit(path: Path) -> str:
     try:
         found = json.loads(path.read_text("utf-8"))
         cuts = [
-            f"{cut['name']}: {cut['evaluations']:.1f} evaluations, {found['measure']} "
+            f"solve ({cut['name']}): {cut['evaluations']:.1f} evaluations, {found['measure']} "
             f"{cut['measure']:.3f}, residual {cut['residual']:.1e}"
             for cut in found["cuts"]
         ]

@@ -8,6 +8,7 @@ from run_report.drawing import LEAST_OF_BAND, Chart, band, line, log_scale, look
 from run_report.reading import SCORES, TrainingRun
 from run_report.saying import number, plural
 
+_LONGEST = 32  # characters of a name in a legend: half of the figure's width
 Part = tuple[str, str, dict]  # of a figure: kind of records, key, style
 Series = tuple[list[int], list[float]]
 
@@ -98,6 +99,7 @@ def _place(parts, name: str) -> int:
 
 def _shown(name: str) -> str:
     """The name of a run for a legend, which leaves out what begins with an underscore."""
+    name = name if len(name) <= _LONGEST else f"…{name[1 - _LONGEST :]}"
     return f" {name}" if name.startswith("_") else name
 
 

@@ -28,6 +28,7 @@ _WINDOW = 5  # values, at least, and at least this part of all:
 _PART = 20
 _INK = "#010203"  # stands for the colour of the page's text
 _SIZE = 4.4, 2.8  # inches: as wide as a phone
+_ROWS, _ROW = 3, 0.18  # of names above the axes: how many have room, and inches for each more
 _STYLE = {
     "svg.hashsalt": "report", "svg.fonttype": "none", "font.family": "sans-serif",
     "font.size": 9, "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": "#8a8a8a",
@@ -83,6 +84,8 @@ class Chart:
         axes = figure.subplots()
         self.draw(axes)
         axes.set_xlabel("step")
+        names = sum(len(legend.get_texts()) for legend in figure.legends)
+        figure.set_figheight(_SIZE[1] + _ROW * max(-(-names // 2) - _ROWS, 0))
         return figure
 
 

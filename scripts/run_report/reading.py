@@ -4,7 +4,7 @@ import json
 import math
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -76,6 +76,7 @@ class TrainingRun:
     settings: dict
     log: list[str]
     audit: dict
+    _series: dict = field(default_factory=dict, repr=False)
 
     # ---- what kind of run it is ----------------------------------------------------------------
 
@@ -139,9 +140,11 @@ class TrainingRun:
 
     def series(self, kind: str, name: str) -> tuple[list[int], list[float]]:
         """Steps and finite values of ``name`` in the records of ``kind``, the last of each step."""
-        steps, values = series(self.records, kind, name)
-        last = {s: v for s, v in zip(steps, values, strict=True) if abs(v) < math.inf}
-        return list(last), list(last.values())
+        if (kind, name) not in self._series:  # long runs have many records, and many ask for them
+            steps, values = series(self.records, kind, name)
+            last = {s: v for s, v in zip(steps, values, strict=True) if abs(v) < math.inf}
+            self._series[kind, name] = list(last), list(last.values())
+        return self._series[kind, name]
 
     def scores(self, kind: str, key: str) -> tuple[list[int], list[float]]:
         """Steps and scores of the records of ``kind``."""
@@ -328,8 +331,8 @@ def _read(folder: Path, name: str) -> TrainingRun:
 
 def _drawable(record: dict) -> dict:
     """The record with NaN for numbers that are too large for a float or an axis."""
-    large = {k: math.nan for k, v in record.items() if is_number(v) and abs(v) > _LARGEST}
-    return record | large
+    large = [k for k, v in record.items() if type(v) in (int, float) and abs(v) > _LARGEST]
+    return record | dict.fromkeys(large, math.nan) if large else record
 
 
 def _settings(folder: Path) -> dict | None:

@@ -288,6 +288,14 @@ def test_names_that_drawing_could_take_for_markup(tmp_path):
     assert all(f">{' ' * (name[0] == '_')}{name}</text>" in text for name in names)
 
 
+@pytest.mark.filterwarnings("error")  # matplotlib warns when the axes have no room
+def test_thirty_runs_have_room(tmp_path):
+    runs = read_runs([scenes(tmp_path / f"{'long ' * 20}{i}") for i in range(30)])
+    loss = charts(runs)[0]
+    assert loss.png()
+    assert loss._figure().get_figheight() > 4
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_few_records(tmp_path, count):
     folder = words(tmp_path / "run")
