@@ -306,6 +306,7 @@ class ImageTrainer(Trainer):
             self.next_epoch()
 
     def next_epoch(self) -> None:
+        """Begin the next epoch, perhaps the extra stage."""
         before = self.curriculum.at(self.epoch)
         self.epoch, self.position = self.epoch + 1, 0
         if self.curriculum.at(self.epoch) is not before:
