@@ -1,5 +1,7 @@
 """Multiscale deep equilibrium models (arXiv 2006.08656): classification and segmentation."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from mdeq_vision.stage import check_integer, full_stage
 
 JAC_VECS = 2  # random vectors of the Jacobian loss, as in the published runs
 _INIT_STD = 0.01
+FOLLOW_THRES = 2  # threshold of the solver for images that follow others in a sequence
+FOLLOW_CUT = 0.5  # relative residual of the start; above it an image shows another scene
 
 
 def _stem(width: int, downsample_times: int, momentum: float) -> nn.Sequential:
@@ -121,28 +125,12 @@ class MDEQNet(SolverAttributes, nn.Module):
         Raises:
             InputError: x has another shape, no element, or integers.
         """
-        if x.dim() != 4 or x.shape[1] != 3 or x.numel() == 0:
-            raise InputError(f"images have shape {tuple(x.shape)}, but must be (B, 3, H, W)")
-        if not x.is_floating_point():
-            raise InputError(
-                f"images are {x.dtype}, but must be floats, normalised as in training: "
-                "(images.float() / 255 - mean) / std"
-            )
-        injection = self.downsample(x)
-        if self.stage0 is not None:
-            injection = self.stage0(injection)
-        injection = injection.to(x.dtype)  # the state takes this dtype, also under autocast
-        sizes = branch_sizes(*injection.shape[-2:], len(self.channels))
-        z0 = [
-            injection.new_zeros(len(x), width, *size)
-            for width, size in zip(self.channels, sizes, strict=True)
-        ]
-        f = self.fullstage.prepare(injection, z0)
+        f, z0 = self._equation(x)
         jac_vecs = JAC_VECS if compute_jac_loss and self.training else 0
 
         if 0 <= train_step < self.pretrain_steps:
             z = stacked(f, z0, self.n_layer)
-            jac_loss, sradius = injection.new_zeros(()), injection.new_zeros(len(x), 1)
+            jac_loss, sradius = z0[0].new_zeros(()), z0[0].new_zeros(len(x), 1)
             if jac_vecs and torch.is_grad_enabled():
                 point = list2vec(z).detach().requires_grad_()
                 f_point = list2vec(f(vec2list(point, [z_i.shape[1:] for z_i in z])))
@@ -160,6 +148,58 @@ class MDEQNet(SolverAttributes, nn.Module):
             )
             z, jac_loss, sradius = solution.z, solution.jac_loss, solution.sradius
         return self.head(z), jac_loss.view(1, 1), sradius
+
+    @torch.no_grad()
+    def follow(
+        self, x: Tensor, state: list[Tensor] | None = None, f_thres: int = FOLLOW_THRES
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Compute the scores of the next images of sequences; without gradients.
+
+        The solve begins at the fixed point of the images before, which is near where little moved.
+        The first image, and one that shows another scene, are solved to the model's own threshold
+        and tolerance. Another scene is one where the relative residual of the start is above
+        FOLLOW_CUT; at zeros it is 1.
+
+        Args:
+            x: (B, 3, H, W): one image of each of B sequences.
+            state: what the call before returned; None begins at zeros. So does a state of images
+                of another number or size.
+            f_thres: threshold of the solver for images that follow others.
+
+        Returns:
+            The head's output, and the state z* for the next call.
+
+        Raises:
+            InputError: as :meth:`forward`.
+        """
+        f, z0 = self._equation(x)
+        follows = state is not None and [z.shape for z in state] == [z.shape for z in z0]
+        start, thres = (state, min(f_thres, self.f_thres)) if follows else (z0, self.f_thres)
+        solution = self.deq(f, start, f_thres=thres, training=False)
+        first = solution.solution["rel_trace"][0]  # of the start
+        if thres < self.f_thres and not first <= FOLLOW_CUT:
+            solution = self.deq(f, solution.z_star, f_thres=self.f_thres, training=False)
+        return self.head(solution.z), solution.z_star
+
+    def _equation(self, x: Tensor) -> tuple[Callable, list[Tensor]]:
+        """f of the equation z = f(z; x), and zeros in the shapes of z."""
+        if x.dim() != 4 or x.shape[1] != 3 or x.numel() == 0:
+            raise InputError(f"images have shape {tuple(x.shape)}, but must be (B, 3, H, W)")
+        if not x.is_floating_point():
+            raise InputError(
+                f"images are {x.dtype}, but must be floats, normalised as in training: "
+                "(images.float() / 255 - mean) / std"
+            )
+        injection = self.downsample(x)
+        if self.stage0 is not None:
+            injection = self.stage0(injection)
+        injection = injection.to(x.dtype)  # the state takes this dtype, also under autocast
+        sizes = branch_sizes(*injection.shape[-2:], len(self.channels))
+        z0 = [
+            injection.new_zeros(len(x), width, *size)
+            for width, size in zip(self.channels, sizes, strict=True)
+        ]
+        return self.fullstage.prepare(injection, z0), z0
 
     def head(self, z: list[Tensor]) -> Tensor:
         """Compute the scores from the branches z_i."""

@@ -6,6 +6,8 @@ size. The scenes of a split contain digits of this split only.
 """
 
 import colorsys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,21 +75,64 @@ class DigitScenes(SegmentationDataset):
         return self._scene(index)[1]
 
 
+@dataclass(frozen=True)
+class _Ink:
+    """A digit of a scene: its darkness (side, side), class, colour, and its place (x, y)."""
+
+    darkness: np.ndarray
+    label: int
+    colour: tuple[float, float, float]
+    place: tuple[float, float]
+
+
 def render_scene(split: str, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Render scene ``index`` of a split at ``size`` (width, height).
 
     Returns:
         Image (H, W, 3) uint8 and labels (H, W) uint8, 0 for background and d + 1 for digit d.
     """
+    background, inks, _ = _contents(split, index, size)
+    return _compose(background, inks)
+
+
+def render_film(
+    split: str, index: int, size: tuple[int, int], frames: int, speed: float
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Render scene ``index`` of a split as a film: its digits move, its background rests.
+
+    The first frame is the scene of :func:`render_scene`. Each digit moves in a direction of its
+    own by ``speed`` pixels a frame, and turns back at the borders.
+
+    Yields:
+        Image and labels of each frame, as :func:`render_scene` returns them.
+    """
+    background, inks, rng = _contents(split, index, size)
+    angles = rng.uniform(0, 2 * np.pi, len(inks))
+    steps = speed * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    places = np.array([ink.place for ink in inks], dtype=np.float64)
+    room = np.array([[length - len(ink.darkness) for length in size] for ink in inks])
+    for _ in range(frames):
+        yield _compose(
+            background,
+            [replace(ink, place=tuple(place)) for ink, place in zip(inks, places, strict=True)],
+        )
+        places = places + steps
+        steps = np.where((places < 0) | (places > room), -steps, steps)
+        places = places.clip(0, room)
+
+
+def _contents(
+    split: str, index: int, size: tuple[int, int]
+) -> tuple[np.ndarray, list[_Ink], np.random.Generator]:
+    """Background (H, W, 3) and digits of a scene, and the generator that drew them."""
     rng = np.random.default_rng((SEED, list(N_SCENES).index(split), index))
     digits = split_digits()[split]
-    width, height = size
-    image = _background(rng, width, height)  # (H, W, 3) in [0, 1]
-    labels = np.zeros((height, width), np.uint8)
+    background = _background(rng, *size)
     smallest, largest = (round(share * min(size)) for share in DIGIT_SIDE)
     # Place large digits first, while there is room.
     sides = np.sort(rng.integers(smallest, largest + 1, rng.integers(N_DIGITS[0], N_DIGITS[1] + 1)))
     boxes: list[tuple[int, int, int]] = []
+    inks = []
     for side in sides[::-1].tolist():
         place = _find_place(rng, size, side, boxes) or _find_place(rng, size, smallest, boxes)
         if place is None:
@@ -96,11 +141,32 @@ def render_scene(split: str, index: int, size: tuple[int, int]) -> tuple[np.ndar
         left, top, side = place
         which = rng.integers(len(digits.labels))
         darkness = _enlarge(digits.images[which], side)
+        inks.append(_Ink(darkness, digits.labels[which] + 1, _ink_colour(rng), (left, top)))
+    return background, inks, rng
+
+
+def _compose(background: np.ndarray, inks: list[_Ink]) -> tuple[np.ndarray, np.ndarray]:
+    """Draw digits (the later ones in front) on a background (H, W, 3) in [0, 1]."""
+    image, labels = background.copy(), np.zeros(background.shape[:2], np.uint8)
+    for ink in inks:
+        left, top = (int(place) for place in ink.place)
+        darkness = _shifted(ink.darkness, ink.place[0] - left, ink.place[1] - top)
         cover = np.clip((darkness - INK) / (2 * SOFTNESS) + 0.5, 0, 1)[..., None]
-        window = (slice(top, top + side), slice(left, left + side))
-        image[window] = cover * _ink_colour(rng) + (1 - cover) * image[window]
-        labels[window][darkness > INK] = digits.labels[which] + 1
+        window = (slice(top, top + len(darkness)), slice(left, left + len(darkness)))
+        image[window] = cover * ink.colour + (1 - cover) * image[window]
+        labels[window][darkness > INK] = ink.label
     return (image * 255 + 0.5).astype(np.uint8), labels
+
+
+def _shifted(darkness: np.ndarray, x: float, y: float) -> np.ndarray:
+    """Move (side, side) to the right and down by less than a pixel; its margin has no ink."""
+    if x == y == 0:
+        return darkness
+    image = Image.fromarray(darkness)
+    shift = (1, 0, -x, 0, 1, -y)
+    return np.asarray(
+        image.transform(image.size, Image.Transform.AFFINE, shift, Image.Resampling.BICUBIC)
+    )
 
 
 def _enlarge(digit: np.ndarray, side: int) -> np.ndarray:

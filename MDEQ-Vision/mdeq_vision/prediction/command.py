@@ -13,6 +13,7 @@ from lib.runs.checkpoint import check_target
 from lib.runs.command_line import Parser, exit_code
 from lib.runs.model_file import find_device
 from mdeq_vision.pictures import colour, save_png, to_label_ids
+from mdeq_vision.model import FOLLOW_THRES
 from mdeq_vision.prediction.files import PictureFile, use_each
 from mdeq_vision.prediction.predictors import (
     Classification,
@@ -80,13 +81,31 @@ def segment(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path(_OUT), metavar="FOLDER", help=f"of the outputs ({_OUT})"
     )
+    parser.add_argument(
+        "--sequence",
+        action="store_true",
+        help="the pictures are frames of a film, in this order: each solve begins at the "
+        "equilibrium of the frame before, and takes few evaluations",
+    )
+    parser.add_argument(
+        "--f_thres",
+        type=int,
+        metavar="N",
+        help=f"threshold of the solver for a frame that follows another, with --sequence "
+        f"({FOLLOW_THRES})",
+    )
 
     def action():
         args = parser.parse_args(argv)
+        if args.f_thres is not None:
+            if not args.sequence:
+                raise InputError("--f_thres is for frames of a film: give --sequence, too")
+            check_count("--f_thres", args.f_thres)
         model = _load(args, TrainedSegmenter)
+        film = model.film(args.f_thres or FOLLOW_THRES) if args.sequence else model.segment
 
         def use(picture: PictureFile) -> None:
-            found = model.segment(picture.path)
+            found = film(picture.path)
             for kind, array in _arrays(found).items():
                 save_png(array, _target(args.out, kind, picture))
             shares = ", ".join(f"{name} {100 * p:.1f} %" for name, p in found.shares.items())

@@ -1,8 +1,9 @@
 """Trained models as objects that take pictures, of any size and form."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,13 @@ from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
-from lib.errors import InputError
+from lib.errors import InputError, check_count
 from lib.runs.evaluation_loop import evaluating
 from lib.solvers.precision import autocast
 from mdeq_vision.datasets import INPUTS, SegmentationFacts
 from mdeq_vision.datasets.image_reading import as_seen, read_picture
 from mdeq_vision.inference import predict_classes
-from mdeq_vision.model import MDEQNet
+from mdeq_vision.model import FOLLOW_THRES, MDEQNet
 from mdeq_vision.prediction.overlays import with_legend
 
 Picture = str | Path | Image.Image | Tensor
@@ -104,10 +105,13 @@ class _Trained:
     settings: CfgNode
     figures: dict[str, dict]
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
     def _forward(self, images: Tensor) -> Tensor:
-        device = next(self.model.parameters()).device
-        with autocast(self.settings.AMP, device):
-            return self.model(images.to(device), compute_jac_loss=False)[0].float()
+        with autocast(self.settings.AMP, self.device):
+            return self.model(images.to(self.device), compute_jac_loss=False)[0].float()
 
 
 class TrainedClassifier(_Trained):
@@ -154,10 +158,48 @@ class TrainedSegmenter(_Trained):
         Raises:
             InputError: a picture cannot be read.
         """
-        found = [self._segment(picture) for picture in _several(images)]
+        found = [self._segment(picture, self._forward) for picture in _several(images)]
         return found if _are_several(images) else found[0]
 
-    def _segment(self, picture: Picture) -> Segmentation:
+    def film(self, f_thres: int = FOLLOW_THRES) -> Callable[[Picture], Segmentation]:
+        """A function that segments the frames of a film, one call a frame.
+
+        Each solve begins at the equilibrium of the frame before and takes few evaluations of f,
+        because little moves from frame to frame. The first frame, and one that shows another
+        scene, are solved to the end: see :meth:`mdeq_vision.model.MDEQNet.follow`. A frame is a
+        picture as for :meth:`segment`::
+
+            film = model.film()
+            found = [film(frame) for frame in frames]
+
+        Args:
+            f_thres: threshold of the solver for a frame that follows another.
+
+        Raises:
+            InputError: f_thres is no positive integer; in a call, the frame cannot be read.
+        """
+        check_count("f_thres", f_thres)
+        # One state for each window, scale and mirror image of a frame, in their order.
+        states: list[list[Tensor] | None] = []
+
+        def next_frame(picture: Picture) -> Segmentation:
+            calls = count()
+
+            def forward(images: Tensor) -> Tensor:
+                number = next(calls)
+                if number == len(states):
+                    states.append(None)
+                with autocast(self.settings.AMP, self.device):
+                    scores, states[number] = self.model.follow(
+                        images.to(self.device), states[number], f_thres
+                    )
+                return scores.float()
+
+            return self._segment(picture, forward)
+
+        return next_frame
+
+    def _segment(self, picture: Picture, forward: Callable[[Tensor], Tensor]) -> Segmentation:
         test, facts = self.settings.TEST, self.facts
         pixels = np.array(to_picture(picture))
         x = torch.from_numpy(pixels).permute(2, 0, 1).float().contiguous()
@@ -167,7 +209,7 @@ class TrainedSegmenter(_Trained):
         with evaluating(self.model) as stats:
 
             def logits(images: Tensor) -> Tensor:
-                output = self._forward(images)
+                output = forward(images)
                 residuals.append(stats.forward.last["rel_residual"])
                 return output
 
