@@ -12,8 +12,8 @@ from lib.runs.atomic_files import atomic_write
 from lib.runs.checkpoint import check_target
 from lib.runs.command_line import Parser, exit_code
 from lib.runs.model_file import find_device
-from mdeq_vision.pictures import colour, save_png, to_label_ids
 from mdeq_vision.model import FOLLOW_THRES
+from mdeq_vision.pictures import colour, save_png, to_label_ids
 from mdeq_vision.prediction.files import PictureFile, use_each
 from mdeq_vision.prediction.predictors import (
     Classification,
