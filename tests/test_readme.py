@@ -144,6 +144,9 @@ ELSEWHERE = {
     "python tools/segment.py ../docs/models/scenes.safetensors ../docs/figures/scene.png": (
         "vision/test_segment.py"
     ),
+    "python tools/segment.py ../docs/models/scenes.safetensors FOLDER_OF_FRAMES --sequence": (
+        "vision/test_film.py"
+    ),
     # What made the environment that these tests run in: its result is tested.
     "pip install -r requirements.txt": "test_house.py",
     "source .venv/bin/activate": "test_house.py",

@@ -3,9 +3,9 @@
     python scripts/benchmarks/bench_film.py --json docs/data/film.json
 
 Test scenes of digit_scenes become films: each digit moves by --speed pixels a frame. The films
-follow one another, so that each begins with a cut. All ways see the same frames, in turns. "Changed"
-is the share of pixels with another label than the solve from zeros to the tolerance gives. On the
-CPU there is one thread, and its own time counts, so that other processes matter less.
+follow one another, so that each begins with a cut. All ways see the same frames, in turns.
+"Changed" is the share of pixels with another label than the solve from zeros to the tolerance
+gives. On the CPU there is one thread, and its own time counts, so that other processes matter less.
 """
 
 import argparse

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import bench_audits
+import bench_film
 import bench_generation
 import bench_states
 import bench_words
@@ -74,6 +75,10 @@ def of_generation(found: dict) -> dict[str, str]:
     return {"generation": f"    {head}\n\n{bench_generation.report(rows)}"}
 
 
+def of_film(found: dict) -> dict[str, str]:
+    return {"film": bench_film.report(found)}
+
+
 # Files of figures: the page that shows each, and what makes the text of its blocks, by name.
 FIGURES = {
     "gradients.json": ("gradients.md", of_gradients),  # compare_gradients.py
@@ -87,6 +92,7 @@ FIGURES = {
     "words.json": ("words.md", of_words),  # bench_words.py
     "generation.json": ("words.md", of_generation),  # bench_generation.py
     "quickstart_seeds.json": ("start.md", of_quickstart),  # quickstart_seeds.py
+    "film.json": ("images.md", of_film),  # bench_film.py
     "audits.json": ("larger-problems.md", of_audits),  # bench_audits.py
     "gpu_rates.json": ("planning.md", of_gpu_rates),  # gpu_rates.py
     "planner_check.json": ("planning.md", of_planner),  # scripts/plan_training.py --check
