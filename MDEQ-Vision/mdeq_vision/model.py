@@ -19,7 +19,7 @@ from mdeq_vision.stage import check_integer, full_stage
 
 JAC_VECS = 2  # random vectors of the Jacobian loss, as in the published runs
 _INIT_STD = 0.01
-FOLLOW_THRES = 2  # threshold of the solver for images that follow others in a sequence
+FOLLOW_THRES = 3  # threshold of the solver for images that follow others in a sequence
 FOLLOW_CUT = 0.5  # relative residual of the start; above it an image shows another scene
 
 

@@ -44,7 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--films", type=int, default=20, help=f"test scenes, of {N_SCENES['test']}")
     add("--frames", type=int, default=24, help="of each film")
     add("--speed", type=float, nargs="+", default=[0.25, 0.5, 1.0, 2.0], help="pixels a frame")
-    add("--f_thres", type=int, nargs="+", default=[1, 2, 4], help="thresholds of the solver")
+    add("--f_thres", type=int, nargs="+", default=[1, 2, 3], help="thresholds of the solver")
     return parser.parse_args(argv)
 
 
