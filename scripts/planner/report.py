@@ -158,7 +158,7 @@ def _time(plan: Plan) -> str:
     step, run = plan.step, plan.run
     if step is None:
         return f"time: nothing was measured in {plan.number_format} from which to estimate it"
-    *hours, total = _adding(list(plan.hours), _digits(sum(plan.hours), 3))
+    *hours, total = _adding(list(plan.hours), _digits(sum(plan.hours), 4))
     link = {"sum of gradients": plan.transfer} if plan.transfer else {}
     rows: list[tuple[str, ...]] = []
     if run.stacked_steps:
@@ -166,8 +166,7 @@ def _time(plan: Plan) -> str:
     if plan.equilibrium_steps:
         rows += _parts("equilibrium", {**step.parts, **link}, hours[1], _origins(plan))
     gpu_hours = plan.gpus * sum(plan.hours)
-    gpu_hours = f"{gpu_hours:,.0f}" if gpu_hours >= 10 else f"{gpu_hours:.2g}"
-    rows.append(("the run", "", f"{total} h, {gpu_hours} GPU hours"))
+    rows.append(("the run", "", f"{total} h, {gpu_hours:,.{_digits(gpu_hours, 3)}f} GPU hours"))
     kind = "measured steps" if step.measured else "ESTIMATE"
     text = _table(f"time ({kind}: {step.basis})", rows)
     if plan.transfer:
@@ -232,15 +231,8 @@ def columns(rows: Sequence[Sequence[str]], indent: int = 0) -> str:
 
 
 def _adding(parts: Sequence[float], digits: int) -> list[str]:
-    """The parts and their sum, rounded to so many decimals; the rounded parts have that sum.
-
-    All are rounded down first; the largest remainders get what is missing.
-    """
-    scaled = [part * 10**digits for part in parts]
-    whole = [math.floor(part) for part in scaled]
-    order = sorted(range(len(parts)), key=lambda i: whole[i] - scaled[i])
-    for i in order[: round(sum(scaled)) - sum(whole)]:
-        whole[i] += 1
+    """The parts, rounded to so many decimals, and the sum of the rounded parts."""
+    whole = [round(part * 10**digits) for part in parts]
     return [f"{n / 10**digits:,.{digits}f}" for n in [*whole, sum(whole)]]
 
 

@@ -163,9 +163,9 @@ def test_the_page_shows_what_is_printed(capsys, tmp_path):
         assert step.measured == bool(step.phases) == same
 
 
-def test_rounded_parts_have_the_rounded_sum():
-    assert _adding([0.597, 22.751], 1) == ["0.6", "22.7", "23.3"]
-    assert _adding([1 / 3, 1 / 3, 1 / 3], 2) == ["0.34", "0.33", "0.33", "1.00"]
+def test_the_sum_is_that_of_the_rounded_parts():
+    assert _adding([0.597, 22.751], 1) == ["0.6", "22.8", "23.4"]
+    assert _adding([1 / 3, 1 / 3, 1 / 3], 2) == ["0.33", "0.33", "0.33", "0.99"]
     assert _adding([1234.5], 1) == ["1,234.5", "1,234.5"]
     assert _adding([0.0, 0.0], 0) == ["0", "0", "0"]
 
