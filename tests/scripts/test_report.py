@@ -335,7 +335,9 @@ def test_state_tracking(tmp_path):
 def test_refusals(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = words(tmp_path / "run")
+    (scenes(tmp_path / "empty") / "config.yaml").write_text("")
     for argv, said in (
+        ([tmp_path / "empty"], "config.yaml holds no settings of a run"),
         ([tmp_path / "nowhere"], "holds no training run"),
         ([folder, folder], "stands twice"),
         ([folder, "--out", folder / LOG], "is no report"),
