@@ -86,7 +86,9 @@ def test_report(trained, small_corpus):
     (valid,) = [r for r in records if r["kind"] == "final_valid"]
     (test,) = [r for r in records if r["kind"] == "final_test"]
     stacked = [r for r in records if r["kind"] == "valid" and r["step"] == 60]
-    assert table["stacked (end of pre-training)"] == [f"{math.exp(stacked[0]['loss']):.1f}"]
+    assert table["this run, before its equilibrium phase"] == [
+        f"{math.exp(stacked[0]['loss']):.1f}"
+    ]
     assert table["equilibrium"] == [f"{math.exp(r['loss']):.1f}" for r in (valid, test)]
     share = math.exp(test["loss"]) / float(table["unigram"][1])
     assert float(table["test / unigram"][0]) == pytest.approx(share, abs=2e-3)
@@ -131,7 +133,12 @@ def test_restart_of_a_finished_run_reports_again(room, trained, capsys):
     assert quickstart(room, "--restart") == 0
     shown = rows(capsys.readouterr().out)
     after = rows((folder / "report.txt").read_text())
-    for name in ("unigram", "stacked (end of pre-training)", "equilibrium", "test / unigram"):
+    for name in (
+        "unigram",
+        "this run, before its equilibrium phase",
+        "equilibrium",
+        "test / unigram",
+    ):
         assert after[name] == before[name] == shown[name]
 
 
@@ -157,8 +164,9 @@ def test_report_of_runs_of_one_phase(room, more, capsys):
     if more[1] == "90":
         assert "stacked (end of training)" in table
         assert "equilibrium" not in table
+        assert "this run, before its equilibrium phase" not in table
     else:
-        assert table["stacked (end of pre-training)"] == ["none"]
+        assert table["this run, before its equilibrium phase"] == ["none"]
         assert "equilibrium" in table
     assert (room / "LM-TFM-wt103" / name / "curves.png").exists()
 
