@@ -89,7 +89,7 @@ def _audit(path: Path, facts: dict) -> str:
         return "The run has no audit (`scripts/audit.py RUN_FOLDER` makes one)."
     try:
         return "\n\n".join(_findings(json.loads(path.read_text("utf-8")), facts))
-    except (ValueError, KeyError, TypeError, StopIteration) as error:
+    except Exception as error:  # anything may be in a file
         raise InputError(f"{path} is no audit: make it again, or delete it") from error
 
 
@@ -120,8 +120,8 @@ def _findings(found: dict, facts: dict) -> list[str]:
         "\n".join([
             f"- {measure}: {facts['measures'][measure]}; higher is better",
             "- residual: ‖f(z) - z‖ / ‖f(z)‖, over all samples together",
-            f"- in use, a solve ends when it meets its tolerance ({found['eps']:g}), and at the latest "
-            f"after {found['threshold']} iterations (the threshold)",
+            f"- in use, a solve ends when it meets its tolerance ({found['eps']:g}), and at the "
+            f"latest after {found['threshold']} iterations (the threshold)",
             f"- other starts: {back:.0%} of the solves come back to the same point, "
             f"{elsewhere:.0%} settle elsewhere",
             f"- spectral radius of df/dz at the fixed point: {spectral}",
