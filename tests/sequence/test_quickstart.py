@@ -1,9 +1,11 @@
 """The quickstart's report, evaluation with more iterations, and generation."""
 
+import json
 import math
 import re
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ TINY = """
     --tgt_len 16 --mem_len 16 --eval_tgt_len 16 --batch_size 4 --eval_batch_size 4 --lr 0.01
     --eval-interval 30 --log-interval 10 --num_threads 1
 """
+REPORT = Path(__file__).parents[2] / "docs/report.md"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -169,6 +172,16 @@ def test_report_of_runs_of_one_phase(room, more, capsys):
         assert table["this run, before its equilibrium phase"] == ["none"]
         assert "equilibrium" in table
     assert (room / "LM-TFM-wt103" / name / "curves.png").exists()
+
+
+def test_a_second_run_with_another_gradient(room, capsys):
+    """As docs/report.md makes one, to compare it with the first."""
+    flags = ["--name", "jfb", "--grad", "jfb"]
+    assert f"quickstart.py {' '.join(flags)}\n" in REPORT.read_text("utf-8")
+    assert quickstart(room, *flags, "--pretrain_steps", "2", "--max_step", "4") == 0
+    assert float(rows(capsys.readouterr().out)["test / unigram"][0]) > 0
+    settings = json.loads((room / "LM-TFM-wt103/jfb/settings.json").read_text())
+    assert settings["grad"] == "jfb"
 
 
 @pytest.mark.parametrize("more", [["--debug"], ["--eval"]])
