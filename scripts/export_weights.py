@@ -124,7 +124,7 @@ def export_run(folder: str | Path, target: str | Path) -> list[str]:
     check_card(page)
     if target.is_dir():
         raise InputError(f"{target} is a folder: give another target")
-    text = card(package.facts(found), target.name, folder).encode()
+    text = card(package.facts(found), target, folder).encode()
     content = _safetensors_bytes(found.state, _about(found) | _tied(found.state))
     target.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as both:  # the renames come last

@@ -105,10 +105,11 @@ ELSEWHERE = {
         f"python scripts/report.py {words}": "scripts/test_report.py"
         for words in (
             "DEQ-Sequence/LM-TFM-demo/quickstart",
-            "DEQ-Sequence/LM-TFM-demo/try DEQ-Sequence/LM-TFM-demo/steps --out both.html",
+            "DEQ-Sequence/LM-TFM-demo/quickstart DEQ-Sequence/LM-TFM-demo/jfb --out both.html",
             "DEQ-Sequence/LM-TFM-demo/quickstart --png figures",
         )
     },
+    "python DEQ-Sequence/quickstart.py --name jfb --grad jfb": "sequence/test_quickstart.py",
     "python scripts/audit.py DEQ-Sequence/LM-TFM-demo/quickstart": "sequence/test_audits.py",
     "python scripts/benchmarks/bench_audits.py": "scripts/test_bench_audits.py",
     **{

@@ -17,6 +17,7 @@ from lib.runs.run_folder import peak_memory_mib, read_metrics
 
 _PROMPTS = ("this function returns", "the object is")  # of the demo text
 _PROMPT_LENGTH = {False: 3, True: 30}  # words or bytes of a prompt from the test text
+_BEFORE = "this run, before its equilibrium phase"  # not a stack trained for as long
 _SRADIUS_SEGMENTS = 2  # segments of the validation text, 150 Jacobian products each
 
 
@@ -62,7 +63,7 @@ def report(args: argparse.Namespace, folder: Path, model: DEQTransformerLM, corp
             (title, *(shown(ngrams[f"{name}_{split}"]) for split in ("valid", "test")))
             for title, name in (("unigram", "unigram"), ("Kneser-Ney bigram", "bigram"))
         ),
-        ("stacked (end of pre-training)", "none" if before is None else shown(before), ""),
+        *(() if stacked else [(_BEFORE, "none" if before is None else shown(before), "")]),
         (ended, shown(_perplexity(valid)), shown(_perplexity(test))),
         ("test / unigram", "", f"{_perplexity(test) / ngrams['unigram_test']:.3f}"),
         ("", "", ""),

@@ -33,6 +33,7 @@ from deq_sequence.state.strings import is_state
 from deq_sequence.text.corpus import DATASETS
 from deq_sequence.text.vocabulary import EOS, ByteVocab, Vocab
 from lib.errors import InputError, check, is_number, naming
+from lib.gradients import unused_settings
 from lib.runs.checkpoint import load_state
 from lib.runs.model_file import ModelFile, find_device, read_model_file
 from lib.runs.run_folder import SETTINGS
@@ -236,6 +237,7 @@ def facts(found: ModelFile) -> dict[str, Any]:
     trained = build(found, torch.device("cpu"))
     args, model = trained.settings, trained.model
     symbols = "bytes" if trained.is_of_bytes else "words"
+    unused = unused_settings(model.grad)
     return {
         "title": f"A DEQ-Transformer trained on {data_name(args)}",
         "about": (
@@ -249,7 +251,9 @@ def facts(found: ModelFile) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "figures": _figures(found.figures, trained.is_of_bytes),
         "settings": {
-            name: getattr(args, name) for name in _SHOWN if getattr(args, name) not in ([], None)
+            name: getattr(args, name)
+            for name in _SHOWN
+            if getattr(args, name) not in ([], None) and name not in unused
         },
         "data": (
             f"{_TEXTS[args.dataset]} (`--dataset {args.dataset}`); vocabulary "
@@ -260,6 +264,12 @@ def facts(found: ModelFile) -> dict[str, Any]:
             'model = deq_sequence.load("NAME")\n'
             'print(model.generate("the", words=20, seed=1))'
         ),
+        "samples": (
+            f"segments of {args.eval_tgt_len} {symbols} of the test text, each with the memory of "
+            f"the {symbols} before it"
+        ),
+        "measures": {"log-likelihood": f"the mean log p of the {symbols}, in nats"},
+        "difficulty": f"how rare the {symbols} are",
     }
 
 

@@ -7,7 +7,7 @@ import torch
 from deq_sequence.trained import KIND, TrainedModel, build, of_run
 from lib.errors import check, check_count, naming
 from lib.runs.command_line import Parser
-from lib.runs.model_file import find_device, read_model_file
+from lib.runs.model_file import THREADS, find_device, read_model_file, use_few_threads
 
 
 def add_model(parser: Parser) -> None:
@@ -15,18 +15,24 @@ def add_model(parser: Parser) -> None:
     add = parser.add_argument
     add("model", metavar="RUN", help="folder of a run, or a file of scripts/export_weights.py")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    add("--num_threads", type=int, default=0, help="CPU threads; 0 leaves PyTorch's choice")
+    threads = f"{THREADS}, and this flag overrules both; 0 is PyTorch's choice"
+    add("--num_threads", type=int, default=argparse.SUPPRESS, help=threads)
 
 
 def load_model(args: argparse.Namespace) -> TrainedModel:
     """The model that :func:`add_model`'s flags name."""
-    check_count("--num_threads", args.num_threads, 0)
-    check(args.num_threads <= 1024, "--num_threads", args.num_threads, "at most 1024")
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
+    threads = getattr(args, "num_threads", None)
+    if threads is not None:
+        check_count("--num_threads", threads, 0)
+        check(threads <= 1024, "--num_threads", threads, "at most 1024")
+    if threads:
+        torch.set_num_threads(threads)
     with naming("--device"):
         device = find_device(args.device)
-    return build(read_model_file(args.model, KIND, of_run), device)
+    trained = build(read_model_file(args.model, KIND, of_run), device)
+    if threads is None:
+        use_few_threads(trained.model)
+    return trained
 
 
 def check_thresholds(trained: TrainedModel, f_thres: list[int], mem_len: list[int]) -> None:

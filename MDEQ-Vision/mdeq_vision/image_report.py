@@ -88,7 +88,9 @@ def _score_rows(records: list[dict], name: str) -> list[tuple[str, str, str]]:
     phase = valid[tested["best"]["of_step"]]["phase"]
     rows = []
     if before := [r for r in valid.values() if r["phase"] != phase]:
-        rows.append(("stacked (end of pre-training)", f"{100 * before[-1][name]:.2f}%", ""))
+        rows.append(
+            ("this run, before its equilibrium phase", f"{100 * before[-1][name]:.2f}%", "")
+        )
     for which, title in (("last", "end of training"), ("best", "best in validation")):
         record = tested[which]
         scores = (f"{100 * r[name]:.2f}%" for r in (valid[record["of_step"]], record))

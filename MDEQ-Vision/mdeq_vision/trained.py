@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lib.errors import InputError, is_number, naming
+from lib.gradients import unused_settings
 from lib.runs.checkpoint import load_state
 from lib.runs.model_file import ModelFile, find_device, read_model_file
 from mdeq_vision.classes_file import CLASSES, check_classes, classes_of, facts_of, read_classes
@@ -30,7 +31,7 @@ _PLACES = """
 """.split()
 # Settings that a card shows: those that shape the model and its training.
 _SHOWN = """
-    MODEL.NUM_LAYERS MODEL.IMAGE_SIZE MODEL.DOWNSAMPLE_TIMES MODEL.EXPANSION_FACTOR
+    MODEL.NUM_LAYERS MODEL.DOWNSAMPLE_TIMES MODEL.EXPANSION_FACTOR
     MODEL.NUM_GROUPS MODEL.WNORM MODEL.DROPOUT MODEL.EXTRA.FULL_STAGE.NUM_CHANNELS
     MODEL.EXTRA.FULL_STAGE.NUM_BLOCKS DEQ.F_SOLVER DEQ.F_THRES DEQ.STOP_MODE DEQ.GRAD DEQ.B_SOLVER
     DEQ.B_THRES TRAIN.PRETRAIN_STEPS TRAIN.END_EPOCH TRAIN.BATCH_SIZE_PER_GPU TRAIN.OPTIMIZER
@@ -45,7 +46,11 @@ _DATA = {
     "own_pictures": "folders of its user's own pictures",
     "own_scenes": "scenes of its user's own",
 }
-_OF_TASK = {CLASSIFIER: (), SEGMENTER: ("TRAIN.IMAGE_SIZE", "TEST.IMAGE_SIZE", "TEST.BASE_SIZE")}
+_OF_TASK = {
+    CLASSIFIER: ("MODEL.IMAGE_SIZE",),
+    SEGMENTER: ("TRAIN.IMAGE_SIZE", "TEST.IMAGE_SIZE", "TEST.BASE_SIZE"),
+}
+_PICTURES = {"digits": "docs/figures/digit.png", "digit_scenes": "docs/figures/scene.png"}
 
 
 def load(
@@ -132,6 +137,7 @@ def facts(found: ModelFile) -> dict[str, Any]:
     settings, names = flat(trained.settings), trained.classes
     dataset = trained.settings.DATASET.DATASET
     verb = "classify" if found.kind == CLASSIFIER else "segment"
+    unused = {f"DEQ.{name.upper()}" for name in unused_settings(trained.model.grad)}
     shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     shows = "print(found.best(3))" if verb == "classify" else "print(found.shares)"
     return {
@@ -146,8 +152,8 @@ def facts(found: ModelFile) -> dict[str, Any]:
         "figures": _figures(found.figures),
         "settings": {
             name: settings[name]
-            for name in (*_SHOWN, *_OF_TASK[found.kind])
-            if settings.get(name) not in (None, [], "")
+            for name in (*_OF_TASK[found.kind], *_SHOWN)
+            if settings.get(name) not in (None, [], "") and name not in unused
         },
         "data": f"{_DATA[dataset]} (`DATASET.DATASET {dataset}`).",
         "use": (
@@ -156,6 +162,13 @@ def facts(found: ModelFile) -> dict[str, Any]:
             f'found = model.{verb}("picture.png")\n'
             f"{shows}"
         ),
+        "samples": "the first images of the test data",
+        "measures": {
+            "accuracy": "the share of images whose class is right",
+            "pixel accuracy": "the share of an image's pixels whose class is right, the mean",
+        },
+        "difficulty": "the entropy of the model's own prediction",
+        **({"picture": _PICTURES[dataset]} if dataset in _PICTURES else {}),
     }
 
 

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lib.errors import InputError, needs
 from lib.runs.checkpoint import read_state
@@ -17,6 +18,10 @@ with needs("runs"):
     from safetensors import safe_open
 
 KEY, SUM, FORM = "deq.model", "sha256", 1
+THREADS = (  # for --help
+    "CPU threads: 1 for a model of fewer than 10 million parameters, else PyTorch's choice; "
+    "OMP_NUM_THREADS overrules"
+)
 _TYPES = {"kind": str, "settings": dict, "names": list, "figures": dict}
 
 
@@ -76,6 +81,13 @@ def find_device(name: str | torch.device) -> torch.device:
         reason = str(error).split(". ")[0]
         raise InputError(f"the device {name!s} cannot be used here ({reason}): try cpu") from error
     return device
+
+
+def use_few_threads(model: nn.Module) -> None:
+    """One CPU thread if the model is small (``THREADS``): its operations are too short to share."""
+    small = sum(p.numel() for p in model.parameters()) < 10_000_000
+    if small and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def digest(said: dict) -> str:

@@ -1,6 +1,7 @@
 """scripts/export_weights.py: weights of both trainers, in both formats, and bad input."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -110,6 +111,23 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, part):
     assert Path("good.pt").read_bytes() == content
 
 
+AUDIT = {
+    "verdict": "cut short",
+    "measure": "log-likelihood",
+    "samples": 30,
+    "threshold": 6,
+    "eps": 1e-3,
+    "cuts": [
+        {"name": name, "evaluations": float(n), "measure": -5 + n / 100, "residual": 0.5**n}
+        for name, n in (("skipped", 0), ("2", 2), ("own threshold", 6), ("2 x threshold", 12))
+    ],
+    "starts": [{"settled": 1.0, "elsewhere": 0.0}, {"settled": 0.5, "elsewhere": 0.25}],
+    "radius": {"samples": 3, "mean": 0.5, "largest": 0.75, "below_one": 1.0},
+    "correctness": {"said": "no relation"},
+    "effort": {"said": "no relation"},
+}
+
+
 @pytest.fixture
 def run(tmp_path):
     """The folder of a run with the weights of the model in the repository."""
@@ -130,16 +148,7 @@ def test_a_run_is_exported_with_its_card(tmp_path, run, capsys):
         {"kind": "final_valid", "step": 2, "loss": None, "nfe": 6.0},
     ]
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
-    audit = {
-        "verdict": "equilibrium",
-        "reason": "it is",
-        "measure": "log-likelihood",
-        "cuts": [{"name": "2", "evaluations": 2.0, "measure": -4.5, "residual": 0.1}],
-        "radius": {"samples": 3, "mean": 0.5, "largest": 0.75},
-        "correctness": {"said": "no relation"},
-        "effort": {"said": "no relation"},
-    }
-    (run / "audit.json").write_text(json.dumps(audit))
+    (run / "audit.json").write_text(json.dumps(AUDIT))
     target = tmp_path / "new/words.safetensors"
     assert main([str(run), str(target)]) == 0
     assert capsys.readouterr().out.splitlines()[1] == f"{target.with_suffix('.md')}: its card"
@@ -155,11 +164,21 @@ def test_a_run_is_exported_with_its_card(tmp_path, run, capsys):
     assert main([str(run), str(again)]) == 0
     assert again.read_bytes() == target.read_bytes()
     card = target.with_suffix(".md").read_text()
-    for part in (MARK, "| perplexity (test) | 54.598 |", "verdict of the audit: equilibrium"):
+    for part in (
+        MARK,
+        "| perplexity (test) | 54.598 |",
+        "**Verdict: cut short.** The solve stops before it has settled",
+        "6.0 evaluations of f, and its residual is 1.6e-02. With 12.0 evaluations, the "
+        "log-likelihood changes by +0.060.",
+        "tried 30 samples: segments of 64 words of the test text",
+        "| the solve | evaluations of f | log-likelihood | residual |",
+        "| ends after 2 | 2.0 | -4.980 | 2.5e-01 |",
+        "other starts: 62% of the solves come back to the same point, 12% settle elsewhere",
+        "mean 0.500, largest 0.750, below 1 for 100%",
+    ):
         assert part in card
     assert "(valid) | 6.0" in card
     assert "nan" not in card
-    assert "mean 0.500, largest 0.750" in card
     for text in (card, json.dumps(found.settings)):
         assert str(tmp_path) not in text
 
@@ -199,6 +218,33 @@ def test_a_run_that_cannot_be_exported(tmp_path, monkeypatch, capsys, run, chang
     assert part in err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert Path("page.md").read_text() == "my own notes\n"
+
+
+def test_the_lines_of_a_card_run_where_it_was_exported(tmp_path, monkeypatch, run, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "mine/words.safetensors"]) == 0
+    capsys.readouterr()
+    card = Path("mine/words.md").read_text()
+    assert "Paths are those from the folder where it was exported:" in card
+    run_lines(card)
+    assert len(capsys.readouterr().out.split()) == 20
+
+
+@pytest.mark.parametrize("name", ["words", "digits", "scenes"])
+def test_the_lines_of_our_cards_run_in_the_root(monkeypatch, capsys, name):
+    monkeypatch.chdir(ROOT)
+    card = (ROOT / f"docs/models/{name}.md").read_text()
+    assert f'load("docs/models/{name}.safetensors")' in card
+    run_lines(card)
+    assert len(capsys.readouterr().out.split()) > 5
+    unused = "| b_solver" if name == "words" else "| DEQ.B_SOLVER"
+    assert (unused in card) == (name != "words")  # phantom has no backward solve, ift has
+    sizes = re.findall(r"\| (?:MODEL|TRAIN)\.IMAGE_SIZE \| `(.*)`", card)
+    assert sizes == {"words": [], "digits": ["[16, 16]"], "scenes": ["[64, 64]"]}[name]
+
+
+def run_lines(card):
+    exec(re.search("```python\n(.*?)```", card, re.DOTALL)[1], {})
 
 
 def test_command(tmp_path, monkeypatch):

@@ -36,6 +36,25 @@ def test_a_seed_gives_a_text(capsys):
 
 
 @pytest.mark.parametrize(
+    ("flags", "variable", "threads"),
+    [
+        ([], None, 1),
+        ([], "3", 2),
+        (["--num_threads", "0"], None, 2),
+        (["--num_threads", "3"], "2", 3),
+    ],
+)
+def test_one_thread_for_a_small_model(monkeypatch, flags, variable, threads):
+    """torch itself has read the variable when it was imported: it leaves the 2 of this test."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    torch.set_num_threads(2)
+    assert main([WORDS, "--prompt", "the", "--words", "1", *flags]) == 0
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(
     "flags", [["--temperature", "0"], ["--top_k", "1"], ["--top_p", "1e-300", "--temperature", "2"]]
 )
 def test_the_likeliest_words(capsys, flags):

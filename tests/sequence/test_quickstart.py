@@ -1,9 +1,11 @@
 """The quickstart's report, evaluation with more iterations, and generation."""
 
+import json
 import math
 import re
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ TINY = """
     --tgt_len 16 --mem_len 16 --eval_tgt_len 16 --batch_size 4 --eval_batch_size 4 --lr 0.01
     --eval-interval 30 --log-interval 10 --num_threads 1
 """
+REPORT = Path(__file__).parents[2] / "docs/report.md"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -86,7 +89,9 @@ def test_report(trained, small_corpus):
     (valid,) = [r for r in records if r["kind"] == "final_valid"]
     (test,) = [r for r in records if r["kind"] == "final_test"]
     stacked = [r for r in records if r["kind"] == "valid" and r["step"] == 60]
-    assert table["stacked (end of pre-training)"] == [f"{math.exp(stacked[0]['loss']):.1f}"]
+    assert table["this run, before its equilibrium phase"] == [
+        f"{math.exp(stacked[0]['loss']):.1f}"
+    ]
     assert table["equilibrium"] == [f"{math.exp(r['loss']):.1f}" for r in (valid, test)]
     share = math.exp(test["loss"]) / float(table["unigram"][1])
     assert float(table["test / unigram"][0]) == pytest.approx(share, abs=2e-3)
@@ -131,7 +136,12 @@ def test_restart_of_a_finished_run_reports_again(room, trained, capsys):
     assert quickstart(room, "--restart") == 0
     shown = rows(capsys.readouterr().out)
     after = rows((folder / "report.txt").read_text())
-    for name in ("unigram", "stacked (end of pre-training)", "equilibrium", "test / unigram"):
+    for name in (
+        "unigram",
+        "this run, before its equilibrium phase",
+        "equilibrium",
+        "test / unigram",
+    ):
         assert after[name] == before[name] == shown[name]
 
 
@@ -157,10 +167,21 @@ def test_report_of_runs_of_one_phase(room, more, capsys):
     if more[1] == "90":
         assert "stacked (end of training)" in table
         assert "equilibrium" not in table
+        assert "this run, before its equilibrium phase" not in table
     else:
-        assert table["stacked (end of pre-training)"] == ["none"]
+        assert table["this run, before its equilibrium phase"] == ["none"]
         assert "equilibrium" in table
     assert (room / "LM-TFM-wt103" / name / "curves.png").exists()
+
+
+def test_a_second_run_with_another_gradient(room, capsys):
+    """As docs/report.md makes one, to compare it with the first."""
+    flags = ["--name", "jfb", "--grad", "jfb"]
+    assert f"quickstart.py {' '.join(flags)}\n" in REPORT.read_text("utf-8")
+    assert quickstart(room, *flags, "--pretrain_steps", "2", "--max_step", "4") == 0
+    assert float(rows(capsys.readouterr().out)["test / unigram"][0]) > 0
+    settings = json.loads((room / "LM-TFM-wt103/jfb/settings.json").read_text())
+    assert settings["grad"] == "jfb"
 
 
 @pytest.mark.parametrize("more", [["--debug"], ["--eval"]])

@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from image_files import noise
@@ -47,6 +48,16 @@ def test_all_forms_of_a_digit(digit, tmp_path, capsys):
     assert min(shares) > 90
     assert max(shares) - min(shares) < 1
     assert all(1 <= int(m["n"]) <= 20 for m in found.values())
+
+
+@pytest.mark.parametrize(("variable", "threads"), [(None, 1), ("2", 2)])
+def test_one_thread_for_a_small_model(monkeypatch, variable, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    torch.set_num_threads(2)
+    assert classify([DIGITS_FILE, str(ROOM.parent / "docs/figures/digit.png")]) == 0
+    assert torch.get_num_threads() == threads
 
 
 def test_photographs_of_any_size(tmp_path, capsys):

@@ -78,7 +78,7 @@ def test_report(finished):
     tested = {r["weights"]: r for r in records if r["kind"] == "final_test"}
     last = tested["last"]
     assert table[f"{title} (8 test images)"] == ["valid", "test"]
-    assert table["stacked (end of pre-training)"] == [f"{100 * stacked[score]:.2f}%"]
+    assert table["this run, before its equilibrium phase"] == [f"{100 * stacked[score]:.2f}%"]
     for name, which in (("end of training", "last"), ("best in validation", "best")):
         step = tested[which]["of_step"]
         (chosen,) = (r for r in valid if r["step"] == step)

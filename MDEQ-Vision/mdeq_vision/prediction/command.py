@@ -11,7 +11,7 @@ from lib.errors import InputError, check_count, naming
 from lib.runs.atomic_files import atomic_write
 from lib.runs.checkpoint import check_target
 from lib.runs.command_line import Parser, exit_code
-from lib.runs.model_file import find_device
+from lib.runs.model_file import THREADS, find_device, use_few_threads
 from mdeq_vision.model import FOLLOW_THRES
 from mdeq_vision.pictures import colour, save_png, to_label_ids
 from mdeq_vision.prediction.files import PictureFile, use_each
@@ -128,7 +128,7 @@ def segment(argv: list[str] | None = None) -> int:
 
 
 def _parser(program: str, description: str) -> Parser:
-    parser = Parser(prog=program, description=description)
+    parser = Parser(prog=program, description=description, epilog=f"{THREADS}.")
     add = parser.add_argument
     add("run", metavar="RUN", help="a run's folder, or a file of scripts/export_weights.py")
     add("images", metavar="IMAGE", nargs="+", help="pictures, or folders of pictures")
@@ -143,6 +143,7 @@ def _load(args, kind: type) -> TrainedClassifier | TrainedSegmenter:
     if not isinstance(model, kind):
         other = "segment.py" if isinstance(model, TrainedSegmenter) else "classify.py"
         raise InputError(f"{args.run} is a model for tools/{other}: use that, or another model")
+    use_few_threads(model.model)
     return model
 
 
