@@ -156,7 +156,7 @@ def test_the_figure_of_the_page(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOM)
     docs = ROOM.parent / "docs"
     page = (docs / "images.md").read_text()
-    (words,) = re.findall(r"^python tools/segment\.py (.*)$", page, re.MULTILINE)
+    words, *_ = re.findall(r"^python tools/segment\.py (.*)$", page, re.MULTILINE)
     assert segment([*words.split(), "--out", str(tmp_path)]) == 0
     found, shown = read(tmp_path / "overlays/scene.png"), read(docs / "figures/segment.png")
     assert found.shape[0] == shown.shape[0]
