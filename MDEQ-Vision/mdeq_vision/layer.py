@@ -119,7 +119,13 @@ class MultiscaleLayer(nn.Module):
         whole, dtype = {None: held}, _autocast_dtype(kind)
         if dtype is not None:
             whole[dtype] = _cast(held, dtype)
-        return self._map(whole, dtype)
+        return self._on(whole)
+
+    def _on(self, whole: dict[torch.dtype | None, Held]) -> Callable[[list[Tensor]], list[Tensor]]:
+        """f with these tensors, in full precision and perhaps in autocast's dtype."""
+        f = self._map(whole, next((dtype for dtype in whole if dtype is not None), None))
+        f.source = lambda: (self._on, whole)
+        return f
 
     def _map(
         self,
