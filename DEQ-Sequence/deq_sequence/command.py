@@ -52,6 +52,7 @@ from lib.runs.run_folder import (
     is_used,
 )
 from lib.runs.run_training import Job, Plan, Settings, run_training
+from lib.solvers.graphs import Graphs
 from lib.solvers.precision import allow_tf32
 
 # A resumed run may change the settings that begin so, without a note in the log.
@@ -120,6 +121,8 @@ def build_model(args: argparse.Namespace, corpus: Corpus | StateStrings, device:
     model.to(device)
     if args.compile:
         model.func.compile_evaluations()
+    if args.graph:
+        model.deq.graphs = Graphs()
     return model
 
 

@@ -45,6 +45,7 @@ def _defaults() -> CfgNode:
     cfg.AMP = "none"  # bf16: f in bfloat16, solver states and losses in float32
     cfg.TF32 = False  # round the factors of float32 products on the GPU to TF32
     cfg.COMPILE = False  # compile f with torch.compile for the solvers' evaluations
+    cfg.GRAPH = False  # on a GPU, take f and its products from CUDA graphs
 
     cfg.MODEL = CfgNode()
     cfg.MODEL.NAME = "mdeq"
@@ -313,7 +314,7 @@ def make_deq(cfg: CfgNode) -> DEQ:
     own = cfg.DEQ
     b_solver = SAME if own.B_SOLVER == "None" else own.B_SOLVER
     with naming("DEQ.F_SOLVER, DEQ.B_SOLVER, DEQ.GRAD and DEQ.STOP_MODE"):
-        deq = DEQ(own.F_SOLVER, b_solver, stop_mode=own.STOP_MODE, grad=own.GRAD)
+        deq = DEQ(own.F_SOLVER, b_solver, stop_mode=own.STOP_MODE, grad=own.GRAD, graph=cfg.GRAPH)
     # Training draws thresholds of at most F_THRES + 1.
     deq.grad.refuse_threshold(own.F_THRES, "DEQ.F_THRES", more=1)
     return deq

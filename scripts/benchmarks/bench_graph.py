@@ -13,9 +13,10 @@ These forms of a step take turns in one process, the last one after the others:
     compile      ours, f through torch.compile
 
 All but the first are modes of one model. "ms" is the median time of a step, "busy" the share of it
-in which the GPU computes (torch.profiler), "reads" how often the host waits for the GPU in it.
-"gradient" is the largest relative difference of the gradient of a step, over parameters, to that of
-"fast". "MiB" is what graphs hold. On a CPU, sizes are tiny, and graphs are left out with a warning.
+in which the GPU computes (torch.profiler), "host ms" the time until the host has started all work
+of a step, "reads" how often the host waits for the GPU in it, "nfe" evaluations forward/backward.
+"gradient" is the largest relative difference of a parameter's gradient to that of "fast". "MiB" is
+what graphs hold. On a CPU, sizes are tiny, and graphs are left out with a warning.
 """
 
 import statistics
@@ -31,7 +32,7 @@ import torch
 import torch.profiler as profiler
 from helpers.arguments import Parser, write_json
 from helpers.gpu import _own_time, _Waits
-from helpers.measure import describe_machine, in_turns, table
+from helpers.measure import describe_machine, in_turns, synchronize, table
 from helpers.settings import FORMS, SIZES, Options, chosen_settings
 from helpers.steps import run_step
 from helpers.tasks import Task, make_task
@@ -82,12 +83,26 @@ def run(argv: list[str] | None = None) -> None:
 
 def shown(found: dict[str, dict]) -> str:
     """The figures of a setting as a table."""
-    head = ["form", "ms", "ratio", "busy", "GPU ms", "reads", "nfe", "gradient", "MiB", "first s"]
+    head = [
+        "form",
+        "ms",
+        "ratio",
+        "busy",
+        "GPU ms",
+        "host ms",
+        "reads",
+        "nfe",
+        "gradient",
+        "MiB",
+        "first s",
+    ]
     first = next((f["ms"] for f in found.values() if f.get("ms")), None)
     rows = []
     for name, f in found.items():
         ratio = f"{first / f['ms']:.2f}" if f.get("ms") and first else ""
-        cells = [_text(f.get(k)) for k in ("ms", "busy", "gpu_ms", "reads", "nfe", "gradient")]
+        cells = [
+            _text(f.get(k)) for k in ("ms", "busy", "gpu_ms", "host_ms", "reads", "nfe", "gradient")
+        ]
         cells.insert(1, ratio)
         rows.append([name, *cells, _text(f.get("graph_mib")), _text(f.get("first_s"))])
     return table(head, rows)
@@ -191,6 +206,7 @@ class Setting:
         self._step(form)
         stats = task.model.deq.stats
         found["nfe"] = f"{stats.forward.last['nfe']}/{stats.backward.last['nfe']}"
+        found["host_ms"] = 1e3 * min(self._unmeasured(task) for _ in range(2))
         with _Waits(self.device) as waits:
             self._unmeasured(task)
         found["reads"] = waits.count
@@ -206,16 +222,19 @@ class Setting:
         if form != "plain":
             found["gradient"] = self._difference(task, form)
 
-    def _unmeasured(self, task: Task) -> None:
-        """A step without the waits at the borders of its parts."""
+    def _unmeasured(self, task: Task) -> float:
+        """A step without waits at the borders of its parts; seconds until the host is done."""
         self.index += 1
         task.begin(self.index)
+        synchronize(self.device)
+        start = time.perf_counter()
         loss = task.loss()
         task.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         task.update()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        synchronize(self.device)
+        return seconds
 
     def _difference(self, task: Task, form: str) -> float:
         """Of the gradient, from the same weights, memory and data, to that of "fast"."""

@@ -37,6 +37,7 @@ from helpers.settings import LANGUAGE, Form, Options, image_config, language_arg
 from lib.jacobian import jac_loss_weight_at
 from lib.runs.optimizers import fused_if_possible
 from lib.solvers import SOLVERS
+from lib.solvers.graphs import Graphs
 from lib.solvers.precision import autocast
 from mdeq_vision import MDEQClsNet, MDEQSegNet
 from mdeq_vision import schedules as image_schedules
@@ -65,6 +66,8 @@ class Task:
     def __init__(self, form: Form, options: Options, model: nn.Module):
         self.form, self.options, self.device = form, options, options.device
         self.model = model.to(options.device, options.dtype).train()
+        if form.graph:
+            self.model.deq.graphs = Graphs()
 
     def set_solvers(self, forward: str, backward: str) -> None:
         """Solvers by name, in the form's own implementation."""
