@@ -1,0 +1,219 @@
+"""CUDA graphs of f and its products: what is copied when, and every way back to f itself.
+
+Here graphs are recorded by a stand-in, which computes again on the copies, as a GPU would. A real
+GPU records them in tests/test_on_a_gpu.py.
+"""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lib.deq import DEQ, DEQWarning
+from lib.solvers.graphs import MOST, Graphs
+from lib.solvers.precision import in_context, same_autocast
+
+pytestmark = pytest.mark.filterwarnings("error::lib.deq.DEQWarning")
+
+
+class Recorder:
+    """Computes again, under the autocast setting of the recording; counts replays."""
+
+    def __init__(self):
+        self.recorded, self.replays = 0, []
+
+    def __call__(self, function):
+        function()
+        number, again = self.recorded, in_context(same_autocast(torch.device("cpu")), function)
+        self.recorded += 1
+
+        def replay():
+            self.replays.append(number)
+            again()
+
+        return replay
+
+
+class Layer(nn.Module):
+    """tanh(W z + x) times a mask; of a list: each part by its own, with the sum of all."""
+
+    def __init__(self, parts: int = 0):
+        super().__init__()
+        self.parts = parts
+        self.inner = nn.Linear(4, 4)
+        with torch.no_grad():
+            self.inner.weight.copy_(0.4 * torch.eye(4) + 0.1)
+
+    def prepare(self, x: Tensor, mask: Tensor | None = None):
+        held = {"weights": [self.inner.weight, self.inner.bias], "x": x, "mask": mask}
+        f = self.on(held)
+        f.source = lambda: (self.on, held)
+        return f
+
+    def on(self, held: dict):
+        weight, bias = held["weights"]
+
+        def one(z: Tensor) -> Tensor:
+            out = torch.tanh(nn.functional.linear(z, weight, bias) + held["x"])
+            return out if held["mask"] is None else out * held["mask"]
+
+        return one if not self.parts else lambda z: [one(t) + 0.1 * sum(z) for t in z]
+
+
+def trained(graph, *, parts=0, masked=True, f_solver="anderson", grad="ift", amp=False, steps=3):
+    """States and gradients of some steps. The weights change in place, the rest is new."""
+    torch.manual_seed(0)
+    layer = Layer(parts)
+    deq = DEQ(f_solver, "broyden", grad=grad)
+    deq.graphs = graph
+    optimizer, found = torch.optim.SGD(layer.parameters(), lr=0.1), []
+    for _ in range(steps):
+        x = torch.randn(3, 4, requires_grad=True)
+        mask = torch.rand(3, 4) if masked else None
+        z0 = [torch.zeros(3, 4)] * parts if parts else torch.zeros(3, 4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            solution = deq(layer.prepare(2 * x, mask), z0, f_thres=12, b_thres=12, jac_vecs=1)
+        ends = solution.z if parts else [solution.z]
+        (sum(z.square().sum() for z in ends) + solution.jac_loss).backward()
+        found += [
+            *(z.detach() for z in ends),
+            x.grad,
+            *(p.grad.clone() for p in layer.parameters()),
+        ]
+        optimizer.step()
+        optimizer.zero_grad()
+    return found, deq
+
+
+@pytest.mark.parametrize("parts", [0, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"masked": False, "f_solver": "broyden:check_every=99"},
+        {"f_solver": "anderson:stop=sample", "grad": "phantom:form=neumann"},
+        {"grad": "ift:order=2"},
+        {"amp": True},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("default::lib.deq.DEQWarning")  # bfloat16 does not converge
+def test_a_replay_gives_the_same_bits(parts, options):
+    recorder = Recorder()
+    expected, plain = trained(None, parts=parts, **options)
+    found, deq = trained(Graphs(recorder), parts=parts, **options)
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert deq.stats.forward.nfe == plain.stats.forward.nfe
+    assert recorder.replays
+
+
+def test_only_the_state_is_copied_for_each_evaluation():
+    """Of one step: f for each evaluation, f with its derivative once, then product by product."""
+    recorder = Recorder()
+    _, deq = trained(Graphs(recorder), steps=1)
+    evaluations, products = deq.stats.forward.nfe, deq.stats.backward.nfe - 1  # J'0 costs none
+    assert recorder.recorded == 3
+    assert recorder.replays == [0] * evaluations + [1] + [2] * products
+
+
+def test_forwards_that_wait_for_their_backward():
+    """Each has its own inputs, whatever the order."""
+    torch.manual_seed(0)
+    inputs = torch.randn(2, 3, 4)
+
+    def gradients(graphs, order):
+        layer, deq = Layer(), DEQ()
+        deq.graphs = graphs
+        xs = [x.clone().requires_grad_() for x in inputs]
+        ends = [deq(layer.prepare(x), torch.zeros(3, 4)).z for x in xs]
+        for i in order:
+            ends[i].square().sum().backward()
+        return [x.grad for x in xs]
+
+    torch.manual_seed(1)
+    expected = gradients(None, (0, 1))
+    for order in ((0, 1), (1, 0)):
+        torch.manual_seed(1)
+        found = gradients(Graphs(Recorder()), order)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_after_inference_mode():
+    layer, deq, x = Layer(), DEQ(), torch.ones(3, 4)
+    deq.graphs = Graphs(Recorder())
+    with torch.inference_mode():
+        first = deq(layer.prepare(x), torch.zeros(3, 4)).z
+    again = deq(layer.prepare(x.requires_grad_()), torch.zeros(3, 4)).z
+    again.sum().backward()
+    torch.testing.assert_close(first, again.detach(), rtol=1e-2, atol=1e-2)
+
+
+def test_a_copy_records_its_own():
+    _, deq = trained(Graphs(), steps=0)
+    deq.graphs._said = True
+    for twin in (copy.deepcopy(deq), pickle.loads(pickle.dumps(deq))):
+        assert not twin.graphs._forms
+        assert not twin.graphs._said
+
+
+# ---- without a graph -----------------------------------------------------------------------------
+
+
+def solved(layer, f, deq, count=2):
+    """The state, and the warnings about graphs of some calls."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(count):
+            z = deq(f, torch.zeros(3, 4)).z
+    said = [str(w.message) for w in caught if "CUDA graph" in str(w.message)]
+    assert torch.equal(z, DEQ()(f, torch.zeros(3, 4)).z)
+    return said
+
+
+def failing(function):
+    raise RuntimeError("not captured\nas CUDA says")
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        ("cpu", "this is no GPU"),
+        ("source", "f has no source (lib.solvers.maps)"),
+        ("hook", "f has a hook"),
+        ("replica", "DataParallel makes a new f each time"),
+        ("cuda", "not captured"),
+    ],
+)
+def test_falls_back_with_one_line(case, reason):
+    layer, deq = Layer(), DEQ(graph=True)
+    f = layer.prepare(torch.ones(3, 4))
+    if case != "cpu":
+        deq.graphs = Graphs(failing if case == "cuda" else Recorder())
+    if case == "source":
+        del f.source
+    if case == "hook":
+        layer.inner.register_forward_hook(lambda *_: None)
+    if case == "replica":
+        layer._is_replica = True
+    assert solved(layer, f, deq) == [f"no CUDA graph ({reason}): f runs without"]
+
+
+def test_at_most_so_many_shapes():
+    layer, deq = Layer(), DEQ()
+    deq.graphs = Graphs(Recorder())
+
+    def solve(size):
+        x = torch.ones(size, 4)
+        assert deq(layer.prepare(x), torch.zeros(size, 4), training=False).z.shape == x.shape
+
+    with torch.no_grad():
+        for size in range(1, MOST + 1):
+            solve(size)
+        with pytest.warns(DEQWarning, match=f"more than {MOST} shapes"):
+            solve(MOST + 1)
+        solve(MOST + 2)  # in silence
+    assert sum(form is not None for form in deq.graphs._forms.values()) == MOST
