@@ -106,8 +106,8 @@ class DEQ:
             options ("phantom:steps=3,damping=0.8"), or an instance of one of these classes.
         group: the processes among which f communicates (as under ``fully_shard``, FSDP2), such as
             ``torch.distributed.group.WORLD``: see :func:`~lib.solvers.maps.lockstep`.
-        graph: on a GPU, take f and J'v from CUDA graphs (:mod:`lib.solvers.graphs`). ``graphs`` may
-            be set later, too.
+        graph: on a GPU, take f and J'v from CUDA graphs (:mod:`lib.solvers.graphs`). Not with a
+            group. ``graphs`` may be set later, too.
 
     ``stats`` accumulates what the solvers did; ``stats.reset()`` clears it.
 
@@ -129,8 +129,7 @@ class DEQ:
     ):
         for mode in (stop_mode, b_stop_mode or stop_mode):
             check_stop_mode(mode)
-        self.group = group
-        self.graphs = Graphs() if graph else None
+        self.group, self.graphs = group, Graphs() if graph else None
         self._grad = get_gradient(grad)
         self.f_solver, self.b_solver = f_solver, b_solver
         self.stop_mode = stop_mode
@@ -212,17 +211,14 @@ class DEQ:
                 of torch.func.
         """
         refuse_transforms()
-        if self.graphs is not None:
-            f = self.graphs.without(f, "group") if self.group else self.graphs.of(f)
-        products = getattr(f, "product", None)
+        if self.graphs is not None and self.group is None:
+            f = self.graphs.of(f)
         shapes = None  # of the tensors in a list
         if not isinstance(z0, Tensor):
             listed = isinstance(z0, Sequence) and all(isinstance(t, Tensor) for t in z0)
             check(listed, "z0", type(z0).__name__, "a tensor or a list of tensors")
             shapes = [tuple(t.shape[1:]) for t in z0]
-            flat = partial(_flattened, shapes)
-            f, z0 = transformed(f, flat), list2vec(z0)
-            products = products and partial(products, change=flat)
+            f, z0 = transformed(f, partial(_flattened, shapes)), list2vec(z0)
         recording, half = torch.is_grad_enabled(), half_precision(z0)
         jac_vecs = jac_vecs if recording else 0
         if self.group is not None:
@@ -245,9 +241,7 @@ class DEQ:
                 point = _point(z_star.clone(), requires_grad=True)
                 jac_loss = jac_loss_estimate(plain(f)(point), point, vecs=jac_vecs)
         elif recording or training or differentiating_forward():
-            z, jac_loss = self._attach(
-                grad, f, solution, jac_vecs, b_thres, on_solve, half, products
-            )
+            z, jac_loss = self._attach(grad, f, solution, jac_vecs, b_thres, on_solve, half)
             values = {0: z_star} | states
             states = {i: grad.attach_state(f, state) for i, state in states.items()}
             if not training:  # the values from the solver, with the chosen gradient
@@ -313,7 +307,6 @@ class DEQ:
         b_thres: int,
         on_solve: Callable[[str, dict], None] | None,
         half: bool,
-        products: Callable | None,
     ) -> tuple[Tensor, Tensor]:
         """The output state with its gradient, and the Jacobian loss."""
         wanted = jac_vecs > 0 or grad.differentiates_state
@@ -331,8 +324,9 @@ class DEQ:
             lambda found: self._report("backward", found, on_solve),
             group=self.group,
         )
-        replayed = products(point, fz) if products and point.requires_grad else None
-        adjoint = Adjoint(fz, point, solve(), form if half else None, self._watch, replayed)
+        adjoint = Adjoint(fz, point, solve(), form if half else None, self._watch)
+        if hasattr(f, "product") and point.requires_grad:
+            adjoint.product = f.product(point, fz) or adjoint.product
         z = grad.attach(Solved(f, fz, point, solution, adjoint))
         shift = tangent_of(fz)
         if shift is not None and not grad.by_autograd:

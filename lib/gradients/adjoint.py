@@ -225,7 +225,6 @@ class Adjoint:
         again: f, if ``fz`` was computed in half precision: the solve can then finish in float32,
             provided that f(point) still gives ``fz``.
         watch: called with the product and the right-hand side after each solve.
-        replayed: v -> J'v from a CUDA graph.
     """
 
     def __init__(
@@ -235,17 +234,13 @@ class Adjoint:
         solve: LinearSolve,
         again: Map | None = None,
         watch: Callable[[Map, Tensor], None] | None = None,
-        replayed: Map | None = None,
     ):
-        self._replayed = replayed
         self.fz, self.point = fz, point
         self._solve, self._again, self._watch = solve, again, watch
         self._autocast = same_autocast(point.device)
 
     def product(self, v: Tensor) -> Tensor:
         """J'v, with the shape and dtype of v."""
-        if self._replayed is not None and not torch.is_grad_enabled():
-            return self._replayed(v)
         return vjp(self.fz, self.point, v)
 
     def solve(

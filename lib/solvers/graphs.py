@@ -1,9 +1,8 @@
-"""CUDA graphs of f and of products with its Jacobian: recorded once, then started by one call.
+"""CUDA graphs of f and of its products J'v: recorded once, then started by one call.
 
 A small f is done before the host has started its next kernels, and the GPU waits. A graph repeats
-an evaluation's kernels on the same memory. So inputs are copied there: z for each evaluation, and
-the tensors of ``f.source`` (:mod:`lib.solvers.maps`), weights and masks among them, once per solve.
-What autograd records runs as ever: f(z*), the Jacobian loss.
+kernels on the same memory: z is copied there for each evaluation, the tensors of ``f.source``
+(:mod:`lib.solvers.maps`) once per solve. What autograd records runs as ever.
 """
 
 import warnings
@@ -11,175 +10,128 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lib.errors import DEQWarning
 from lib.solvers.maps import Map, plain, vjp
 
-MOST = 16  # graphs of one DEQ: each shape has its own, with memory of its own
-
-
-def record(function: Callable[[], None], pool) -> Callable[[], None]:
-    """A function that repeats the kernels of ``function``, which must not wait for the GPU."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # at first, libraries choose algorithms and make workspaces
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: the thread that pins memory for a DataLoader may go on.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        function()
-    return graph.replay
+MOST = 16  # shapes; the graphs of each have their own memory
 
 
 class Graphs:
-    """The graphs of one DEQ. A copy records its own.
+    """The graphs of one DEQ; a copy records its own. Without one f runs, and a DEQWarning says why.
 
-    Where no graph is possible, f runs without one, and a DEQWarning says why, once.
+    Each is of steps, functions of the inputs (fixed, moving); the last one gives the result.
     """
 
-    def __init__(self, recorder: Callable | None = None):
-        self._recorder, self._pool, self._said = recorder, None, False
-        self._forms: dict[tuple, _Form | None] = {}
+    kind = "cuda"
+
+    def __init__(self):
+        self._forms: dict[tuple, Callable | None] = {}
 
     def __reduce__(self):
-        return Graphs, (self._recorder,)
+        return type(self), ()
+
+    @staticmethod
+    def record(function: Callable[[], None]) -> Callable[[], None]:
+        """A function that repeats the kernels of ``function``, which must not wait for the GPU."""
+        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):  # first calls choose algorithms and make workspaces
+            function()
+        current.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the thread that pins memory for a DataLoader may go on.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            function()
+        return graph.replay
 
     def of(self, f: Map) -> Map:
-        """f, or a :class:`Graphed` f."""
+        """f, from graphs where autograd does not record; with ``product``."""
         build, held = getattr(f, "source", lambda: (None, None))()
-        owner = getattr(build, "__self__", None)
-        modules = [*owner.modules()] if isinstance(owner, torch.nn.Module) else []
-        leaves, spec = tree_flatten(held)
-        tensors = [t.detach() for t in leaves if isinstance(t, Tensor)]
         if build is None:
-            return self.without(f, "f has no source (lib.solvers.maps)")
-        if self._recorder is None and not all(t.is_cuda for t in tensors):
-            return self.without(f, "this is no GPU")
-        if any(m._forward_hooks or m._forward_pre_hooks for m in modules):
-            return self.without(f, "f has a hook")
-        if getattr(owner, "_is_replica", False):
-            return self.without(f, "DataParallel makes a new f each time")
-        return Graphed(self, f, build, tensors, (leaves, spec))
+            warnings.warn("no CUDA graph: f has no source", DEQWarning, stacklevel=4)
+            return f
+        held = tree_map_only(Tensor, Tensor.detach, held)
+        key, user = (build, _shapes(held)), object()
 
-    def without(self, f, reason: object):
-        """f, after a warning that says why it has no graph."""
-        if not self._said:
-            self._said = True
-            said = next(iter(str(reason).splitlines()), type(reason).__name__)
-            warnings.warn(f"no CUDA graph ({said}): f runs without", DEQWarning, stacklevel=5)
-        return f
+        def graphed(z):
+            steps = [lambda inputs: build(inputs[0])(inputs[1])]
+            form = None if torch.is_grad_enabled() else self._form(key, (held, z), steps)
+            return form(user, held, z) if form else f(z)
 
-    def form(self, key: tuple, inputs: list[Tensor], steps: list[Callable]) -> "_Form | None":
-        """The graphs of ``steps`` for inputs of these shapes; None if there are none."""
-        kind = inputs[0].device.type
-        key += torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        key += tuple((t.shape, t.dtype, t.device) for t in inputs)
+        def product(point: Tensor, fz: Tensor, change: Callable = lambda f: f) -> Map | None:
+            """v -> J'v at ``point``, for J of ``change(f)``."""
+            at = image = None
+
+            def linearise(inputs):
+                nonlocal at, image
+                with torch.enable_grad():
+                    at = inputs[0][1].detach().requires_grad_()
+                    image = change(build(inputs[0][0]))(at)
+
+            fixed, user = (held, point.detach()), object()
+            steps = [linearise, lambda inputs: vjp(image, at, inputs[1])]
+            form = self._form((*key, "J"), (fixed, fz.detach()), steps)
+            # This holds neither f nor the graph of f(z*), which may hold the caller.
+            return form and (lambda v: form(user, fixed, v))
+
+        graphed.plain, graphed.product = plain(f), product
+        if hasattr(f, "select"):
+            graphed.select = f.select
+        return graphed
+
+    def _form(self, key: tuple, inputs: tuple, steps: list[Callable]) -> Callable | None:
+        key += torch.is_autocast_enabled(self.kind), _shapes(inputs[1])
         if key not in self._forms:
             self._forms[key] = None
-            if len(self._forms) > MOST:
-                return self.without(None, f"more than {MOST} shapes")
             try:
-                self._forms[key] = _Form(inputs, steps, self._record)
+                if {t.device.type for t in _tensors(inputs)} != {self.kind}:
+                    raise RuntimeError("f is on no GPU")
+                if len(self._forms) > MOST:
+                    raise RuntimeError(f"f has more than {MOST} shapes")
+                self._forms[key] = self._recorded(inputs, steps)
             except Exception as error:  # CUDA refuses in many ways
-                self.without(None, error)
+                said = str(error).partition("\n")[0]
+                warnings.warn(f"no CUDA graph: {said}", DEQWarning, stacklevel=5)
         return self._forms[key]
 
-    def _record(self, function: Callable[[], None]) -> Callable[[], None]:
-        if self._recorder is not None:
-            return self._recorder(function)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        return record(function, self._pool)
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _recorded(self, inputs: tuple, steps: list[Callable]) -> Callable:
+        own = tree_map_only(Tensor, Tensor.clone, inputs)
+        fixed_here, moving_here = map(_tensors, own)
+        expected = [step(own) for step in steps][-1]
+        found = [None] * len(steps)
+        last = None  # whose fixed inputs are copied
+
+        def take(i: int) -> Callable[[], None]:
+            def run():
+                found[i] = steps[i](own)
+
+            return self.record(run)
+
+        *first, newest = [take(i) for i in range(len(steps))]
+
+        @torch.no_grad()
+        def replayed(user, fixed, moving):
+            nonlocal last
+            if last is not user:
+                last = user
+                torch._foreach_copy_(fixed_here, _tensors(fixed))
+                for replay in first:
+                    replay()
+            torch._foreach_copy_(moving_here, _tensors(moving))
+            newest()
+            return tree_map_only(Tensor, Tensor.clone, found[-1])
+
+        torch.testing.assert_close(replayed(own, *inputs), expected, rtol=0.01, atol=0.01)
+        return replayed
 
 
-class _Form:
-    """Graphs of ``steps``, one after another, on own copies of ``inputs``.
-
-    A step takes the inputs and returns tensors; the last one's are the result.
-    """
-
-    def __init__(self, inputs: list[Tensor], steps: list[Callable], recorder: Callable):
-        self._user: object = None  # whose fixed inputs these are
-        self._steps = steps  # their closures keep tensors between steps
-        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device_of(inputs[0]):
-            self._inputs = [t.detach().clone() for t in inputs]
-            self._replays = [recorder(lambda step=step: self._take(step)) for step in steps]
-
-    def _take(self, step: Callable) -> None:
-        self._found = step(self._inputs)
-
-    def __call__(self, user: object, fixed: list[Tensor], moving: list[Tensor]) -> list[Tensor]:
-        """The result for these inputs. Of one user, the fixed ones are copied once."""
-        n = len(fixed)
-        if self._user is not user:
-            self._user = user
-            torch._foreach_copy_(self._inputs[:n], fixed)
-            for replay in self._replays[:-1]:
-                replay()
-        torch._foreach_copy_(self._inputs[n:], moving)
-        self._replays[-1]()
-        return [t.clone() for t in self._found]
+def _tensors(tree) -> list[Tensor]:
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
-class Graphed:
-    """f, from a graph where autograd does not record."""
-
-    def __init__(self, graphs: Graphs, f: Map, build: Callable, tensors: list[Tensor], tree):
-        self._graphs, self._f, self._build, self._tensors = graphs, f, build, tensors
-        leaves, spec = tree
-        places = [isinstance(t, Tensor) for t in leaves]
-        others = [None if tensor else leaf for tensor, leaf in zip(places, leaves, strict=True)]
-        self._key = build, str(spec), str(others)
-
-        def made(inputs: list[Tensor]) -> Map:
-            found = iter(inputs)
-            parts = [next(found) if place else o for place, o in zip(places, others, strict=True)]
-            return build(tree_unflatten(parts, spec))
-
-        self._made, self._known, self._user = made, {}, object()
-        self.plain = plain(f)
-        if hasattr(f, "select"):
-            self.select = f.select
-
-    def __call__(self, z):
-        if torch.is_grad_enabled():
-            return self._f(z)
-        single, made, n = isinstance(z, Tensor), self._made, len(self._tensors)
-        parts = [z] if single else [*z]
-
-        def value(inputs: list[Tensor]) -> list[Tensor]:
-            found = made(inputs)(inputs[n] if single else inputs[n:])
-            return [found] if single else [*found]
-
-        kind = parts[0].device.type
-        key = single, torch.is_autocast_enabled(kind), *((t.shape, t.dtype) for t in parts)
-        if key not in self._known:
-            inputs = [*self._tensors, *parts]
-            self._known[key] = self._graphs.form((*self._key, single), inputs, [value])
-        form = self._known[key]
-        if form is None:
-            return self._f(z)
-        found = form(self._user, self._tensors, parts)
-        return found[0] if single else found
-
-    def product(self, point: Tensor, fz: Tensor, change: Callable = lambda f: f) -> Map | None:
-        """v -> J'v at ``point`` for J of ``change(f)``; None without a graph."""
-        made, n = self._made, len(self._tensors)
-        at = image = point
-
-        def linearise(inputs: list[Tensor]) -> list[Tensor]:
-            nonlocal at, image
-            with torch.enable_grad():
-                at = inputs[n].detach().requires_grad_()
-                image = change(made(inputs))(at)
-            return []
-
-        def multiply(inputs: list[Tensor]) -> list[Tensor]:
-            return [vjp(image, at, inputs[n + 1])]
-
-        fixed, user = [*self._tensors, point.detach()], object()
-        form = self._graphs.form((*self._key, "product"), [*fixed, fz], [linearise, multiply])
-        # The result holds neither f nor the graph of f(z*), which may hold the caller.
-        return None if form is None else lambda v: form(user, fixed, [v])[0].to(v.dtype)
+def _shapes(tree) -> str:
+    return str(tree_map_only(Tensor, lambda t: (t.shape, t.dtype), tree))

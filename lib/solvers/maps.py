@@ -1,15 +1,15 @@
 """What a map f may offer besides its value f(z), and how f keeps several processes in step.
 
-Solvers and gradients accept any function of the state. A map may offer more, which wrappers of f
-(autocast, lists of tensors) preserve with :func:`transformed`, but for the last:
+Solvers and gradients accept any function of the state. A map may offer four more things, which
+wrappers of f (autocast, lists of tensors) preserve with :func:`transformed`, but for the last:
 
 - ``f.plain`` is the same map in operations that all have second derivatives. An f of fused kernels
   or compiled code has none itself.
 - ``f.select(rows)`` is f restricted to the samples ``rows`` (a LongTensor). With it, a solve that
   stops per sample evaluates f on the unfinished samples only.
 - :class:`Affine` states that f(z) = J z + b, and gives products J v without b.
-- ``f.source()`` is a pair: a bound method, and all tensors that f holds (in tuples, lists, dicts).
-  The method makes the same map from other tensors of their shapes (:mod:`lib.solvers.graphs`).
+- ``f.source()`` is a method and the tensors that f holds, in lists, tuples or dicts. The method
+  makes f from other tensors of the same shapes (:mod:`lib.solvers.graphs`).
 """
 
 from collections.abc import Callable, Iterator
@@ -64,6 +64,8 @@ def transformed(f: Map, change: Callable[[Map], Map]) -> Map:
     out = change(f)
     if hasattr(f, "plain"):
         out.plain = change(plain(f))  # pyright: ignore[reportFunctionMemberAccess]
+    if hasattr(f, "product"):  # of lib.solvers.graphs
+        out.product = lambda *at: f.product(*at, change)  # pyright: ignore
     select = getattr(f, "select", None)
     if select is not None:
         out.select = lambda rows: transformed(  # pyright: ignore[reportFunctionMemberAccess]

@@ -19,13 +19,16 @@ from lib.solvers.precision import in_context, same_autocast
 pytestmark = pytest.mark.filterwarnings("error::lib.deq.DEQWarning")
 
 
-class Recorder:
+class OnCpu(Graphs):
     """Computes again, under the autocast setting of the recording; counts replays."""
 
+    kind = "cpu"
+
     def __init__(self):
+        super().__init__()
         self.recorded, self.replays = 0, []
 
-    def __call__(self, function):
+    def record(self, function):
         function()
         number, again = self.recorded, in_context(same_autocast(torch.device("cpu")), function)
         self.recorded += 1
@@ -102,22 +105,21 @@ def trained(graph, *, parts=0, masked=True, f_solver="anderson", grad="ift", amp
 )
 @pytest.mark.filterwarnings("default::lib.deq.DEQWarning")  # bfloat16 does not converge
 def test_a_replay_gives_the_same_bits(parts, options):
-    recorder = Recorder()
     expected, plain = trained(None, parts=parts, **options)
-    found, deq = trained(Graphs(recorder), parts=parts, **options)
+    found, deq = trained(OnCpu(), parts=parts, **options)
     assert len(found) == len(expected)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert deq.stats.forward.nfe == plain.stats.forward.nfe
-    assert recorder.replays
+    assert deq.graphs.replays
 
 
 def test_only_the_state_is_copied_for_each_evaluation():
     """Of one step: f for each evaluation, f with its derivative once, then product by product."""
-    recorder = Recorder()
-    _, deq = trained(Graphs(recorder), steps=1)
+    _, deq = trained(graphs := OnCpu(), steps=1)
     evaluations, products = deq.stats.forward.nfe, deq.stats.backward.nfe - 1  # J'0 costs none
-    assert recorder.recorded == 3
-    assert recorder.replays == [0] * evaluations + [1] + [2] * products
+    assert graphs.recorded == 3
+    tried = [0], [1, 2]  # once recorded, each is compared with f
+    assert graphs.replays == [*tried[0], *[0] * evaluations, *tried[1], 1, *[2] * products]
 
 
 def test_forwards_that_wait_for_their_backward():
@@ -138,13 +140,13 @@ def test_forwards_that_wait_for_their_backward():
     expected = gradients(None, (0, 1))
     for order in ((0, 1), (1, 0)):
         torch.manual_seed(1)
-        found = gradients(Graphs(Recorder()), order)
+        found = gradients(OnCpu(), order)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_after_inference_mode():
     layer, deq, x = Layer(), DEQ(), torch.ones(3, 4)
-    deq.graphs = Graphs(Recorder())
+    deq.graphs = OnCpu()
     with torch.inference_mode():
         first = deq(layer.prepare(x), torch.zeros(3, 4)).z
     again = deq(layer.prepare(x.requires_grad_()), torch.zeros(3, 4)).z
@@ -153,18 +155,18 @@ def test_after_inference_mode():
 
 
 def test_a_copy_records_its_own():
-    _, deq = trained(Graphs(), steps=0)
-    deq.graphs._said = True
+    _, deq = trained(OnCpu())
+    assert deq.graphs._forms
     for twin in (copy.deepcopy(deq), pickle.loads(pickle.dumps(deq))):
+        assert type(twin.graphs) is OnCpu
         assert not twin.graphs._forms
-        assert not twin.graphs._said
 
 
 # ---- without a graph -----------------------------------------------------------------------------
 
 
-def solved(layer, f, deq, count=2):
-    """The state, and the warnings about graphs of some calls."""
+def solved(f, deq, count=2):
+    """The warnings about graphs of some calls, which give the state of a DEQ without graphs."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(count):
@@ -174,37 +176,44 @@ def solved(layer, f, deq, count=2):
     return said
 
 
-def failing(function):
-    raise RuntimeError("not captured\nas CUDA says")
+class Failing(OnCpu):
+    def record(self, function):
+        raise RuntimeError("not captured\nas CUDA says")
 
 
 @pytest.mark.parametrize(
-    ("case", "reason"),
+    ("kind", "reason"),
     [
-        ("cpu", "this is no GPU"),
-        ("source", "f has no source (lib.solvers.maps)"),
-        ("hook", "f has a hook"),
-        ("replica", "DataParallel makes a new f each time"),
-        ("cuda", "not captured"),
+        (Graphs, "f is on no GPU"),
+        (OnCpu, "f has no source"),
+        (Failing, "not captured"),
     ],
 )
-def test_falls_back_with_one_line(case, reason):
+def test_falls_back_with_a_warning(kind, reason):
     layer, deq = Layer(), DEQ(graph=True)
+    assert type(deq.graphs) is Graphs
+    deq.graphs = kind()
     f = layer.prepare(torch.ones(3, 4))
-    if case != "cpu":
-        deq.graphs = Graphs(failing if case == "cuda" else Recorder())
-    if case == "source":
+    if kind is OnCpu:
         del f.source
-    if case == "hook":
-        layer.inner.register_forward_hook(lambda *_: None)
-    if case == "replica":
-        layer._is_replica = True
-    assert solved(layer, f, deq) == [f"no CUDA graph ({reason}): f runs without"]
+    assert set(solved(f, deq)) == {f"no CUDA graph: {reason}"}
+
+
+@pytest.mark.filterwarnings("default::lib.deq.DEQWarning")
+def test_an_f_that_is_random_is_not_replayed():
+    layer, deq = Layer(), DEQ()
+    deq.graphs = OnCpu()
+    f = layer.prepare(torch.ones(3, 4))
+    layer.on = lambda held: lambda z: torch.rand_like(z)
+    f.source = lambda: (layer.on, {"x": torch.ones(3, 4)})
+    with pytest.warns(DEQWarning, match="no CUDA graph: Tensor-likes are not close!"):
+        deq(f, torch.zeros(3, 4), training=False)
+    assert set(deq.graphs._forms.values()) == {None}
 
 
 def test_at_most_so_many_shapes():
     layer, deq = Layer(), DEQ()
-    deq.graphs = Graphs(Recorder())
+    deq.graphs = OnCpu()
 
     def solve(size):
         x = torch.ones(size, 4)
@@ -213,7 +222,7 @@ def test_at_most_so_many_shapes():
     with torch.no_grad():
         for size in range(1, MOST + 1):
             solve(size)
-        with pytest.warns(DEQWarning, match=f"more than {MOST} shapes"):
-            solve(MOST + 1)
-        solve(MOST + 2)  # in silence
+        for more in (1, 2):
+            with pytest.warns(DEQWarning, match=f"f has more than {MOST} shapes"):
+                solve(MOST + more)
     assert sum(form is not None for form in deq.graphs._forms.values()) == MOST
