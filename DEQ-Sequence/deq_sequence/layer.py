@@ -353,7 +353,8 @@ class TransformerLayer(nn.Module):
         tensors(working_dtype(us))  # fill the cache now: every evaluation of f does the same work
         f = self._map(tensors)
         dtypes = dict.fromkeys((working_dtype(us), us.dtype))
-        f.source = lambda: (self._on, {dtype: tensors(dtype) for dtype in dtypes})
+        if not getattr(self, "_is_replica", False):  # DataParallel makes a new layer at each call
+            f.source = lambda: (self._on, {dtype: tensors(dtype) for dtype in dtypes})
         return f
 
     def _on(self, held: dict) -> Callable[[Tensor], Tensor]:

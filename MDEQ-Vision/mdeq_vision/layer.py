@@ -124,7 +124,10 @@ class MultiscaleLayer(nn.Module):
     def _on(self, whole: dict[torch.dtype | None, Held]) -> Callable[[list[Tensor]], list[Tensor]]:
         """f with these tensors, in full precision and perhaps in autocast's dtype."""
         f = self._map(whole, next((dtype for dtype in whole if dtype is not None), None))
-        f.source = lambda: (self._on, whole)
+        # A replay would pass the hooks of users by; DataParallel makes a new layer at each call.
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
+        if not hooked and not getattr(self, "_is_replica", False):
+            f.source = lambda: (self._on, whole)
         return f
 
     def _map(
