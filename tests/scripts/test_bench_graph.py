@@ -1,4 +1,4 @@
-"""bench_graph.py on a CPU, in tiny sizes: what it prints and writes, and that a failure stops none."""
+"""bench_graph.py on a CPU, in tiny sizes: its figures, and that a failure stops no other form."""
 
 import json
 
@@ -15,6 +15,7 @@ def bench(tmp_path, *argv) -> tuple[int, dict]:
     return code, json.loads(path.read_text())["settings"]["wt103_deq_transformer_reg"]
 
 
+@pytest.mark.slow
 def test_forms(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_graph, "WARMUP", 1)
     inside = bench_graph.Setting._inside
