@@ -62,16 +62,15 @@ class Graphs:
 
         def product(point: Tensor, fz: Tensor, change: Callable = lambda f: f) -> Map | None:
             """v -> J'v at ``point``, for J of ``change(f)``."""
-            at = image = None
+            linear: list[Tensor] = []  # f at the point, and the point
 
             def linearise(inputs):
-                nonlocal at, image
                 with torch.enable_grad():
                     at = inputs[0][1].detach().requires_grad_()
-                    image = change(build(inputs[0][0]))(at)
+                    linear[:] = change(build(inputs[0][0]))(at), at
 
             fixed, user = (held, point.detach()), object()
-            steps = [linearise, lambda inputs: vjp(image, at, inputs[1])]
+            steps = [linearise, lambda inputs: vjp(linear[0], linear[1], inputs[1])]
             form = self._form((*key, "J"), (fixed, fz.detach()), steps)
             # This holds neither f nor the graph of f(z*), which may hold the caller.
             return form and (lambda v: form(user, fixed, v))
@@ -109,19 +108,22 @@ class Graphs:
             def run():
                 found[i] = steps[i](own)
 
-            return self.record(run)
+            with torch.cuda.device_of(moving_here[0]):
+                return self.record(run)
 
         *first, newest = [take(i) for i in range(len(steps))]
+        for t in _tensors(found[-1]):
+            t.zero_()  # for the replay below to write to
 
         @torch.no_grad()
         def replayed(user, fixed, moving):
             nonlocal last
             if last is not user:
                 last = user
-                torch._foreach_copy_(fixed_here, _tensors(fixed))
+                _copy(fixed_here, fixed)
                 for replay in first:
                     replay()
-            torch._foreach_copy_(moving_here, _tensors(moving))
+            _copy(moving_here, moving)
             newest()
             return tree_map_only(Tensor, Tensor.clone, found[-1])
 
@@ -131,6 +133,10 @@ class Graphs:
 
 def _tensors(tree) -> list[Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def _copy(to: list[Tensor], tree) -> None:
+    torch._foreach_copy_(to, _tensors(tree))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _shapes(tree) -> str:

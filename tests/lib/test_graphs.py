@@ -176,6 +176,11 @@ def solved(f, deq, count=2):
     return said
 
 
+class Idle(OnCpu):
+    def record(self, function):
+        return function() or (lambda: None)
+
+
 class Failing(OnCpu):
     def record(self, function):
         raise RuntimeError("not captured\nas CUDA says")
@@ -187,6 +192,7 @@ class Failing(OnCpu):
         (Graphs, "f is on no GPU"),
         (OnCpu, "f has no source"),
         (Failing, "not captured"),
+        (Idle, "Tensor-likes are not close!"),
     ],
 )
 def test_falls_back_with_a_warning(kind, reason):
