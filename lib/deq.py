@@ -325,8 +325,8 @@ class DEQ:
             group=self.group,
         )
         adjoint = Adjoint(fz, point, solve(), form if half else None, self._watch)
-        if hasattr(f, "product") and point.requires_grad:
-            adjoint.product = f.product(point, fz) or adjoint.product
+        if hasattr(f, "product") and point.requires_grad and (product := f.product(point, fz)):
+            adjoint.product = product
         z = grad.attach(Solved(f, fz, point, solution, adjoint))
         shift = tangent_of(fz)
         if shift is not None and not grad.by_autograd:

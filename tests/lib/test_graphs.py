@@ -5,8 +5,10 @@ GPU records them in tests/test_on_a_gpu.py.
 """
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -142,6 +144,26 @@ def test_forwards_that_wait_for_their_backward():
         torch.manual_seed(1)
         found = gradients(OnCpu(), order)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", [OnCpu, Graphs])
+def test_a_forward_leaves_nothing_behind(kind):
+    """Without a backward, and without the garbage collector."""
+    layer, deq = Layer(), DEQ()
+    deq.graphs = kind()
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            x = torch.ones(3, 4, requires_grad=True) * 2
+            left = weakref.ref(x)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DEQWarning)  # of Graphs: no GPU
+                deq(layer.prepare(x), torch.zeros(3, 4))
+            del x
+            assert left() is None
+    finally:
+        gc.enable()
 
 
 def test_after_inference_mode():
