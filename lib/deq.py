@@ -31,6 +31,7 @@ A state may be a list of tensors: then f maps a list to a list, and the result i
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,6 @@ from lib.layer_utils import list2vec, vec2list
 from lib.parametrizations import weights_held
 from lib.solvers import SOLVERS, get_solver
 from lib.solvers.arguments import Control, check_stop_mode, unwrapped
-from lib.solvers.graphs import Graphs
 from lib.solvers.krylov import gmres
 from lib.solvers.maps import Map, lockstep, plain, transformed
 from lib.solvers.newton_krylov import newton_krylov
@@ -106,15 +106,16 @@ class DEQ:
             options ("phantom:steps=3,damping=0.8"), or an instance of one of these classes.
         group: the processes among which f communicates (as under ``fully_shard``, FSDP2), such as
             ``torch.distributed.group.WORLD``: see :func:`~lib.solvers.maps.lockstep`.
-        graph: on a GPU, take f and J'v from CUDA graphs (:mod:`lib.solvers.graphs`). Not with a
-            group. ``graphs`` may be set later, too.
 
-    ``stats`` accumulates what the solvers did; ``stats.reset()`` clears it.
+    ``stats`` accumulates what the solvers did; ``stats.reset()`` clears it. With ``graphs =
+    lib.graphs.Graphs()`` and no group, f and J'v come from CUDA graphs on a GPU.
 
     Raises:
         InputError: the solver, the gradient or the stop mode does not exist, or they do not fit
             together.
     """
+
+    graphs: Any = None
 
     def __init__(
         self,
@@ -125,11 +126,10 @@ class DEQ:
         b_stop_mode: str | None = None,
         grad: str | Gradient | Iteration = "ift",
         group: ProcessGroup | None = None,
-        graph: bool = False,
     ):
         for mode in (stop_mode, b_stop_mode or stop_mode):
             check_stop_mode(mode)
-        self.group, self.graphs = group, Graphs() if graph else None
+        self.group = group
         self._grad = get_gradient(grad)
         self.f_solver, self.b_solver = f_solver, b_solver
         self.stop_mode = stop_mode

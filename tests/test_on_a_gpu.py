@@ -16,10 +16,10 @@ from torch.overrides import TorchFunctionMode
 import small_model
 import small_vision
 from lib.deq import DEQ
+from lib.graphs import Graphs
 from lib.jacobian import contraction_bound, jac_loss_estimate, leading_eigenvalues, power_method
 from lib.optimization import normalised
 from lib.solvers import SOLVERS
-from lib.solvers.graphs import Graphs
 from lib.solvers.krylov import bicgstab, gmres
 from lib.solvers.maps import Affine
 from pretended_gpu import PretendedGpu

@@ -37,6 +37,7 @@ from deq_sequence.text_trainer import LMTrainer
 from deq_sequence.ties import TIE_PROJ_MODES
 from lib.errors import InputError, naming
 from lib.gradients import unused_settings
+from lib.graphs import Graphs
 from lib.runs.checkpoint import load_weights
 from lib.runs.command_line import exit_code
 from lib.runs.determinism import deterministic
@@ -52,7 +53,6 @@ from lib.runs.run_folder import (
     is_used,
 )
 from lib.runs.run_training import Job, Plan, Settings, run_training
-from lib.solvers.graphs import Graphs
 from lib.solvers.precision import allow_tf32
 
 # A resumed run may change the settings that begin so, without a note in the log.

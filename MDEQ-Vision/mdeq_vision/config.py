@@ -16,6 +16,7 @@ from yacs.config import CfgNode
 
 from lib.deq import DEQ, SAME
 from lib.errors import InputError, check, did_you_mean, is_number, naming
+from lib.graphs import Graphs
 from lib.solvers.precision import AMP
 from mdeq_vision.stage import check_keys
 from mdeq_vision.yaml_files import read_yaml
@@ -314,7 +315,8 @@ def make_deq(cfg: CfgNode) -> DEQ:
     own = cfg.DEQ
     b_solver = SAME if own.B_SOLVER == "None" else own.B_SOLVER
     with naming("DEQ.F_SOLVER, DEQ.B_SOLVER, DEQ.GRAD and DEQ.STOP_MODE"):
-        deq = DEQ(own.F_SOLVER, b_solver, stop_mode=own.STOP_MODE, grad=own.GRAD, graph=cfg.GRAPH)
+        deq = DEQ(own.F_SOLVER, b_solver, stop_mode=own.STOP_MODE, grad=own.GRAD)
+    deq.graphs = Graphs() if cfg.GRAPH else None
     # Training draws thresholds of at most F_THRES + 1.
     deq.grad.refuse_threshold(own.F_THRES, "DEQ.F_THRES", more=1)
     return deq

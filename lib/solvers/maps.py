@@ -9,7 +9,7 @@ wrappers of f (autocast, lists of tensors) preserve with :func:`transformed`, bu
   stops per sample evaluates f on the unfinished samples only.
 - :class:`Affine` states that f(z) = J z + b, and gives products J v without b.
 - ``f.source()`` is a method and the tensors that f holds, in lists, tuples or dicts. The method
-  makes f from other tensors of the same shapes (:mod:`lib.solvers.graphs`).
+  makes f from other tensors of the same shapes (:mod:`lib.graphs`).
 """
 
 from collections.abc import Callable, Iterator
@@ -64,7 +64,7 @@ def transformed(f: Map, change: Callable[[Map], Map]) -> Map:
     out = change(f)
     if hasattr(f, "plain"):
         out.plain = change(plain(f))  # pyright: ignore[reportFunctionMemberAccess]
-    if hasattr(f, "product"):  # of lib.solvers.graphs
+    if hasattr(f, "product"):  # of lib.graphs
         out.product = lambda *at: f.product(*at, change)  # pyright: ignore
     select = getattr(f, "select", None)
     if select is not None:

@@ -38,9 +38,9 @@ from helpers.steps import run_step
 from helpers.tasks import Task, make_task
 
 from lib.deq import DEQWarning
+from lib.graphs import Graphs
 from lib.runs.command_line import exit_code
 from lib.solvers import SOLVERS
-from lib.solvers.graphs import Graphs
 from lib.solvers.precision import allow_tf32
 
 SETTINGS = "wt103_deq_transformer_reg,cifar/cls_mdeq_TINY,imagenet/cls_mdeq_SMALL"

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lib.deq import DEQWarning
+from lib.graphs import Graphs
 from lib.runs.run_folder import read_metrics
-from lib.solvers.graphs import Graphs
 from small_model import build, words
 
 pytestmark = pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")

@@ -34,10 +34,10 @@ from helpers.plain_images import PlainClsNet, PlainSegNet
 from helpers.plain_language import PlainTransformerLM
 from helpers.plain_solvers import PLAIN, torchdeq_solver
 from helpers.settings import LANGUAGE, Form, Options, image_config, language_arguments
+from lib.graphs import Graphs
 from lib.jacobian import jac_loss_weight_at
 from lib.runs.optimizers import fused_if_possible
 from lib.solvers import SOLVERS
-from lib.solvers.graphs import Graphs
 from lib.solvers.precision import autocast
 from mdeq_vision import MDEQClsNet, MDEQSegNet
 from mdeq_vision import schedules as image_schedules
