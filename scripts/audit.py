@@ -11,12 +11,15 @@ import json
 import sys
 from pathlib import Path
 
-import torch
+try:
+    import torch
 
-from lib.errors import InputError, check_count, needs
-from lib.runs.atomic_files import atomic_write
-from lib.runs.command_line import Parser, exit_code
-from lib.runs.run_folder import SETTINGS
+    from lib.errors import InputError, check_count, needs
+    from lib.runs.atomic_files import atomic_write
+    from lib.runs.command_line import Parser, exit_code
+    from lib.runs.run_folder import SETTINGS
+except KeyboardInterrupt:  # the imports take seconds
+    sys.exit(130)
 
 
 def main(argv: list[str] | None = None) -> int:

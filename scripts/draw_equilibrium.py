@@ -9,14 +9,17 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-from matplotlib import rc_context
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
-from torch import Tensor
+try:
+    import torch
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+    from torch import Tensor
 
-from lib.solvers import anderson, broyden, fixed_point_iteration
+    from lib.solvers import anderson, broyden, fixed_point_iteration
+except KeyboardInterrupt:  # the imports take seconds
+    sys.exit(130)
 
 FILE = Path("docs/figures/equilibrium.svg")
 EPS = 1e-8

@@ -20,9 +20,12 @@ import threading
 import time
 from pathlib import Path
 
-from helpers.arguments import chosen
+try:
+    from helpers.arguments import chosen
 
-from lib.runs.command_line import Parser, exit_code
+    from lib.runs.command_line import Parser, exit_code
+except KeyboardInterrupt:  # the imports take seconds
+    sys.exit(130)
 
 ROOT = Path(__file__).parents[1]
 # The most seconds that a section may take; the remaining time may be shorter.

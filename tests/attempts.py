@@ -5,6 +5,8 @@ done the imports, and forks for every attempt; what a child runs is the script i
 proper remains the reference: whoever uses a server compares with runs that did without.
 """
 
+import atexit
+import gc
 import json
 import os
 import re
@@ -16,13 +18,20 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 # Of the lines "step 7 | epoch 0 | ...", "epoch 0 [7/20] | step 7 | ..." and "step 7 | valid ...".
 _STEP = re.compile(r"\bstep (\d+) \| (valid)?")
 _PATIENCE = 120  # seconds without a line after which a run hangs
-# Modules of both rooms that a command imports where they are used.
-_LAZY = ("deq_sequence.command", "mdeq_vision.command", "sklearn.datasets", "torchinfo")
+# Modules of both rooms, and what a command imports where it is used.
+_LAZY = (
+    "deq_sequence.command",
+    "mdeq_vision.command",
+    "sklearn.datasets",
+    "torch._dynamo",  # by every optimiser of PyTorch
+    "torchinfo",
+)
 # Models this small gain nothing from a second thread, and on a busy machine the first one would
 # wait for it in every operation.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -190,6 +199,7 @@ def _serve(connection: socket.socket) -> None:
     """Answer requests until the other end closes; a child returns from here to run its script."""
     for name in _LAZY:
         __import__(name)
+    gc.freeze()  # else the end of each child, and its collections, walk through all modules
     while True:
         message, files, *_ = socket.recv_fds(connection, 1 << 16, 2)
         if not message:
@@ -209,11 +219,28 @@ def _serve(connection: socket.socket) -> None:
             _limit_files(request["max_file_size"])
             os.chdir(request["folder"])
             sys.argv = request["command"]
-            runpy.run_path(sys.argv[0], run_name="__main__")
+            _run_script()
             return
         for file in files:
             os.close(file)
         connection.send(str(pid).encode())
+
+
+def _run_script() -> None:
+    """Run the script of sys.argv to the end of this process.
+
+    After sys.exit(code) all is done as in an interpreter's end, but that modules are not taken
+    apart one by one: with all that the server has imported, this takes half a second.
+    """
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if not isinstance(end.code, int) or threading.active_count() > 1:
+            raise
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code)
 
 
 if __name__ == "__main__":

@@ -73,10 +73,14 @@ def test_git_does_not_ignore_lib():
 
 
 def test_import_beside_an_unrelated_lib_folder(tmp_path):
-    """As in the folder /, which has a lib/ of its own on most systems."""
+    """As in the folder /, which has a lib/ of its own on most systems; no slow module is loaded."""
     (tmp_path / "lib").mkdir()
     # A namespace package, which that folder would become, has no __file__.
-    code = "import lib.errors, deq_sequence, mdeq_vision; assert lib.__file__ is not None"
+    code = """import sys, lib.errors, deq_sequence.command, mdeq_vision.command
+assert lib.__file__ is not None
+late = "torch._dynamo torch._inductor sympy sklearn torchvision matplotlib tensorboardX"
+found = sys.modules.keys() & set(late.split())
+assert not found, found"""
     done = run(sys.executable, "-E", "-c", code, cwd=tmp_path)  # -E: not thanks to a PYTHONPATH
     assert done.returncode == 0, done.stderr
 

@@ -1,6 +1,7 @@
 """Every command and every code block of the README and of the pages, on tiny data."""
 
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -39,6 +40,11 @@ RUN = {
     "python tools/seg_train.py --cfg experiments/digit_scenes/seg_mdeq_TINY.yaml": "MDEQ-Vision",
     "python tools/seg_test.py --cfg experiments/digit_scenes/seg_mdeq_TINY.yaml": "MDEQ-Vision",
     "bash scripts/quickstart.sh": ".",
+    'python DEQ-Sequence/generate.py docs/models/words.safetensors --prompt "this function returns"'
+    "": ".",
+    "python MDEQ-Vision/tools/segment.py docs/models/scenes.safetensors docs/figures/scene.png": (
+        "."
+    ),
 }
 # Commands that other tests run, by the file that does.
 ELSEWHERE = {
@@ -80,6 +86,29 @@ ELSEWHERE = {
     "python scripts/export_weights.py DEQ-Sequence/LM-TFM-demo/try/model.pt words.safetensors": (
         "scripts/test_export_weights.py"
     ),
+    'python generate.py ../docs/models/words.safetensors --prompt "this function returns" '
+    "--seed 1": "sequence/test_evaluate_text.py",
+    **{
+        f"python evaluate.py ../docs/models/words.safetensors data/demo/{flags}": (
+            "sequence/test_evaluate_text.py"
+        )
+        for flags in (
+            "test.txt --batch_size 10",
+            "test.txt --batch_size 10 --mem_len 0 32 64 --f_thres 1 2 4 6 12 --figure sweep.png",
+            "valid.txt --tokens tokens.csv",
+        )
+    },
+    "python ../scripts/export_weights.py LM-TFM-demo/try try.safetensors": (
+        "sequence/test_load.py"
+    ),
+    **{
+        f"python scripts/report.py {words}": "scripts/test_report.py"
+        for words in (
+            "DEQ-Sequence/LM-TFM-demo/quickstart",
+            "DEQ-Sequence/LM-TFM-demo/try DEQ-Sequence/LM-TFM-demo/steps --out both.html",
+            "DEQ-Sequence/LM-TFM-demo/quickstart --png figures",
+        )
+    },
     "python scripts/audit.py DEQ-Sequence/LM-TFM-demo/quickstart": "sequence/test_audits.py",
     "python scripts/benchmarks/bench_audits.py": "scripts/test_bench_audits.py",
     **{
@@ -109,15 +138,26 @@ ELSEWHERE = {
             *(("seg_train", "seg"), ("seg_test", "seg")),
         )
     },
+    "python tools/classify.py ../docs/models/digits.safetensors ../docs/figures/digit.png": (
+        "vision/test_classify.py"
+    ),
+    "python tools/segment.py ../docs/models/scenes.safetensors ../docs/figures/scene.png": (
+        "vision/test_segment.py"
+    ),
     # What made the environment that these tests run in: its result is tested.
     "pip install -r requirements.txt": "test_house.py",
+    "source .venv/bin/activate": "test_house.py",
     "bash scripts/test.sh": "test_house.py",
+    "bash scripts/notebooks.sh": "test_notebooks.py",
     "bash scripts/gpu_check.sh": "scripts/test_gpu_check.py",
     "pip install --no-deps torchdeq==0.1.0": "scripts/test_bench_solvers.py",
     "python scripts/benchmarks/bench_solvers.py": "scripts/test_bench_solvers.py",
     "python scripts/benchmarks/bench_train.py": "scripts/test_bench_train.py",
     "python scripts/benchmarks/bench_gradients.py": "scripts/test_bench_gradients.py",
     "python scripts/benchmarks/compare_gradients.py": "scripts/test_compare_gradients.py",
+    "python scripts/plan_training.py --run wt103_reg --gpus 4 --gpu h100": (
+        "scripts/test_plan_training.py"
+    ),
 }
 
 
@@ -145,6 +185,10 @@ def with_tiny_sizes(command, data, folder):
         bits = ["--steps", "1", "--longest", "32"]
         parts = {"--bits": bits, "--words": words, "--images": images}
         return [line for part, flags in parts.items() for line in started(copy, part, *flags)]
+    if "generate.py" in command:
+        return [[*shlex.split(command), "--words", "3"]]
+    if "segment.py" in command:
+        return [[*command.split(), "--out", str(folder / "segmented")]]
     if "--cfg" in command:
         return [[*command.split(), *TINY_IMAGES, "OUTPUT_DIR", str(folder / "output")]]
     return [[*command.split(), *words]]
@@ -179,8 +223,10 @@ def test_commands_run(room, demo_folder, server, tmp_path):
             with Attempt(words[1:], server=server, folder=ROOT / room) as attempt:
                 assert attempt.wait() == 0, f"{command}: {attempt.errors()}"
             assert re.search(
-                r"test .* ppl \d|test / unigram|top1 \d|mIoU \d|test accuracy|plain iteration +\d",
+                r"test .* ppl \d|test / unigram|top1 \d|mIoU \d|test accuracy|plain iteration +\d"
+                r"|^.this function returns.( \S+){3}$|residual \d",
                 "\n".join(attempt.lines),
+                flags=re.MULTILINE,
             ), attempt.lines
 
 

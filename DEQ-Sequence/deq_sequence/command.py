@@ -24,6 +24,7 @@ from deq_sequence.options import (
 )
 from deq_sequence.own_settings import (
     VOCABULARY,
+    WORDS,
     check_vocabulary,
     evaluation_settings,
     read_saved,
@@ -33,6 +34,7 @@ from deq_sequence.state.evaluation import FACTORS, evaluate_states
 from deq_sequence.state.strings import StateStrings, get_state_strings, is_state
 from deq_sequence.state.trainer import StateTrainer
 from deq_sequence.text.corpus import Corpus, get_lm_corpus
+from deq_sequence.text.vocabulary import Vocab
 from deq_sequence.text_trainer import LMTrainer
 from deq_sequence.ties import TIE_PROJ_MODES
 from lib.errors import InputError, naming
@@ -105,7 +107,16 @@ def run_command(args: argparse.Namespace, notes: Sequence[str] = ()) -> Path | N
 
 def build_model(args: argparse.Namespace, corpus: Corpus | StateStrings, device: torch.device):
     """Build and initialise the model that the arguments describe."""
-    n_token = len(corpus.vocab)
+    model = model_for(args, len(corpus.vocab)).to(device)
+    if args.compile:
+        model.func.compile_evaluations()
+    if args.graph:
+        model.deq.graphs = Graphs()
+    return model
+
+
+def model_for(args: argparse.Namespace, n_token: int) -> DEQTransformerLM:
+    """The model of the arguments for a vocabulary of this size, on the CPU, initialised."""
     cutoffs = cutoffs_for(args, n_token)
     # With --adaptive all projections except the first are tied, as published.
     tie_projs = [args.adaptive and i > 0 for i in range(len(cutoffs) + 1)]
@@ -118,11 +129,6 @@ def build_model(args: argparse.Namespace, corpus: Corpus | StateStrings, device:
         **{name: getattr(args, name) for name in _OF_MODEL},
     )
     initialize(model, **{name: getattr(args, name) for name in _OF_INITIALIZATION})
-    model.to(device)
-    if args.compile:
-        model.func.compile_evaluations()
-    if args.graph:
-        model.deq.graphs = Graphs()
     return model
 
 
@@ -150,7 +156,8 @@ def train_command(
             _settings(
                 vars(args)
                 | {"cutoffs": cutoffs_for(args, len(data.vocab))}
-                | {VOCABULARY: data.vocab.fingerprint()}
+                | {VOCABULARY: data.vocab.fingerprint()},
+                data.vocab,
             ),
             f"{data_name(args)}: {data.description}",
             _notes(args, model),
@@ -193,12 +200,14 @@ def read_corpus(args: argparse.Namespace) -> Corpus:
     return get_lm_corpus(args.data, args.dataset, text_rules(args))
 
 
-def _settings(values: dict) -> Settings:
+def _settings(values: dict, vocab: Vocab) -> Settings:
     def read(path: Path) -> dict:
         return {flag_of(name): value for name, value in read_saved(path).items()}
 
     flags = {flag_of(name): value for name, value in values.items()}
-    return Settings(flags, SETTINGS, json.dumps(values, indent=1) + "\n", read, _FREE, _FIRST)
+    words = (WORDS, json.dumps(vocab.idx2sym, indent=0) + "\n")
+    content = json.dumps(values, indent=1) + "\n"
+    return Settings(flags, SETTINGS, content, read, _FREE, _FIRST, (words,))
 
 
 def _notes(args: argparse.Namespace, model: DEQTransformerLM) -> list[str]:

@@ -10,6 +10,7 @@ tensors alone, so one compiled form of it serves every forward pass.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import NamedTuple
 
@@ -61,9 +62,16 @@ def relative_shift(x: Tensor) -> Tensor:
 def working_dtype(x: Tensor) -> torch.dtype:
     """The dtype of matrix products with x: autocast's dtype if autocast is on, else x's own."""
     kind = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    off = not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind)
+    if x.dtype == torch.float64 or off:
         return x.dtype  # autocast does not change float64
     return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context without autocast; the meta device has none."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 class AttentionTensors(NamedTuple):
@@ -231,7 +239,7 @@ class RelativeAttention(nn.Module):
         dropatt = self.dropatt.reset_mask(bsz, h, qlen, klen, device=us.device, dtype=us.dtype)
         dropatt = None if dropatt is None else dropatt.transpose(0, 1).contiguous()
 
-        with torch.autocast(us.device.type, enabled=False):
+        with without_autocast(us.device):
             r = linear(positions[0], self.r_net.weight.squeeze(2)) / d_head**0.5
             r = F.pad(r.view(klen, h, d_head).permute(1, 2, 0), (0, 1))  # (h, d_head, K + 1)
             # (q + r_r_bias) . r = (q + r_w_bias) . r + (r_r_bias - r_w_bias) . r, where the last
@@ -393,7 +401,7 @@ class TransformerLayer(nn.Module):
             # medians of attention at B 4, L = M 150, d 700, one thread.
             fused &= attention.dropatt is None and z.device.type != "cpu"
             # working_dtype has chosen the dtype; autocast must not change single operations.
-            with torch.autocast(z.device.type, enabled=False):
+            with without_autocast(z.device):
                 return form(z, attention, feed_forward, self.pre_lnorm, fused)
 
         def select(some: Tensor) -> Callable[[Tensor], Tensor]:

@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.dtype != torch.float32 or x.device.type != "cpu" or rows < _LEAST_ROWS or rows % 2:
         by_convolution = False
     else:
-        by_convolution = _convolutions_are_faster() and not torch.is_autocast_enabled("cpu")
+        by_convolution = _by_convolution() and not torch.is_autocast_enabled("cpu")
     # A bias for every row of x is added to the product; a bias vector goes to the kernel.
     rowwise, vector = (bias, None) if bias is not None and bias.dim() > 1 else (None, bias)
     if by_convolution:
@@ -48,8 +48,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, vector)
 
 
-@torch.compiler.assume_constant_result
-def _convolutions_are_faster() -> bool:
+def _by_convolution() -> bool:
+    if torch.compiler.is_compiling():  # True only while the compiler traces
+        # It loads the compiler (2 seconds of imports), which is loaded already while it traces.
+        from deq_sequence.compiled_linear import convolutions_are_faster as chosen
+
+        return chosen()
+    return convolutions_are_faster()
+
+
+def convolutions_are_faster() -> bool:
+    """Whether :func:`linear` uses convolutions for float32 on this processor."""
     return torch.get_num_threads() > 1 and _mkl_holds_back()
 
 

@@ -32,6 +32,7 @@ class _Segment:
     jac_loss: Tensor  # (1, 1)
     sradius: Tensor  # (B, 1)
     mems: list[Tensor]  # (len, B, d), (len, B, 3d)
+    residuals: Tensor | None = None  # ||f(z) - z|| / ||f(z)|| of each position, (B, L)
 
 
 class DEQTransformerLM(SolverAttributes, TiedWeights):
@@ -205,11 +206,28 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
 
     @torch.no_grad()
     def log_prob(
-        self, data: Tensor, mems: list[Tensor], f_thres: int = 30
+        self, data: Tensor, mems: list[Tensor], f_thres: int = 30, *, warm_start: bool = False
     ) -> tuple[Tensor, list[Tensor]]:
-        """Log-probabilities (B, n_token) of the word after ``data`` (seq_len, B), and memory."""
-        segment = self._carry(data, mems, -1, f_thres=f_thres, b_thres=1)
+        """Log-probabilities (B, n_token) of the word after ``data`` (seq_len, B), and memory.
+
+        With ``warm_start`` the solve begins at the last state of the memory, not at zeros. If f has
+        several fixed points, it may find another one than from zeros.
+        """
+        how = {"f_thres": f_thres, "b_thres": 1, "warm_start": warm_start}
+        segment = self._carry(data, mems, -1, **how)
         return self.crit.log_prob(segment.z[:, -1]), segment.mems
+
+    @torch.no_grad()
+    def token_figures(
+        self, data: Tensor, target: Tensor, mems: list[Tensor], f_thres: int = 30
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Of each position of ``data`` (L, B): -log p(target), its residual, both (L, B); memory.
+
+        A residual is ||f(z) - z|| / ||f(z)|| of the state of this position alone.
+        """
+        segment = self._carry(data, mems, -1, f_thres=f_thres, b_thres=1, residuals=True)
+        loss = self.crit(segment.z.flatten(0, 1), target.t().reshape(-1))
+        return loss.view(target.shape[::-1]).t(), segment.residuals.t(), segment.mems
 
     @torch.no_grad()
     def log_probs(self, data: Tensor, train_step: int = -1, f_thres: int = 30) -> Tensor:
@@ -231,6 +249,8 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         jac_vecs: int = 0,
         sradius_iters: int = 0,
         on_solve=None,
+        warm_start: bool = False,
+        residuals: bool = False,
     ) -> _Segment:
         """Embed a segment, compute its states, and build the memory for the next segment."""
         qlen, bsz = data.shape
@@ -241,6 +261,8 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         us = torch.cat([u0, u], dim=1)  # (B, K, 3d)
         positions = self.variational_drop(self.pos_emb(us.shape[1]), self.dropout)  # (1, K, d)
         f = self.func.prepare(us, z0, positions)
+        if warm_start and z0.shape[1]:
+            start = start + z0[:, -1:]
 
         if 0 <= train_step < self.pretrain_steps:
             z = stacked(f, start, self.n_layer if self.training else self.eval_n_layer)
@@ -258,7 +280,11 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
             )
             z, jac_loss, sradius = solution.z, solution.jac_loss, solution.sradius
         mems = [self._keep(z0, z), self._keep(u0, u)]
-        return _Segment(z, jac_loss.view(1, 1), sradius, mems)
+        segment = _Segment(z, jac_loss.view(1, 1), sradius, mems)
+        if residuals:
+            fz = f(z)
+            segment.residuals = (fz - z).norm(dim=2) / fz.norm(dim=2)
+        return segment
 
     def _memory(self, mems: list[Tensor], like: Tensor) -> tuple[Tensor, Tensor]:
         """The caller's memory as z (B, M, d) and u (B, M, 3d).

@@ -24,6 +24,7 @@ _OF_THE_PROCESS = frozenset(
 )
 
 VOCABULARY = "vocabulary"  # in a run's settings, besides those of the command line
+WORDS = "vocabulary.json"  # in a run's folder: its words (or bytes) in the order of their ids
 
 
 def read_saved(path: Path) -> dict[str, Any]:
@@ -51,7 +52,18 @@ def read_settings(path: Path) -> argparse.Namespace:
         InputError: the file is unreadable, or holds an unknown setting or a bad value.
     """
     with naming(str(path)):
-        return parse(_words_of_run(read_saved(path)))
+        return settings_of(read_saved(path))
+
+
+def settings_of(saved: dict[str, Any]) -> argparse.Namespace:
+    """As :func:`read_settings`, of settings that are read already."""
+    return parse(_words_of_run(saved))
+
+
+def of_the_model(saved: dict[str, Any]) -> dict[str, Any]:
+    """Saved settings without those of the process that trained, and without its paths."""
+    kept = {name: value for name, value in saved.items() if name not in _OF_THE_PROCESS}
+    return kept | {"data": Path(kept.get("data", "")).name}
 
 
 def evaluation_settings(

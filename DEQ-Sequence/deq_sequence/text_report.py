@@ -47,7 +47,7 @@ def report(args: argparse.Namespace, folder: Path, model: DEQTransformerLM, corp
         records,
         args.pretrain_steps,
         folder / CURVES,
-        lambda axes: _draw_perplexity(axes, records, ngrams),
+        lambda axes: draw_perplexity(axes, records, ngrams),
     )
     stacked = args.max_step <= args.pretrain_steps
     ended = "stacked (end of training)" if stacked else "equilibrium"
@@ -72,11 +72,11 @@ def report(args: argparse.Namespace, folder: Path, model: DEQTransformerLM, corp
         ("peak memory", f"{peak_memory_mib(device):.0f} MiB", ""),
     ]
     lines = [*table(rows), "", f"curves: {folder / CURVES}", "", "a few words from the model:"]
-    lines += [continuation(model, corpus.vocab, p, args.f_thres) for p in _prompts(corpus)]
+    lines += [continuation(model, corpus.vocab, p, args.f_thres) for p in prompts(corpus)]
     return "\n".join(lines)
 
 
-def _prompts(corpus: Corpus) -> list[list[str]]:
+def prompts(corpus: Corpus) -> list[list[str]]:
     """Beginnings of text: known words of _PROMPTS, or the beginning of the user's own test text."""
     vocab = corpus.vocab
     if corpus.dataset == OWN:
@@ -97,12 +97,12 @@ def last_record(records: list[dict], kind: str, **values) -> dict:
     return found[-1]
 
 
-def _draw_perplexity(axes, records: list[dict], ngrams: dict[str, float]) -> None:
-    """Draw training and validation perplexity over the steps, and the n-gram perplexities."""
+def draw_perplexity(axes, records: list[dict], ngrams: dict[str, float]) -> None:
+    """Draw training and validation perplexity over the steps, and any n-gram perplexities."""
     for kind, style, label in (("train", "-", "training"), ("valid", "o-", "validation")):
         steps, losses = series(records, kind, "loss")
         axes.plot(steps, _exp(losses), style, label=label)
-    for name, style in (("unigram", ":"), ("bigram", "--")):
+    for name, style in (("unigram", ":"), ("bigram", "--")) if ngrams else ():
         axes.axhline(ngrams[f"{name}_valid"], color="grey", ls=style, lw=1, label=f"{name} (valid)")
     axes.set(yscale="log", ylabel="perplexity")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deq_sequence.evaluation import Evaluation, evaluate, settings_from
+from deq_sequence.events import TextEvents
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.sequence_trainer import MODE, VOCABULARY, SequenceTrainer
 from deq_sequence.text.corpus import Corpus
@@ -49,6 +50,7 @@ class LMTrainer(SequenceTrainer):
             LMOrderedIterator(text, args.eval_batch_size, args.eval_tgt_len)
         self.epoch, self.row = 0, 0
         self.text = corpus.fingerprint()
+        self.events = TextEvents()
 
     # ---- a step --------------------------------------------------------------------------------
 
@@ -121,6 +123,10 @@ class LMTrainer(SequenceTrainer):
 
     def after_validation(self, found: Evaluation) -> None:
         self.learning_rate.after_evaluation(found.loss, self.step)
+        self.events.curves(self.run, self.step, self.pretrain_steps)
+        if not self.args.compile:  # each length of a text would be compiled
+            args = self.model, self.corpus, self.args.f_thres
+            self.events.sample(self.run, self.step, *args)
 
     # ---- checkpoints ---------------------------------------------------------------------------
 

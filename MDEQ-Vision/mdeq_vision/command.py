@@ -20,7 +20,8 @@ from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, check_unused
 from lib.runs.run_training import Job, Plan, Settings, run_training
 from lib.solvers.precision import allow_tf32
 from mdeq_vision.class_predictions import Prediction, class_table, write_predictions
-from mdeq_vision.config import config, flat, merge_file, update_config
+from mdeq_vision.classes_file import CLASSES, as_text, classes_of
+from mdeq_vision.config import CONFIG, config, flat, merge_file, update_config
 from mdeq_vision.datasets import (
     NAMED_BY_FILES,
     WITH_VALIDATION,
@@ -45,7 +46,6 @@ from mdeq_vision.summary import model_summary
 from mdeq_vision.tasks import ClassificationTrainer, SegmentationTrainer
 from mdeq_vision.transfer import extract_pretrained, get_seg_net, load_pretrained
 
-CONFIG = "config.yaml"  # the resolved settings, in the run's folder
 PREDICTIONS = "predictions"  # of seg_test and cls_valid, in the run's folder
 _MOST_CLASSES = 100  # that cls_valid prints one by one
 _MOST_SAVED = 5_000  # whose names a run saves: a file of settings must stay readable
@@ -217,7 +217,9 @@ def _train(
             f"{len(train_set)} training and {len(valid_set)} validation images"
         )
         kept = _with_classes(cfg, class_names(train_set))
-        settings = Settings(flat(kept), CONFIG, kept.dump(), _read_settings, _FREE, _FIRST)
+        beside = ((CLASSES, as_text(classes_of(train_set))),)
+        content = kept.dump(), _read_settings, _FREE, _FIRST, beside
+        settings = Settings(flat(kept), CONFIG, *content)
         return Job(trainer, settings, title, notes, lambda run: _finish(cfg, trainer, run))
 
     inner = folder.relative_to(folder.parents[1])

@@ -21,6 +21,7 @@ from lib.solvers.precision import AMP
 from mdeq_vision.stage import check_keys
 from mdeq_vision.yaml_files import read_yaml
 
+CONFIG = "config.yaml"  # the resolved settings, in the run's folder
 _NEVER = 100_000_000
 _MOST, _DEEPEST = 10_000, 20  # values of a file of settings, and parts of a key
 
@@ -204,6 +205,21 @@ def merge_file(cfg: CfgNode, path: str | Path) -> None:
     if not isinstance(content, Mapping):
         raise InputError(f"{path} holds no settings: expected lines KEY: value")
     _merge(cfg, content, str(path))
+
+
+def config_of(settings: Mapping, source: str) -> CfgNode:
+    """The defaults, changed by the sections of settings that an exported model holds; frozen.
+
+    Raises:
+        InputError: a key is unknown, or a value is wrong; the message names ``source``.
+    """
+    cfg = config.clone()
+    cfg.defrost()
+    _merge(cfg, settings, source)
+    with naming(source):
+        _check_values(cfg)
+    cfg.freeze()
+    return cfg
 
 
 def flat(cfg: CfgNode, prefix: str = "") -> dict:

@@ -68,7 +68,7 @@ def _report(cfg: CfgNode, folder: Path, evaluate, title: str) -> str:
     radius = evaluate(few).figures["sradius"]
     best = evaluate(cfg)
     name, figures = best.score, best.figures
-    draw_curves(records, border, folder / CURVES, lambda axes: _draw_scores(axes, records, name))
+    draw_curves(records, border, folder / CURVES, lambda axes: draw_scores(axes, records, name))
     rows = [
         (f"{title} ({best.images} test images)", "valid", "test"),
         *_score_rows(records, name),
@@ -96,7 +96,7 @@ def _score_rows(records: list[dict], name: str) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _draw_scores(axes, records: list[dict], name: str) -> None:
+def draw_scores(axes, records: list[dict], name: str) -> None:
     """Plot training accuracy and validation score, in percent, over the steps."""
     for kind, key, style in (("train", "accuracy", "-"), ("valid", name, "o-")):
         steps, scores = series(records, kind, key)

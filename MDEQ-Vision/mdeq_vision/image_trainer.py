@@ -21,6 +21,7 @@ from lib.solvers.precision import autocast
 from mdeq_vision.curriculum import Curriculum
 from mdeq_vision.datasets import fingerprint, make_loader, on_device
 from mdeq_vision.evaluation import LESS_MEMORY, Evaluation
+from mdeq_vision.events import ImageEvents
 from mdeq_vision.losses import mean_loss
 from mdeq_vision.model import MDEQNet
 from mdeq_vision.schedules import jac_factor, learning_rate, make_optimizer
@@ -128,6 +129,7 @@ class ImageTrainer(Trainer):
         self.step = self.curriculum.steps_before(self.epoch)
         self.last_step = self.curriculum.steps_before(self.curriculum.last.end)
         self.pretrain_steps = cfg.TRAIN.PRETRAIN_STEPS
+        self.events = ImageEvents()
 
     # ---- what subclasses define ----------------------------------------------------------------
 
@@ -269,7 +271,9 @@ class ImageTrainer(Trainer):
         """Evaluate the current weights in the phase of the last update."""
         return self._evaluate(dataset, self.cfg, self.step - 1)
 
-    def _evaluate(self, dataset: Dataset, cfg: CfgNode, train_step: int) -> Evaluation:
+    def _evaluate(
+        self, dataset: Dataset, cfg: CfgNode, train_step: int, on_prediction: Callable | None = None
+    ) -> Evaluation:
         return self.evaluator(
             cfg,
             self.model,
@@ -277,6 +281,7 @@ class ImageTrainer(Trainer):
             train_step=train_step,
             device=self.device,
             processes=self.processes,
+            on_prediction=on_prediction,
             stop=lambda: self.stopping.wanted,
         )
 
@@ -288,13 +293,20 @@ class ImageTrainer(Trainer):
         self._evaluate(self.valid_set, cfg, self.step)
 
     def validate(self) -> tuple[Evaluation, dict, str, float]:
-        found = self.evaluate(self.valid_set)
+        self.events.begin()
+        keep = self.events.keep if self.run.folder else None
+        found = self._evaluate(self.valid_set, self.cfg, self.step - 1, keep)
         record = {"text": found.text(), **found.figures}
         return found, record, found.score, found.figures[found.score]
 
     def after_validation(self, found: Evaluation) -> None:
-        if self.position < self.n_batches:
-            return
+        border, data = self.pretrain_steps, self.valid_set
+        self.events.after_validation(self.run, self.step, border, data, found.score)
+        if self.position == self.n_batches:
+            self.next_epoch()
+
+    def next_epoch(self) -> None:
+        """Begin the next epoch, perhaps the extra stage."""
         before = self.curriculum.at(self.epoch)
         self.epoch, self.position = self.epoch + 1, 0
         if self.curriculum.at(self.epoch) is not before:

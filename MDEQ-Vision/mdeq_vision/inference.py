@@ -1,6 +1,6 @@
 """Class probabilities of whole images: several scales, a sliding window, and flips."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -49,18 +49,59 @@ def predict(
     Raises:
         InputError: an argument is out of range, or ``forward`` returns another shape.
     """
+    size, total = images.shape[2:], None
+    for probabilities in _at_scales(forward, images, window, base_size, scales, flip):
+        probabilities = _resize(probabilities, size)
+        total = probabilities if total is None else total.add_(probabilities)
+    return total.div_(len(scales))
+
+
+@torch.no_grad()
+def predict_classes(
+    forward: Callable[[Tensor], Tensor],
+    images: Tensor,
+    *,
+    window: tuple[int, int],
+    base_size: int,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The most probable class of each pixel, and its probability: the maximum of :func:`predict`.
+
+    Arguments are those of ``predict``. Probabilities are resized class by class, so that large
+    images need memory for a few tensors of shape (B, 1, H, W), however many classes there are.
+
+    Returns:
+        Classes (B, H, W), int64, and probabilities (B, H, W).
+    """
+    maps = list(_at_scales(forward, images, window, base_size, scales, flip))
+    labels, best = None, None
+    for number in range(maps[0].shape[1]):
+        total = None
+        for probabilities in maps:
+            resized = _resize(probabilities[:, number, None].contiguous(), images.shape[2:])
+            total = resized.clone() if total is None else total.add_(resized)
+        total = total.div_(len(scales)).squeeze(1)
+        if labels is None:
+            labels, best = torch.zeros_like(total, dtype=torch.int64), total
+        else:
+            labels.masked_fill_(total > best, number)
+            best = torch.maximum(best, total)
+    return labels, best
+
+
+def _at_scales(
+    forward: Callable, images: Tensor, window, base_size: int, scales: Sequence[float], flip: bool
+) -> Iterator[Tensor]:
+    """Probabilities at each scale, (B, n, h, w) with the height and width of that scale."""
     _check(images, window, base_size, scales)
-    size = images.shape[2:]
-    total = None
     for scale in scales:
         resized = _resize_images(images, _round(base_size * scale))
         probabilities = _slide(forward, resized, window)
         if flip:
             mirrored = _slide(forward, resized.flip(3), window)
             probabilities = probabilities.add_(mirrored.flip(3)).div_(2)
-        probabilities = _resize(probabilities, size)
-        total = probabilities if total is None else total.add_(probabilities)
-    return total.div_(len(scales))
+        yield probabilities
 
 
 def _slide(forward: Callable, images: Tensor, window: tuple[int, int]) -> Tensor:

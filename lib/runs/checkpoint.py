@@ -162,6 +162,8 @@ def _read_safetensors(file: BinaryIO) -> dict[str, Tensor]:
     tensors = safetensors.torch.load(data)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata = header.get("__metadata__", {})
+    # A tied tensor is stored once: the metadata holds its other name, as safetensors writes it.
+    tensors |= {k: tensors[v] for k, v in metadata.items() if v in tensors and k not in tensors}
     checksums = {v for k, v in metadata.items() if k == CHECKSUM or v.startswith(_VALUE)}
     if checksums and checksums != {checksum(tensors)}:
         raise ValueError("the checksum differs")

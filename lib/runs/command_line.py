@@ -19,16 +19,18 @@ with needs("runs"):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises an InputError for a bad command line.
-
-    A flag is never abbreviated. The message about an unknown flag names the nearest known one.
-    """
+    """A parser that raises an InputError for a bad command line; no flag is abbreviated."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str):
         raise InputError(message)
+
+    def _get_values(self, action, arg_strings):
+        if arg_strings == ["--"] and action.nargs is None:
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)
 
     def parse_args(self, args=None, namespace=None):
         return self._all_known(*self.parse_known_args(args, namespace))
@@ -47,7 +49,7 @@ class Parser(argparse.ArgumentParser):
 def prepare_streams() -> None:
     """Let the standard streams print any text, and replace those that are closed."""
     for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # otherwise the next file opened would get its number
+        if getattr(sys, name) is None:  # else the next file gets its number
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # Not every stream has an encoding that can be changed.
@@ -56,10 +58,7 @@ def prepare_streams() -> None:
 
 
 def put(line: str, stream: TextIO, end: str = "\n") -> OSError | None:
-    """Write a line above a progress bar; return the error if the stream is lost.
-
-    Its later lines are then dropped, and Python's exit does not fail on those before.
-    """
+    """Write a line above a progress bar; return the error if the stream is lost, then silent."""
     try:
         tqdm.write(line, stream, end)
         stream.flush()

@@ -1,7 +1,6 @@
 """What reports on finished runs share: tables, means at equilibrium, curves."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from lib.errors import is_number, needs
 from lib.runs.solver_figures import PASSES
@@ -44,8 +43,8 @@ def series(records: list[dict], kind: str, name: str) -> tuple[list[int], list[f
     return [step for step, _ in found], [value for _, value in found]
 
 
-def draw_curves(records: list[dict], border: int, path: Path, draw: Callable) -> None:
-    """Write a PNG of two panels over the steps: training and residuals.
+def draw_curves(records: list[dict], border: int, path, draw: Callable) -> None:
+    """Write a PNG (a path or a file): training and residuals over the steps.
 
     A line marks ``border``, the first step at equilibrium. ``draw`` draws the training curves on
     the matplotlib axes it is given.

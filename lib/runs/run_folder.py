@@ -6,13 +6,14 @@ import itertools
 import json
 import math
 import os
+import re
 import resource
 import socket
 import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -31,6 +32,7 @@ LOCK, LOG, METRICS, SETTINGS = "run.lock", "log.txt", "metrics.jsonl", "settings
 CHECKPOINT, WEIGHTS = "checkpoint.pt", "model.pt"
 _OF_KIND = {"valid": {"phase": str}, "summary": {"finished": bool}}  # what such records have
 _OF_THE_END = ("final_", "summary")  # prefixes of the record kinds written at the end of a run
+_GROUPS = {"solver": "residual|nfe|broken", "jacobian": "jac_|sradius", "speed": "_per_s|_mib"}
 _FLUSH = 120.0  # seconds between flushes of the events
 
 
@@ -155,8 +157,8 @@ def peak_memory_mib(device: torch.device) -> float:
 class _Events:
     """A file of TensorBoard events that is written in the thread of the caller.
 
-    SummaryWriter's own thread dies on a full disk with a traceback, and once its queue is full,
-    the run waits for it for ever. Earlier files' data from ``purge_step`` on are hidden.
+    SummaryWriter's own thread dies on a full disk, and the run then waits for it for ever. Earlier
+    files' data from ``purge_step`` on are hidden.
     """
 
     def __init__(self, folder: Path, purge_step: int | None):
@@ -164,17 +166,21 @@ class _Events:
         with needs("runs"):
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto.event_pb2 import Event, SessionLog
-            from tensorboardX.summary import scalar
+            from tensorboardX.summary import scalar, text
 
-        self._event, self._summary = Event, scalar
+        self._event, self._scalar, self.text = Event, scalar, text
         self._writer = EventsWriter(str(folder / "events"))
         if purge_step is not None:
-            self._add(purge_step, file_version="brain.Event:2")
-            self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
+            self.add(purge_step, file_version="brain.Event:2")
+            self.add(purge_step, session_log=SessionLog(status=SessionLog.START))
         self.flush()
 
-    def scalar(self, name: str, value: float, step: int) -> None:
-        self._add(step, summary=self._summary(name, value))
+    def scalar(self, kind: str, name: str, value: float, step: int) -> None:
+        tag = f"{kind}/{name}"
+        for group, parts in _GROUPS.items():
+            if re.search(parts, name):
+                tag = f"{group}/{kind}_{name}"
+        self.add(step, summary=self._scalar(tag, value))
         if time.monotonic() > self._flushed + _FLUSH:
             self.flush()
 
@@ -185,7 +191,7 @@ class _Events:
     def close(self) -> None:
         self._writer.close()
 
-    def _add(self, step: int, **content) -> None:
+    def add(self, step: int, **content) -> None:
         self._writer.write_event(self._event(step=step, wall_time=time.time(), **content))
 
 
@@ -199,6 +205,7 @@ class Run:
     Args:
         folder: the run's folder, created if absent; None writes no file (a debug run).
         settings: name and content of the file that holds the resolved settings.
+        beside: names and contents of other files.
         resume_step: None for a new run, else the step to continue from. Records of later steps
             and of the end are dropped, as they come again.
         events: folder of the TensorBoard events; None means ``folder``.
@@ -216,6 +223,7 @@ class Run:
         *,
         events: Path | None = None,
         quiet: bool = False,
+        beside: Iterable[tuple[str, str]] = (),
     ):
         self.folder, self.quiet = folder, quiet
         self._events, self._log, self._metrics = None, None, None
@@ -229,7 +237,7 @@ class Run:
         clean_temporaries(folder)
         self._events_folder = events or folder
         try:
-            self._begin(settings, resume_step)
+            self._begin((settings, *beside), resume_step)
         except OSError as error:
             self.close()
             raise InputError(
@@ -237,12 +245,13 @@ class Run:
                 f"({error.strerror or error}): mend that{last_good(folder)}"
             ) from error
 
-    def _begin(self, settings: tuple[str, str], resume_step: int | None) -> None:
+    def _begin(self, contents: Iterable[tuple[str, str]], resume_step: int | None) -> None:
         """Write the settings, drop records, open the files."""
-        folder, (name, content) = self.folder, settings
+        folder = self.folder
         self._lock = _identity(folder / LOCK)
-        with atomic_write(folder / name) as file:
-            file.write(content.encode())
+        for name, content in contents:
+            with atomic_write(folder / name) as file:
+                file.write(content.encode())
         last = -math.inf if resume_step is None else resume_step
         kept = [
             record
@@ -256,6 +265,7 @@ class Run:
         self._log = open(folder / LOG, "w" if resume_step is None else "a", **how)  # noqa: SIM115
         purge_step = None if resume_step is None else resume_step + 1
         self._events = _Events(self._events_folder, purge_step)
+        self.show(purge_step or 0, self._events.text("settings", f"```\n{content}```"))
 
     @classmethod
     def silent(cls) -> "Run":
@@ -280,7 +290,7 @@ class Run:
             self.log(f"warning: the standard output is lost ({lost.strerror}): see {LOG} alone")
 
     def record(self, kind: str, step: int, **values: float) -> None:
-        """Write a record to metrics.jsonl; finite numbers go to TensorBoard as ``kind/name``.
+        """Write a record to metrics.jsonl; finite numbers go to TensorBoard, in groups.
 
         JSON has no NaN and no infinity: null stands for both.
         """
@@ -292,9 +302,13 @@ class Run:
         def write() -> None:
             for name, value in values.items():
                 if isinstance(value, (int, float)) and math.isfinite(value):
-                    self._events.scalar(f"{kind}/{name}", value, step)
+                    self._events.scalar(kind, name, value, step)
 
         self._attempt(self._events_folder, write)
+
+    def show(self, step: int, summary) -> None:
+        """Write a summary of tensorboardX, such as a text; not in a run without a folder."""
+        self._attempt(self._events_folder, lambda: self._events.add(step, summary=summary))
 
     def sync(self) -> None:
         """Flush all to the disk; raise the OSError of a write that failed, now or earlier."""

@@ -1,6 +1,9 @@
 """A training command: read the checkpoint, build, open the folder, train, finish."""
 
 import contextlib
+import shlex
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +57,7 @@ class Settings:
     read: Callable[[Path], dict]  # reads such a file; raises an InputError if it is unreadable
     free: tuple[str, ...]  # beginnings of names that a resumed run may change without a note
     first: tuple[str, ...]  # of names that have an effect on a new run only
+    beside: tuple[tuple[str, str], ...] = ()  # names and contents of other files of the run
 
     def changes(self, path: Path) -> list[str]:
         """One line per setting that differs from those in ``path``.
@@ -127,6 +131,8 @@ def run_training(plan: Plan, build: Callable[[bool], Job], processes: Processes)
         locks.callback(run.close)
         try:
             device = trainer.device
+            run.log(f"started {time.strftime('%F %T')}: {shlex.join(sys.argv)}")
+            run.log(f"torch {torch.__version__}, Python {sys.version.split()[0]}")
             run.log(job.title)
             run.log(
                 f"{sum(p.numel() for p in trainer.model.parameters())} parameters | "
@@ -178,7 +184,7 @@ def _begin(
         folder = new_folder(folder) if plan.unnamed else folder
         lines = _own(folder, locks)
         check_unused(folder, plan.used, anew=plan.anew)  # no other run can begin here from now on
-    run = Run(folder, kept, step, events=plan.events)
+    run = Run(folder, kept, step, events=plan.events, beside=settings.beside)
     for line in lines:
         run.log(line)
     if plan.checkpoint in (None, folder / CHECKPOINT):

@@ -28,7 +28,7 @@ from lib.runs.interrupts import Stopped, Stopping, TrainingError, memory_for
 from lib.runs.optimizers import clip_gradients, restore_optimizer
 from lib.runs.processes import Processes, lost_contact
 from lib.runs.retention import save_newest
-from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, last_good, warnings_in
+from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, last_good, peak_memory_mib, warnings_in
 from lib.runs.solver_figures import (
     broken_since,
     broken_solves,
@@ -346,7 +346,7 @@ class Trainer(Task):
             return
         values, line = self.figures(self.mean_loss(), elapsed)
         solver, words = solver_figures(summed_stats(self.model.deq.stats, self.processes))
-        values |= solver
+        values |= solver | {"memory_mib": peak_memory_mib(self.device)}
         line += words
         if window["jac_count"]:
             values["jac_loss"] = window["jac_loss"] / window["jac_count"]

@@ -12,10 +12,12 @@ import sys
 from pathlib import Path
 
 import bench_audits
+import bench_generation
 import bench_states
 import bench_words
 import compare_gradients
 import compare_ties
+import gpu_rates
 import quickstart_seeds
 from helpers import comparison_figures, maze_tables, prefix_sums_tables
 from helpers.comparison import TASKS
@@ -57,6 +59,21 @@ def of_audits(found: dict) -> dict[str, str]:
     return {"audits": text, "audits, correctness": bench_audits.findings(found)}
 
 
+def of_gpu_rates(found: dict) -> dict[str, str]:
+    body = table(gpu_rates.HEAD, gpu_rates.rows(found))
+    return {"gpu rates": f"    {found['machine']}\n\n{body}"}
+
+
+def of_planner(found: dict) -> dict[str, str]:
+    return {"planner": table(found["table"]["head"], found["table"]["rows"])}
+
+
+def of_generation(found: dict) -> dict[str, str]:
+    rows = found["ways"]
+    head = f"{found['machine']} | {found['tokens']} tokens, {len(rows[0]['seconds'])} rounds"
+    return {"generation": f"    {head}\n\n{bench_generation.report(rows)}"}
+
+
 # Files of figures: the page that shows each, and what makes the text of its blocks, by name.
 FIGURES = {
     "gradients.json": ("gradients.md", of_gradients),  # compare_gradients.py
@@ -68,8 +85,11 @@ FIGURES = {
     "maze_ablations.json": ("larger-problems.md", maze_tables.ablations),
     "state_tracking.json": ("larger-problems.md", of_states),  # bench_states.py
     "words.json": ("words.md", of_words),  # bench_words.py
+    "generation.json": ("words.md", of_generation),  # bench_generation.py
     "quickstart_seeds.json": ("start.md", of_quickstart),  # quickstart_seeds.py
     "audits.json": ("larger-problems.md", of_audits),  # bench_audits.py
+    "gpu_rates.json": ("planning.md", of_gpu_rates),  # gpu_rates.py
+    "planner_check.json": ("planning.md", of_planner),  # scripts/plan_training.py --check
 }
 # Files of printed text: the page that shows each. The block has the name of the file.
 PRINTED = {

@@ -14,12 +14,15 @@ prints the run's state and last step, such as "stopped 1200". The states are
 import sys
 from pathlib import Path
 
-from deq_sequence import options
-from lib.errors import InputError
-from lib.runs.command_line import exit_code
-from lib.runs.run_folder import read_metrics
-from mdeq_vision import command
-from mdeq_vision.options import experiment_parser
+try:
+    from deq_sequence import options
+    from lib.errors import InputError
+    from lib.runs.command_line import exit_code
+    from lib.runs.run_folder import read_metrics
+    from mdeq_vision import command
+    from mdeq_vision.options import experiment_parser
+except KeyboardInterrupt:  # the imports take seconds
+    sys.exit(130)
 
 
 def folder_of(file: str, flags: list[str]) -> Path:

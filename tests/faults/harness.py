@@ -120,9 +120,9 @@ def _write_text(folder: Path) -> None:
 
 
 def records(folder: Path) -> list[dict]:
-    """Everything in the records of a run but speeds."""
+    """Everything in the records of a run but speeds and memory."""
     return [
-        {name: value for name, value in record.items() if not name.endswith("_per_s")}
+        {name: value for name, value in record.items() if not name.endswith(("_per_s", "_mib"))}
         for record in read_metrics(folder)
     ]
 

@@ -2,15 +2,13 @@
 
 import json
 import math
-import os
 import resource
-import struct
 from pathlib import Path
 
 import pytest
 import torch
-from tensorboardX.proto.event_pb2 import Event
 
+from events import scalars, texts
 from lib.errors import InputError
 from lib.runs.run_folder import (
     CHECKPOINT,
@@ -39,20 +37,6 @@ def started(folder, steps):
         run.record("train", step, loss=1 / step)
     run.log("first")
     run.close()
-
-
-def scalars(folder):
-    """(tag, step, value) of the TensorBoard files, in the order they were written."""
-    found = []
-    for path in sorted(folder.glob("events.*"), key=os.path.getmtime):
-        content, start = path.read_bytes(), 0
-        while start < len(content):
-            # A record: length (8 bytes), its checksum (4), the event, its checksum (4).
-            (length,) = struct.unpack_from("<Q", content, start)
-            event = Event.FromString(content[start + 12 : start + 12 + length])
-            found += [(v.tag, event.step, v.simple_value) for v in event.summary.value]
-            start += 12 + length + 4
-    return found
 
 
 # ---- places ----------------------------------------------------------------------------------
@@ -91,6 +75,7 @@ def test_files_of_a_run(folder, capsys):
     run.close()
     assert "a line" in capsys.readouterr().out
     assert scalars(folder) == []
+    assert texts(folder / "events") == [("settings/text_summary", 0, "```\nlr: 0.1\nname: ä\n```")]
     assert scalars(folder / "events") == [
         ("train/loss", 3, 2.5),
         ("train/lr", 3, 0.5),
@@ -203,10 +188,34 @@ def test_metrics_of_a_folder_without_any(tmp_path):
 
 def test_tensorboard_goes_on_after_a_restart(folder):
     started(folder, [1, 2, 3])
+    (before,) = folder.glob("events.*")
+    before.rename(f"{before}-before")  # a file of the same second would have its name
     run = Run(folder, SAVED, resume_step=2)
     run.record("train", 3, loss=30.0)
     run.close()
-    assert scalars(folder)[-1] == ("train/loss", 3, 30.0)
+    assert scalars(folder) == [
+        ("train/loss", 1, 1.0),
+        ("train/loss", 2, 0.5),
+        ("train/loss", 3, 30.0),  # the first one, of 1/3, is hidden
+    ]
+    assert [step for _, step, _ in texts(folder)] == [0, 3]
+
+
+def test_tensorboard_has_groups(folder):
+    run = Run(folder, SAVED)
+    run.record("train", 1, loss=1.0, forward_nfe=6.0, jac_loss=0.5, tokens_per_s=9.0, memory_mib=4)
+    run.record("valid", 1, loss=2.0, rel_residual=0.25, sradius=0.75)
+    run.close()
+    assert scalars(folder) == [
+        ("train/loss", 1, 1.0),
+        ("solver/train_forward_nfe", 1, 6.0),
+        ("jacobian/train_jac_loss", 1, 0.5),
+        ("speed/train_tokens_per_s", 1, 9.0),
+        ("speed/train_memory_mib", 1, 4.0),
+        ("valid/loss", 1, 2.0),
+        ("solver/valid_rel_residual", 1, 0.25),
+        ("jacobian/valid_sradius", 1, 0.75),
+    ]
 
 
 # ---- memory ----------------------------------------------------------------------------------

@@ -31,9 +31,12 @@ def test_problems_are_what_they_say():
 
 @pytest.mark.parametrize(("problem", "name"), HELD, ids=[f"{p.name} by {name}" for p, name in HELD])
 def test_solved_within_the_count(problem, name):
-    """The count of this machine, and a tenth and two more for another's rounding."""
+    """The count of an AMD EPYC, and a fifth and two more for the rounding of other processors.
+
+    An Intel Xeon takes 56 evaluations for the 49 of "trigonometric, z - F by anderson, m = 12".
+    """
     most = REACHED[problem.name][name]
-    count, wrong = solve(problem, name, max_nfe=most + most // 10 + 2)
+    count, wrong = solve(problem, name, max_nfe=most + most // 5 + 2)
     assert not wrong
     assert count is not None
 
@@ -42,7 +45,6 @@ def test_solved_within_the_count(problem, name):
     ("problem", "name", "most"),
     [
         ("Brown almost linear, z + F", "broyden", 20),
-        ("Wood, z + F", "anderson", 220),
         ("Wood, z + F", "newton_krylov", 200),
         ("quintic from 3, z + F", "broyden, line search", 20),
         ("cubic from 20, z + F", "newton_krylov", 40),

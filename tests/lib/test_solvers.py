@@ -269,7 +269,9 @@ def test_nothing_is_lost_to_underflow(name, stop):
         solution = SOLVERS[name](lambda z: 3 * z, x0, threshold=100, eps=1e-4, stop=stop)
         assert solution["all_finite"]
         assert not solution["prot_break"]
-        assert solution["abs_lowest"] < 1e-30
+        # Not of the result: all points have the relative residual 2/3 but for rounding, which is
+        # another on other processors, so any of them may be the best.
+        assert min(solution["abs_trace"]) < 1e-30
 
 
 @by_stop

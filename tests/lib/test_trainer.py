@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 
-from harness import differences
+from harness import differences, records
 from lib.errors import InputError
 from lib.runs.checkpoint import load
 from lib.runs.evaluation_loop import EvaluationStopped
@@ -197,7 +197,7 @@ def whole(start):
 
 def assert_whole(folder, whole):
     other, state = whole
-    assert read_metrics(folder) == read_metrics(other)
+    assert records(folder) == records(other)
     assert list(differences(load(folder / CHECKPOINT), state)) == []
 
 

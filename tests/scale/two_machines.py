@@ -16,7 +16,7 @@ from machines import Launch, Pair, wait_until
 
 PATIENCE = 180.0  # seconds for what takes a few on an idle machine
 BORDER, LAST = 150, 300  # steps
-TIMES = {"tokens_per_s", "images_per_s"}
+TIMES = {"tokens_per_s", "images_per_s", "memory_mib"}
 
 # Everything that draws random numbers or carries state from step to step, logged at each step.
 WORDS = f"""

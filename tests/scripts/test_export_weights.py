@@ -1,5 +1,6 @@
 """scripts/export_weights.py: weights of both trainers, in both formats, and bad input."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -8,12 +9,16 @@ import pytest
 import safetensors.torch
 import torch
 
+from deq_sequence.trained import KIND, of_run
 from export_weights import export_weights, main
 from lib.runs.checkpoint import load_weights, read_state, save_atomic
+from lib.runs.model_file import read_model_file
+from model_card import MARK
 from small_model import build
 from small_vision import MDEQClsNet, tiny_config
 
-SCRIPT = Path(__file__).parents[2] / "scripts/export_weights.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT, WORDS = ROOT / "scripts/export_weights.py", ROOT / "docs/models/words.safetensors"
 
 # Each with what its trainer's checkpoint calls the weights.
 MODELS = {
@@ -103,6 +108,94 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, part):
     assert part in err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert Path("good.pt").read_bytes() == content
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run with the weights of the model in the repository."""
+    found = read_model_file(WORDS, KIND, of_run)
+    (folder := tmp_path / "run").mkdir()
+    settings = found.settings | {"data": str(tmp_path), "work_dir": str(tmp_path)}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    (folder / "vocabulary.json").write_text(json.dumps(found.names))
+    save_atomic(found.state, folder / "model.pt")
+    return folder
+
+
+def test_a_run_is_exported_with_its_card(tmp_path, run, capsys):
+    """Tied weights once; figures that are not finite left out; the audit in the card."""
+    records = [
+        {"kind": "valid", "step": 1, "phase": "equilibrium", "loss": 9.0, "nfe": 6.0},
+        {"kind": "final_test", "step": 2, "loss": 4.0, "nfe": 6.0, "rel_residual": 0.5, "x": None},
+    ]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
+    audit = {
+        "verdict": "equilibrium",
+        "reason": "it is",
+        "measure": "log-likelihood",
+        "cuts": [{"name": "2", "evaluations": 2.0, "measure": -4.5, "residual": 0.1}],
+        "radius": {"samples": 3, "mean": 0.5, "largest": 0.75},
+        "correctness": {"said": "no relation"},
+        "effort": {"said": "no relation"},
+    }
+    (run / "audit.json").write_text(json.dumps(audit))
+    target = tmp_path / "new/words.safetensors"
+    assert main([str(run), str(target)]) == 0
+    assert capsys.readouterr().out.splitlines()[1] == f"{target.with_suffix('.md')}: its card"
+    found, before = (read_model_file(path, KIND, of_run) for path in (target, WORDS))
+    assert found.state.keys() == before.state.keys()
+    assert all(torch.equal(found.state[name], before.state[name]) for name in found.state)
+    assert (found.names, found.settings["lr"]) == (before.names, before.settings["lr"])
+    assert found.figures["final_test"] == {
+        "step": 2, "loss": 4.0, "nfe": 6.0, "rel_residual": 0.5,
+    }  # fmt: skip
+    assert target.stat().st_size < 1.05 * WORDS.stat().st_size
+    again = tmp_path / "again.safetensors"
+    assert main([str(run), str(again)]) == 0
+    assert again.read_bytes() == target.read_bytes()
+    card = target.with_suffix(".md").read_text()
+    for part in (MARK, "| perplexity (test) | 54.598 |", "verdict of the audit: equilibrium"):
+        assert part in card
+    assert "mean 0.500, largest 0.750" in card
+    for text in (card, json.dumps(found.settings)):
+        assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "target", "part"),
+    [
+        (lambda run: None, "x.pt", "a run is exported to a .safetensors file, not to x.pt"),
+        (lambda run: None, "folder.safetensors", "folder.safetensors is a folder"),
+        (lambda run: None, "page.safetensors", "page.md exists and is no card"),
+        (lambda run: (run / "settings.json").unlink(), "x.safetensors", "run holds no run"),
+        (lambda run: (run / "model.pt").unlink(), "x.safetensors", "no file run/model.pt"),
+        (lambda run: (run / "settings.json").write_text("{"), "x.safetensors", "not readable JSON"),
+        (lambda run: (run / "audit.json").write_text("{}"), "x.safetensors", "is no audit"),
+        (
+            lambda run: save_atomic({"a": torch.tensor(torch.nan)}, run / "model.pt"),
+            "x.safetensors",
+            "are not finite",
+        ),
+        (
+            lambda run: save_atomic({"a": torch.ones(2)}, run / "model.pt"),
+            "x.safetensors",
+            "do not fit this model",
+        ),
+    ],
+)
+def test_a_run_that_cannot_be_exported(tmp_path, monkeypatch, capsys, run, change, target, part):
+    monkeypatch.chdir(tmp_path)
+    Path("page.md").write_text("my own notes\n")
+    Path("folder.safetensors").mkdir()
+    change(run)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert main(["run", target]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert part in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert Path("page.md").read_text() == "my own notes\n"
 
 
 def test_command(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ SHAPES = [(2, 150, 24), (600, 24), (8, 16, 9), (2, 3, 64, 8), (150, 24), (151, 2
 @pytest.fixture(params=[False, True], ids=["F.linear", "convolution"])
 def by_convolution(request, monkeypatch):
     """Either way, whatever this machine would choose; says whether convolutions were used."""
-    monkeypatch.setattr(module, "_convolutions_are_faster", lambda: request.param)
+    monkeypatch.setattr(module, "convolutions_are_faster", lambda: request.param)
     used = []
     real = F.conv2d
     monkeypatch.setattr(F, "conv2d", lambda *args: used.append(1) or real(*args))
@@ -60,6 +60,16 @@ def test_other_formats_take_the_usual_way(by_convolution):
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == torch.bfloat16
     assert not used
+
+
+def test_the_choice_is_a_constant_to_the_compiler(by_convolution):
+    """Reading the processor's name would end the graph."""
+    chosen, used = by_convolution
+    x, weight = torch.randn(300, 8), torch.randn(4, 8)
+    torch._dynamo.reset()
+    found = torch.compile(linear, backend="eager", fullgraph=True)(x, weight)
+    assert bool(used) == chosen
+    torch.testing.assert_close(found, F.linear(x, weight))
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_train_and_continue_a_prompt(folder, tmp_path, tiny_flags, flags, capsys
     argv = ["--dataset", "text", "--data", str(folder), *flags, *tiny_flags]
     assert main(argv) == 0
     log = (tmp_path / "runs-text-my.words/run/log.txt").read_text()
-    assert log.startswith("text-my.words: ")
+    assert "\ntext-my.words: " in log
     capsys.readouterr()
     assert main([*argv, "--eval", "--prompt", "the dog" if not flags else "the mat"]) == 0
     *figures, sample = capsys.readouterr().out.splitlines()

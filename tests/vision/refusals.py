@@ -12,6 +12,7 @@ from lib.deq import DEQWarning
 from lib.runs.checkpoint import load
 from lib.runs.run_folder import CHECKPOINT, LOCK, LOG, METRICS, WEIGHTS
 from mdeq_vision import command
+from mdeq_vision.classes_file import CLASSES
 from mdeq_vision.command import CONFIG
 from mdeq_vision.datasets import digit_scenes
 from small_runs import DIGITS, SCENES, TINY, TINY_DIGITS, run_tool
@@ -193,6 +194,7 @@ def check(place, capfd, recwarn, case) -> None:
             CONFIG,
             WEIGHTS,
             CHECKPOINT,
+            CLASSES,
         }
     else:
         assert captured.out == ""

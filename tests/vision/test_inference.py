@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib.errors import InputError
-from mdeq_vision.inference import predict
+from mdeq_vision.inference import predict, predict_classes
 
 N = 4
 
@@ -97,6 +97,18 @@ def test_image_within_the_window_is_one_forward(network, size, slack):
 def test_windows_are_averaged_by_count(network, size, window):
     x = images(*size)
     close(predict(network, x, window=window, base_size=max(size)), by_loop(network, x, window))
+
+
+@pytest.mark.parametrize("scales", [(1.0,), (0.5, 1.0, 1.3)])
+@pytest.mark.parametrize("base_size", [20, 13])
+def test_classes_are_the_maximum_of_the_probabilities(network, scales, base_size):
+    x = images(12, 20)
+    options = {"window": (9, 7), "base_size": base_size, "scales": scales, "flip": True}
+    best, labels = predict(network, x, **options).max(dim=1)
+    found = predict_classes(network, x, **options)
+    assert torch.equal(found[0], labels)
+    assert len(labels.unique()) > 1
+    close(found[1], best)
 
 
 # ---- flips -----------------------------------------------------------------------------------

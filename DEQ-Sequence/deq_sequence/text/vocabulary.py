@@ -106,8 +106,8 @@ class Vocab:
         return [self.idx2sym[i] for i in ids]
 
     def symbols(self, text: str) -> list[str]:
-        """The symbols of a line without its end, such as a prompt; errors are those of encode."""
-        return self.decode(self.encode([text])[:-1])
+        """The symbols of a prompt: its lines, the last one without its end; errors as in encode."""
+        return self.decode(self.encode(text.strip().split("\n"))[:-1])
 
     def join(self, symbols: Iterable[str]) -> str:
         """The text that symbols stand for, in one line; a slash for the end of a line."""
@@ -157,7 +157,8 @@ class ByteVocab(Vocab):
 
     def symbols(self, text: str) -> list[str]:
         text = text.lower() if self.lower_case else text
-        return self.decode(self.encode([text.encode()]))
+        # Python keeps a command line's bytes that are not UTF-8 in this form.
+        return self.decode(self.encode([text.encode(errors="surrogateescape")]))
 
     def join(self, symbols: Iterable[str]) -> str:
         text = "".join(symbols).encode("latin-1").decode(errors="replace")

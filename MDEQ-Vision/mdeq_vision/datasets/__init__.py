@@ -8,13 +8,13 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from lib.errors import InputError
-from mdeq_vision.datasets.cifar10 import cifar10_dataset
+from mdeq_vision.datasets.cifar10 import cifar10_dataset, cifar10_input
 from mdeq_vision.datasets.cityscapes import Cityscapes
 from mdeq_vision.datasets.digit_scenes import DigitScenes
-from mdeq_vision.datasets.digits import digits_dataset
+from mdeq_vision.datasets.digits import digit_input, digits_dataset
 from mdeq_vision.datasets.facts import CITYSCAPES, DIGIT_SCENES, SegmentationFacts
 from mdeq_vision.datasets.fingerprint import fingerprint
-from mdeq_vision.datasets.imagenet import imagenet_dataset
+from mdeq_vision.datasets.imagenet import imagenet_dataset, imagenet_input
 from mdeq_vision.datasets.loading import make_loader, n_batches, on_device
 from mdeq_vision.datasets.own_scenes import OwnScenes
 from mdeq_vision.datasets.segmentation import SegmentationDataset
@@ -23,6 +23,7 @@ __all__ = [
     "CITYSCAPES",
     "CLASSIFICATION",
     "DIGIT_SCENES",
+    "INPUTS",
     "NAMED_BY_FILES",
     "SEGMENTATION",
     "WITH_VALIDATION",
@@ -43,6 +44,13 @@ CLASSIFICATION = {
     "imagenet": imagenet_dataset,
     "digits": digits_dataset,
     "own_pictures": imagenet_dataset,
+}
+# name -> function(RGB image, cfg) -> input of a model, (3, H, W), made as items of 'test' are
+INPUTS = {
+    "cifar10": cifar10_input,
+    "imagenet": imagenet_input,
+    "digits": digit_input,
+    "own_pictures": imagenet_input,
 }
 SEGMENTATION = {
     "cityscapes": Cityscapes,

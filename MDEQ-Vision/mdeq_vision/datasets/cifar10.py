@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lib.errors import InputError
+from mdeq_vision.datasets.geometry import fit_square
 from mdeq_vision.datasets.torchvision_import import LazyTransform, import_torchvision
 
 FOLDER = "cifar-10-batches-py"
@@ -59,6 +60,16 @@ def cifar10_dataset(cfg: Any, split: str) -> Cifar10:
         image_size=cfg.MODEL.IMAGE_SIZE,
         augment=is_train and cfg.DATASET.AUGMENT,
     )
+
+
+def cifar10_input(image: Image.Image, cfg: Any) -> Tensor:
+    """Make a picture the input of a model of CIFAR-10: its centre square at 32x32, then as items.
+
+    Args:
+        image: RGB, of any size.
+        cfg: MODEL.IMAGE_SIZE is read.
+    """
+    return _build_transform(tuple(cfg.MODEL.IMAGE_SIZE), False)(fit_square(image, SIDE))
 
 
 def _build_transform(image_size: tuple[int, int], augment: bool):

@@ -14,7 +14,7 @@ from mdeq_vision.datasets.cityscapes_labels import (
     read_train_ids,
 )
 from mdeq_vision.datasets.facts import CITYSCAPES, SegmentationFacts
-from mdeq_vision.datasets.image_reading import read_rgb, read_size
+from mdeq_vision.datasets.image_reading import read_picture, read_rgb, read_size
 from mdeq_vision.datasets.segmentation import SegmentationDataset, require_unique_names
 
 FOLDER = "cityscapes"  # below DATASET.ROOT; list files give paths relative to it
@@ -40,6 +40,8 @@ class ListedImages(SegmentationDataset):
             exist, or that ``check_pair`` refuses. On access: a file cannot be read, image and
             labels differ in size, or a label is unknown.
     """
+
+    own = False  # True: pictures of the user's own, which are read by read_picture
 
     def __init__(
         self,
@@ -75,10 +77,11 @@ class ListedImages(SegmentationDataset):
         return self.samples[index][0].stem
 
     def _read_image(self, index: int) -> Image.Image:
-        return read_rgb(self.samples[index][0])
+        read = read_picture if self.own else read_rgb
+        return read(self.samples[index][0])
 
     def _image_size(self, index: int) -> tuple[int, int]:
-        return read_size(self.samples[index][0])
+        return read_size(self.samples[index][0], upright=self.own)
 
     def _read_train_ids(self, index: int, image: Image.Image) -> np.ndarray:
         image_path, label_path = self.samples[index]

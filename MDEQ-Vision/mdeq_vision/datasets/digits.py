@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from lib.errors import needs
+from mdeq_vision.datasets.geometry import fit_square
 
 MEAN, STD = 0.3, 0.31  # of resized images with pixels in [0, 1]
 HELD_OUT = {"test": 0.2, "valid": 0.1}  # shares of each class; in this order
@@ -77,12 +79,17 @@ class DigitImages(Dataset):
         yield np.array(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        # grid_sample fills pixels from outside of the image with 0, the background.
         affine = _random_affine() if self._augment else torch.eye(2, 3)
-        width, height = self._size
-        grid = F.affine_grid(affine[None], (1, 1, height, width), align_corners=False)
-        image = F.grid_sample(self.images[index, None], grid, align_corners=False)  # (1, 1, H, W)
-        return ((image[0] - MEAN) / STD).repeat(3, 1, 1), self.labels[index]
+        return _item(self.images[index], affine, self._size), self.labels[index]
+
+
+def _item(image: Tensor, affine: Tensor, size: tuple[int, int]) -> Tensor:
+    """An image (1, 8, 8) at ``size`` (width, height), normalised: (3, H, W)."""
+    width, height = size
+    grid = F.affine_grid(affine[None], (1, 1, height, width), align_corners=False)
+    # Pixels from outside of the image are 0, the background.
+    image = F.grid_sample(image[None], grid, align_corners=False)  # (1, 1, H, W)
+    return ((image[0] - MEAN) / STD).repeat(3, 1, 1)
 
 
 def _random_affine() -> Tensor:
@@ -99,3 +106,13 @@ def digits_dataset(cfg: Any, split: str) -> DigitImages:
     """A split of the digits at MODEL.IMAGE_SIZE; DATASET.ROOT is not used."""
     augment = split == "train" and cfg.DATASET.AUGMENT
     return DigitImages(split, image_size=cfg.MODEL.IMAGE_SIZE, augment=augment)
+
+
+def digit_input(image: Image.Image, cfg: Any) -> Tensor:
+    """Make a picture the input of a model of digits, (3, H, W), as items are made.
+
+    Grey values become ink, white the most, as on a blackboard; the centre square shrinks to 8x8.
+    """
+    grey = fit_square(image.convert("L").convert("F"), SIDE)
+    ink = torch.from_numpy(np.array(grey, np.float32) / 255)
+    return _item(ink[None], torch.eye(2, 3), tuple(cfg.MODEL.IMAGE_SIZE))

@@ -93,6 +93,19 @@ class CentreCrop:
         return min(width, self.crop[0]), min(height, self.crop[1])
 
 
+def fit_square(image: Image.Image, side: int) -> Image.Image:
+    """The centre square of an image, resized bilinearly to ``side``; of that size already, as is.
+
+    Where it shrinks, each pixel is a mean over those that it stands for.
+    """
+    if image.size == (side, side):
+        return image
+    short = min(image.size)
+    left, top = ((length - short) / 2 for length in image.size)
+    box = (left, top, left + short, top + short)
+    return image.resize((side, side), Image.Resampling.BILINEAR, box)
+
+
 def resize_labels(labels: np.ndarray, factor: float) -> np.ndarray:
     """Resize labels (H, W) uint8 to (H * factor, W * factor) by nearest neighbour."""
     if factor == 1:

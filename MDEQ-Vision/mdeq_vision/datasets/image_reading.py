@@ -1,17 +1,24 @@
 """Reading image files, with errors that name the file."""
 
+import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lib.errors import InputError
 
+_ORIENTATION = 0x0112  # the EXIF tag of how the camera was held
+_ON_ITS_SIDE = range(5, 9)  # its values that swap width and height
+_WHITE = (255, 255, 255, 255)
+
 
 def read_rgb(path: str | Path) -> Image.Image:
-    """Read an image file as 8-bit RGB.
+    """Read an image file of a published data set as 8-bit RGB, with its pixels as they lie there.
 
-    Grey-scale, palette, CMYK and other 8-bit images are converted; transparency is dropped.
+    Grey-scale, palette, CMYK and other 8-bit images are converted. Transparency is dropped, and an
+    EXIF tag of orientation is not followed: ImageNet has a few such files, and published figures
+    come from readers that ignore the tag. :func:`read_picture` reads users' own files.
 
     Raises:
         InputError: the file does not exist, is no image or is truncated, or has more than 8 bits
@@ -24,6 +31,54 @@ def read_rgb(path: str | Path) -> Image.Image:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def read_picture(path: str | Path) -> Image.Image:
+    """Read a picture of the user's own as 8-bit RGB, as :func:`as_seen` makes it.
+
+    Raises:
+        InputError: the file does not exist, is no image, is truncated, or as for ``as_seen``.
+    """
+    return as_seen(_read(path), path)
+
+
+def as_seen(image: Image.Image, name: str | Path) -> Image.Image:
+    """Make an image 8-bit RGB as a person would see it.
+
+    - It is turned upright, by its EXIF tag of orientation.
+    - 16-bit grey is scaled: 65535 becomes 255.
+    - What is transparent shows white.
+    - Grey-scale, palette, CMYK and other 8-bit images are converted.
+
+    Args:
+        image: the first frame counts if there are several.
+        name: the image's, for messages.
+
+    Raises:
+        InputError: the values have no known range (modes I and F), or cannot be converted.
+    """
+    image = ImageOps.exif_transpose(image) if _orientation(image) > 1 else image
+    # Some versions of Pillow read a 16-bit PNG with mode I.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):
+        raise InputError(f"image {name} has mode {image.mode}: save it with 8 bits a channel")
+    try:
+        if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image)
+        return image.convert("RGB")
+    except ValueError as error:
+        raise InputError(f"image {name} has mode {image.mode}: save it as RGB") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF tag of orientation; 1, upright, if there is none or it cannot be read."""
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged tags raise many kinds of error, and say nothing of the pixels
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 def read_labels(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
@@ -62,17 +117,22 @@ def read_label_image(path: str | Path) -> Image.Image:
     return image
 
 
-def read_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) of an image file, from its header.
+def read_size(path: str | Path, *, upright: bool = False) -> tuple[int, int]:
+    """(width, height) of an image file, from its header; ``upright``: after it is turned upright.
 
     Raises:
         InputError: the file does not exist or is no image.
     """
-    return _read(path, load=False).size
+    image = _read(path, load=False)
+    turned = upright and _orientation(image) in _ON_ITS_SIDE
+    return image.size[::-1] if turned else image.size
 
 
 def _read(path: str | Path, *, load: bool = True) -> Image.Image:
     try:
+        # A pipe without a writer would never end, and no decoder can seek in one.
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("it is not a regular file")
         with Image.open(path) as image:
             if load:
                 image.load()

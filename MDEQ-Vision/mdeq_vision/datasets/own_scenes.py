@@ -44,6 +44,8 @@ class OwnScenes(ListedImages):
         InputError: as ListedImages; or classes.yaml is missing or wrong.
     """
 
+    own = True
+
     def __init__(self, cfg: Any, split: str):
         root = Path(cfg.DATASET.ROOT)
         self.classes = read_classes((root / cfg.DATASET.TRAIN_SET).parent / CLASSES)

@@ -212,4 +212,4 @@ def next_step(trainer: Trainer, batches) -> None:
     """One training step, its batch loaded; no log, no validation, no checkpoint."""
     trainer.update(next(batches))
     if isinstance(trainer, ImageTrainer) and trainer.position == trainer.n_batches:
-        trainer.after_validation(None)  # the next epoch
+        trainer.next_epoch()

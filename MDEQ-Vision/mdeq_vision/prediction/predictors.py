@@ -1,0 +1,228 @@
+"""Trained models as objects that take pictures, of any size and form."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from yacs.config import CfgNode
+
+from lib.errors import InputError
+from lib.runs.evaluation_loop import evaluating
+from lib.solvers.precision import autocast
+from mdeq_vision.datasets import INPUTS, SegmentationFacts
+from mdeq_vision.datasets.image_reading import as_seen, read_picture
+from mdeq_vision.inference import predict_classes
+from mdeq_vision.model import MDEQNet
+from mdeq_vision.prediction.overlays import with_legend
+
+Picture = str | Path | Image.Image | Tensor
+
+
+@dataclass(frozen=True)
+class Classification:
+    """What a classifier says of a picture.
+
+    Attributes:
+        classes: the names of the classes.
+        probabilities: (n,), float32, one per output of the model.
+        evaluations: how many evaluations of f the solver took for this picture.
+        residual: the relative residual at its result.
+    """
+
+    classes: Sequence[str]
+    probabilities: Tensor
+    evaluations: int
+    residual: float
+
+    def best(self, number: int = 5) -> list[tuple[str, float]]:
+        """The most probable classes, best first, with their probabilities.
+
+        An output of the model beyond the classes is named by its number.
+        """
+        found = self.probabilities.topk(min(number, len(self.probabilities)))
+        pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        known = len(self.classes)
+        return [(self.classes[i] if i < known else f"output {i}", p) for i, p in pairs]
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What a segmentation model says of a picture.
+
+    Attributes:
+        picture: the upright picture, uint8 (H, W, 3).
+        labels: the class of each pixel, by its place among the classes, uint8 (H, W).
+        confidence: the probability of that class, float32 (H, W).
+        evaluations: how many evaluations of f the solves took together.
+        residual: the largest relative residual of a solve.
+        solves: 1; or one for each window, scale and mirror image.
+        facts: the names, colours and official labels of the classes.
+    """
+
+    picture: np.ndarray
+    labels: np.ndarray
+    confidence: np.ndarray
+    evaluations: int
+    residual: float
+    solves: int
+    facts: SegmentationFacts
+
+    @cached_property
+    def shares(self) -> dict[str, float]:
+        """The share of the pixels that each class has, the largest first; no class without any."""
+        numbers, counts = np.unique(self.labels, return_counts=True)
+        order = np.argsort(-counts, kind="stable")
+        names = self.facts.class_names
+        return {names[numbers[i]]: float(counts[i] / self.labels.size) for i in order}
+
+    def overlay(self) -> Image.Image:
+        """The picture, beside it the picture in the colours of its classes, and their legend."""
+        legend = {name: f"{name}  {100 * share:.1f} %" for name, share in self.shares.items()}
+        names, palette = self.facts.class_names, self.facts.palette
+        entries = [(text, palette[names.index(name)]) for name, text in legend.items()]
+        return with_legend(self.picture, self.labels, palette, entries)
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A trained model, ready for use.
+
+    Attributes:
+        model: the network, in evaluation mode.
+        classes: the names of its classes, in the order of its outputs.
+        settings: the configuration of its run.
+        figures: by kind of record, the last figures of its run, such as ``final_test``.
+    """
+
+    model: MDEQNet
+    classes: Sequence[str]
+    settings: CfgNode
+    figures: dict[str, dict]
+
+    def _forward(self, images: Tensor) -> Tensor:
+        device = next(self.model.parameters()).device
+        with autocast(self.settings.AMP, device):
+            return self.model(images.to(device), compute_jac_loss=False)[0].float()
+
+
+class TrainedClassifier(_Trained):
+    """A trained classifier. Attributes: ``model``, ``classes``, ``settings``, ``figures``."""
+
+    def classify(
+        self, images: Picture | Sequence[Picture]
+    ) -> Classification | list[Classification]:
+        """Class probabilities of one picture, or a list of them for several.
+
+        A picture is a path, a PIL image, or a tensor of pixels as :func:`to_picture` takes it. It
+        is resized and cropped as test images of the run's data set are; of those that know one
+        size alone (digits, CIFAR-10), the centre square takes that size first. Each picture is
+        solved by itself.
+
+        Raises:
+            InputError: a picture cannot be read.
+        """
+        found = [self._classify(picture) for picture in _several(images)]
+        return found if _are_several(images) else found[0]
+
+    def _classify(self, picture: Picture) -> Classification:
+        cfg = self.settings
+        x = INPUTS[cfg.DATASET.DATASET](to_picture(picture), cfg)
+        with evaluating(self.model) as stats:
+            probabilities = self._forward(x[None])[0].softmax(dim=0).cpu()
+        last = stats.forward.last
+        return Classification(self.classes, probabilities, last["nfe"], last["rel_residual"])
+
+
+@dataclass(frozen=True)
+class TrainedSegmenter(_Trained):
+    """A trained segmentation model; ``facts`` has the names and colours of its classes."""
+
+    facts: SegmentationFacts
+
+    def segment(self, images: Picture | Sequence[Picture]) -> Segmentation | list[Segmentation]:
+        """The class of each pixel of one picture, or a list of such results for several.
+
+        Pictures are as for :meth:`TrainedClassifier.classify`. They are treated as seg_test treats
+        whole test images: TEST.BASE_SIZE is their long side, windows of TEST.IMAGE_SIZE cover
+        larger ones, and TEST.MULTI_SCALE and FLIP_TEST are followed. CENTER_CROP_TEST is not.
+
+        Raises:
+            InputError: a picture cannot be read.
+        """
+        found = [self._segment(picture) for picture in _several(images)]
+        return found if _are_several(images) else found[0]
+
+    def _segment(self, picture: Picture) -> Segmentation:
+        test, facts = self.settings.TEST, self.facts
+        pixels = np.array(to_picture(picture))
+        x = torch.from_numpy(pixels).permute(2, 0, 1).float().contiguous()
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (facts.mean, facts.std))
+        x.div_(255).sub_(mean).div_(std)  # in place: a picture may be large
+        residuals = []
+        with evaluating(self.model) as stats:
+
+            def logits(images: Tensor) -> Tensor:
+                output = self._forward(images)
+                residuals.append(stats.forward.last["rel_residual"])
+                return output
+
+            labels, confidence = predict_classes(
+                logits,
+                x[None],
+                window=tuple(test.IMAGE_SIZE),
+                base_size=test.BASE_SIZE,
+                scales=test.SCALE_LIST if test.MULTI_SCALE else [1.0],
+                flip=test.FLIP_TEST,
+            )
+        return Segmentation(
+            picture=pixels,
+            labels=labels[0].to(torch.uint8).cpu().numpy(),
+            confidence=confidence[0].cpu().numpy(),
+            evaluations=stats.forward.nfe,
+            residual=max(residuals),
+            solves=len(residuals),
+            facts=facts,
+        )
+
+
+def to_picture(picture: Picture, name: str = "given") -> Image.Image:
+    """The upright RGB image of a path, a PIL image or a tensor.
+
+    A tensor has pixels: (H, W), (1, H, W) or (3, H, W), uint8, or floats from 0 to 1, which are
+    rounded to 8 bits. Batches that a data set has normalised go to ``.model`` itself.
+
+    Raises:
+        InputError: a file cannot be read, or a tensor has another form.
+    """
+    if isinstance(picture, (str, Path)):
+        return read_picture(picture)
+    if isinstance(picture, Image.Image):
+        return as_seen(picture, name)
+    if not isinstance(picture, Tensor):
+        raise InputError(
+            f"a picture is a path, a PIL image or a tensor, but this is a {type(picture).__name__}"
+        )
+    x = picture.detach().cpu()
+    x = x[None] if x.ndim == 2 else x
+    fits = x.ndim == 3 and x.shape[0] in (1, 3) and x.numel() > 0
+    if fits and x.is_floating_point() and bool(((x >= 0) & (x <= 1)).all()):
+        x = (x.float() * 255).round().to(torch.uint8)
+    if not fits or x.dtype != torch.uint8:
+        raise InputError(
+            f"a tensor of pixels is uint8, or floats from 0 to 1, of shape (3, H, W) or (H, W), "
+            f"but this is {picture.dtype} of shape {tuple(picture.shape)}"
+        )
+    return Image.fromarray(x.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+
+
+def _are_several(images) -> bool:
+    return isinstance(images, (list, tuple)) or (isinstance(images, Tensor) and images.ndim == 4)
+
+
+def _several(images) -> Iterable[Picture]:
+    return images if _are_several(images) else [images]

@@ -1,0 +1,1 @@
+"""What a training run needs, counted, measured and estimated: see scripts/plan_training.py."""
