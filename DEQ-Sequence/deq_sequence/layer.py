@@ -355,7 +355,9 @@ class TransformerLayer(nn.Module):
 
         @cache
         def tensors(dtype: torch.dtype) -> tuple[AttentionTensors, FeedForwardTensors]:
-            with torch.set_grad_enabled(trained):  # the first call may come from a solver (no_grad)
+            # The first call may come from a solver (no_grad). Autocast would round the products
+            # of tensors in full precision, which ``source`` asks for under autocast.
+            with torch.set_grad_enabled(trained), without_autocast(us.device):
                 return attention(dtype), feed_forward(dtype)
 
         tensors(working_dtype(us))  # fill the cache now: every evaluation of f does the same work

@@ -1,6 +1,6 @@
 """CUDA graphs of f and its products: what is copied when, and every way back to f itself.
 
-Here graphs are recorded by a stand-in, which computes again on the copies, as a GPU would. A real
+Here the operations of f are recorded and replayed on the CPU, on the same memory each time. A real
 GPU records them in tests/test_on_a_gpu.py.
 """
 
@@ -16,30 +16,9 @@ from torch import Tensor, nn
 
 from lib.deq import DEQ, DEQWarning
 from lib.graphs import MOST, Graphs
-from lib.solvers.precision import in_context, same_autocast
+from recorded_graphs import OnCpu
 
 pytestmark = pytest.mark.filterwarnings("error::lib.deq.DEQWarning")
-
-
-class OnCpu(Graphs):
-    """Computes again, under the autocast setting of the recording; counts replays."""
-
-    kind = "cpu"
-
-    def __init__(self):
-        super().__init__()
-        self.recorded, self.replays = 0, []
-
-    def record(self, function):
-        function()
-        number, again = self.recorded, in_context(same_autocast(torch.device("cpu")), function)
-        self.recorded += 1
-
-        def replay():
-            self.replays.append(number)
-            again()
-
-        return replay
 
 
 class Layer(nn.Module):
@@ -100,6 +79,7 @@ def trained(graph, *, parts=0, masked=True, f_solver="anderson", grad="ift", amp
         {},
         {"masked": False, "f_solver": "broyden:check_every=99"},
         {"f_solver": "anderson:stop=sample", "grad": "phantom:form=neumann"},
+        {"f_solver": "fixed_point_iteration:check_every=99", "grad": "jfb"},  # x is a value of f
         {"grad": "ift:order=2"},
         {"amp": True},
     ],
