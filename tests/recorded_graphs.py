@@ -62,6 +62,32 @@ class OnCpu(Graphs):
         return replay
 
 
+def check_steps(build, *, amp: bool) -> None:
+    """Training steps from a recording give the bits of steps without, as the weights change.
+
+    ``build()`` gives a model and its forward pass, step -> loss.
+    """
+
+    def run(graphs) -> list[Tensor]:
+        model, forward = build()
+        model.deq.graphs, found = graphs, []
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        for step in range(3):
+            torch.manual_seed(step)
+            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+                loss = forward(step)
+            optimizer.zero_grad()
+            loss.backward()
+            found += [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+            optimizer.step()
+        return found
+
+    expected, found = run(None), run(graphs := OnCpu())
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert graphs.replays
+    assert None not in graphs._forms.values()
+
+
 def _tensors(tree) -> list[Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 

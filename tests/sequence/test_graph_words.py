@@ -1,4 +1,4 @@
-"""--graph without a GPU, and the tensors that f holds. Graphs: tests/lib/test_graphs.py."""
+"""--graph without a GPU, and steps whose f comes from recorded operations."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ import torch
 from lib.deq import DEQWarning
 from lib.graphs import Graphs
 from lib.runs.run_folder import read_metrics
+from recorded_graphs import check_steps
 from small_model import build, words
 
 pytestmark = pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
@@ -39,6 +40,24 @@ def test_f_from_its_source(settings, amp):
         z = torch.randn_like(words(seed=0)[0].t()[..., None].expand(-1, -1, model.d_model).float())
         assert torch.equal(build_first(held)(z), second(z))
         assert not torch.equal(first(z), second(z))
+
+
+@pytest.mark.parametrize("check_every", [1, 99])
+@pytest.mark.parametrize("amp", [False, True])
+def test_steps_from_a_recording(amp, check_every):
+    """With memory."""
+
+    def made():
+        model, mems = build(wnorm=True, dropout=0.1, dropatt=0.1), []
+        model.f_solver = model.b_solver = f"broyden:check_every={check_every}"
+
+        def forward(step):
+            loss, _, _, *mems[:] = model(*words(seed=step), [*mems], f_thres=9, b_thres=9)
+            return loss.float().mean()
+
+        return model, forward
+
+    check_steps(made, amp=amp)
 
 
 def test_no_source_in_a_replica():

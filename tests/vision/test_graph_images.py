@@ -1,10 +1,11 @@
-"""GRAPH without a GPU, and the tensors that f holds. Graphs: tests/lib/test_graphs.py."""
+"""GRAPH without a GPU, and steps whose f comes from recorded operations."""
 
 import pytest
 import torch
 
 import small_vision
 from lib.deq import DEQWarning
+from recorded_graphs import check_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
 
@@ -39,6 +40,26 @@ def test_f_from_its_source(amp):
         found, expected, other = make(held)(z), second(z), first(z)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not torch.equal(other[0], expected[0])
+
+
+@pytest.mark.parametrize("check_every", [1, 99])
+@pytest.mark.parametrize("amp", [False, True])
+def test_steps_from_a_recording(amp, check_every):
+    def made():
+        torch.manual_seed(0)
+        model, images = (
+            small_vision.build("cls", WNORM=True, DROPOUT=0.1),
+            small_vision.images(8, 8),
+        )
+        model.f_solver = model.b_solver = f"broyden:check_every={check_every}"
+
+        def forward(step):
+            output, _, _ = model(step + images.float(), f_thres=9, b_thres=9)
+            return output.float().square().mean()
+
+        return model.float(), forward
+
+    check_steps(made, amp=amp)
 
 
 def test_no_source_with_a_hook():
