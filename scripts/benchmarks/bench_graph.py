@@ -15,8 +15,16 @@ These forms of a step take turns in one process, the last one after the others:
 All but the first are modes of one model. "ms" is the median time of a step, "busy" the share of it
 in which the GPU computes (torch.profiler), "host ms" the time until the host has started all work
 of a step, "reads" how often the host waits for the GPU in it, "nfe" evaluations forward/backward.
-"gradient" is the largest relative difference of a parameter's gradient to that of "fast". "MiB" is
-what graphs hold. On a CPU, sizes are tiny, and graphs are left out with a warning.
+"MiB" is what graphs hold. On a CPU, sizes are tiny, and graphs are left out with a warning.
+
+The last figures compare the gradient of a form to that of "fast" in the same number format, from
+the same weights, memory and data. For them f gets a twentieth of z and a fixed random state, so
+that it contracts and the solves end. As published they do not: the rounding of f then decides which
+iterate and which adjoint is taken, and changes the gradient by a tenth. "gradient" is the relative
+difference, "spread" that of "fast" itself if f has noise as large as its rounding. "times" is the
+largest difference of a parameter's gradient in units of its own spread: some units for rounding,
+many for a mistake. Relative to its own norm it says nothing: a convolution's bias before a batch
+norm has the gradient zero, for which rounding puts any number.
 """
 
 import statistics
@@ -26,7 +34,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.profiler as profiler
@@ -36,11 +44,14 @@ from helpers.measure import describe_machine, in_turns, synchronize, table
 from helpers.settings import FORMS, SIZES, Options, chosen_settings
 from helpers.steps import run_step
 from helpers.tasks import Task, make_task
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from lib.deq import DEQWarning
 from lib.graphs import Graphs
 from lib.runs.command_line import exit_code
 from lib.solvers import SOLVERS
+from lib.solvers.maps import Map, transformed
 from lib.solvers.precision import allow_tf32
 
 SETTINGS = "wt103_deq_transformer_reg,cifar/cls_mdeq_TINY,imagenet/cls_mdeq_SMALL"
@@ -48,6 +59,7 @@ SETTINGS += ",cityscapes/seg_mdeq_SMALL"
 MODES = ("fast", "unread", "graph", "graph-unread", "graph-bf16")
 ALL = ("plain", *MODES, "compile")
 UNREAD = 1000  # check_every: more than any threshold
+NOISY = 3  # gradients with noise, for the spread
 WARMUP = 3  # the memory of words has its full length from the second step on
 
 
@@ -83,26 +95,14 @@ def run(argv: list[str] | None = None) -> None:
 
 def shown(found: dict[str, dict]) -> str:
     """The figures of a setting as a table."""
-    head = [
-        "form",
-        "ms",
-        "ratio",
-        "busy",
-        "GPU ms",
-        "host ms",
-        "reads",
-        "nfe",
-        "gradient",
-        "MiB",
-        "first s",
-    ]
+    head = ["form", "ms", "ratio", "busy", "GPU ms", "host ms", "reads", "nfe", "gradient"]
+    head += ["spread", "times", "MiB", "first s"]
     first = next((f["ms"] for f in found.values() if f.get("ms")), None)
     rows = []
     for name, f in found.items():
         ratio = f"{first / f['ms']:.2f}" if f.get("ms") and first else ""
-        cells = [
-            _text(f.get(k)) for k in ("ms", "busy", "gpu_ms", "host_ms", "reads", "nfe", "gradient")
-        ]
+        names = "ms busy gpu_ms host_ms reads nfe gradient spread times".split()
+        cells = [_text(f.get(k)) for k in names]
         cells.insert(1, ratio)
         rows.append([name, *cells, _text(f.get("graph_mib")), _text(f.get("first_s"))])
     return table(head, rows)
@@ -110,6 +110,56 @@ def shown(found: dict[str, dict]) -> str:
 
 def _text(value) -> str:
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+class Contracting:
+    """Graphs of z -> f(r + z / 20) for a random r; without graphs, this map with relative noise.
+
+    Its random numbers are its own: dropout masks and the Jacobian loss have the same as without.
+    """
+
+    def __init__(self, device: torch.device):
+        self.random = torch.Generator(device).manual_seed(0)
+        self.graphs: Graphs | None = None
+        self.noise = 0.0
+        self._shifts: dict[torch.Size, Tensor] = {}
+
+    def of(self, f: Map) -> Map:
+        return transformed(self.graphs.of(f) if self.graphs else f, self._changed)
+
+    def _changed(self, f: Map) -> Map:
+        return lambda z: tree_map(self._noisy, f(tree_map(self._shifted, z)))
+
+    def _shifted(self, t: Tensor) -> Tensor:
+        if t.shape not in self._shifts:
+            self._shifts[t.shape] = self._normal(t)
+        return self._shifts[t.shape] + t / 20
+
+    def _noisy(self, t: Tensor) -> Tensor:
+        return t * (1 + self.noise * self._normal(t)) if self.noise else t
+
+    def _normal(self, t: Tensor) -> Tensor:
+        return torch.randn(t.shape, generator=self.random, device=t.device, dtype=t.dtype)
+
+
+def differences(
+    found: list[Tensor], expected: list[Tensor], noisy: list[list[Tensor]]
+) -> dict[str, float]:
+    """The figures "gradient", "spread" and "times" of a gradient, given per parameter."""
+
+    def norms(gradient: list[Tensor]) -> Tensor:
+        pairs = zip(gradient, expected, strict=True)
+        return torch.stack([(a - b).double().norm() for a, b in pairs])
+
+    spread = torch.stack([norms(gradient) for gradient in noisy]).amax(0)
+    whole = torch.stack([b.double().norm() for b in expected]).norm()
+    own = norms(found)
+    least = 1e-8 * whole  # where a parameter has no spread: below the rounding of the whole
+    return {
+        "gradient": (own.norm() / whole).item(),
+        "spread": (spread.norm() / whole).item(),
+        "times": (own / spread.clamp(min=least)).amax().item(),
+    }
 
 
 class Setting:
@@ -139,6 +189,7 @@ class Setting:
         for form in ready:
             self._note(form, times[form])
             self._try(form, self._inside, form)
+        self._compare([form for form in ready if form != "plain"])
         if "compile" in forms and time.monotonic() + 45 < self.deadline:
             self._try("compile", self._compiled)
         return self.found
@@ -219,8 +270,6 @@ class Setting:
             own = sum(_own_time(event, True) for event in profile.key_averages()) / 1e3
             found["gpu_ms"] = own
             found["busy"] = own / found["ms"] if found.get("ms") else None
-        if form != "plain":
-            found["gradient"] = self._difference(task, form)
 
     def _unmeasured(self, task: Task) -> float:
         """A step without waits at the borders of its parts; seconds until the host is done."""
@@ -236,11 +285,15 @@ class Setting:
         synchronize(self.device)
         return seconds
 
-    def _difference(self, task: Task, form: str) -> float:
-        """Of the gradient, from the same weights, memory and data, to that of "fast"."""
+    def _compare(self, forms: list[str]) -> None:
+        """The gradients of forms, all from the same weights, memory and data."""
+        mems = getattr(self.tasks["ours"], "mems", None)
+        contracting = Contracting(self.device)
 
-        def gradient(form: str) -> list[torch.Tensor]:
-            self._task(form)
+        def gradient(form: str, noise: float = 0.0) -> list[Tensor]:
+            task = self._task(form)
+            deq = task.model.deq
+            contracting.graphs, contracting.noise, deq.graphs = deq.graphs, noise, contracting
             if mems is not None:
                 task.mems = mems
             task.begin(10_000)
@@ -248,10 +301,18 @@ class Setting:
             task.loss().backward()
             return [p.grad.clone() for p in task.model.parameters() if p.grad is not None]
 
-        mems = getattr(task, "mems", None)
-        expected, got = gradient("fast"), gradient(form)
-        pairs = zip(got, expected, strict=True)
-        return max(((a - b).norm() / b.norm().clamp(min=1e-12)).item() for a, b in pairs)
+        @cache
+        def reference(amp: str, dtype: torch.dtype) -> tuple[list[Tensor], list[list[Tensor]]]:
+            noisy = [gradient("fast" + amp, torch.finfo(dtype).eps) for _ in range(NOISY)]
+            return gradient("fast" + amp), noisy
+
+        def compare(form: str) -> None:
+            low = "bf16" in form
+            expected = reference(*(("-bf16", torch.bfloat16) if low else ("", torch.float32)))
+            self.found[form] |= differences(gradient(form), *expected)
+
+        for form in forms:
+            self._try(form, compare, form)
 
     def _compiled(self) -> None:
         task = self._task("compile")
@@ -263,6 +324,7 @@ class Setting:
         self._warm(form)
         self._note(form, [self._step(form) for _ in range(self.args.rounds)])
         self._inside(form)
+        self._compare([form])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lib.deq import DEQ, DEQWarning
 from lib.graphs import MOST, Graphs
+from lib.solvers.maps import transformed, vjp
 from recorded_graphs import OnCpu
 
 pytestmark = pytest.mark.filterwarnings("error::lib.deq.DEQWarning")
@@ -93,6 +94,17 @@ def test_a_replay_gives_the_same_bits(parts, options):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert deq.stats.forward.nfe == plain.stats.forward.nfe
     assert deq.graphs.replays
+
+
+def test_products_of_a_map_that_is_changed_twice():
+    layer, z = Layer(), torch.randn(3, 4)
+    f = OnCpu().of(layer.prepare(torch.ones(3, 4)))
+    for change in (lambda f: lambda z: f(2 * z), lambda f: lambda z: f(z).square()):
+        f = transformed(f, change)
+    point = z.requires_grad_()
+    fz = f(point)
+    v = torch.randn(3, 4)
+    assert torch.equal(f.product(point, fz)(v), vjp(fz, point, v))
 
 
 def test_only_the_state_is_copied_for_each_evaluation():
