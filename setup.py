@@ -30,8 +30,7 @@ class PathEntryEditable(editable_wheel):
 
 
 setup(
-    # Not in the wheel: what has not been tried on a GPU.
-    packages=find_packages(include=["lib", "lib.*"], exclude=["lib.graphs"]),
+    packages=find_packages(include=["lib", "lib.*"]),
     package_data={"lib": ["py.typed"]},
     cmdclass={"editable_wheel": PathEntryEditable},
 )

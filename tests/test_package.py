@@ -90,7 +90,6 @@ def test_wheel_is_small_and_holds_lib_alone(wheel):
     assert wheel.stat().st_size < 150_000
     names = set(zipfile.ZipFile(wheel).namelist())
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "lib").rglob("*.py")}
-    sources -= {"lib/graphs/__init__.py"}  # see setup.py
     in_lib = {name for name in names if name.startswith("lib/")}
     assert in_lib == {*sources, "lib/py.typed"}
     assert all(".dist-info/" in name for name in names - in_lib)
