@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> float:
 
     model.eval()
     with torch.no_grad():
-        accuracy = (model(x[test]).argmax(1) == y[test]).double().mean().item()
+        accuracy = (model(x[1297:]).argmax(1) == y[1297:]).double().mean().item()
         u = model.inject(x[test])
     solve = model.deq.stats.forward.last
     z = model.deq(lambda z: model.f(z, u), torch.zeros_like(u)).z_star.requires_grad_()

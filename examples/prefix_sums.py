@@ -172,10 +172,10 @@ def main(argv: list[str] | None = None) -> None:
         torch.save(model.state_dict(), args.save)
     seconds = time.perf_counter() - started
     print(f"prefix sums: trained on at most {TRAINED} bits in {seconds:.0f} s")
-    print("solved by          bits  exact  residual  evaluations  seconds")
+    print("solved by          bits  exact  residual  evaluations per bit  seconds")
     for way, length, number in (test for test in TESTS if test[1] <= args.longest):
         found = measure(model, way, length, number)
-        figures = "{exact:.3f}  {residual:8.1e}  {evaluations:11.0f}  {seconds:7.1f}"
+        figures = "{exact:.3f}  {residual:8.1e}  {evaluations:19.0f}  {seconds:7.1f}"
         print(f"{way:15}  {length:6}  {figures.format(**found)}", flush=True)
     print(f"{time.perf_counter() - started:.0f} s in all")
 

@@ -25,10 +25,15 @@ class DEQWarning(RuntimeWarning):
 
 @contextmanager
 def naming(what: str) -> Iterator[None]:
-    """A context that puts the name of a flag or setting before the message of an InputError."""
+    """A context that puts the name of a flag, setting or file before an InputError's message.
+
+    A message that begins with the name stays as it is.
+    """
     try:
         yield
     except InputError as error:
+        if str(error).startswith((f"{what} ", f"{what}:")):
+            raise
         raise InputError(f"{what}: {error}") from error
 
 

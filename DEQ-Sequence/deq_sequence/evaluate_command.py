@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from deq_sequence.evaluation import Evaluation, evaluate
+from deq_sequence.text.iterators import LMOrderedIterator
 from deq_sequence.text.text_files import read_bytes, read_lines
 from deq_sequence.text.vocabulary import UNK
 from deq_sequence.token_figures import token_figures
@@ -50,6 +51,7 @@ def run(argv: list[str] | None = None) -> None:
     if args.tokens is not None and (len(grid) > 1 or args.batch_size > 1):
         raise InputError("--tokens needs one --mem_len, one --f_thres, and no --batch_size")
     ids = read_text(trained, args.file)
+    LMOrderedIterator(ids, args.batch_size, args.tgt_len)  # refuses a short text: before the table
     _say_unknown(trained, ids)
     print(_head(trained))
     rows = []

@@ -9,7 +9,7 @@ from deq_sequence.generation import generate
 from deq_sequence.text.vocabulary import UNK
 from deq_sequence.trained import TrainedModel
 from deq_sequence.use_flags import add_model, check_thresholds, load_model
-from lib.errors import InputError, check_count, naming
+from lib.errors import InputError, check, check_count, naming
 from lib.runs.command_line import Parser, exit_code
 
 
@@ -23,6 +23,8 @@ def run(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     for name in ("words", "number", "top_k"):
         check_count(f"--{name}", getattr(args, name))
+    fits = 0 <= args.seed <= 2**63 - args.number
+    check(fits, "--seed", args.seed, "from 0 to 2^63 minus --number")
     trained = load_model(args)
     model = trained.model
     args.f_thres = trained.settings.f_thres if args.f_thres is None else args.f_thres

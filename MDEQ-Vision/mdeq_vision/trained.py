@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lib.errors import InputError, naming
+from lib.errors import InputError, is_number, naming
 from lib.runs.checkpoint import load_state
 from lib.runs.model_file import ModelFile, find_device, read_model_file
 from mdeq_vision.classes_file import CLASSES, check_classes, classes_of, facts_of, read_classes
@@ -22,6 +22,7 @@ from mdeq_vision.model import MDEQClsNet, MDEQSegNet
 from mdeq_vision.prediction.predictors import TrainedClassifier, TrainedSegmenter
 
 CLASSIFIER, SEGMENTER = "image classification", "segmentation"  # the kinds of models
+_LARGEST = 1e300  # of a figure: NaN and infinity, and integers beyond a float, are none
 # Settings that name places on the machine of the run.
 _PLACES = """
     OUTPUT_DIR LOG_DIR DATA_DIR DATASET.ROOT MODEL.PRETRAINED TRAIN.CHECKPOINT TRAIN.MODEL_FILE
@@ -159,13 +160,17 @@ def facts(found: ModelFile) -> dict[str, Any]:
 
 
 def _figures(figures: dict[str, dict]) -> dict[str, str]:
-    """Rows of the card: of the test, where there is one, else of the last validation."""
+    """Rows of the card: of the test, where there is one, else of the last validation.
+
+    A figure that is not finite, such as the mean IoU where no class occurs, has no row.
+    """
     names = {"top1": "accuracy", "top5": "accuracy, five best", "mIoU": "mean IoU"}
     names |= {"pixel_accuracy": "pixel accuracy", "mean_accuracy": "mean accuracy of the classes"}
     rows = {}
     final = {name: record for name, record in figures.items() if name.startswith("final_")}
     for kind, record in (final or figures).items():
         split = kind.removeprefix("final_")
+        record = {k: v for k, v in record.items() if is_number(v) and abs(v) < _LARGEST}
         rows |= {
             f"{name} ({split})": f"{100 * record[key]:.2f} %"
             for key, name in names.items()
@@ -173,5 +178,6 @@ def _figures(figures: dict[str, dict]) -> dict[str, str]:
         }
         if record.get("nfe"):
             rows[f"evaluations of f ({split})"] = f"{record['nfe']:.1f}"
+        if record.get("nfe") and "rel_residual" in record:
             rows[f"relative residual ({split})"] = f"{record['rel_residual']:.1e}"
     return rows

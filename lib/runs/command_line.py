@@ -90,7 +90,9 @@ def exit_code(program: str, action: Callable[[], object]) -> int:
             traceback.print_exc()
             end_at_once(1)
         line, code = found
-        put("", sys.stdout, end="")  # what could not be written is not tried again
+        lost = put("", sys.stdout, end="")  # what could not be written is not tried again
+        if lost is not None and isinstance(error, OSError) and error.filename is None:
+            line = f"the standard output is lost ({lost.strerror})"
         put(f"{program}: {' '.join(line.split())}", sys.stderr)
         end_at_once(code)
     end_at_once(code)

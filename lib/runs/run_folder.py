@@ -245,7 +245,7 @@ class Run:
                 f"({error.strerror or error}): mend that{last_good(folder)}"
             ) from error
 
-    def _begin(self, contents: Iterable[tuple[str, str]], resume_step: int | None) -> None:
+    def _begin(self, contents: tuple[tuple[str, str], ...], resume_step: int | None) -> None:
         """Write the settings, drop records, open the files."""
         folder = self.folder
         self._lock = _identity(folder / LOCK)
@@ -265,7 +265,7 @@ class Run:
         self._log = open(folder / LOG, "w" if resume_step is None else "a", **how)  # noqa: SIM115
         purge_step = None if resume_step is None else resume_step + 1
         self._events = _Events(self._events_folder, purge_step)
-        self.show(purge_step or 0, self._events.text("settings", f"```\n{content}```"))
+        self.show(purge_step or 0, self._events.text("settings", f"```\n{contents[0][1]}```"))
 
     @classmethod
     def silent(cls) -> "Run":

@@ -61,7 +61,8 @@ def of_audits(found: dict) -> dict[str, str]:
 
 def of_gpu_rates(found: dict) -> dict[str, str]:
     body = table(gpu_rates.HEAD, gpu_rates.rows(found))
-    return {"gpu rates": f"    {found['machine']}\n\n{body}"}
+    text = f"    {found['machine']}\n\n{body}\n\n{gpu_rates.notes(found)}"
+    return {"gpu rates": text}
 
 
 def of_planner(found: dict) -> dict[str, str]:

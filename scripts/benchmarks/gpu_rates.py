@@ -32,8 +32,12 @@ ORDER = (
     "cityscapes/seg_mdeq_LARGE", "cityscapes/seg_mdeq_XL", "cifar/cls_mdeq_LARGE",
     "cifar/cls_mdeq_LARGE_reg", "cifar/cls_mdeq_TINY",
 )  # fmt: skip
-HEAD = ("setting", "per GPU", "format", "stacked ms", "equilibrium ms", "with Jacobian loss ms",
-        "evaluations f / b", "peak GiB")  # fmt: skip
+TITLES = dict(zip(PHASES, ("stacked", "equilibrium", "with Jacobian loss"), strict=True))
+HEAD = ("setting", "per GPU", "format", *(f"{title} ms" for title in TITLES.values()),
+        "evaluations f / b", *(f"{title} GiB" for title in TITLES.values()))  # fmt: skip
+NO_MEMORY = "does not fit"
+# The same network in two widths: what shows whether the arithmetic limits a step.
+PAIR = "imagenet/cls_mdeq_SMALL", "imagenet/cls_mdeq_LARGE"
 
 
 def build_parser() -> Parser:
@@ -89,7 +93,7 @@ def run(argv: list[str] | None = None) -> dict:
 
         def found(kind: str, phase: str, one: dict, name=name, record=record) -> None:
             record["formats"].setdefault(kind, {})[phase] = one
-            print(f"| {name} | {kind} | {phase} | {_cells(one)} |", flush=True)
+            print(f"| {name} | {kind} | {TITLES[phase]} | {_cells(one)} |", flush=True)
             write()
 
         with warnings.catch_warnings():
@@ -106,14 +110,61 @@ def rows(figures: dict) -> list[list[str]]:
     found = []
     for name, record in figures["settings"].items():
         for kind, phases in record["formats"].items():
-            seconds = (phases.get(phase, {}).get("seconds") for phase in PHASES)
-            times = ["" if s is None else f"{1e3 * s:.0f}" for s in seconds]
-            solved = phases.get("equilibrium", {})
-            nfe = [str(solved.get(f"{which}_evaluations", "")) for which in "fb"]
-            peaks = (phase.get("peak_bytes", 0) for phase in phases.values())
-            peak = f"{max(peaks) / 2**30:.1f}"
-            found.append([name, str(record["batch"]), kind, *times, " / ".join(nfe), peak])
+            ones = [phases.get(phase, {}) for phase in PHASES]
+            times = [_figure(one, "seconds", 1e-3, 0) for one in ones]
+            peaks = [_figure(one, "peak_bytes", 2**30, 1) for one in ones]
+            nfe = [_figure(ones[1], f"{which}_evaluations", 1, 0) for which in "fb"]
+            found.append([name, str(record["batch"]), kind, *times, " / ".join(nfe), *peaks])
     return found
+
+
+def _figure(one: dict, key: str, unit: float, digits: int) -> str:
+    if "error" in one:
+        return NO_MEMORY
+    return f"{one[key] / unit:.{digits}f}" if key in one else ""
+
+
+def notes(figures: dict) -> str:
+    """What a reader of the table must know of its figures, as a list."""
+    settings = figures["settings"]
+
+    def seconds(name: str, kind: str, phase: str = "equilibrium") -> float | None:
+        formats = settings.get(name, {}).get("formats", {})
+        return formats.get(kind, {}).get(phase, {}).get("seconds")
+
+    lines = [
+        f"Each time is the median of {_steps(settings)} steps, after one or two for warm-up. Each"
+        " peak is the highest of all these steps."
+    ]
+    missing = {kind: [name for name in ORDER if not seconds(name, kind)] for kind in FORMATS}
+    nothing = [name for name in ORDER if all(name in names for names in missing.values())]
+    if nothing:
+        lines.append(f"Not measured: {', '.join(nothing)}.")
+    for kind, names in missing.items():
+        if some := [name for name in names if name not in nothing]:
+            lines.append(f"Not measured in {kind}: {', '.join(some)}.")
+    for phase, title in TITLES.items():
+        times = [
+            (name, seconds(name, "f32", phase), seconds(name, "bf16", phase)) for name in ORDER
+        ]
+        if slower := [name for name, f32, bf16 in times if f32 and bf16 and bf16 > f32]:
+            lines.append(f"{title}: bf16 takes longer than f32 for {', '.join(slower)}.")
+    pairs = [[seconds(name, kind) for name in PAIR] for kind in ("f32", "bf16")]
+    if all(map(all, pairs)):
+        f32, bf16 = (f"{large / small:.2f}" for small, large in pairs)
+        small, large = PAIR
+        lines.append(
+            f"At equilibrium, a step of {large} takes {f32} times as long as one of {small} in f32,"
+            f" and {bf16} times as long in bf16."
+        )
+    return "\n".join(f"- {line[0].upper()}{line[1:]}" for line in lines)
+
+
+def _steps(settings: dict) -> str:
+    """How many steps were measured per figure."""
+    phases = (found for one in settings.values() for found in one["formats"].values())
+    counts = {one["steps"] for found in phases for one in found.values() if "steps" in one}
+    return " to ".join(str(n) for n in sorted({min(counts), max(counts)})) if counts else "0"
 
 
 def _cells(one: dict) -> str:

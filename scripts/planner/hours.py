@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 
-from planner.counting import Flops, count_flops
+from planner.counting import EQUILIBRIUM, JACOBIAN, STACKED, Flops, count_flops, phases
 from planner.gpus import GPUS, MEASURED, measured_rates
 from planner.runs import EXPERIMENTS, WORDS, Run, find_run
 
@@ -17,6 +17,7 @@ _STAND_INS = {
 _LARGE = 2
 _SMALL = 0.5  # share of the measured FLOPs of an evaluation below which that is said
 _SAME = 1e-6  # relative difference of FLOPs below which two models are the same
+_MEASURED = {STACKED: "stacked", EQUILIBRIUM: "equilibrium", JACOBIAN: "jacobian"}  # in the file
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,15 @@ class Step:
     equilibrium: float
     parts: dict[str, float]
     basis: str  # where the rates are from
-    measured: bool  # of this model, batch, number format and GPU
-    peaks: dict[str, int]  # bytes that were measured, by phase, if it is
+    measured: bool  # of this model, its solves, batch, number format and GPU
+    phases: dict[str, dict]  # what was measured of each phase of the run, if it is
+    jacobian: float  # seconds more of a step with the Jacobian loss
     too_low: bool  # so small an evaluation waits for its kernels to start
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """Bytes that were measured, by phase."""
+        return {name: phase["peak_bytes"] for name, phase in self.phases.items()}
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,6 @@ class _Rates:
     batch: int
     phases: dict[str, dict]
     gpu: str
-
-    @property
-    def complete(self) -> bool:
-        return all("seconds" in phase for phase in self.phases.values())
 
     def seconds(self, phase: str) -> float | None:
         """Seconds of a step of the phase; None if it was not measured, or does not fit."""
@@ -68,6 +71,7 @@ def step_on(
         return None
     own = rates.setting == run.published and not run.changed
     base = flops if own else _counted(rates.setting)
+    its = run if own else _published(rates.setting)
     here, there = (GPUS[name].peak[number_format] for name in (MEASURED, gpu_name))
     per_sample = here / there * share / rates.batch
 
@@ -100,23 +104,25 @@ def step_on(
             return rest * ours / flops.rest
         return scaled(max(seconds - before, 0.0), ours, theirs)
 
+    jacobian = other("jacobian", "jacobian", one["seconds"]) if run.jac_share else 0.0
     if run.jac_share:
-        extra = other("jacobian", "jacobian", one["seconds"])
-        parts["Jacobian loss"] = run.jac_share * extra
+        parts["Jacobian loss"] = run.jac_share * jacobian
+    names = {phase: _MEASURED[phase] for phase in phases(run)}
     pairs = ((getattr(flops, k), getattr(base, k)) for k in ("forward", "backward", "rest"))
     measured = (
         all(abs(ours - theirs) <= _SAME * theirs for ours, theirs in pairs)
         and (share, run.chunks, gpu_name) == (rates.batch, 1, MEASURED)
-        and rates.complete
+        and _solves(run) == _solves(its)
+        and all(rates.seconds(name) is not None for name in names.values())
     )
-    peaks = {name: phase["peak_bytes"] for name, phase in rates.phases.items() if measured}
     return Step(
         stacked=other("stacked", "stacked") if run.border else 0.0,
         equilibrium=sum(parts.values()),
         parts=parts,
         basis=f"{rates.setting} at {rates.batch} samples on {rates.gpu}",
         measured=measured,
-        peaks=peaks,
+        phases={k: rates.phases[name] for k, name in names.items()} if measured else {},
+        jacobian=jacobian,
         too_low=share * flops.forward < _SMALL * rates.batch * base.forward,
     )
 
@@ -143,8 +149,18 @@ def _measured(setting: str | None, number_format: str) -> _Rates | None:
     return _Rates(setting, record["batch"], phases, found["gpu"])
 
 
+def _solves(run: Run) -> tuple:
+    """What the time of a solve and its memory depend on, beside the model."""
+    return run.solvers, run.grad, run.drawn_thresholds, run.thresholds[1]
+
+
+@cache
+def _published(setting: str) -> Run:
+    path = EXPERIMENTS / f"{setting}.yaml" if "/" in setting else WORDS / f"{setting}.sh"
+    return find_run(str(path), [])
+
+
 @cache
 def _counted(setting: str) -> Flops:
     """The FLOPs of a published setting."""
-    path = EXPERIMENTS / f"{setting}.yaml" if "/" in setting else WORDS / f"{setting}.sh"
-    return count_flops(find_run(str(path), []))[0]
+    return count_flops(_published(setting))[0]

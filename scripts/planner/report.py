@@ -1,9 +1,12 @@
 """The text and the JSON of a plan."""
 
+import math
 from collections.abc import Sequence
 from itertools import zip_longest
 
+from planner.counting import EQUILIBRIUM
 from planner.plan import Plan
+from planner.runs import most_evaluations
 
 _UNITS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 
@@ -31,30 +34,12 @@ def report(plan: Plan) -> str:
             ],
         )
     )
-    parts = plan.step_parts
-    forward, backward = run.solvers
-    rows = [
-        (
-            f"forward solve ({forward})",
-            f"{plan.f_evals:.4g} evaluations",
-            _flops(parts["forward solve"]),
-        ),
-        (
-            f"backward solve ({backward})" if plan.b_evals else f"gradient {run.grad}",
-            f"{plan.b_evals:.4g} products" if plan.b_evals else "no solve",
-            _flops(parts["backward solve"]),
-        ),
-        ("rest, with the last evaluation", "", _flops(parts["rest"])),
-    ]
-    if run.jac_share:
-        share_ = f"in {100 * run.jac_share:.3g} % of steps"
-        rows.append(("Jacobian loss", share_, _flops(parts["Jacobian loss"])))
-    rows.append(("a step at equilibrium", "", _flops(plan.step_flops)))
-    if run.border:
-        layers = run.settings.n_layer if run.words else run.settings.MODEL.NUM_LAYERS
-        rows.append(("a stacked step", f"{layers} evaluations", _flops(f.stacked)))
-    sections.append(_table("a step", rows))
+    sections.append(_table("a step", _work(plan)))
     memory = _table(f"memory of a GPU (float32, {plan.together} at once)", _memory(plan))
+    memory += (
+        "\n  A peak is not the sum of its parts: they are not all there at the same time,"
+        "\n  and tensors that an operation needs for a moment are in the peak only."
+    )
     if not plan.fits:
         memory += "\n  DOES NOT FIT: take more GPUs or more parts of the batch."
     sections.append(memory)
@@ -90,10 +75,52 @@ def as_dict(plan: Plan) -> dict:
         stacked, equilibrium = plan.hours
         found["time"] = {
             **vars(step),
+            "peaks": step.peaks,
             "transfer": plan.transfer,
             "hours": {"stacked": stacked, "equilibrium": equilibrium},
         }
     return found
+
+
+def _work(plan: Plan) -> list[tuple[str, ...]]:
+    """FLOPs of a step, by part."""
+    run = plan.run
+    forward, backward = run.solvers
+    parts = {k: v for k, v in plan.step_parts.items() if v or k != "Jacobian loss"}
+    *each, total = _flops_adding(list(parts.values()))
+    flops = dict(zip(parts, each, strict=True))
+    rows = [
+        (
+            f"forward solve ({forward})",
+            f"{plan.f_evals:.4g} evaluations",
+            flops["forward solve"],
+            _drawn(plan),
+        ),
+        (
+            f"backward solve ({backward})" if plan.b_evals else f"gradient {run.grad}",
+            f"{plan.b_evals:.4g} products" if plan.b_evals else "no solve",
+            flops["backward solve"],
+        ),
+        ("rest", "", flops["rest"], "with one evaluation more: that with the gradient"),
+    ]
+    if "Jacobian loss" in flops:
+        share = f"in {_percent(run.jac_share)} of steps"
+        rows.append(("Jacobian loss", share, flops["Jacobian loss"], "mean over all steps"))
+    rows.append(("a step at equilibrium", "", total))
+    if run.border:
+        layers = run.settings.n_layer if run.words else run.settings.MODEL.NUM_LAYERS
+        rows.append(("a stacked step", f"{layers} evaluations", _flops(plan.flops.stacked)))
+    return rows
+
+
+def _drawn(plan: Plan) -> str:
+    """Why the number of evaluations is a mean, if it is."""
+    run = plan.run
+    low, high = (most_evaluations(run.solvers[0], k) for k in run.drawn_thresholds)
+    if low == high:
+        return ""
+    when = "each step" if run.words else "each step with the Jacobian loss"
+    return f"mean: {when} draws {low:.4g} to {high:.4g}"
 
 
 def _memory(plan: Plan) -> list[tuple[str, ...]]:
@@ -131,27 +158,65 @@ def _time(plan: Plan) -> str:
     step, run = plan.step, plan.run
     if step is None:
         return f"time: nothing was measured in {plan.number_format} from which to estimate it"
-    stacked, equilibrium = plan.hours
-    rows = []
+    *hours, total = _adding(list(plan.hours), _digits(sum(plan.hours), 4))
+    link = {"sum of gradients": plan.transfer} if plan.transfer else {}
+    rows: list[tuple[str, ...]] = []
     if run.stacked_steps:
-        seconds = step.stacked + plan.transfer
-        rows.append(("stacked", f"{1e3 * seconds:.0f} ms a step", f"{_hours(stacked)} h"))
+        rows += _parts("stacked", {"on each GPU": step.stacked, **link}, hours[0])
     if plan.equilibrium_steps:
-        seconds = step.equilibrium + plan.transfer
-        rows.append(("equilibrium", f"{1e3 * seconds:.0f} ms a step", f"{_hours(equilibrium)} h"))
-        rows += [(f"  {name}", f"{1e3 * part:.0f} ms") for name, part in step.parts.items()]
-    if plan.transfer:
-        rows.append(("  sum of gradients (link's rate)", f"{1e3 * plan.transfer:.1f} ms"))
-    total = stacked + equilibrium
-    rows.append(("the run", "", f"{_hours(total)} h, {_hours(plan.gpus * total)} GPU hours"))
+        rows += _parts("equilibrium", {**step.parts, **link}, hours[1], _origins(plan))
+    gpu_hours = plan.gpus * sum(plan.hours)
+    rows.append(("the run", "", f"{total} h, {gpu_hours:,.{_digits(gpu_hours, 3)}f} GPU hours"))
     kind = "measured steps" if step.measured else "ESTIMATE"
     text = _table(f"time ({kind}: {step.basis})", rows)
+    if plan.transfer:
+        text += "\n  The sum of gradients is an estimate from the rate of the link."
+    if step.measured:
+        one = step.phases[EQUILIBRIUM]
+        where = "on one GPU, without the Jacobian loss" if run.jac_share else "on one GPU"
+        text += (
+            f"\n  The measured step at equilibrium takes {_ms(one['seconds'])} ms {where}:"
+            f"\n  {one['f_evaluations']} evaluations and {one['b_evaluations']} products"
+            " (table in docs/planning.md)."
+        )
     if step.too_low:
         text += (
             "\n  Likely several times too low: an evaluation is much smaller than the measured one."
             "\n  A GPU then waits for its kernels to start. Measure some hundred steps."
         )
     return text
+
+
+def _parts(
+    phase: str, seconds: dict[str, float], hours: str, origins: dict[str, str] | None = None
+) -> list[tuple[str, ...]]:
+    """Rows of the step of a phase and, if there are several, of its parts."""
+    *each, total = _adding([1e3 * s for s in seconds.values()], 1)
+    rows: list[tuple[str, ...]] = [(phase, f"{total} ms a step", f"{hours} h")]
+    if len(each) > 1:
+        for name, ms in zip(seconds, each, strict=True):
+            rows.append((f"  {name}", f"{ms} ms", (origins or {}).get(name, "")))
+    return rows
+
+
+def _origins(plan: Plan) -> dict[str, str]:
+    """Of the parts of a step at equilibrium: what a reader needs to find the measured ones."""
+    step, run = plan.step, plan.run
+    found = {"rest": "with the evaluation that has the gradient"}
+    if run.jac_share:
+        found["Jacobian loss"] = f"{_percent(run.jac_share)} of {_ms(step.jacobian)} ms"
+    if step.measured:
+        one = step.phases[EQUILIBRIUM]
+        for name, ours, which in (
+            ("forward solve", plan.f_evals, "f"),
+            ("backward solve", plan.b_evals, "b"),
+        ):
+            count = one[f"{which}_evaluations"]
+            if ours != count:
+                ms = _ms(one[name.replace(" ", "_")])
+                kind = "evaluations" if which == "f" else "products"
+                found[name] = f"{ours:.4g}/{count} of {ms} ms: {count} {kind} were measured"
+    return found
 
 
 def _table(title: str, rows: list[tuple[str, ...]]) -> str:
@@ -165,18 +230,40 @@ def columns(rows: Sequence[Sequence[str]], indent: int = 0) -> str:
     return "\n".join(" " * indent + line.rstrip() for line in lines)
 
 
+def _adding(parts: Sequence[float], digits: int) -> list[str]:
+    """The parts, rounded to so many decimals, and the sum of the rounded parts."""
+    whole = [round(part * 10**digits) for part in parts]
+    return [f"{n / 10**digits:,.{digits}f}" for n in [*whole, sum(whole)]]
+
+
+def _digits(value: float, significant: int) -> int:
+    """Decimals with which a value has so many significant digits."""
+    return max(significant - 1 - math.floor(math.log10(value)), 0) if value > 0 else 0
+
+
+def _unit(value: float) -> tuple[float, str]:
+    return next((unit for unit in _UNITS if value >= unit[0]), (1.0, ""))
+
+
+def _flops_adding(parts: Sequence[float]) -> list[str]:
+    """The parts and their sum, in the unit of the sum."""
+    size, prefix = _unit(sum(parts))
+    digits = _digits(sum(parts) / size, 4)
+    return [f"{n} {prefix}FLOP" for n in _adding([part / size for part in parts], digits)]
+
+
 def _flops(value: float) -> str:
-    for size, prefix in _UNITS:
-        if value >= size:
-            return f"{value / size:.4g} {prefix}FLOP"
-    return f"{value:.0f} FLOP"
+    size, prefix = _unit(value)
+    return f"{value / size:.4g} {prefix}FLOP"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.1f}"
 
 
 def _bytes(value: float) -> str:
     return f"{value / 2**20:,.0f} MiB" if value >= 2**20 else f"{value / 2**10:,.0f} KiB"
-
-
-def _hours(hours: float) -> str:
-    if 0 < hours < 0.01:
-        return "below 0.01"
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.2g}"

@@ -121,6 +121,16 @@ class Run:
         return forward, backward or forward
 
     @property
+    def drawn_thresholds(self) -> tuple[int, int]:
+        """Lowest and highest forward threshold that a step at equilibrium draws."""
+        if self.words:
+            args = self.settings
+            return max(args.f_thres - args.rand_f_thres_delta, 1), args.f_thres
+        deq = self.settings.DEQ
+        delta = deq.RAND_F_THRES_DELTA if self.jac_share else 0
+        return max(deq.F_THRES - delta, 1), deq.F_THRES + (delta > 0)
+
+    @property
     def thresholds(self) -> tuple[float, float]:
         """Mean forward and backward threshold of a step at equilibrium."""
         if self.words:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from run_report.drawing import LEAST_OF_BAND, Chart, band, line, log_scale, look, window
+from run_report.drawing import LEAST_OF_BAND, Chart, band, line, log_scale, look, window, with_zero
 from run_report.reading import SCORES, TrainingRun
 from run_report.saying import number, plural
 
@@ -74,7 +74,7 @@ def _chart(
         elif logarithmic is None:
             log_scale(axes, values)
         elif from_zero:
-            axes.set_ylim(bottom=0)
+            with_zero(axes)
         entries = len(axes.get_legend_handles_labels()[0])
         if len(runs) > 1:
             axes.figure.legend(loc="outside upper left", ncols=2)

@@ -26,6 +26,7 @@ MOST_POINTS = 240  # of a line; more are drawn as means over windows
 LEAST_OF_BAND = 10  # fewer values are drawn one by one
 _WINDOW = 5  # values, at least, and at least this part of all:
 _PART = 20
+_MARGIN = 0.08  # of the height, above the largest value
 _INK = "#010203"  # stands for the colour of the page's text
 _SIZE = 4.4, 2.8  # inches: as wide as a phone
 _ROWS, _ROW = 3, 0.18  # of names above the axes: how many have room, and inches for each more
@@ -122,6 +123,15 @@ def band(axes: Axes, steps: Sequence[int], values: Sequence[float], **style) -> 
     at, (low, middle, high) = np.asarray(steps)[centres], found.T
     axes.plot(at, middle, **style)
     axes.fill_between(at, low, high, color=style.get("color"), alpha=0.25, linewidth=0)
+
+
+def with_zero(axes: Axes) -> None:
+    """Let the y axis begin at zero, and end above all that is drawn.
+
+    The margin that matplotlib leaves is a part of the spread of the values: next to nothing, if
+    they are far from zero and close to each other.
+    """
+    axes.set_ylim(0, (1 + _MARGIN) * max(axes.dataLim.y1, 0) or 1)
 
 
 def log_scale(axes: Axes, values: Sequence[float], least: float = 8.0) -> None:

@@ -344,13 +344,16 @@ def _settings(folder: Path) -> dict | None:
     if (path := folder / CONFIG).is_file():
         with needs("images"):
             from mdeq_vision.yaml_files import read_yaml
-        return dict(_flat(read_yaml(path, most=20_000)))
+        found = read_yaml(path, most=20_000)
+        if not isinstance(found, dict):
+            raise InputError(f"{path} holds no settings of a run: restore or delete it")
+        return dict(_flat(found))
     return None
 
 
 def _flat(section, prefix: str = ""):
     """Names, with dots, and values of a nested dict."""
-    for name, value in section.items() if isinstance(section, dict) else ():
+    for name, value in section.items():
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{prefix}{name}.")
         else:

@@ -61,7 +61,8 @@ def test_check_unused(folder):
 
 
 def test_files_of_a_run(folder, capsys):
-    run = Run(folder, ("own.yaml", "lr: 0.1\nname: ä\n"), events=folder / "events")
+    own = "own.yaml", "lr: 0.1\nname: ä\n"
+    run = Run(folder, own, events=folder / "events", beside=[("words.json", '["a"]')])
     run.log("a line")
     run.record("train", 3, loss=2.5, lr=0.5)
     run.record("valid", 4, loss=2.25, phase="stacked")
@@ -72,6 +73,7 @@ def test_files_of_a_run(folder, capsys):
         {"kind": "valid", "step": 4, "loss": 2.25, "phase": "stacked"},
     ]
     assert (folder / "own.yaml").read_text() == "lr: 0.1\nname: ä\n"
+    assert (folder / "words.json").read_text() == '["a"]'
     run.close()
     assert "a line" in capsys.readouterr().out
     assert scalars(folder) == []

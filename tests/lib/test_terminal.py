@@ -66,6 +66,21 @@ def test_a_stream_is_lost(tmp_path, how, why):
     assert logged(tmp_path) == [first, *said, *rest]
 
 
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [(">/dev/full", "No space left on device"), ("| true", "Broken pipe")],
+)
+def test_what_is_printed_is_lost(how, why):
+    """A command whose lines are its result ends, and says which file it could not write to."""
+    code = "import sys; from lib.runs.command_line import exit_code; "
+    code += "sys.exit(exit_code('tool', lambda: print('result')))"
+    shell = f'set -o pipefail; {{ sleep 0.1; "$@"; }} {how}'
+    command = ["bash", "-c", shell, "x", sys.executable, "-c", code]
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}  # else nothing is left to be written again
+    done = subprocess.run(command, capture_output=True, text=True, env=buffered)
+    assert (done.returncode, done.stderr) == (2, f"tool: the standard output is lost ({why})\n")
+
+
 def test_a_stream_that_is_closed_is_replaced(monkeypatch):
     """Otherwise a checkpoint could get its number, and then all that is printed."""
     for name in ("stdin", "stdout"):

@@ -127,6 +127,7 @@ def test_a_run_is_exported_with_its_card(tmp_path, run, capsys):
     records = [
         {"kind": "valid", "step": 1, "phase": "equilibrium", "loss": 9.0, "nfe": 6.0},
         {"kind": "final_test", "step": 2, "loss": 4.0, "nfe": 6.0, "rel_residual": 0.5, "x": None},
+        {"kind": "final_valid", "step": 2, "loss": None, "nfe": 6.0},
     ]
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
     audit = {
@@ -156,6 +157,8 @@ def test_a_run_is_exported_with_its_card(tmp_path, run, capsys):
     card = target.with_suffix(".md").read_text()
     for part in (MARK, "| perplexity (test) | 54.598 |", "verdict of the audit: equilibrium"):
         assert part in card
+    assert "(valid) | 6.0" in card
+    assert "nan" not in card
     assert "mean 0.500, largest 0.750" in card
     for text in (card, json.dumps(found.settings)):
         assert str(tmp_path) not in text

@@ -16,7 +16,7 @@ from planner.gpus import GPUS, measured_rates
 from planner.hours import step_on
 from planner.live_bytes import LiveBytes
 from planner.plan import make_plan
-from planner.report import as_dict, report
+from planner.report import _adding, as_dict, report
 from planner.runs import IMAGES, TEXTS, find_run, known_runs, most_evaluations
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +50,9 @@ def test_the_published_runs():
         150,
     )
     assert words.thresholds == (11.0, 13)
+    assert words.drawn_thresholds == (10, 12)
+    assert images.drawn_thresholds == (12, 15)
+    assert find_run("imagenet_SMALL", []).drawn_thresholds == (26, 26)  # no Jacobian loss
     assert words.size == TEXTS["wt103"]
     assert images.published == "imagenet/cls_mdeq_SMALL_reg"
     assert images.batch == 128
@@ -124,6 +127,19 @@ def test_the_page_shows_what_is_printed(capsys, tmp_path):
     extra = 0.35 * max(jacobian["seconds"] - one["seconds"], 0)
     assert time["measured"]
     assert not time["too_low"]
+    assert time["peaks"] == {
+        "stacked": found["stacked"]["peak_bytes"],
+        "equilibrium": one["peak_bytes"],
+        "with the Jacobian loss": jacobian["peak_bytes"],
+    }
+    # The printed parts have the printed sum, and say how the measured ones became these.
+    lines = printed.split("\n  equilibrium  ")[1].split("\n  the run")[0]
+    total, *parts = (float(line.split(" ms")[0].split()[-1]) for line in lines.splitlines())
+    assert total == pytest.approx(sum(parts), abs=1e-6)
+    solve, extra_ms = 1e3 * one["forward_solve"], 1e3 * extra / 0.35
+    assert f"11/12 of {solve:.1f} ms: 12 evaluations were measured" in lines
+    assert f"35 % of {extra_ms:.1f} ms" in lines
+    assert f"takes {1e3 * one['seconds']:.1f} ms on one GPU, without the Jacobian loss" in printed
     assert time["equilibrium"] == pytest.approx(solves + rest + extra)
     assert time["stacked"] == pytest.approx(found["stacked"]["seconds"])
     assert time["transfer"] == pytest.approx(1.5 * 4 * plan["parameters"] / 450e9)
@@ -136,6 +152,22 @@ def test_the_page_shows_what_is_printed(capsys, tmp_path):
     assert not slower.measured
     ratio = GPUS["h100"].peak["f32"] / GPUS["a100"].peak["f32"]
     assert slower.equilibrium == pytest.approx(ratio * time["equilibrium"])
+    # Other solves were not measured.
+    for flags, same in (
+        ("--dropout 0.1", True),
+        ("--f_thres 20", False),
+        ("--f_solver broyden", False),
+    ):
+        changed = find_run("wt103_reg", flags.split())
+        step = step_on(changed, flops, evaluations(changed, flops), 14, "f32", "h100")
+        assert step.measured == bool(step.phases) == same
+
+
+def test_the_sum_is_that_of_the_rounded_parts():
+    assert _adding([0.597, 22.751], 1) == ["0.6", "22.8", "23.4"]
+    assert _adding([1 / 3, 1 / 3, 1 / 3], 2) == ["0.33", "0.33", "0.33", "0.99"]
+    assert _adding([1234.5], 1) == ["1,234.5", "1,234.5"]
+    assert _adding([0.0, 0.0], 0) == ["0", "0", "0"]
 
 
 def test_another_model_is_an_estimate(words, capsys):

@@ -296,6 +296,15 @@ def test_thirty_runs_have_room(tmp_path):
     assert loss._figure().get_figheight() > 4
 
 
+def test_all_that_is_drawn_is_inside_the_axes(tmp_path):
+    """Also values far from zero and close to each other, and the first of a falling line."""
+    for chart in charts(read_runs([words(tmp_path / "run")])):
+        axes = chart._figure().axes[0]
+        low, high = axes.get_ylim()
+        assert low <= axes.dataLim.y0, chart.key
+        assert axes.dataLim.y1 <= low + 0.99 * (high - low), chart.key
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_few_records(tmp_path, count):
     folder = words(tmp_path / "run")
@@ -326,7 +335,9 @@ def test_state_tracking(tmp_path):
 def test_refusals(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = words(tmp_path / "run")
+    (scenes(tmp_path / "empty") / "config.yaml").write_text("")
     for argv, said in (
+        ([tmp_path / "empty"], "config.yaml holds no settings of a run"),
         ([tmp_path / "nowhere"], "holds no training run"),
         ([folder, folder], "stands twice"),
         ([folder, "--out", folder / LOG], "is no report"),

@@ -152,7 +152,8 @@ def test_a_bad_text(tmp_path, capsys, content, part):
 def test_bad_flags(text, capsys, monkeypatch, flags, part):
     monkeypatch.chdir(text.parent)
     assert main([WORDS, "text.txt", *flags]) == 2
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert out == ""  # not even the head of the table
     assert err.startswith("evaluate.py: ")
     assert err.count("\n") == 1
     assert part in err

@@ -132,6 +132,7 @@ def test_memory_of_another_length(capsys):
         ([WORDS, "--mem_len", "-1"], "--mem_len is -1"),
         ([WORDS, "--f_thres", "0"], "--f_thres is 0"),
         ([WORDS, "--seed", "-1"], "seed is -1"),
+        ([WORDS, "--seed", str(2**63 - 1), "--number", "2"], "from 0 to 2^63 minus --number"),
         ([WORDS, "--device", "nowhere"], "--device: the device nowhere cannot be used here"),
         ([WORDS, "--device", "meta"], "--device: the device meta cannot be used here"),
         ([WORDS, "--device", "hpu"], "--device: the device hpu cannot be used here"),

@@ -154,6 +154,19 @@ def test_a_run_and_its_file_are_the_same_model(digits, tmp_path, capsys):  # noq
     assert mdeq_vision.load(folder).classes == run.classes
 
 
+def test_a_card_leaves_out_what_is_not_finite(tmp_path):
+    """A mean IoU without any class is null in the records."""
+    sizes = ("DATASET.DATASET", "own_scenes", "DATASET.NUM_CLASSES", 2)
+    folder = made_run(tmp_path / "run", SCENES, *sizes, classes=OWN)
+    record = {"kind": "final_test", "step": 1, "mIoU": None, "pixel_accuracy": 0.5, "nfe": 9.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(record | {"rel_residual": None}))
+    assert export_weights.main([str(folder), str(tmp_path / "model.safetensors")]) == 0
+    card = (tmp_path / "model.md").read_text()
+    assert "| pixel accuracy (test) | 50.00 % |\n| evaluations of f (test) | 9.0 |\n\n" in card
+    assert "nan" not in card
+    assert "IoU" not in card
+
+
 def test_classes_of_ones_own(tmp_path):
     sizes = ("DATASET.DATASET", "own_scenes", "DATASET.NUM_CLASSES", 2)
     folder = made_run(tmp_path / "run", SCENES, *sizes, classes=OWN)
