@@ -409,9 +409,8 @@ def _watched(f: Map, indexing: Sequence[int]) -> tuple[Map, dict[int, Tensor]]:
 
         return watched
 
-    out = change(f)
-    if hasattr(f, "plain"):
-        out.plain = change(plain(f))  # pyright: ignore[reportFunctionMemberAccess]
+    out = transformed(f, change)
+    vars(out).pop("select", None)
     return out, visited
 
 

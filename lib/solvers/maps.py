@@ -54,10 +54,6 @@ def plain(f: Map) -> Map:
     return getattr(f, "plain", f)
 
 
-def _same(f: Map) -> Map:
-    return f
-
-
 def transformed(f: Map, change: Callable[[Map], Map]) -> Map:
     """``change(f)``, offering what f offers. ``change`` must keep the shapes of an affine map."""
     if isinstance(f, Affine):
@@ -69,9 +65,7 @@ def transformed(f: Map, change: Callable[[Map], Map]) -> Map:
     if hasattr(f, "plain"):
         out.plain = change(plain(f))  # pyright: ignore[reportFunctionMemberAccess]
     if hasattr(f, "product"):  # of lib.graphs
-        out.product = lambda point, fz, more=_same: f.product(  # pyright: ignore
-            point, fz, lambda f: more(change(f))
-        )
+        out.product = lambda *at: f.product(*at, change)  # pyright: ignore
     select = getattr(f, "select", None)
     if select is not None:
         out.select = lambda rows: transformed(  # pyright: ignore[reportFunctionMemberAccess]

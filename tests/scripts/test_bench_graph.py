@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
+from lib.graphs import Graphs
 from lib.solvers.maps import transformed
 from recorded_graphs import OnCpu
 
@@ -41,39 +42,46 @@ def test_forms(tmp_path, monkeypatch, capsys):
     assert "| graph " in printed
 
 
-class Off:
-    """Takes the place of graphs: f with relative noise of a size."""
+class Off(Graphs):
+    """f with relative noise of a size."""
 
-    def __init__(self, size: float):
-        self.size, self.random = size, torch.Generator().manual_seed(7)
+    size = 1.2e-7
 
     def of(self, f):
+        random = torch.Generator().manual_seed(7)
+
         def changed(t):
-            return t * (1 + self.size * torch.randn(t.shape, generator=self.random))
+            return t * (1 + self.size * torch.randn(t.shape, generator=random))
 
         return transformed(f, lambda f: lambda z: tree_map(changed, f(z)))
 
 
-def test_the_comparison_tells_a_mistake_from_rounding():
+class FarOff(Off):
+    size = 1e-4
+
+
+class Stale(OnCpu):
+    """Copies what f holds only once."""
+
+    def _recorded(self, inputs, steps):
+        form, user = super()._recorded(inputs, steps), object()
+        return lambda _, fixed, moving: form(user, fixed, moving)
+
+
+@pytest.mark.parametrize(
+    ("kind", "least", "most"),
+    [(OnCpu, 0, 0), (Off, 0.1, 20), (FarOff, 100, torch.inf), (Stale, 100, torch.inf)],
+)
+def test_the_comparison_tells_a_mistake_from_rounding(kind, least, most):
     args = Namespace(device=torch.device("cpu"), without="", rounds=0)
     setting = bench_graph.Setting("cifar/cls_mdeq_TINY", args, deadline=0)
-    setting.found["graph"] = {}
+    setting.found["graph"], setting.graphs = {}, kind()
     setting._build(with_plain=False)
-
-    def compared(graphs) -> dict:
-        setting.graphs = graphs
-        setting._compare(["graph"])
-        return setting.found["graph"]
-
-    for size, low, high in ((1.2e-7, 0.1, 20), (1e-4, 100, torch.inf)):
-        found = compared(Off(size))
-        assert low < found["times"] < high
-        assert found["spread"] < 1e-4  # the solves end
-    graphs = OnCpu()
-    found = compared(graphs)
-    assert found["gradient"] == found["times"] == 0
-    assert graphs.replays
-    assert None not in graphs._forms.values()
+    setting._compare(["graph"])
+    found = setting.found["graph"]
+    assert "error" not in found
+    assert least <= found["times"] <= most
+    assert found["spread"] < 1e-4  # the solves end
 
 
 def test_no_time(tmp_path, capsys):

@@ -7,6 +7,7 @@ kernels on the same memory: z is copied there for each evaluation, the tensors o
 
 import warnings
 from collections.abc import Callable
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -60,14 +61,15 @@ class Graphs:
             form = None if torch.is_grad_enabled() else self._form(key, (held, z), steps)
             return form(user, held, z) if form else f(z)
 
-        def product(point: Tensor, fz: Tensor, change: Callable = lambda f: f) -> Map | None:
-            """v -> J'v at ``point``, for J of ``change(f)``."""
+        def product(point: Tensor, fz: Tensor, *changes: Callable[[Map], Map]) -> Map | None:
+            """v -> J'v at ``point``, for f with the changes of ``transformed``, the last first."""
             linear: list[Tensor] = []  # f at the point, and the point
 
             def linearise(inputs):
                 with torch.enable_grad():
                     at = inputs[0][1].detach().requires_grad_()
-                    linear[:] = change(build(inputs[0][0]))(at), at
+                    form = reduce(lambda f, change: change(f), changes[::-1], build(inputs[0][0]))
+                    linear[:] = form(at), at
 
             fixed, user = (held, point.detach()), object()
             steps = [linearise, lambda inputs: vjp(linear[0], linear[1], inputs[1])]
