@@ -1,22 +1,27 @@
-"""CUDA graphs of f and of its products J'v: recorded once, then started by one call.
+"""Faster forms of f: compiled by torch.compile, or CUDA graphs of f and of its products J'v.
 
-A small f is done before the host has started its next kernels, and the GPU waits. A graph repeats
-kernels on the same memory: z is copied there for each evaluation, the tensors of ``f.source``
-(:mod:`lib.solvers.maps`) once per solve. What autograd records runs as ever.
+CUDA graphs are recorded once, then started by one call. A small f is done before the host has
+started its next kernels, and the GPU waits. A graph repeats kernels on the same memory: z is copied
+there for each evaluation, the tensors of ``f.source`` (:mod:`lib.solvers.maps`) once per solve.
+What autograd records runs as ever.
 """
 
 import warnings
 from collections.abc import Callable
-from functools import reduce
+from functools import cache, reduce
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lib.errors import DEQWarning
+from lib.errors import DEQWarning, InputError
 from lib.solvers.maps import Map, plain, vjp
 
 MOST = 16  # shapes; the graphs of each have their own memory
+
+# Most compiled forms of one function: the shapes of training and evaluation, in two dtypes. With
+# PyTorch's own limit of 8, further shapes would stay uncompiled, with only a warning.
+MAX_FORMS = 64
 
 
 class Graphs:
@@ -143,3 +148,36 @@ def _copy(to: list[Tensor], tree) -> None:
 
 def _shapes(tree) -> str:
     return str(tree_map_only(Tensor, lambda t: (t.shape, t.dtype), tree))
+
+
+def compiled(function: Callable, device: torch.device | str = "cpu") -> Callable:
+    """Return ``function`` compiled by torch.compile, after a check that this works on ``device``.
+
+    All tensors that ``function`` uses should be its arguments. Then only new shapes are compiled
+    again, which takes some seconds.
+
+    Sizes are constants (``dynamic=False``). Otherwise earlier shapes would decide which sizes
+    become variables, and so the rounding: a resumed run would not repeat an uninterrupted one.
+
+    Raises:
+        InputError: torch.compile does not work here, for example without a C++ compiler.
+    """
+    _try_compiler(torch.device(device).type)
+    for name in ("recompile_limit", "cache_size_limit"):  # new and old name in PyTorch
+        if hasattr(torch._dynamo.config, name):
+            setattr(torch._dynamo.config, name, MAX_FORMS)
+            break
+    return torch.compile(function, dynamic=False)
+
+
+@cache
+def _try_compiler(device: str) -> None:
+    x = torch.ones(8, device=device)
+    try:
+        torch.compile(lambda x: (x + 1).sin())(x)
+    except Exception as error:  # a failing compiler can raise anything
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"torch.compile does not work here ({first[0]}): install a C++ compiler such as g++, "
+            "or switch compilation off"
+        ) from error

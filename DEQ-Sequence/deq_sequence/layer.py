@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from deq_sequence.linear import linear
 from lib.errors import InputError
+from lib.graphs import compiled
 from lib.optimization import VariationalAttnDropout, VariationalHidDropout, weight_norm
-from lib.runs.compiling import compiled
 
 INJECTIONS = ("all", "own")  # see RelativeAttention
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from lib.errors import InputError, naming
-from lib.runs.compiling import compiled
+from lib.graphs import compiled
 from mdeq_vision.blocks import (
     BlockTensors,
     Branch,

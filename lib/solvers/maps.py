@@ -15,6 +15,7 @@ wrappers of f (autocast, lists of tensors) preserve with :func:`transformed`, bu
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,23 +55,19 @@ def plain(f: Map) -> Map:
     return getattr(f, "plain", f)
 
 
-def transformed(f: Map, change: Callable[[Map], Map]) -> Map:
+def transformed(f: Any, change: Callable[[Map], Map]) -> Map:
     """``change(f)``, offering what f offers. ``change`` must keep the shapes of an affine map."""
     if isinstance(f, Affine):
         out = copy(f)
         out.product = change(f.product)
         return out
-    # A function takes attributes; its type does not say so.
-    out = change(f)
+    out: Any = change(f)  # a function takes attributes; its type does not say so
     if hasattr(f, "plain"):
-        out.plain = change(plain(f))  # pyright: ignore[reportFunctionMemberAccess]
+        out.plain = change(plain(f))
     if hasattr(f, "product"):  # of lib.graphs
-        out.product = lambda *at: f.product(*at, change)  # pyright: ignore
-    select = getattr(f, "select", None)
-    if select is not None:
-        out.select = lambda rows: transformed(  # pyright: ignore[reportFunctionMemberAccess]
-            select(rows), change
-        )
+        out.product = lambda *at: f.product(*at, change)
+    if hasattr(f, "select"):
+        out.select = lambda rows: transformed(f.select(rows), change)
     return out
 
 
