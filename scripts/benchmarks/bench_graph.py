@@ -108,6 +108,16 @@ def shown(found: dict[str, dict]) -> str:
     return table(head, rows)
 
 
+def step_times(settings: dict[str, dict]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table: milliseconds of a step, setting by setting, without compilation."""
+    forms = [form for form in ALL if form != "compile"]
+    rows = [
+        [name, *(_text(f.get(form, {}).get("ms")) for form in forms)]
+        for name, f in settings.items()
+    ]
+    return ["ms of a step", *forms], rows
+
+
 def _text(value) -> str:
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
