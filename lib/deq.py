@@ -31,6 +31,7 @@ A state may be a list of tensors: then f maps a list to a list, and the result i
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,12 +107,15 @@ class DEQ:
         group: the processes among which f communicates (as under ``fully_shard``, FSDP2), such as
             ``torch.distributed.group.WORLD``: see :func:`~lib.solvers.maps.lockstep`.
 
-    ``stats`` accumulates what the solvers did; ``stats.reset()`` clears it.
+    ``stats`` accumulates what the solvers did; ``stats.reset()`` clears it. With ``graphs =
+    lib.graphs.Graphs()`` and no group, f and J'v come from CUDA graphs on a GPU.
 
     Raises:
         InputError: the solver, the gradient or the stop mode does not exist, or they do not fit
             together.
     """
+
+    graphs: Any = None
 
     def __init__(
         self,
@@ -207,6 +211,8 @@ class DEQ:
                 of torch.func.
         """
         refuse_transforms()
+        if self.graphs is not None and self.group is None:
+            f = self.graphs.of(f)
         shapes = None  # of the tensors in a list
         if not isinstance(z0, Tensor):
             listed = isinstance(z0, Sequence) and all(isinstance(t, Tensor) for t in z0)
@@ -319,6 +325,8 @@ class DEQ:
             group=self.group,
         )
         adjoint = Adjoint(fz, point, solve(), form if half else None, self._watch)
+        if hasattr(f, "product") and point.requires_grad and (product := f.product(point, fz)):
+            adjoint.product = product
         z = grad.attach(Solved(f, fz, point, solution, adjoint))
         shift = tangent_of(fz)
         if shift is not None and not grad.by_autograd:
@@ -401,9 +409,8 @@ def _watched(f: Map, indexing: Sequence[int]) -> tuple[Map, dict[int, Tensor]]:
 
         return watched
 
-    out = change(f)
-    if hasattr(f, "plain"):
-        out.plain = change(plain(f))  # pyright: ignore[reportFunctionMemberAccess]
+    out = transformed(f, change)
+    vars(out).pop("select", None)
     return out, visited
 
 

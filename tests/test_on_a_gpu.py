@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 import small_model
 import small_vision
 from lib.deq import DEQ
+from lib.graphs import Graphs
 from lib.jacobian import contraction_bound, jac_loss_estimate, leading_eigenvalues, power_method
 from lib.optimization import normalised
 from lib.solvers import SOLVERS
@@ -99,7 +100,12 @@ def toy(device) -> Toy:
     [
         (name, options)
         for name in SOLVERS
-        for options in ({}, {"check_every": 4}, {"stop": "sample"})
+        for options in (
+            {},
+            {"check_every": 4},
+            {"check_every": 6, "threshold": 6},
+            {"stop": "sample"},
+        )
         if name != "newton_krylov" or "check_every" not in options  # of which it takes no notice
     ],
     ids=str,
@@ -109,7 +115,7 @@ def test_forward_solvers(both, name, options):
 
     def run(device):
         layer = toy(device)
-        solution = SOLVERS[name](layer, layer.z0, threshold=30, eps=1e-10, **options)
+        solution = SOLVERS[name](layer, layer.z0, **{"threshold": 30, "eps": 1e-10} | options)
         solutions.append(solution)
         return [solution[key] for key in ("result", "converged", "residual", "sample_nfe")]
 
@@ -118,8 +124,9 @@ def test_forward_solvers(both, name, options):
     if gpu is not None:
         assert first["abs_trace"] == second["abs_trace"]
     every = options.get("check_every", 1)
-    # The first one is looked at by itself.
-    checks = math.ceil((second["nfe"] - 1) / every) + 1 + second["products"]
+    # The first one is looked at by itself, unless all are looked at in the end.
+    first = int(every < second["threshold"])
+    checks = math.ceil((second["nfe"] - first) / every) + first + second["products"]
     check_reads(gpu, PER_CHECK.get(name, 1) * checks)
 
 
@@ -283,6 +290,50 @@ def test_image_models(both, kind):
     gpu = both(run, exact=False)
     check_reads_of_a_step(models[-1], gpu)
     check_reads(gpu, 0, path="MDEQ-Vision/")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("kind", ["words", "cls", "seg"])
+def test_graphs(kind, amp):
+    """Some steps with CUDA graphs and without: the same loss and gradients up to rounding."""
+
+    def run(graphs):
+        model, forward = (words if kind == "words" else images)(kind)
+        model.deq.graphs = graphs
+        optimizer, found = torch.optim.SGD(model.parameters(), lr=1e-3), []
+        for step in range(4):
+            optimizer.zero_grad()
+            torch.manual_seed(step)
+            with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+                output, jac_loss = forward(step)
+            (output.float().square().mean() + jac_loss.float().sum()).backward()
+            found += [output.detach().float(), *(p.grad.clone() for p in model.parameters())]
+            optimizer.step()
+        return found
+
+    def words(kind):
+        model, mems = small_model.build(wnorm=True, dropout=0.1).to("cuda"), []
+
+        def forward(step):
+            data = (t.to("cuda") for t in small_model.words(seed=step))
+            loss, jac_loss, _, *mems[:] = model(*data, [*mems], **THRESHOLDS)
+            return loss, jac_loss
+
+        return model, forward
+
+    def images(kind):
+        model = small_vision.build(kind, WNORM=True, DROPOUT=0.1).float().to("cuda")
+        model.f_solver = model.b_solver = "broyden"
+        x = small_vision.images(8, 8).float().to("cuda")
+        return model, lambda step: model(x, compute_jac_loss=True, **THRESHOLDS)[:2]
+
+    graphs = Graphs()
+    expected, found = run(None), run(graphs)
+    assert graphs._forms
+    assert None not in graphs._forms.values()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3 if not amp else 0.1, atol=1e-4 + 0.05 * amp)
 
 
 def test_numbers_drawn_on_the_cpu():

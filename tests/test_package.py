@@ -120,7 +120,7 @@ with torch.no_grad():
 """
     done = in_core(core_python, code, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) > 0.7  # one in ten by chance
+    assert float(done.stdout.split()[-1]) > 0.7  # one in ten by chance; the layer prints, too
 
 
 def test_a_missing_extra_is_one_line(core_python, tmp_path):

@@ -40,7 +40,7 @@ def audit_run(folder: Path, samples: int, device: torch.device) -> Audit:
         InputError: the folder holds no such run, or its text is too short.
     """
     args = read_settings(folder / SETTINGS)
-    args.compile = False  # compiling takes longer than an audit
+    args.compile = args.graph = False  # they take longer than an audit
     states = is_state(args.dataset)
     data = get_state_strings(args.dataset, args.seed) if states else read_corpus(args)
     check_vocabulary(folder, data.vocab)

@@ -39,6 +39,7 @@ from deq_sequence.text_trainer import LMTrainer
 from deq_sequence.ties import TIE_PROJ_MODES
 from lib.errors import InputError, naming
 from lib.gradients import unused_settings
+from lib.graphs import Graphs
 from lib.runs.checkpoint import load_weights
 from lib.runs.command_line import exit_code
 from lib.runs.determinism import deterministic
@@ -109,6 +110,8 @@ def build_model(args: argparse.Namespace, corpus: Corpus | StateStrings, device:
     model = model_for(args, len(corpus.vocab)).to(device)
     if args.compile:
         model.func.compile_evaluations()
+    if args.graph:
+        model.deq.graphs = Graphs()
     return model
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from deq_sequence.linear import linear
 from lib.errors import InputError
+from lib.graphs import compiled
 from lib.optimization import VariationalAttnDropout, VariationalHidDropout, weight_norm
-from lib.runs.compiling import compiled
 
 INJECTIONS = ("all", "own")  # see RelativeAttention
 
@@ -355,21 +355,25 @@ class TransformerLayer(nn.Module):
 
         @cache
         def tensors(dtype: torch.dtype) -> tuple[AttentionTensors, FeedForwardTensors]:
-            with torch.set_grad_enabled(trained):  # the first call may come from a solver (no_grad)
+            # The first call may come from a solver (no_grad). Autocast would round the products
+            # of tensors in full precision, which ``source`` asks for under autocast.
+            with torch.set_grad_enabled(trained), without_autocast(us.device):
                 return attention(dtype), feed_forward(dtype)
 
         tensors(working_dtype(us))  # fill the cache now: every evaluation of f does the same work
+        f = self._map(tensors)
+        dtypes = dict.fromkeys((working_dtype(us), us.dtype))
+        if not getattr(self, "_is_replica", False):  # DataParallel makes a new layer at each call
+            f.source = lambda: (self._on, {dtype: tensors(dtype) for dtype in dtypes})
+        return f
 
-        # Fused kernels do not support a dropout mask of attention weights. On a CPU they are no
-        # faster in float32 (62 ms against 63) and slower in bfloat16 (27 ms against 19): medians
-        # of attention at B 4, L = M 150, d 700, one thread.
-        fused = self.dec_attn.dropatt.mask is None and us.device.type != "cpu"
-        return self._map(tensors, fused)
+    def _on(self, held: dict) -> Callable[[Tensor], Tensor]:
+        """f on other tensors, by their dtype."""
+        return self._map(held.__getitem__)
 
     def _map(
         self,
         whole: Callable[[torch.dtype], tuple[AttentionTensors, FeedForwardTensors]],
-        fused: bool,
         rows: Tensor | None = None,
     ) -> Callable[[Tensor], Tensor]:
         """Build f for the samples ``rows`` (None: all) from the tensors of the whole batch."""
@@ -390,18 +394,22 @@ class TransformerLayer(nn.Module):
             # no fixed order (GPU), so that two runs with the same seed would differ.
             if torch.is_grad_enabled():
                 return plain(z)
-            return run(self._compiled or evaluate, z, fused)
+            return run(self._compiled or evaluate, z, True)
 
         def run(form: Callable, z: Tensor, fused: bool) -> Tensor:
-            dtype = working_dtype(z)
+            attention, feed_forward = tensors(working_dtype(z))
+            # Fused kernels do not support a dropout mask of attention weights. On a CPU they are no
+            # faster in float32 (62 ms against 63) and slower in bfloat16 (27 ms against 19):
+            # medians of attention at B 4, L = M 150, d 700, one thread.
+            fused &= attention.dropatt is None and z.device.type != "cpu"
             # working_dtype has chosen the dtype; autocast must not change single operations.
             with without_autocast(z.device):
-                return form(z, *tensors(dtype), self.pre_lnorm, fused)
+                return form(z, attention, feed_forward, self.pre_lnorm, fused)
 
         def select(some: Tensor) -> Callable[[Tensor], Tensor]:
             # Selects from the whole batch, so that a selection of a selection does not keep the
             # tensors of the first selection alive.
-            return self._map(whole, fused, some if rows is None else rows[some])
+            return self._map(whole, some if rows is None else rows[some])
 
         f.plain, f.select = plain, select
         return f

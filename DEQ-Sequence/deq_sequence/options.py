@@ -175,6 +175,7 @@ def _training_flags(group) -> None:
     add("--tf32", action="store_true", help="GPU: round the factors of float32 products to TF32")
     add("--deterministic", action="store_true", help="GPU: a run repeats bit for bit, but slower")
     add("--compile", action="store_true", help="let torch.compile compute f within the solvers")
+    add("--graph", action="store_true", help="GPU: take f and its products from CUDA graphs")
 
 
 def _run_flags(group) -> None:

@@ -16,6 +16,7 @@ from yacs.config import CfgNode
 
 from lib.deq import DEQ, SAME
 from lib.errors import InputError, check, did_you_mean, is_number, naming
+from lib.graphs import Graphs
 from lib.solvers.precision import AMP
 from mdeq_vision.stage import check_keys
 from mdeq_vision.yaml_files import read_yaml
@@ -46,6 +47,7 @@ def _defaults() -> CfgNode:
     cfg.AMP = "none"  # bf16: f in bfloat16, solver states and losses in float32
     cfg.TF32 = False  # round the factors of float32 products on the GPU to TF32
     cfg.COMPILE = False  # compile f with torch.compile for the solvers' evaluations
+    cfg.GRAPH = False  # on a GPU, take f and its products from CUDA graphs
 
     cfg.MODEL = CfgNode()
     cfg.MODEL.NAME = "mdeq"
@@ -330,6 +332,7 @@ def make_deq(cfg: CfgNode) -> DEQ:
     b_solver = SAME if own.B_SOLVER == "None" else own.B_SOLVER
     with naming("DEQ.F_SOLVER, DEQ.B_SOLVER, DEQ.GRAD and DEQ.STOP_MODE"):
         deq = DEQ(own.F_SOLVER, b_solver, stop_mode=own.STOP_MODE, grad=own.GRAD)
+    deq.graphs = Graphs() if cfg.GRAPH else None
     # Training draws thresholds of at most F_THRES + 1.
     deq.grad.refuse_threshold(own.F_THRES, "DEQ.F_THRES", more=1)
     return deq

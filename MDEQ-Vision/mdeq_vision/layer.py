@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from lib.errors import InputError, naming
-from lib.runs.compiling import compiled
+from lib.graphs import compiled
 from mdeq_vision.blocks import (
     BlockTensors,
     Branch,
@@ -119,7 +119,16 @@ class MultiscaleLayer(nn.Module):
         whole, dtype = {None: held}, _autocast_dtype(kind)
         if dtype is not None:
             whole[dtype] = _cast(held, dtype)
-        return self._map(whole, dtype)
+        return self._on(whole)
+
+    def _on(self, whole: dict[torch.dtype | None, Held]) -> Callable[[list[Tensor]], list[Tensor]]:
+        """f with these tensors, in full precision and perhaps in autocast's dtype."""
+        f = self._map(whole, next((dtype for dtype in whole if dtype is not None), None))
+        # A replay would pass the hooks of users by; DataParallel makes a new layer at each call.
+        hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules())
+        if not hooked and not getattr(self, "_is_replica", False):
+            f.source = lambda: (self._on, whole)
+        return f
 
     def _map(
         self,

@@ -81,8 +81,10 @@ def broyden(
     else:
         inverse = LimitedInverse(solve.x0, min(memory, threshold))
     x, _, gx = solve.evaluate(solve.x0, out=inverse.residual)
-    value, length = solve.abs_trace[-1], None  # ||g(x)||; t of the step that H learns next
-    at_x: Tensor | None = gx.clone() if ls else None  # g(x)
+    value, length = 0.0, None  # for ``ls``: ||g(x)||; t of the step that H learns next
+    at_x: Tensor | None = None  # g(x)
+    if ls:
+        value, at_x = solve.abs_trace[-1], gx.clone()
     steps, back = 0, False  # back: the line search rejected all trials; H learnt from the last
     taken = [0]  # indices of evaluations: at x0, then one per update of H
     for _ in range(threshold):

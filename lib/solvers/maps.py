@@ -1,18 +1,21 @@
 """What a map f may offer besides its value f(z), and how f keeps several processes in step.
 
-Solvers and gradients accept any function of the state. A map may offer three more things, which
-wrappers of f (autocast, lists of tensors) preserve with :func:`transformed`:
+Solvers and gradients accept any function of the state. A map may offer four more things, which
+wrappers of f (autocast, lists of tensors) preserve with :func:`transformed`, but for the last:
 
 - ``f.plain`` is the same map in operations that all have second derivatives. An f of fused kernels
   or compiled code has none itself.
 - ``f.select(rows)`` is f restricted to the samples ``rows`` (a LongTensor). With it, a solve that
   stops per sample evaluates f on the unfinished samples only.
 - :class:`Affine` states that f(z) = J z + b, and gives products J v without b.
+- ``f.source()`` is a method and the tensors that f holds, in lists, tuples or dicts. The method
+  makes f from other tensors of the same shapes (:mod:`lib.graphs`).
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,21 +55,19 @@ def plain(f: Map) -> Map:
     return getattr(f, "plain", f)
 
 
-def transformed(f: Map, change: Callable[[Map], Map]) -> Map:
+def transformed(f: Any, change: Callable[[Map], Map]) -> Map:
     """``change(f)``, offering what f offers. ``change`` must keep the shapes of an affine map."""
     if isinstance(f, Affine):
         out = copy(f)
         out.product = change(f.product)
         return out
-    # A function takes attributes; its type does not say so.
-    out = change(f)
+    out: Any = change(f)  # a function takes attributes; its type does not say so
     if hasattr(f, "plain"):
-        out.plain = change(plain(f))  # pyright: ignore[reportFunctionMemberAccess]
-    select = getattr(f, "select", None)
-    if select is not None:
-        out.select = lambda rows: transformed(  # pyright: ignore[reportFunctionMemberAccess]
-            select(rows), change
-        )
+        out.plain = change(plain(f))
+    if hasattr(f, "product"):  # of lib.graphs
+        out.product = lambda *at: f.product(*at, change)
+    if hasattr(f, "select"):
+        out.select = lambda rows: transformed(f.select(rows), change)
     return out
 
 

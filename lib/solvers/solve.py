@@ -148,7 +148,8 @@ class Solve:
         for vectors, norms in zip((gx, fx), self._slots[len(self._pending)], strict=True):
             torch.linalg.vector_norm(vectors, dim=1, out=norms)
         self._pending.append(x)
-        if forgive or self.nfe == 1 or len(self._pending) >= self.control.check_every:
+        first = self.nfe == 1 and self.control.check_every < self.threshold
+        if forgive or first or len(self._pending) >= self.control.check_every:
             if not self._check(forgive, (gx, fx)):
                 return None
             x, fx = self._settle(x, self.own.x), self._settle(fx, self.own.x)
@@ -179,7 +180,7 @@ class Solve:
         # The only synchronisation with the device; (n, 2, B)
         norms = self._norms[: len(points)].cpu().numpy().astype(np.float64)
         norms = self._in_range(norms, newest)
-        if self.nfe == 1 and not np.isfinite(norms).all():
+        if not (self.abs_trace or np.isfinite(norms[0]).all()):
             check_finite(self.x0)
         return all(self._judge(x, g, f, forgive) for x, (g, f) in zip(points, norms, strict=True))
 

@@ -7,12 +7,15 @@ Forward-mode differentiation is detected: a tangent needs its own solve.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from lib.errors import InputError
+
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def refuse_transforms() -> None:
@@ -26,8 +29,7 @@ def refuse_transforms() -> None:
     # fake tensors have no values.
     modes = torch._C._TorchDispatchModeKey
     traced = any(torch._C._get_dispatch_mode(mode) for mode in (modes.PROXY, modes.FAKE))
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    if traced or functorch.peek_interpreter_stack() is not None:
+    if traced or _functorch.peek_interpreter_stack() is not None:
         raise InputError(
             "a solve inside a transform of torch.func (grad, vmap, jvp, ...), or traced, is not "
             "possible, because its number of steps depends on values: use torch.autograd instead "
@@ -56,10 +58,9 @@ def outside_of_compiler(function: Callable) -> Callable:
 
 def refuse_batched(value: Tensor | None) -> None:
     """Refuse, by a RuntimeError, a gradient or tangent that holds a batch of directions."""
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
     if value is None:
         return
-    if functorch.is_batchedtensor(value) or functorch.is_legacy_batchedtensor(value):
+    if _functorch.is_batchedtensor(value) or _functorch.is_legacy_batchedtensor(value):
         raise RuntimeError(
             "a batch of gradients or tangents (is_grads_batched, vectorize=True) cannot go through "
             "an equilibrium at once, because each needs a solve: take them one after the other"

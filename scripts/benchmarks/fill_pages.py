@@ -14,6 +14,7 @@ from pathlib import Path
 import bench_audits
 import bench_film
 import bench_generation
+import bench_graph
 import bench_states
 import bench_words
 import compare_gradients
@@ -66,6 +67,11 @@ def of_gpu_rates(found: dict) -> dict[str, str]:
     return {"gpu rates": text}
 
 
+def of_graph(found: dict) -> dict[str, str]:
+    head, rows = bench_graph.step_times(found["settings"])
+    return {"graphs": f"    {found['machine']}\n\n{table(head, rows)}"}
+
+
 def of_planner(found: dict) -> dict[str, str]:
     return {"planner": table(found["table"]["head"], found["table"]["rows"])}
 
@@ -96,6 +102,7 @@ FIGURES = {
     "film.json": ("images.md", of_film),  # bench_film.py
     "audits.json": ("larger-problems.md", of_audits),  # bench_audits.py
     "gpu_rates.json": ("planning.md", of_gpu_rates),  # gpu_rates.py
+    "graph.json": ("choosing.md", of_graph),  # bench_graph.py
     "planner_check.json": ("planning.md", of_planner),  # scripts/plan_training.py --check
 }
 # Files of printed text: the page that shows each. The block has the name of the file.

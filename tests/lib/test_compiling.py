@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from lib.errors import InputError
-from lib.runs import compiling
-from lib.runs.compiling import MAX_FORMS, compiled
+from lib.graphs import MAX_FORMS, _try_compiler, compiled
 
 
 @pytest.fixture(autouse=True)
 def _compilers_are_tried_again():
-    compiling._try_compiler.cache_clear()
+    _try_compiler.cache_clear()
     yield
-    compiling._try_compiler.cache_clear()
+    _try_compiler.cache_clear()
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def test_more_forms_than_pytorch_allows_by_itself(without_code):
 
 @pytest.mark.slow
 def test_a_missing_compiler(tmp_path):
-    code = "from lib.runs.compiling import compiled; compiled(abs)"
+    code = "from lib.graphs import compiled; compiled(abs)"
     environment = os.environ | {
         "CXX": "/nowhere/g++",
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),

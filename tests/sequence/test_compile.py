@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from lib.runs import compiling
+from lib.graphs import _try_compiler
 from lib.runs.run_folder import read_metrics
 from small_model import build, words
 
@@ -16,10 +16,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
 
 @pytest.fixture(autouse=True)
 def _compilers_are_tried_again():
-    compiling._try_compiler.cache_clear()
+    _try_compiler.cache_clear()
     torch._dynamo.reset()
     yield
-    compiling._try_compiler.cache_clear()
+    _try_compiler.cache_clear()
 
 
 @pytest.fixture

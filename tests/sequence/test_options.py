@@ -13,7 +13,15 @@ from lib.errors import InputError
 CONTRACT = json.loads((Path(__file__).parents[1] / "data" / "lm_flags.json").read_text())["flags"]
 ADDED = {
     *("--help", "--cutoffs", "--num_threads", "--amp", "--eval_batch_size"),
-    *("--batch_chunk", "--save-interval", "--compile", "--tf32", "--max_time", "--max_skipped"),
+    *(
+        "--batch_chunk",
+        "--save-interval",
+        "--compile",
+        "--graph",
+        "--tf32",
+        "--max_time",
+        "--max_skipped",
+    ),
     *("--auto_restart", "--keep_checkpoints", "--grad", "--tie_proj_mode", "--deterministic"),
     *("--inject", "--f_thres_per_word", "--grow_below"),
     *("--characters", "--lower_case", "--min_count", "--held_out", "--prompt"),

@@ -48,7 +48,7 @@ def tiny_config(branches: int = 2, **changes) -> CfgNode:
     for name, value in changes.items():
         if name == "FINAL_CONV_KERNEL":
             cfg.MODEL.EXTRA[name] = value
-        elif name == "COMPILE":
+        elif name in ("COMPILE", "GRAPH"):
             cfg[name] = value
         elif name in stage:
             stage[name] = value

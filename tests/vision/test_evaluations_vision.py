@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib.errors import InputError
+from lib.graphs import _try_compiler
 from lib.layer_utils import list2vec
-from lib.runs import compiling
 from lib.solvers.precision import autocast
 from mdeq_vision import layer
 from mdeq_vision.blocks import doubled
@@ -202,7 +202,7 @@ def generated():
 
 
 def fresh():
-    caches = (layer._compiled, compiling._try_compiler)
+    caches = (layer._compiled, _try_compiler)
     for cache in caches:
         cache.cache_clear()
     torch._dynamo.reset()

@@ -46,12 +46,13 @@ def chosen_settings(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Form:
-    """How a step is computed: plain or not, number format, compiled or not."""
+    """How a step is computed: plain or not, number format, compiled or not, in graphs or not."""
 
     name: str
     plain: bool = False
     amp: str = "none"
     compile: bool = False
+    graph: bool = False  # CUDA graphs
 
 
 FORMS = {
@@ -61,6 +62,7 @@ FORMS = {
         Form("fast"),
         Form("fast-bf16", amp="bf16"),
         Form("fast-compile", compile=True),
+        Form("fast-graph", graph=True),
         Form("fast-bf16-compile", amp="bf16", compile=True),
     )
 }

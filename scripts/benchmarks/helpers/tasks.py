@@ -34,6 +34,7 @@ from helpers.plain_images import PlainClsNet, PlainSegNet
 from helpers.plain_language import PlainTransformerLM
 from helpers.plain_solvers import PLAIN, torchdeq_solver
 from helpers.settings import LANGUAGE, Form, Options, image_config, language_arguments
+from lib.graphs import Graphs
 from lib.jacobian import jac_loss_weight_at
 from lib.runs.optimizers import fused_if_possible
 from lib.solvers import SOLVERS
@@ -65,6 +66,8 @@ class Task:
     def __init__(self, form: Form, options: Options, model: nn.Module):
         self.form, self.options, self.device = form, options, options.device
         self.model = model.to(options.device, options.dtype).train()
+        if form.graph:
+            self.model.deq.graphs = Graphs()
 
     def set_solvers(self, forward: str, backward: str) -> None:
         """Solvers by name, in the form's own implementation."""
