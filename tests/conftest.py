@@ -22,6 +22,15 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _without_waiting_for_the_disk():
+    """A test's files need not outlive a machine that goes down: fsync takes a tenth of the time of
+    a short run. Commands in processes of their own still call it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def demo_folder(tmp_path_factory):
     """The embedded corpus, built once (ten seconds). Do not write to it: copy it."""
