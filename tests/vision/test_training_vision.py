@@ -264,7 +264,12 @@ def test_outputs_without_a_class_are_noted(digits, capsys):
     assert run_tool("cls_valid", *digits.argv(*more)) == 0
     out = capsys.readouterr().out
     assert out.startswith(note)
-    assert run_tool("cls_train", *digits.argv("--modelDir", digits.folder / "own", "TRAIN.END_EPOCH", 0)) == 0
+    assert (
+        run_tool(
+            "cls_train", *digits.argv("--modelDir", digits.folder / "own", "TRAIN.END_EPOCH", 0)
+        )
+        == 0
+    )
     assert "note: the 10 classes" not in capsys.readouterr().out
 
 
