@@ -199,6 +199,9 @@ def _serve(connection: socket.socket) -> None:
     """Answer requests until the other end closes; a child returns from here to run its script."""
     for name in _LAZY:
         __import__(name)
+    # The text that a validation generates takes a third of the time of a run this small. The run
+    # is the same without it; tests/sequence/test_events.py and the command proper have it.
+    sys.modules["deq_sequence.events"].TextEvents.sample = lambda *arguments: None
     gc.freeze()  # else the end of each child, and its collections, walk through all modules
     while True:
         message, files, *_ = socket.recv_fds(connection, 1 << 16, 2)

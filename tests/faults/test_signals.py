@@ -63,19 +63,10 @@ def test_stopped_at_any_moment(trainer, number, phase, seed, server, whole, tmp_
     stop_and_resume(trainer, number, at, delay, tmp_path, whole, server if seed < 2 else None)
 
 
-@pytest.mark.parametrize(
-    ("name", "number"),
-    [
-        (name, number)
-        if (name, number) == ("language", signal.SIGTERM)
-        else pytest.param(name, number, marks=pytest.mark.slow)
-        for name in TRAINERS
-        for number in SIGNALS
-    ],
-)
-def test_stopped_during_a_validation(name, number, server, whole, tmp_path):
+@pytest.mark.slow  # tests/lib/test_trainer.py breaks a validation off by default
+@pytest.mark.parametrize("number", SIGNALS)
+def test_stopped_during_a_validation(trainer, number, server, whole, tmp_path):
     """It is broken off, or done; if broken off, it comes again."""
-    trainer = TRAINERS[name]
     at = next(s for s in trainer.validated if s > BORDER)
     assert stop_and_resume(trainer, number, at, 0.002, tmp_path, whole, server) == at
 

@@ -34,7 +34,7 @@ from small_vision import fill
 TIGHT = partial(broyden, eps=1e-11)
 THRESHOLD = 300
 CPU = torch.device("cpu")
-BATCH, VALID = 8, 12  # samples of a step over all processes; images to validate on
+BATCH, VALID = 8, 6  # samples of a step over all processes; images to validate on
 
 # Clipping would hide a gradient of the wrong length, as Adam does in the losses. With these weights
 # a tight solve takes thirty evaluations; with smaller ones, or layer norm first, two hundred.

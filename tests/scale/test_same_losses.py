@@ -21,7 +21,7 @@ QUICK = [
     Case("digits", "Jacobian loss", jacobian=True, steps=STEPS),
     Case("digits", "batch of 6", batch=6, steps=STEPS),
     Case("digits", "2 parts, same groups", chunk=2, steps=STEPS),
-    Case("scenes", "batch of 7", batch=7, jacobian=True, steps=STEPS),
+    Case("scenes", "batch of 3", batch=3, jacobian=True, steps=STEPS),
 ]
 
 

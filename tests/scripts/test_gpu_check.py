@@ -22,6 +22,7 @@ def check(folder, *argv):
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_digits(tmp_path):
     code, text = check(tmp_path, "--sections", "digits")
     assert code == 0

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deq_sequence.command import build_model, main
+from deq_sequence.events import TextEvents
 from deq_sequence.options import parse
 from deq_sequence.text.corpus import get_lm_corpus
 from deq_sequence.text_trainer import LMTrainer
@@ -49,6 +50,16 @@ def _same_threads():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _without_texts(monkeypatch, request):
+    """The text that a validation generates takes a quarter of the time of a run this small.
+
+    A run is the same with and without it, which test_events.py tests.
+    """
+    if request.path.name != "test_events.py":
+        monkeypatch.setattr(TextEvents, "sample", lambda *arguments: None)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Every solver and every gradient by name, through train_transformer.py: ten steps at equilibrium.
+"""Every solver and every gradient by name, through train_transformer.py: four steps at equilibrium.
 
 Where solves converge, all exact gradients are one: with a descent that does not divide by the size
 of a gradient, steps have the same losses whatever finds the equilibrium and its adjoint.
@@ -25,7 +25,7 @@ from gradient_names import (
     REFUSED,
     SAME,
     SOLVES_BACK,
-    check_ten_steps,
+    check_steps,
     refusal,
 )
 from lib.gradients import GRADIENTS
@@ -35,7 +35,7 @@ from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, read_metrics
 from lib.solvers import ADJOINT_SOLVERS, SOLVERS
 from parameters import slow_but
 
-TEN = "--pretrain_steps 2 --max_step 12 --max_eval_steps 1".split()
+SIX = "--pretrain_steps 2 --max_step 6 --max_eval_steps 1".split()
 SPELLING = "--{}"
 DROPOUT = "--dropout 0.1 --dropatt 0.1 --jac_loss_weight 1 --jac_loss_freq 1"
 
@@ -55,7 +55,7 @@ class Trained:
 
 @pytest.fixture
 def run(train, run_folder, monkeypatch):
-    """Train with a gradient, and more flags: two stacked steps, ten at equilibrium."""
+    """Train with a gradient, and more flags: two stacked steps, four at equilibrium."""
     seen, real = [], LMTrainer.set_learning_rate
 
     def note(trainer):  # after backward, before the update
@@ -68,7 +68,7 @@ def run(train, run_folder, monkeypatch):
     def go(grad, *more, name="run"):
         seen.clear()
         solver = ["--f_solver", "broyden"] if grad.startswith("shine") else []
-        records = train(*TEN, "--grad", grad, *solver, *more, name=name)
+        records = train(*SIX, "--grad", grad, *solver, *more, name=name)
         steps = [r for r in records if r["kind"] == "train"]
         return Trained(steps, (run_folder.parent / name / LOG).read_text(), list(seen))
 
@@ -76,8 +76,8 @@ def run(train, run_folder, monkeypatch):
 
 
 def check(found, grad="ift", *, f_thres=6):
-    """All that has to hold of ten steps with that gradient."""
-    check_ten_steps(found.steps, found.log, grad, SPELLING, f_thres)
+    """All that has to hold of the steps with that gradient."""
+    check_steps(found.steps, found.log, grad, SPELLING, f_thres)
     assert "forward 0, backward 0" in found.log
     assert all(r["forward_rel_residual"] < 1 for r in found.steps[2:])
     assert all(r["backward_nfe"] <= 7 for r in found.steps[2:] if "backward_nfe" in r)
@@ -96,7 +96,7 @@ def test_every_name_is_here():
     assert names == [set(SOLVERS), set(ADJOINT_SOLVERS), set(GRADIENTS)]
 
 
-# ---- ten steps -------------------------------------------------------------------------------
+# ---- six steps -------------------------------------------------------------------------------
 
 
 # The others are slow: test_exact_gradients_train_alike trains with each of them, too.
@@ -131,7 +131,7 @@ def test_gradient(run, grad, more):
     check(found, grad)
     if grad.startswith(("reversible", "unroll")):
         assert {r.get("forward_nfe") for r in found.steps} == {None, 6}
-    assert ["jac_loss" in r for r in found.steps] == [False] * 2 + [bool(more)] * 10
+    assert ["jac_loss" in r for r in found.steps] == [False] * 2 + [bool(more)] * 4
 
 
 def test_commands_of_the_readme(run):
@@ -165,14 +165,14 @@ def test_combination(run, f_solver, b_solver, grad, more):
     solvers = ["--f_solver", f_solver, "--b_solver", b_solver]
     found = run(grad, *solvers, *more.split())
     assert all(math.isfinite(loss) for loss in found.losses)
-    assert ["backward_nfe" in r for r in found.steps] == [False] * 2 + [grad in SOLVES_BACK] * 10
+    assert ["backward_nfe" in r for r in found.steps] == [False] * 2 + [grad in SOLVES_BACK] * 4
 
 
 # ---- what is exact is the same ---------------------------------------------------------------
 
 # Gradient descent, without clipping: it does not turn rounding into whole steps, as Adam does.
-# Four steps at equilibrium: a wrong gradient shows in the loss of the second.
-DESCENT = "--optim SGD --lr 0.5 --clip 0 --f_thres 120 --b_thres 60 --max_step 6".split()
+# Three steps at equilibrium: a wrong gradient shows in the loss of the second.
+DESCENT = "--optim SGD --lr 0.5 --clip 0 --f_thres 120 --b_thres 60 --max_step 5".split()
 CLOSE = ["--f_solver", "broyden:eps=1e-6", "--b_solver", "broyden:eps=1e-6"]
 
 
@@ -253,14 +253,14 @@ def test_it_learns(run, grad):
 
 @pytest.mark.parametrize("grad", slow_but(["phantom"], GRADS))
 def test_restarted_at_equilibrium(flags, run_folder, stop_at, grad):
-    """Saved after step 6, stopped after step 8: bit for bit the run that was not."""
+    """Saved after step 4, stopped after step 5: bit for bit the run that was not."""
     solver = ["--f_solver", "broyden"] if grad.startswith("shine") else []
-    argv = [*flags, *TEN, *DROPOUT.split(), "--jac_loss_freq", "0.5", "--rand_f_thres_delta", "2"]
-    argv += [*solver, "--grad", grad, "--save-interval", "6"]
+    argv = [*flags, *SIX, *DROPOUT.split(), "--jac_loss_freq", "0.5", "--rand_f_thres_delta", "2"]
+    argv += [*solver, "--grad", grad, "--save-interval", "4"]
     assert main([*argv, "--name", "whole"]) == 0
-    stop_at(8)
+    stop_at(5)
     assert main(argv) == 130
-    assert load(run_folder / CHECKPOINT)["step"] == 6
+    assert load(run_folder / CHECKPOINT)["step"] == 4
     assert main([*argv, "--restart"]) == 0
     whole = run_folder.parent / "whole"
     records, expected = (
@@ -276,18 +276,18 @@ def test_restarted_at_equilibrium(flags, run_folder, stop_at, grad):
 
 
 def test_a_gradient_may_change_at_a_restart(flags, run_folder):
-    argv = [*flags, *TEN]
-    assert main([*argv, "--max_step", "6"]) == 0
+    argv = [*flags, *SIX]
+    assert main([*argv, "--max_step", "4"]) == 0
     assert main([*argv, "--restart", "--grad", "jfb"]) == 0
     log = (run_folder / LOG).read_text()
     assert "changed since the checkpoint: --grad from 'ift' to 'jfb'" in log
     steps = [r for r in read_metrics(run_folder) if r["kind"] == "train"]
-    assert ["backward_nfe" in r for r in steps] == [False] * 2 + [True] * 4 + [False] * 6
+    assert ["backward_nfe" in r for r in steps] == [False] * 2 + [True] * 2 + [False] * 2
 
 
 def test_evaluation_with_other_gradients(train, flags, capsys):
     """Those that follow a solver leave evaluation to it; the others evaluate f to the threshold."""
-    train(*TEN, "--grad", "phantom")
+    train(*SIX, "--grad", "phantom")
     texts = {}
     for grad in ("ift", "jfb", "phantom", "unroll", "reversible"):
         capsys.readouterr()
@@ -328,11 +328,11 @@ def test_quickstart_reports_forward_solves_alone(corpus_folder, tmp_path, capsys
 
 
 def test_progress_of_a_run(train, flags, capsys):
-    more = [*TEN, "--grad", "phantom:steps=2,damping=0.8", "--f_solver", "anderson:m=3"]
+    more = [*SIX, "--grad", "phantom:steps=2,damping=0.8", "--f_solver", "anderson:m=3"]
     train(*more)
     capsys.readouterr()
     assert run_progress.main(["train_transformer.py", *flags, *more]) == 0
-    assert capsys.readouterr().out == "finished 12\n"
+    assert capsys.readouterr().out == "finished 6\n"
 
 
 FORWARD_ONLY = [

@@ -17,8 +17,8 @@ ROOM = Path(__file__).parents[2] / "DEQ-Sequence"
 RUNS = json.loads((Path(__file__).parents[1] / "data" / "lm_runs.json").read_text())
 SMALL = """
     --d_model 64 --n_head 2 --d_head 32 --d_embed 64 --d_inner 64 --batch_size 4 --gpu0_bsz 1
-    --tgt_len 8 --mem_len 8 --eval_tgt_len 8 --pretrain_steps 15 --max_step 30 --warmup_step 5
-    --f_thres 5 --b_thres 5 --log-interval 5 --num_threads 1
+    --tgt_len 8 --mem_len 8 --eval_tgt_len 8 --pretrain_steps 6 --max_step 12 --warmup_step 5
+    --f_thres 5 --b_thres 5 --log-interval 3 --max_eval_steps 4 --num_threads 1
 """
 
 
@@ -171,9 +171,9 @@ def test_train_and_eval(script, corpus_folder, tmp_path, show, server):
     assert said.splitlines() == ["no GPU is available: --cuda and --multi_gpu have no effect"]
     folder = tmp_path / "runs-wt103" / script.removesuffix(".sh")
     records = read_metrics(folder)
-    assert [r["step"] for r in records if r["kind"] == "train"] == [5, 10, 15, 20, 25, 30]
+    assert [r["step"] for r in records if r["kind"] == "train"] == [3, 6, 9, 12]
     phases = [(r["step"], r["phase"]) for r in records if r["kind"] == "valid"]
-    assert phases == [(15, "stacked"), (30, "equilibrium")]
+    assert phases == [(6, "stacked"), (12, "equilibrium")]
     final = results(trained, "end of training | ")
     assert set(final) == {"valid", "test"}
     assert all("ppl" in found[0] for found in final.values())
@@ -182,7 +182,7 @@ def test_train_and_eval(script, corpus_folder, tmp_path, show, server):
     assert results(evaluated, str(folder / "model.pt")) == final
 
     if script == "wt103_deq_transformer_reg.sh":
-        restarted, _ = forked("train", "--restart", "--max_step", 32, "--log-interval", 1)
-        assert re.search(r"continuing \S+ at step 30$", restarted, re.MULTILINE)
+        restarted, _ = forked("train", "--restart", "--max_step", 14, "--log-interval", 1)
+        assert re.search(r"continuing \S+ at step 12$", restarted, re.MULTILINE)
         steps = [r["step"] for r in read_metrics(folder) if r["kind"] == "train"]
-        assert steps == [5, 10, 15, 20, 25, 30, 31, 32]
+        assert steps == [3, 6, 9, 12, 13, 14]

@@ -24,9 +24,9 @@ from lib.runs.run_folder import WEIGHTS, read_metrics
 # With solves in both passes; forward ones alone are reported in test_gradients_training.py.
 TINY = """
     --grad ift --f_thres 12
-    --d_model 16 --n_head 2 --d_head 8 --d_inner 32 --pretrain_steps 60 --max_step 90
+    --d_model 16 --n_head 2 --d_head 8 --d_inner 32 --pretrain_steps 40 --max_step 60
     --tgt_len 16 --mem_len 16 --eval_tgt_len 16 --batch_size 4 --eval_batch_size 4 --lr 0.01
-    --eval-interval 30 --log-interval 10 --num_threads 1
+    --eval-interval 20 --log-interval 10 --num_threads 1
 """
 REPORT = Path(__file__).parents[2] / "docs/report.md"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -88,7 +88,7 @@ def test_report(trained, small_corpus):
     records = read_metrics(folder)
     (valid,) = [r for r in records if r["kind"] == "final_valid"]
     (test,) = [r for r in records if r["kind"] == "final_test"]
-    stacked = [r for r in records if r["kind"] == "valid" and r["step"] == 60]
+    stacked = [r for r in records if r["kind"] == "valid" and r["step"] == 40]
     assert table["this run, before its equilibrium phase"] == [
         f"{math.exp(stacked[0]['loss']):.1f}"
     ]
@@ -97,7 +97,7 @@ def test_report(trained, small_corpus):
     assert float(table["test / unigram"][0]) == pytest.approx(share, abs=2e-3)
 
     assert table["equilibrium solves"] == ["rel. residual", "nfe"]
-    solved = [r for r in records if r["kind"] == "train" and r["step"] > 60]
+    solved = [r for r in records if r["kind"] == "train" and r["step"] > 40]
     for which in ("forward", "backward"):
         residual, nfe = map(float, table[f"{which}, training mean"])
         for found, name in ((residual, "rel_residual"), (nfe, "nfe")):
@@ -162,7 +162,8 @@ def test_somebody_elses_text_is_not_overwritten(room, capsys):
 @pytest.mark.parametrize("more", [["--pretrain_steps", "0"], ["--pretrain_steps", "90"]])
 def test_report_of_runs_of_one_phase(room, more, capsys):
     name = f"only{more[1]}"
-    assert quickstart(room, *more, "--max_step", "8", "--name", name) == 0
+    few = ["--max_step", "8", "--max_eval_steps", "2"]
+    assert quickstart(room, *more, *few, "--name", name) == 0
     table = rows(capsys.readouterr().out)
     if more[1] == "90":
         assert "stacked (end of training)" in table

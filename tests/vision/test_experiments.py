@@ -58,7 +58,10 @@ def test_three_steps_and_a_validation(name, narrow, data, tmp_path, monkeypatch)
     if narrow:
         monkeypatch.setattr(command, "model_summary", lambda *arguments: "")
         branches = config_of(file).MODEL.EXTRA.FULL_STAGE.NUM_BRANCHES
-        overrides += ["MODEL.EXTRA.FULL_STAGE.NUM_CHANNELS", str([8, 16, 32, 64][:branches])]
+        stage = "MODEL.EXTRA.FULL_STAGE"
+        overrides += [f"{stage}.NUM_CHANNELS", str([8, 16, 32, 64][:branches])]
+        if tool == "cls_train":
+            overrides += [f"{stage}.HEAD_CHANNELS", str([8] * branches)]
     places = ["--dataDir", str(data), "--modelDir", str(tmp_path)]
     assert run_tool(tool, "--cfg", str(file), *places, *overrides) == 0
 

@@ -98,6 +98,37 @@ def whole(tmp_path_factory):
     return get
 
 
+@pytest.fixture(scope="module")
+def stopped_runs():
+    """Folders of runs that stopped, by tool; for ``interrupted``."""
+    return {}
+
+
+@pytest.fixture
+def interrupted(stopped_runs, tmp_path_factory, stop_at):
+    """``interrupted(settings)`` puts a run there that stopped after step 7; it is trained once."""
+
+    def put(settings):
+        if settings.tool not in stopped_runs:
+            own = Settings(settings.tool[:3], tmp_path_factory.mktemp("stopped"))
+            stop_at(7)
+            assert own.train() == 130
+            stopped_runs[settings.tool] = own.folder()
+        shutil.copytree(stopped_runs[settings.tool], settings.folder())
+
+    return put
+
+
+@pytest.fixture
+def finished(whole):
+    """``finished(settings, to)`` puts a run there that has come to its end."""
+
+    def put(settings, to="run"):
+        shutil.copytree(whole(settings, "WORKERS", 0), settings.folder(to))
+
+    return put
+
+
 # ---- stopped within the process, which is cheaper than a kill and as abrupt ---------------------
 
 
@@ -191,19 +222,17 @@ def test_images_from_files(tmp_path, stop_at):
         assert_same_run(settings.folder(), settings.folder("whole"))
 
 
-def test_cut_off_last_line(digits, whole, stop_at):
+def test_cut_off_last_line(digits, whole, interrupted):
     expected = whole(digits, "WORKERS", 0)
-    stop_at(7)
-    assert digits.train() == 130
+    interrupted(digits)
     with open(digits.folder() / METRICS, "a") as file:
         file.write('{"kind": "train", "st')
     assert digits.resume() == 0
     assert_same_run(digits.folder(), expected)
 
 
-def test_the_log_goes_on(digits, stop_at):
-    stop_at(7)
-    assert digits.train() == 130
+def test_the_log_goes_on(digits, interrupted):
+    interrupted(digits)
     before = (digits.folder() / LOG).read_text()
     assert digits.resume() == 0
     after = (digits.folder() / LOG).read_text()
@@ -273,8 +302,8 @@ def test_killed_at_other_steps(kind, tmp_path, monkeypatch, kills, workers):
 # ---- going on -----------------------------------------------------------------------------------
 
 
-def test_a_finished_run_is_left_as_it_is(settings, capsys):
-    assert settings.train() == 0
+def test_a_finished_run_is_left_as_it_is(settings, finished, capsys):
+    finished(settings)
     found, weights = records(settings.folder()), load(settings.folder() / WEIGHTS)
     checkpoint = load(settings.folder() / CHECKPOINT)
     capsys.readouterr()
@@ -346,9 +375,11 @@ def test_changed_settings_are_named_and_saved(digits, capsys):
         ("", "was saved with the training images "),  # which were replaced
     ],
 )
-def test_settings_that_a_resume_cannot_change(digits, capsys, monkeypatch, more, named):
-    before = "TRAIN.OPTIMIZER rmsprop TRAIN.MOMENTUM 0".split() if "rmsprop" in more else []
-    assert digits.train(*before) == 0
+def test_settings_that_a_resume_cannot_change(digits, finished, capsys, monkeypatch, more, named):
+    if "rmsprop" in more:
+        assert digits.train(*"TRAIN.OPTIMIZER rmsprop TRAIN.MOMENTUM 0".split()) == 0
+    else:
+        finished(digits)
     if not more:
         monkeypatch.setattr(DigitImages, "contents", lambda self: ["others"])
     capsys.readouterr()
@@ -359,10 +390,9 @@ def test_settings_that_a_resume_cannot_change(digits, capsys, monkeypatch, more,
 # ---- TRAIN.CHECKPOINT ---------------------------------------------------------------------------
 
 
-def test_a_checkpoint_from_elsewhere(settings, whole, stop_at):
+def test_a_checkpoint_from_elsewhere(settings, whole, interrupted):
     """A fresh folder continues it; the folder it came from is not touched."""
-    stop_at(7)
-    assert settings.train() == 130
+    interrupted(settings)
     elsewhere = settings.parent / "kept"
     shutil.copytree(settings.folder(), elsewhere)
     before = {p.name: p.read_bytes() for p in elsewhere.iterdir()}
@@ -391,26 +421,25 @@ def best_at_step_5(folder):
     torch.save(state, folder / CHECKPOINT)
 
 
-def test_a_checkpoint_from_elsewhere_leaves_weights_to_evaluate(digits):
-    assert digits.train() == 0
+def test_a_checkpoint_from_elsewhere_leaves_weights_to_evaluate(digits, finished):
+    finished(digits)
     best_at_step_5(digits.folder())
     checkpoint = digits.folder() / CHECKPOINT
     assert digits.train("TRAIN.CHECKPOINT", checkpoint, "TRAIN.END_EPOCH", "3", to="new") == 0
     assert run_tool("cls_valid", *digits.argv(to="new")) == 0
 
 
-def test_a_checkpoint_from_elsewhere_does_not_overwrite_a_run(digits):
-    assert digits.train(to="elsewhere") == 0
-    assert digits.train("SEED", "5") == 0
+def test_a_checkpoint_from_elsewhere_does_not_overwrite_a_run(digits, finished):
+    finished(digits, to="elsewhere")
+    finished(digits)
     before = {p.name: p.read_bytes() for p in digits.folder().iterdir()}
     checkpoint = digits.folder("elsewhere") / CHECKPOINT
     assert digits.train("TRAIN.CHECKPOINT", checkpoint) == 2
     assert {p.name: p.read_bytes() for p in digits.folder().iterdir()} == before
 
 
-def test_its_own_checkpoint_by_name(digits, whole, stop_at):
-    stop_at(7)
-    assert digits.train() == 130
+def test_its_own_checkpoint_by_name(digits, whole, interrupted):
+    interrupted(digits)
     assert digits.resume("TRAIN.CHECKPOINT", digits.folder() / CHECKPOINT) == 0
     assert_same_run(digits.folder(), whole(digits, "WORKERS", 0))
 

@@ -191,18 +191,18 @@ def test_debug_writes_nothing(digits, tmp_path, capsys, tool):
 
 
 def test_log_dir(digits, tmp_path):
-    folder = digits("--logDir", tmp_path / "logs")
+    folder = digits("--logDir", tmp_path / "logs", "TRAIN.END_EPOCH", 0)
     assert len(list((tmp_path / "logs/digits" / DIGITS.stem).glob("events.*"))) == 1
     assert list(folder.glob("events.*")) == []
 
 
 def test_events_lie_beside_the_run(digits):
-    assert len(list(digits().glob("events.*"))) == 1
+    assert len(list(digits("TRAIN.END_EPOCH", 0).glob("events.*"))) == 1
 
 
 @pytest.mark.parametrize(("batch", "warned"), [(32, False), (16, True)])
 def test_effective_batch_size(digits, batch, warned):
-    more = ["TRAIN.BATCH_SIZE_PER_GPU", batch, "PERCENT", "0.03", "TRAIN.END_EPOCH", 1]
+    more = ["TRAIN.BATCH_SIZE_PER_GPU", batch, "TRAIN.END_EPOCH", 0]
     log = (digits(*more) / LOG).read_text()
     assert f"effective batch size {batch}\n" in log
     assert ("is meant for an effective batch size of 32" in log) == warned
@@ -221,7 +221,7 @@ def test_an_effective_batch_of_several_gpus(digits, tmp_path):
 
 
 def test_a_weight_without_effect_is_noted(digits):
-    more = ["LOSS.JAC_LOSS_FREQ", 0, "LOSS.PRETRAIN_JAC_LOSS_WEIGHT", 0.1]
+    more = ["LOSS.JAC_LOSS_FREQ", 0, "LOSS.PRETRAIN_JAC_LOSS_WEIGHT", 0.1, "TRAIN.END_EPOCH", 0]
     log = (digits(*more) / LOG).read_text()
     for key in ("JAC_LOSS_WEIGHT", "PRETRAIN_JAC_LOSS_WEIGHT"):
         assert f"note: LOSS.{key} has no effect while LOSS.JAC_LOSS_FREQ is 0" in log
@@ -247,7 +247,7 @@ def test_it_changes_no_figure(digits, tmp_path):
 
 
 def test_summary_and_places_are_in_the_log(digits):
-    log = (digits() / LOG).read_text()
+    log = (digits("TRAIN.END_EPOCH", 1) / LOG).read_text()
     n = sum(v.numel() for k, v in load(digits.folder / WEIGHTS).items() if is_parameter(k))
     assert f"Total params: {n:,}" in log
     assert f"{n} parameters | cpu | 1 process(es)" in log
@@ -264,7 +264,12 @@ def test_outputs_without_a_class_are_noted(digits, capsys):
     assert run_tool("cls_valid", *digits.argv(*more)) == 0
     out = capsys.readouterr().out
     assert out.startswith(note)
-    assert run_tool("cls_train", *digits.argv("--modelDir", digits.folder / "own", *more[2:])) == 0
+    assert (
+        run_tool(
+            "cls_train", *digits.argv("--modelDir", digits.folder / "own", "TRAIN.END_EPOCH", 0)
+        )
+        == 0
+    )
     assert "note: the 10 classes" not in capsys.readouterr().out
 
 
@@ -297,7 +302,7 @@ def test_what_the_task_cannot_do_is_refused(digits, capsys, tool, more):
 
 
 def test_keys_of_the_open_section_that_have_no_effect_are_noted(digits):
-    log = (digits("MODEL.EXTRA.STEM_INPLANES", 64, "TRAIN.END_EPOCH", 1) / LOG).read_text()
+    log = (digits("MODEL.EXTRA.STEM_INPLANES", 64, "TRAIN.END_EPOCH", 0) / LOG).read_text()
     assert "note: MODEL.EXTRA.STEM_INPLANES has no effect" in log
     assert log.count("has no effect") == 1
 
