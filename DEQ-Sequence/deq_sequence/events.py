@@ -9,7 +9,7 @@ from deq_sequence.text.corpus import Corpus
 from deq_sequence.text.vocabulary import ByteVocab
 from deq_sequence.text_report import draw_perplexity, prompts
 from lib.errors import InputError, needs
-from lib.runs.finished_run import draw_curves
+from lib.runs.figures import draw_curves
 from lib.runs.run_folder import Run, read_metrics
 
 _WORDS, _BYTES = 20, 60  # of a generated text: a small part of the time of a validation

@@ -12,7 +12,7 @@ from deq_sequence.model import DEQTransformerLM
 from deq_sequence.text.corpus import OWN, Corpus
 from deq_sequence.text.ngram import kneser_ney_bigram_perplexity, unigram_perplexity
 from lib.errors import InputError
-from lib.runs.finished_run import CURVES, draw_curves, series, solver_rows, table
+from lib.runs.figures import CURVES, draw_curves, series, solver_rows, table
 from lib.runs.run_folder import peak_memory_mib, read_metrics
 
 _PROMPTS = ("this function returns", "the object is")  # of the demo text

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lib.errors import needs
-from lib.runs.finished_run import draw_curves
+from lib.runs.figures import draw_curves
 from lib.runs.run_folder import Run, read_metrics
 from mdeq_vision.class_predictions import Prediction
 from mdeq_vision.datasets import SegmentationDataset

@@ -6,7 +6,7 @@ import torch
 from yacs.config import CfgNode
 
 from lib.runs.checkpoint import load_weights
-from lib.runs.finished_run import CURVES, draw_curves, series, solver_rows, table
+from lib.runs.figures import CURVES, draw_curves, series, solver_rows, table
 from lib.runs.processes import Processes
 from lib.runs.run_folder import WEIGHTS, peak_memory_mib, read_metrics
 from mdeq_vision.datasets import SegmentationDataset, get_cls_dataset, get_seg_dataset

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lib.runs.figures import summed_stats
 from lib.runs.processes import Processes
-from lib.runs.solver_figures import summed_stats
 from lib.solvers.stats import SolverStats
 
 

@@ -24,12 +24,7 @@ from lib.runs.checkpoint import (
 )
 from lib.runs.determinism import check_random_states, random_states, restore_random_states
 from lib.runs.evaluation_loop import EvaluationStopped, release_free_memory
-from lib.runs.interrupts import Stopped, Stopping, TrainingError, memory_for
-from lib.runs.optimizers import clip_gradients, restore_optimizer
-from lib.runs.processes import Processes, lost_contact
-from lib.runs.retention import save_newest
-from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, last_good, peak_memory_mib, warnings_in
-from lib.runs.solver_figures import (
+from lib.runs.figures import (
     broken_since,
     broken_solves,
     check_stats,
@@ -39,6 +34,11 @@ from lib.runs.solver_figures import (
     stats_state,
     summed_stats,
 )
+from lib.runs.interrupts import Stopped, Stopping, TrainingError, memory_for
+from lib.runs.optimizers import clip_gradients, restore_optimizer
+from lib.runs.processes import Processes, lost_contact
+from lib.runs.retention import save_newest
+from lib.runs.run_folder import CHECKPOINT, WEIGHTS, Run, last_good, peak_memory_mib, warnings_in
 from lib.runs.task import Care, Choices, Task
 
 FORMAT = 2  # version of the checkpoint's format

@@ -32,7 +32,7 @@ from helpers.measure import describe_machine, table
 
 from lib.errors import InputError, check
 from lib.runs.command_line import exit_code
-from lib.runs.solver_figures import PASSES
+from lib.runs.figures import PASSES
 
 # The published gradient with three budgets, then other solvers and gradients with the smaller
 # budgets. shine needs Broyden's method; reversible and unroll iterate without a solver.

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lib.errors import InputError, is_number, needs
-from lib.runs.finished_run import series
+from lib.runs.figures import series
 from lib.runs.run_folder import LOG, METRICS, SETTINGS, read_metrics
 
 CONFIG = "config.yaml"  # the settings of an image model's run

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib.runs.finished_run import draw_curves, solver_rows, table
+from lib.runs.figures import draw_curves, solver_rows, table
 
 RECORDS = [
     {"kind": "train", "step": 1, "loss": 3.0},

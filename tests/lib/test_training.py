@@ -12,10 +12,10 @@ from lib.errors import DEQWarning, InputError
 from lib.runs.command_line import exit_code
 from lib.runs.determinism import random_states, restore_random_states
 from lib.runs.evaluation_loop import evaluating
+from lib.runs.figures import restore_stats, solver_figures, stats_state
 from lib.runs.interrupts import Stopped, TrainingError
 from lib.runs.optimizers import fused_if_possible
 from lib.runs.run_folder import warnings_in
-from lib.runs.solver_figures import restore_stats, solver_figures, stats_state
 from pretended_machine import pretended_machine
 
 

@@ -30,7 +30,7 @@ from gradient_names import (
 )
 from lib.gradients import GRADIENTS
 from lib.runs.checkpoint import load
-from lib.runs.finished_run import draw_curves, solver_rows
+from lib.runs.figures import draw_curves, solver_rows
 from lib.runs.run_folder import CHECKPOINT, LOG, WEIGHTS, read_metrics
 from lib.solvers import ADJOINT_SOLVERS, SOLVERS
 from parameters import slow_but

@@ -21,8 +21,8 @@ from helpers.trainers import image_configuration, next_step, words_arguments
 from lib.deq import DEQ, DEQWarning
 from lib.gradients import get_gradient
 from lib.runs.checkpoint import load, save_atomic
+from lib.runs.figures import PASSES
 from lib.runs.processes import Processes
-from lib.runs.solver_figures import PASSES
 from lib.runs.trainer import Trainer
 from mdeq_vision.datasets import get_cls_dataset
 from mdeq_vision.model import get_cls_net
