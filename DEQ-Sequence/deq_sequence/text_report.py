@@ -12,12 +12,11 @@ from deq_sequence.model import DEQTransformerLM
 from deq_sequence.text.corpus import OWN, Corpus
 from deq_sequence.text.ngram import kneser_ney_bigram_perplexity, unigram_perplexity
 from lib.errors import InputError
-from lib.runs.figures import CURVES, draw_curves, series, solver_rows, table
+from lib.runs.figures import BEFORE, CURVES, draw_curves, series, solver_rows, table
 from lib.runs.run_folder import peak_memory_mib, read_metrics
 
 _PROMPTS = ("this function returns", "the object is")  # of the demo text
 _PROMPT_LENGTH = {False: 3, True: 30}  # words or bytes of a prompt from the test text
-_BEFORE = "this run, before its equilibrium phase"  # not a stack trained for as long
 _SRADIUS_SEGMENTS = 2  # segments of the validation text, 150 Jacobian products each
 
 
@@ -63,7 +62,7 @@ def report(args: argparse.Namespace, folder: Path, model: DEQTransformerLM, corp
             (title, *(shown(ngrams[f"{name}_{split}"]) for split in ("valid", "test")))
             for title, name in (("unigram", "unigram"), ("Kneser-Ney bigram", "bigram"))
         ),
-        *(() if stacked else [(_BEFORE, "none" if before is None else shown(before), "")]),
+        *(() if stacked else [(BEFORE, "none" if before is None else shown(before), "")]),
         (ended, shown(_perplexity(valid)), shown(_perplexity(test))),
         ("test / unigram", "", f"{_perplexity(test) / ngrams['unigram_test']:.3f}"),
         ("", "", ""),

@@ -32,14 +32,14 @@ from deq_sequence.own_settings import (
 from deq_sequence.state.strings import is_state
 from deq_sequence.text.corpus import DATASETS
 from deq_sequence.text.vocabulary import EOS, ByteVocab, Vocab
-from lib.errors import InputError, check, is_number, naming
+from lib.errors import InputError, check, naming
 from lib.gradients import unused_settings
 from lib.runs.checkpoint import load_state
+from lib.runs.figures import finite
 from lib.runs.model_file import ModelFile, find_device, read_model_file
 from lib.runs.run_folder import SETTINGS
 
 KIND = "language model"
-_LARGEST = 1e300  # of a figure: NaN and infinity, and integers beyond a float, are none
 # Settings that a card shows: those that shape the model and its training.
 _SHOWN = (
     "d_model n_head d_head d_inner pre_lnorm wnorm inject adaptive cutoffs div_val tgt_len mem_len "
@@ -282,7 +282,7 @@ def _figures(figures: dict[str, dict], characters: bool) -> dict[str, str]:
     final = {name: record for name, record in figures.items() if name.startswith("final_")}
     for name, record in (final or figures).items():
         split = name.removeprefix("final_")
-        record = {k: v for k, v in record.items() if is_number(v) and abs(v) < _LARGEST}
+        record = finite(record)
         if (loss := record.get("loss")) is not None:
             what = "bits per character" if characters else "perplexity"
             value = loss / math.log(2) if characters else perplexity(loss)

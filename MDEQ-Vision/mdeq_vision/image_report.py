@@ -6,7 +6,7 @@ import torch
 from yacs.config import CfgNode
 
 from lib.runs.checkpoint import load_weights
-from lib.runs.figures import CURVES, draw_curves, series, solver_rows, table
+from lib.runs.figures import BEFORE, CURVES, draw_curves, series, solver_rows, table
 from lib.runs.processes import Processes
 from lib.runs.run_folder import WEIGHTS, peak_memory_mib, read_metrics
 from mdeq_vision.datasets import SegmentationDataset, get_cls_dataset, get_seg_dataset
@@ -88,9 +88,7 @@ def _score_rows(records: list[dict], name: str) -> list[tuple[str, str, str]]:
     phase = valid[tested["best"]["of_step"]]["phase"]
     rows = []
     if before := [r for r in valid.values() if r["phase"] != phase]:
-        rows.append(
-            ("this run, before its equilibrium phase", f"{100 * before[-1][name]:.2f}%", "")
-        )
+        rows.append((BEFORE, f"{100 * before[-1][name]:.2f}%", ""))
     for which, title in (("last", "end of training"), ("best", "best in validation")):
         record = tested[which]
         scores = (f"{100 * r[name]:.2f}%" for r in (valid[record["of_step"]], record))

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from lib.errors import InputError, is_number, naming
+from lib.errors import InputError, naming
 from lib.gradients import unused_settings
 from lib.runs.checkpoint import load_state
+from lib.runs.figures import finite
 from lib.runs.model_file import ModelFile, find_device, read_model_file
 from mdeq_vision.classes_file import CLASSES, check_classes, classes_of, facts_of, read_classes
 from mdeq_vision.config import CONFIG, config, config_of, flat, update_config
@@ -23,7 +24,6 @@ from mdeq_vision.model import MDEQClsNet, MDEQSegNet
 from mdeq_vision.prediction.predictors import TrainedClassifier, TrainedSegmenter
 
 CLASSIFIER, SEGMENTER = "image classification", "segmentation"  # the kinds of models
-_LARGEST = 1e300  # of a figure: NaN and infinity, and integers beyond a float, are none
 # Settings that name places on the machine of the run.
 _PLACES = """
     OUTPUT_DIR LOG_DIR DATA_DIR DATASET.ROOT MODEL.PRETRAINED TRAIN.CHECKPOINT TRAIN.MODEL_FILE
@@ -35,7 +35,8 @@ _SHOWN = """
     MODEL.NUM_GROUPS MODEL.WNORM MODEL.DROPOUT MODEL.EXTRA.FULL_STAGE.NUM_CHANNELS
     MODEL.EXTRA.FULL_STAGE.NUM_BLOCKS DEQ.F_SOLVER DEQ.F_THRES DEQ.STOP_MODE DEQ.GRAD DEQ.B_SOLVER
     DEQ.B_THRES TRAIN.PRETRAIN_STEPS TRAIN.END_EPOCH TRAIN.BATCH_SIZE_PER_GPU TRAIN.OPTIMIZER
-    TRAIN.LR TRAIN.LR_SCHEDULER TRAIN.WD LOSS.JAC_LOSS_WEIGHT LOSS.JAC_LOSS_FREQ SEED
+    TRAIN.LR TRAIN.LR_SCHEDULER TRAIN.WD LOSS.PRETRAIN_JAC_LOSS_WEIGHT LOSS.JAC_LOSS_WEIGHT
+    LOSS.JAC_LOSS_FREQ SEED
 """.split()
 _DATA = {
     "digits": "70 % of the 1797 handwritten digits of scikit-learn; bright ink on dark ground",
@@ -183,7 +184,7 @@ def _figures(figures: dict[str, dict]) -> dict[str, str]:
     final = {name: record for name, record in figures.items() if name.startswith("final_")}
     for kind, record in (final or figures).items():
         split = kind.removeprefix("final_")
-        record = {k: v for k, v in record.items() if is_number(v) and abs(v) < _LARGEST}
+        record = finite(record)
         rows |= {
             f"{name} ({split})": f"{100 * record[key]:.2f} %"
             for key, name in names.items()

@@ -12,6 +12,7 @@ from lib.runs.run_folder import Run
 from lib.solvers.stats import PassStats, SolverStats
 
 CURVES = "curves.png"
+BEFORE = "this run, before its equilibrium phase"  # a row's title: no stack trained for as long
 PASSES = ("forward", "backward")
 _DIVERGED_SHOWN = 20  # most log lines on diverged solves; metrics record all
 
@@ -124,6 +125,11 @@ def solver_rows(records: list[dict], border: int, evaluated: dict) -> list[tuple
         ("equilibrium solves", "rel. residual", "nfe"),
         *((title, f"{v['rel_residual']:.2e}", f"{v['nfe']:.1f}") for title, v in found),
     ]
+
+
+def finite(record: dict) -> dict:
+    """The figures of a record: without NaN, infinity, and integers beyond a float."""
+    return {k: v for k, v in record.items() if is_number(v) and abs(v) < 1e300}
 
 
 def series(records: list[dict], kind: str, name: str) -> tuple[list[int], list[float]]:
