@@ -164,7 +164,7 @@ class MDEQNet(SolverAttributes, nn.Module):
             x: (B, 3, H, W): one image of each of B sequences.
             state: what the call before returned; None begins at zeros. So does a state of images
                 of another number or size.
-            f_thres: threshold of the solver for images that follow others.
+            f_thres: threshold of the solver for images that follow others; at most the model's own.
 
         Returns:
             The head's output, and the state z* for the next call.

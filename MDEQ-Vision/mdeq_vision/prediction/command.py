@@ -91,8 +91,8 @@ def segment(argv: list[str] | None = None) -> int:
         "--f_thres",
         type=int,
         metavar="N",
-        help=f"threshold of the solver for a frame that follows another, with --sequence "
-        f"({FOLLOW_THRES})",
+        help=f"threshold of the solver for a frame that follows another, with --sequence; at most "
+        f"the model's own ({FOLLOW_THRES})",
     )
 
     def action():

@@ -173,7 +173,8 @@ class TrainedSegmenter(_Trained):
             found = [film(frame) for frame in frames]
 
         Args:
-            f_thres: threshold of the solver for a frame that follows another.
+            f_thres: threshold of the solver for a frame that follows another; at most the model's
+                own.
 
         Raises:
             InputError: f_thres is no positive integer; in a call, the frame cannot be read.
