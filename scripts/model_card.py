@@ -26,6 +26,8 @@ from lib.auditing.findings import OWN
 from lib.errors import InputError
 
 MARK = "Model card, written by `scripts/export_weights.py`."
+# What the content of a file that is no audit can raise.
+_OF_CONTENT = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, StopIteration)
 AUDIT, PICTURE = "audit.json", "picture.png"
 _ROOT = Path(__file__).resolve().parents[1]
 _VERDICTS = {  # of lib.auditing.findings.judge
@@ -89,7 +91,7 @@ def _audit(path: Path, facts: dict) -> str:
         return "The run has no audit (`scripts/audit.py RUN_FOLDER` makes one)."
     try:
         return "\n\n".join(_findings(json.loads(path.read_text("utf-8")), facts))
-    except Exception as error:  # anything may be in a file
+    except _OF_CONTENT as error:
         raise InputError(f"{path} is no audit: make it again, or delete it") from error
 
 
