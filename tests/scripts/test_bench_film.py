@@ -2,17 +2,7 @@
 
 import json
 
-import pytest
-import torch
 from bench_film import WHOLE, main
-
-
-@pytest.fixture(autouse=True)
-def _same_threads():
-    """The command takes one thread: put the number back."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_command(tmp_path, capsys):

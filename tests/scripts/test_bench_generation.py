@@ -3,20 +3,11 @@
 import json
 from functools import partial
 
-import pytest
 import torch
 from bench_generation import AGAIN, KEPT, WARM, WORDS, exactly, main, text, with_memory
 
 import deq_sequence
 from lib.solvers import anderson
-
-
-@pytest.fixture(autouse=True)
-def _same_threads():
-    """The command takes one thread: put the number back."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_the_command(tmp_path, capsys):

@@ -45,14 +45,6 @@ def write_corpus(folder: Path, words: int = 150, seed: int = 0) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _same_threads():
-    """--num_threads is for the whole process: put it back."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
 def _without_texts(monkeypatch, request):
     """The text that a validation generates takes a quarter of the time of a run this small.
 
