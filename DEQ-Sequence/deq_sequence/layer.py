@@ -158,7 +158,9 @@ def attend(y: Tensor, t: AttentionTensors, fused: bool) -> Tensor:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     else:
         q, k, v, bias = (x.flatten(0, 1) for x in (q, k, v, bias))
-        score = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d_head**-0.5)
+        # In place, to hold the scores once. With autograd this would copy the gradient of a view.
+        add = torch.baddbmm if torch.is_grad_enabled() else Tensor.baddbmm_
+        score = add(bias, q, k.transpose(1, 2), alpha=d_head**-0.5)
         weights = F.softmax(score, dim=-1).view(h, bsz, qlen, klen)
         weights = weights if t.dropatt is None else weights * t.dropatt
         out = (weights.flatten(0, 1) @ v).view(h, bsz, qlen, d_head)
