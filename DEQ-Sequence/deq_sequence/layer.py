@@ -11,7 +11,7 @@ tensors alone, so one compiled form of it serves every forward pass.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -233,9 +233,6 @@ class RelativeAttention(nn.Module):
         """
         (bsz, mlen, d), klen = memory.shape, us.shape[1]
         qlen, h, d_head = klen - mlen, self.n_head, self.d_head
-        # A convolution of kernel size 1 is a matrix: (out, in, 1) -> (out, in).
-        qkv_weight = self.qkv_net.weight.squeeze(2)
-        out_weight = self.o_net.weight.squeeze(2)
         memory = layer_norm(memory) if self.pre_lnorm else memory
         drop = self.drop.reset_mask(bsz, d, device=us.device, dtype=us.dtype)
         dropatt = self.dropatt.reset_mask(bsz, h, qlen, klen, device=us.device, dtype=us.dtype)
@@ -260,7 +257,10 @@ class RelativeAttention(nn.Module):
             injected = (us[:, mlen:] + added).reshape(bsz * qlen, 3 * d)
 
         def tensors(dtype: torch.dtype) -> AttentionTensors:
-            weight = qkv_weight.to(dtype)
+            # Weights are read here: in half precision nothing keeps their float32 form. A
+            # convolution of kernel size 1 is a matrix: (out, in, 1) -> (out, in).
+            weight = self.qkv_net.weight.squeeze(2).to(dtype)
+            out_weight = self.o_net.weight.squeeze(2)
             kv = linear(memory.to(dtype), weight[d:]) + us[:, :mlen, d:].to(dtype)
             k, v = kv.reshape(bsz, mlen, 2, h, d_head).permute(2, 3, 0, 1, 4).unbind(0)
             cast = (bias, out_weight, self.o_net.bias, drop, dropatt)
@@ -293,9 +293,13 @@ class PositionwiseFF(nn.Module):
         """Return a function: dtype -> the block's tensors apart from its input."""
         drop1 = self.drop1.reset_mask(bsz, self.d_inner, device=device, dtype=dtype)
         drop2 = self.drop2.reset_mask(bsz, self.d_model, device=device, dtype=dtype)
-        first = self.ff1_net.weight, self.ff1_net.bias
-        parts = *first, self.ff2_net.weight, self.ff2_net.bias, drop1, drop2
-        return lambda dtype: FeedForwardTensors(*(_to(x, dtype) for x in parts))
+
+        def tensors(dtype: torch.dtype) -> FeedForwardTensors:
+            first = self.ff1_net.weight, self.ff1_net.bias
+            parts = *first, self.ff2_net.weight, self.ff2_net.bias, drop1, drop2
+            return FeedForwardTensors(*(_to(x, dtype) for x in parts))
+
+        return tensors
 
 
 def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -341,10 +345,11 @@ class TransformerLayer(nn.Module):
         """Return f as a function of z (B, L, d) alone, with dropout masks drawn here and fixed.
 
         Under autocast, f multiplies matrices in autocast's dtype, with weights that are cast once
-        per forward pass. Within ``torch.autocast(..., enabled=False)`` the same f computes in the
-        dtype of z. The result always has the dtype of z. f has ``plain`` and ``select``
-        (:mod:`lib.solvers.maps`); the first evaluation of a selection in a dtype copies the tensors
-        that differ between samples, and shares all others with f.
+        per stage of a solve. Within ``torch.autocast(..., enabled=False)`` the same f computes in
+        the dtype of z. f holds the tensors of one dtype at a time. The result always has the dtype
+        of z. f has ``plain`` and ``select`` (:mod:`lib.solvers.maps`); the first evaluation of a
+        selection in a dtype copies the tensors that differ between samples, and shares all others
+        with f.
 
         Args:
             us: injected input, (B, K, 3d), the memory's part on the left.
@@ -355,7 +360,7 @@ class TransformerLayer(nn.Module):
         feed_forward = self.pos_ff.prepare(len(us), us.device, us.dtype)
         trained = torch.is_grad_enabled()
 
-        @cache
+        @lru_cache(maxsize=1)  # a solve in stages must not hold its weights in both dtypes
         def tensors(dtype: torch.dtype) -> tuple[AttentionTensors, FeedForwardTensors]:
             with torch.set_grad_enabled(trained):  # the first call may come from a solver (no_grad)
                 return attention(dtype), feed_forward(dtype)
@@ -376,7 +381,7 @@ class TransformerLayer(nn.Module):
     ) -> Callable[[Tensor], Tensor]:
         """Build f for the samples ``rows`` (None: all) from the tensors of the whole batch."""
 
-        @cache
+        @lru_cache(maxsize=1)
         def selected(dtype: torch.dtype) -> tuple[AttentionTensors, FeedForwardTensors]:
             attention, feed_forward = whole(dtype)
             with torch.enable_grad():  # the selected tensors stay in the graph, also in a solver

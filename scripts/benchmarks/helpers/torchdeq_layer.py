@@ -8,8 +8,6 @@ from helpers.measure import Counted
 from lib.deq import Equilibrium
 from lib.errors import InputError
 
-MISSING = "torchdeq is not installed: pip install --no-deps torchdeq==0.1.0"
-
 
 class TorchdeqLayer:
     """torchdeq's ``get_deq``, called as a :class:`lib.deq.DEQ` by a model in training.
@@ -25,7 +23,9 @@ class TorchdeqLayer:
         try:
             from torchdeq import get_deq
         except ImportError as error:
-            raise InputError(MISSING) from error
+            raise InputError(
+                f"torchdeq is not installed ({error}): pip install --no-deps torchdeq==0.1.0"
+            ) from error
         self._deq = get_deq(**options)
         self.stats = SimpleNamespace(forward=SimpleNamespace(last={}))
 
