@@ -365,21 +365,27 @@ class TransformerLayer(nn.Module):
             with torch.set_grad_enabled(trained):  # the first call may come from a solver (no_grad)
                 return attention(dtype), feed_forward(dtype)
 
-        tensors(working_dtype(us))  # fill the cache now: every evaluation of f does the same work
+        usual = working_dtype(us)
+        tensors(usual)  # fill the cache now: every evaluation of f does the same work
 
         # Fused kernels do not support a dropout mask of attention weights. On a CPU they are no
         # faster in float32 (62 ms against 63) and slower in bfloat16 (27 ms against 19): medians
         # of attention at B 4, L = M 150, d 700, one thread.
         fused = self.dec_attn.dropatt.mask is None and us.device.type != "cpu"
-        return self._map(tensors, fused)
+        return self._map(tensors, usual, fused)
 
     def _map(
         self,
-        whole: Callable[[torch.dtype], tuple[AttentionTensors, FeedForwardTensors]],
+        whole,
+        usual: torch.dtype,
         fused: bool,
         rows: Tensor | None = None,
     ) -> Callable[[Tensor], Tensor]:
-        """Build f for the samples ``rows`` (None: all) from the tensors of the whole batch."""
+        """Build f for the samples ``rows`` (None: all).
+
+        ``whole`` is a function with a cache: dtype -> the tensors of the whole batch. ``usual`` is
+        the dtype under the autocast of the forward pass.
+        """
 
         @lru_cache(maxsize=1)
         def selected(dtype: torch.dtype) -> tuple[AttentionTensors, FeedForwardTensors]:
@@ -403,12 +409,16 @@ class TransformerLayer(nn.Module):
             dtype = working_dtype(z)
             # working_dtype has chosen the dtype; autocast must not change single operations.
             with without_autocast(z.device):
-                return form(z, *tensors(dtype), self.pre_lnorm, fused)
+                out = form(z, *tensors(dtype), self.pre_lnorm, fused)
+            if dtype != usual and torch.is_grad_enabled():  # for one adjoint: its graph suffices
+                whole.cache_clear()
+                tensors.cache_clear()
+            return out
 
         def select(some: Tensor) -> Callable[[Tensor], Tensor]:
             # Selects from the whole batch, so that a selection of a selection does not keep the
             # tensors of the first selection alive.
-            return self._map(whole, fused, some if rows is None else rows[some])
+            return self._map(whole, usual, fused, some if rows is None else rows[some])
 
         f.plain, f.select = plain, select
         return f
