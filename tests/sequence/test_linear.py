@@ -98,7 +98,7 @@ def test_half_precision_keeps_no_second_weight(bias):
     def run(form):
         """The result and the gradients, and what of the weight's shape is kept in between."""
         saved = []
-        hooks = lambda t: saved.append(t) or t, lambda t: t  # noqa: E731
+        hooks = lambda t: saved.append(t) or t, lambda t: t
         with (
             torch.autocast("cpu", torch.bfloat16),
             torch.autograd.graph.saved_tensors_hooks(*hooks),
