@@ -1,7 +1,7 @@
 """Compare training steps with torchdeq's around the same f, and bf16 with float32.
 
     pip install --no-deps torchdeq==0.1.0
-    python scripts/benchmarks/bench_torchdeq.py                   # all rows, 20 minutes on one core
+    python scripts/benchmarks/bench_torchdeq.py  # all rows; those of "words" take minutes each
     python scripts/benchmarks/bench_torchdeq.py --rows small-phantom,tiny-anderson --repeats 15
 
 A step is that of our language model, with our f, data, softmax and optimiser; only what solves and
