@@ -10,6 +10,7 @@ import torch
 
 from deq_sequence.evaluation import LESS_MEMORY, evaluate, settings_from
 from deq_sequence.generation import continuation
+from deq_sequence.half_precision import amp_notes
 from deq_sequence.initialization import initialize
 from deq_sequence.model import DEQTransformerLM
 from deq_sequence.options import (
@@ -160,7 +161,7 @@ def train_command(
                 data.vocab,
             ),
             f"{data_name(args)}: {data.description}",
-            _notes(args, model),
+            [*_notes(args, model), *amp_notes(args, model, device)],
             lambda run: _final_evaluation(trainer, run),
         )
 
@@ -244,6 +245,7 @@ def evaluate_command(
     check_vocabulary(path.parent, data.vocab)
     model = build_model(args, data, device)
     load_weights(model, path)
+    notes = [*notes, *amp_notes(args, model, device)]
     for line in notes if processes.leads else ():
         print(line)
     for name, text in _evaluations(args, model, data, processes):

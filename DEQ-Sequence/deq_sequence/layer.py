@@ -11,7 +11,7 @@ tensors alone, so one compiled form of it serves every forward pass.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -158,7 +158,9 @@ def attend(y: Tensor, t: AttentionTensors, fused: bool) -> Tensor:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     else:
         q, k, v, bias = (x.flatten(0, 1) for x in (q, k, v, bias))
-        score = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d_head**-0.5)
+        # In place, to hold the scores once. With autograd this would copy the gradient of a view.
+        add = torch.baddbmm if torch.is_grad_enabled() else Tensor.baddbmm_
+        score = add(bias, q, k.transpose(1, 2), alpha=d_head**-0.5)
         weights = F.softmax(score, dim=-1).view(h, bsz, qlen, klen)
         weights = weights if t.dropatt is None else weights * t.dropatt
         out = (weights.flatten(0, 1) @ v).view(h, bsz, qlen, d_head)
@@ -231,9 +233,6 @@ class RelativeAttention(nn.Module):
         """
         (bsz, mlen, d), klen = memory.shape, us.shape[1]
         qlen, h, d_head = klen - mlen, self.n_head, self.d_head
-        # A convolution of kernel size 1 is a matrix: (out, in, 1) -> (out, in).
-        qkv_weight = self.qkv_net.weight.squeeze(2)
-        out_weight = self.o_net.weight.squeeze(2)
         memory = layer_norm(memory) if self.pre_lnorm else memory
         drop = self.drop.reset_mask(bsz, d, device=us.device, dtype=us.dtype)
         dropatt = self.dropatt.reset_mask(bsz, h, qlen, klen, device=us.device, dtype=us.dtype)
@@ -258,7 +257,10 @@ class RelativeAttention(nn.Module):
             injected = (us[:, mlen:] + added).reshape(bsz * qlen, 3 * d)
 
         def tensors(dtype: torch.dtype) -> AttentionTensors:
-            weight = qkv_weight.to(dtype)
+            # Weights are read here: in half precision nothing keeps their float32 form. A
+            # convolution of kernel size 1 is a matrix: (out, in, 1) -> (out, in).
+            weight = self.qkv_net.weight.squeeze(2).to(dtype)
+            out_weight = self.o_net.weight.squeeze(2)
             kv = linear(memory.to(dtype), weight[d:]) + us[:, :mlen, d:].to(dtype)
             k, v = kv.reshape(bsz, mlen, 2, h, d_head).permute(2, 3, 0, 1, 4).unbind(0)
             cast = (bias, out_weight, self.o_net.bias, drop, dropatt)
@@ -291,9 +293,13 @@ class PositionwiseFF(nn.Module):
         """Return a function: dtype -> the block's tensors apart from its input."""
         drop1 = self.drop1.reset_mask(bsz, self.d_inner, device=device, dtype=dtype)
         drop2 = self.drop2.reset_mask(bsz, self.d_model, device=device, dtype=dtype)
-        first = self.ff1_net.weight, self.ff1_net.bias
-        parts = *first, self.ff2_net.weight, self.ff2_net.bias, drop1, drop2
-        return lambda dtype: FeedForwardTensors(*(_to(x, dtype) for x in parts))
+
+        def tensors(dtype: torch.dtype) -> FeedForwardTensors:
+            first = self.ff1_net.weight, self.ff1_net.bias
+            parts = *first, self.ff2_net.weight, self.ff2_net.bias, drop1, drop2
+            return FeedForwardTensors(*(_to(x, dtype) for x in parts))
+
+        return tensors
 
 
 def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -339,10 +345,11 @@ class TransformerLayer(nn.Module):
         """Return f as a function of z (B, L, d) alone, with dropout masks drawn here and fixed.
 
         Under autocast, f multiplies matrices in autocast's dtype, with weights that are cast once
-        per forward pass. Within ``torch.autocast(..., enabled=False)`` the same f computes in the
-        dtype of z. The result always has the dtype of z. f has ``plain`` and ``select``
-        (:mod:`lib.solvers.maps`); the first evaluation of a selection in a dtype copies the tensors
-        that differ between samples, and shares all others with f.
+        per stage of a solve. Within ``torch.autocast(..., enabled=False)`` the same f computes in
+        the dtype of z. f holds the tensors of one dtype at a time. The result always has the dtype
+        of z. f has ``plain`` and ``select`` (:mod:`lib.solvers.maps`); the first evaluation of a
+        selection in a dtype copies the tensors that differ between samples, and shares all others
+        with f.
 
         Args:
             us: injected input, (B, K, 3d), the memory's part on the left.
@@ -353,16 +360,17 @@ class TransformerLayer(nn.Module):
         feed_forward = self.pos_ff.prepare(len(us), us.device, us.dtype)
         trained = torch.is_grad_enabled()
 
-        @cache
+        @lru_cache(maxsize=1)  # a solve in stages must not hold its weights in both dtypes
         def tensors(dtype: torch.dtype) -> tuple[AttentionTensors, FeedForwardTensors]:
             # The first call may come from a solver (no_grad). Autocast would round the products
             # of tensors in full precision, which ``source`` asks for under autocast.
             with torch.set_grad_enabled(trained), without_autocast(us.device):
                 return attention(dtype), feed_forward(dtype)
 
-        tensors(working_dtype(us))  # fill the cache now: every evaluation of f does the same work
-        f = self._map(tensors)
-        dtypes = dict.fromkeys((working_dtype(us), us.dtype))
+        usual = working_dtype(us)
+        tensors(usual)  # fill the cache now: every evaluation of f does the same work
+        f = self._map(tensors, usual=usual)
+        dtypes = dict.fromkeys((usual, us.dtype))
         if not getattr(self, "_is_replica", False):  # DataParallel makes a new layer at each call
             f.source = lambda: (self._on, {dtype: tensors(dtype) for dtype in dtypes})
         return f
@@ -375,10 +383,16 @@ class TransformerLayer(nn.Module):
         self,
         whole: Callable[[torch.dtype], tuple[AttentionTensors, FeedForwardTensors]],
         rows: Tensor | None = None,
+        *,
+        usual: torch.dtype | None = None,
     ) -> Callable[[Tensor], Tensor]:
-        """Build f for the samples ``rows`` (None: all) from the tensors of the whole batch."""
+        """Build f for the samples ``rows`` (None: all) from the tensors of the whole batch.
 
-        @cache
+        ``usual`` is the dtype under the autocast of the forward pass. With it, ``whole`` has a
+        cache, which tensors of another dtype leave when a graph has been recorded with them.
+        """
+
+        @lru_cache(maxsize=1)
         def selected(dtype: torch.dtype) -> tuple[AttentionTensors, FeedForwardTensors]:
             attention, feed_forward = whole(dtype)
             with torch.enable_grad():  # the selected tensors stay in the graph, also in a solver
@@ -397,19 +411,24 @@ class TransformerLayer(nn.Module):
             return run(self._compiled or evaluate, z, True)
 
         def run(form: Callable, z: Tensor, fused: bool) -> Tensor:
-            attention, feed_forward = tensors(working_dtype(z))
+            dtype = working_dtype(z)
+            attention, feed_forward = tensors(dtype)
             # Fused kernels do not support a dropout mask of attention weights. On a CPU they are no
             # faster in float32 (62 ms against 63) and slower in bfloat16 (27 ms against 19):
             # medians of attention at B 4, L = M 150, d 700, one thread.
             fused &= attention.dropatt is None and z.device.type != "cpu"
             # working_dtype has chosen the dtype; autocast must not change single operations.
             with without_autocast(z.device):
-                return form(z, attention, feed_forward, self.pre_lnorm, fused)
+                out = form(z, attention, feed_forward, self.pre_lnorm, fused)
+            if usual not in (None, dtype) and torch.is_grad_enabled():
+                for cached in {whole, tensors}:  # for one adjoint: its graph suffices
+                    cached.cache_clear()
+            return out
 
         def select(some: Tensor) -> Callable[[Tensor], Tensor]:
             # Selects from the whole batch, so that a selection of a selection does not keep the
             # tensors of the first selection alive.
-            return self._map(whole, some if rows is None else rows[some])
+            return self._map(whole, some if rows is None else rows[some], usual=usual)
 
         f.plain, f.select = plain, select
         return f

@@ -34,6 +34,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     else:
         by_convolution = _by_convolution() and not torch.is_autocast_enabled("cpu")
     # A bias for every row of x is added to the product; a bias vector goes to the kernel.
+    kind = x.device.type
+    if bias is None or bias.dim() == 1:
+        half = weight.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+        if half and torch.is_grad_enabled() and (weight.is_leaf or weight._is_view()):
+            return _Half.apply(x.to(torch.get_autocast_dtype(kind)), weight, bias)
     rowwise, vector = (bias, None) if bias is not None and bias.dim() > 1 else (None, bias)
     if by_convolution:
         # The rows of x become the pixels of an image of height 2. With height 1, or with rows as
@@ -46,6 +51,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         product = torch.addmm(rowwise.reshape(rows, -1), x.reshape(rows, k), weight.t())
         return product.view(rowwise.shape)
     return F.linear(x, weight, vector)
+
+
+class _Half(torch.autograd.Function):
+    """x W' + b in the dtype of x, from a W that is kept anyway, in float32.
+
+    Autocast would keep W in half precision too, from forward to backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight = ctx.saved_tensors
+        rows, wanted = grad.flatten(0, -2), ctx.needs_input_grad
+        back = grad @ weight.to(grad.dtype) if wanted[0] else None
+        own = (rows.t() @ x.flatten(0, -2)).to(weight.dtype) if wanted[1] else None
+        return back, own, rows.sum(0).to(weight.dtype) if wanted[2] else None
 
 
 def _by_convolution() -> bool:

@@ -60,15 +60,15 @@ class ProjectedAdaptiveLogSoftmax(nn.Module):
             raise InputError(f"{len(hidden)} hidden states for {len(target)} targets")
         check_ids(target, self.n_token)
         if not self.n_clusters:
-            return F.cross_entropy(self._head_logits(hidden), target, reduction="none")
+            return F.cross_entropy(_single(self._head_logits(hidden)), target, reduction="none")
         cluster = cluster_of(target, self.bounds)
         entry = self._entry(cluster)  # not used for words of cluster 0
         head_target = torch.where(cluster > 0, entry, target)
-        nll = F.cross_entropy(self._head_logits(hidden), head_target, reduction="none")
+        nll = F.cross_entropy(_single(self._head_logits(hidden)), head_target, reduction="none")
         for i, rows in enumerate(rows_by_cluster(cluster, len(self.bounds))):
             if i == 0:
                 continue  # complete: words of cluster 0 are in the head
-            logits = self._logits(i, hidden[rows])
+            logits = _single(self._logits(i, hidden[rows]))
             tail = F.cross_entropy(logits, target[rows] - self.bounds[i][0], reduction="none")
             nll = nll.index_add(0, rows, tail.to(nll.dtype))
         return nll
@@ -104,3 +104,9 @@ class ProjectedAdaptiveLogSoftmax(nn.Module):
             weight = torch.cat([weight, self.cluster_weight])
             bias = torch.cat([bias, self.cluster_bias])
         return linear(self._project(0, hidden), weight, bias)
+
+
+def _single(logits: Tensor) -> Tensor:
+    """Logits in float32 under autocast, whose loss would cast them too, and hold both."""
+    half = torch.is_autocast_enabled(logits.device.type) and logits.dtype != torch.float64
+    return logits.float() if half else logits

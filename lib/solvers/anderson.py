@@ -169,5 +169,5 @@ class _AndersonWindow:
         factor, failed = torch.linalg.cholesky_ex(system)
         solution = torch.cholesky_solve(self._ones, factor).mT  # (G + ridge) a = 1, up to a factor
         total = solution.sum(2, keepdim=True)
-        usable = (failed.view(-1, 1, 1) == 0) & torch.isfinite(total)
+        usable = total * 0 == failed.view(-1, 1, 1)  # 0 * inf and 0 * NaN are NaN
         return torch.where(usable, solution / total, self._unit[newest])

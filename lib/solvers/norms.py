@@ -71,18 +71,13 @@ def scaled_norms(vectors: Tensor) -> Tensor:
 
 def total(parts: np.ndarray) -> float:
     """The norm over the batch, from the norms (B,) of its samples."""
-    with np.errstate(over="ignore"):
-        square = float(parts.dot(parts))
-    if 1e-280 < square < math.inf:
-        return math.sqrt(square)
-    largest = float(parts.max(initial=0.0))
-    if largest == 0.0 or not math.isfinite(largest):
-        return largest
-    return largest * math.sqrt(np.square(parts / largest).sum())
+    return math.hypot(*parts.tolist())  # at every scale
 
 
 def relative(g, f):
     """||g|| / ||f|| from the norms, numbers or arrays. Huge where f = 0, but zero for 0 / 0."""
+    if type(g) is float:  # overflows without a warning
+        return g / (f + TINY)
     with np.errstate(over="ignore"):
         return g / (f + TINY)
 

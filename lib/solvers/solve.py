@@ -182,10 +182,13 @@ class Solve:
         norms = self._in_range(norms, newest)
         if not (self.abs_trace or np.isfinite(norms[0]).all()):
             check_finite(self.x0)
-        return all(self._judge(x, g, f, forgive) for x, (g, f) in zip(points, norms, strict=True))
+        return all(self._judge(x, own, forgive) for x, own in zip(points, norms, strict=True))
 
     def _in_range(self, norms: np.ndarray, newest: tuple[Tensor, Tensor] | None) -> np.ndarray:
         """Correct norms (n, 2, B) that are out of the range of the format."""
+        if self._least <= norms.min() and norms.max() <= 1 / self._least:  # usual; false for NaN
+            self.wide = False
+            return norms
         counts = ~self.lost & (self.own.residual != 0)
         fails = ~(np.isfinite(norms) & (norms >= self._least)) & counts
         if fails.any():
@@ -198,8 +201,9 @@ class Solve:
         self.wide = out_of_range(norms[-1, 0][counts], self._least)
         return norms
 
-    def _judge(self, x: Tensor, g: np.ndarray, f: np.ndarray, forgive: bool) -> bool:
-        """Record the norms (B,) of g(x) and f(x); keep x if it is the best iterate so far."""
+    def _judge(self, x: Tensor, norms: np.ndarray, forgive: bool) -> bool:
+        """Record the norms (2, B) of g(x) and f(x); keep x if it is the best iterate so far."""
+        g, f = norms
         total_g, total_f = total(g), total(f)
         if self.lost_mask is not None or not math.isfinite(total_g + total_f):
             fails = ~np.isfinite(g + f) & ~self.lost
@@ -207,7 +211,7 @@ class Solve:
                 self._record(math.inf, math.inf)
                 return False
             self.lose(fails)
-            g, f = np.where(self.lost, 0.0, g), np.where(self.lost, 0.0, f)
+            g, f = norms = np.where(self.lost, 0.0, norms)
             x = self._settle(x, self.own.x)
             if self.lost.all():
                 self._record(math.inf, math.inf)
@@ -218,10 +222,11 @@ class Solve:
         if self.lost_mask is not None:
             # A lost sample keeps the residual of its best iterate.
             residual = np.where(self.lost, self.own.residual, residual)
-        better = residual < self.own.residual
-        self.own.norms = np.where(better, [g, f], self.own.norms)
-        self.own.step = np.where(better, len(self.abs_trace) - 1, self.own.step)
-        if better.all() or (better | self.lost).all():  # usual: keep a reference, no copy
+        better, step = residual < self.own.residual, np.asarray(len(self.abs_trace) - 1)
+        every = bool(better.all())
+        self.own.norms = norms if every else np.where(better, norms, self.own.norms)
+        self.own.step = np.where(better, step, self.own.step)
+        if every or (better | self.lost).all():  # usual: keep a reference, no copy
             self.own.x, self.own.residual = x, residual
         elif better.any():
             self.own.x = torch.where(mask_of(better, x), x, self.own.x)
@@ -229,8 +234,7 @@ class Solve:
         newest = self.abs_trace[-1], self.rel_trace[-1]
         current = self._of_mode(newest)
         if current < self._of_mode(self.best.total):
-            step = np.asarray(len(self.abs_trace) - 1)
-            self.best = Best(x, residual, np.stack([g, f]), step, newest)
+            self.best = Best(x, residual, norms, step, newest)
         self.converged |= current < self.eps or current == 0.0
         self.at_floor |= self.rel_trace[-1] < self.control.floor
         self._samples.diverged(g, f)  # for ``far``
@@ -363,6 +367,7 @@ class Divergence:
         self.far = np.zeros(count, dtype=bool)  # whether the newest residual is; kept in place
         self._highest = np.zeros(count)
         self._highs = np.zeros(count, dtype=np.int64)  # new highs since the residual was last near
+        self._rose = False  # whether any sample has such highs
 
     def diverged(self, g: np.ndarray, f: np.ndarray, rows: np.ndarray | slice = slice(None)):
         """Which of the samples ``rows`` have diverged, from the norms of g and f at a new point.
@@ -372,9 +377,10 @@ class Divergence:
         if self._limit is None:
             self._limit = FAR * np.maximum(g, math.sqrt(self._eps) * f)
         far = self.far[rows] = g > self._limit[rows]
-        if not far.any() and not self._highs[rows].any():  # usual: nothing is far out
+        if not (self._rose or far.any()):  # usual: nothing is far out
             return far
         higher = far & (g > self._highest[rows])
         self._highest[rows] = np.where(higher, g, self._highest[rows])
         self._highs[rows] = np.where(far, self._highs[rows] + higher, 0)
+        self._rose = bool(self._highs.any())
         return self._highs[rows] >= HIGHS

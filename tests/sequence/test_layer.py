@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deq_sequence.layer import (
+    FeedForwardTensors,
     TransformerLayer,
     evaluate,
     layer_norm,
@@ -227,6 +228,31 @@ def test_full_precision_within_autocast(variant):
     assert rough.dtype == exact.dtype == torch.float32
     difference = (rough - exact).abs().max()
     assert 0 < difference < 0.1  # eight bits of values up to 3, through three products
+
+
+def test_it_holds_its_tensors_in_one_dtype():
+    """A solve in stages must not hold its weights twice: the layer's own and a rounded copy."""
+    layer, inputs, z = build("pre-LN", dtype=torch.float32)
+
+    def held():
+        """Dtypes of the weights that some f of this layer holds."""
+        kinds = (x for x in gc.get_objects() if type(x) is FeedForwardTensors)
+        return [x.weight1.dtype for x in kinds if x.weight1.shape == (INNER, D)]
+
+    gc.collect()
+    assert held() == []
+    with bf16(), torch.no_grad():
+        f = layer.prepare(*inputs)
+        rough = f(z)
+        assert held() == [torch.bfloat16]
+        with bf16(False):
+            f(z)
+        assert held() == [torch.float32]
+        assert torch.equal(f(z), rough)
+        assert held() == [torch.bfloat16]
+        with bf16(False), torch.enable_grad():
+            f(z)  # as for an adjoint, which keeps only the graph
+        assert held() == []
 
 
 @pytest.mark.parametrize("enabled", [False, True])

@@ -1,11 +1,13 @@
 """deq_sequence.linear: the same numbers and derivatives as F.linear, by either library."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from deq_sequence import linear as module
-from deq_sequence.linear import linear
+from deq_sequence.linear import _Half, linear
 
 SHAPES = [(2, 150, 24), (600, 24), (8, 16, 9), (2, 3, 64, 8), (150, 24), (151, 24), (4, 24)]
 
@@ -83,3 +85,37 @@ def test_who_made_the_processor_decides(maker, capability, expected, monkeypatch
     for library in (torch.backends.mkl, torch.backends.mkldnn):
         monkeypatch.setattr(library, "is_available", lambda: True)
     assert module._mkl_holds_back.__wrapped__() is expected
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_half_precision_keeps_no_second_weight(bias):
+    """Under autocast: the same bits as autocast itself, with no copy of the weight for backward."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 5, 8, requires_grad=True), torch.randn(6, 8, requires_grad=True)
+    tensors = [x, weight, *([torch.randn(6, requires_grad=True)] if bias else [])]
+    g = torch.randn(3, 5, 6).bfloat16()
+
+    def run(form):
+        """The result and the gradients, and what of the weight's shape is kept in between."""
+        saved = []
+        hooks = lambda t: saved.append(t) or t, lambda t: t
+        with (
+            torch.autocast("cpu", torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(*hooks),
+        ):
+            out = form(*tensors)
+        kept = [t for t in saved if t.shape in (weight.shape, weight.t().shape)]
+        return [out, *torch.autograd.grad(out, tensors, g)], kept
+
+    (expected, copies), (found, kept) = run(F.linear), run(linear)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert {t.dtype for t in copies} == {torch.bfloat16}
+    assert [t.data_ptr() for t in kept] == [weight.data_ptr()]
+
+
+def test_second_derivatives_in_half_precision():
+    torch.manual_seed(0)
+    draw = partial(torch.randn, dtype=torch.float64, requires_grad=True)
+    tensors = draw(2, 3, 4), draw(5, 4), draw(5)
+    assert torch.autograd.gradcheck(_Half.apply, tensors)
+    assert torch.autograd.gradgradcheck(_Half.apply, tensors)

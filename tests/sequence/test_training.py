@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from deq_sequence.command import main
+from deq_sequence.half_precision import slowdown
 from deq_sequence.ties import TIE_PROJ_MODES
 from lib.runs.checkpoint import load
 from lib.runs.run_folder import CHECKPOINT, LOG, METRICS, SETTINGS, WEIGHTS, Run, read_metrics
@@ -311,6 +312,22 @@ def test_amp_is_close(train):
     half = losses(train("--dropout", 0.1, "--amp", "bf16", name="half"))
     assert exact != half
     assert half == pytest.approx(exact, rel=0.02)  # bfloat16 has 8 bits
+
+
+def test_the_log_says_where_bf16_is_slower(flags, capsys):
+    """In a model this small, conversions cost more than products, on every processor."""
+    slower = "--amp bf16 is slower than float32 here"
+    for amp in ("none", "bf16"):
+        assert main([*flags, "--debug", "--max_step", "1", "--amp", amp]) == 0
+        assert (slower in capsys.readouterr().out) == (amp == "bf16")
+
+
+def test_the_measurement_of_bf16_leaves_the_model_alone(make_trainer):
+    model = make_trainer("--dropout", 0.3).model.train()
+    before = torch.get_rng_state()
+    assert 0.01 < slowdown(model, 2, 6, 8) < 100
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in model.modules())
 
 
 # ---- evaluation ------------------------------------------------------------------------------

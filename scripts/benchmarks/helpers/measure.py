@@ -72,9 +72,9 @@ def peak_extra_bytes(action: Callable[[], object], device: torch.device) -> dict
         synchronize(device)
         peak = torch.cuda.max_memory_reserved(device), torch.cuda.max_memory_allocated(device)
         return {"resident": peak[0] - before[0], "tensors": peak[1] - before[1]}
-    before = _peak_resident()
+    before = resident_bytes("VmHWM")
     action()
-    resident = _peak_resident() - before
+    resident = resident_bytes("VmHWM") - before
     return {"resident": resident, "tensors": peak_tensor_bytes(action)}
 
 
@@ -98,10 +98,11 @@ def _held(action: Callable[[], object]) -> list[int]:
     return list(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-def _peak_resident() -> int:
+def resident_bytes(kind: str) -> int:
+    """Resident memory of this process (Linux): "VmRSS" now, "VmHWM" at most so far."""
     # Not getrusage: its figure begins with that of the parent process.
     status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1))
+    return 1024 * int(re.search(rf"{kind}:\s+(\d+) kB", status).group(1))
 
 
 def in_new_process(function: Callable, *arguments):

@@ -1,0 +1,45 @@
+"""bench_torchdeq.py: its rows without torchdeq, which is an optional package."""
+
+import json
+import sys
+
+import bench_torchdeq
+import pytest
+from helpers.settings import SIZES
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """Tiny models, measured in this process."""
+    sizes = dict.fromkeys(bench_torchdeq.MODELS, SIZES["tiny"])
+    monkeypatch.setattr(bench_torchdeq, "MODELS", sizes)
+    monkeypatch.setattr(bench_torchdeq, "in_new_process", lambda function, *args: function(*args))
+
+
+@pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
+def test_bf16_beside_float32(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    argv = ["--rows", "words-implicit-bf16", "--repeats", "2", "--json", str(path)]
+    assert bench_torchdeq.main(argv) == 0
+    found = json.loads(path.read_text())["rows"]
+    for row in found.values():
+        for form in row.values():
+            assert [seconds > 0 for seconds in form["seconds"]] == [True, True]
+            assert min(form["tensors"], form["nfe"]) > 1
+        # Three steps from the same weights, with the same words: bfloat16 has 8 bits.
+        assert row["bf16"]["losses"] == pytest.approx(row["float32"]["losses"], rel=0.02)
+        assert row["bf16"]["losses"] != row["float32"]["losses"]
+    assert capsys.readouterr().out.count("float32 / bf16") == 1
+
+
+@pytest.mark.parametrize("row", ["small-phantom", "tiny-anderson"])
+def test_without_torchdeq(row, monkeypatch, capsys):
+    for name in ("torchdeq", "torchdeq.solver.anderson"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert bench_torchdeq.main(["--rows", row]) == 2
+    assert "pip install --no-deps torchdeq==0.1.0" in capsys.readouterr().err
+
+
+def test_an_unknown_row(capsys):
+    assert bench_torchdeq.main(["--rows", "small-fantom"]) == 2
+    assert "small-phantom" in capsys.readouterr().err
