@@ -187,7 +187,8 @@ class MultiscaleLayer(nn.Module):
         for j in range(len(outs) - 1, i, -1):
             t = row[j](outs[j], held[j])
             y = doubled(t if y is None else t.add_(y), outs[j - 1].shape[-2:])
-        y = outs[i] if y is None else y.add_(outs[i])
+        # Not in place: y is a view, whose change in place autograd would record with many copies.
+        y = outs[i] if y is None else y + outs[i]
         for j in range(i):
             y = row[j](outs[j], held[j]).add_(y)
         return y
