@@ -156,7 +156,7 @@ ELSEWHERE = {
     "bash scripts/gpu_check.sh": "scripts/test_gpu_check.py",
     "pip install --no-deps torchdeq==0.1.0": "scripts/test_bench_solvers.py",
     "python scripts/benchmarks/bench_solvers.py": "scripts/test_bench_solvers.py",
-    "python scripts/benchmarks/bench_torchdeq.py": "scripts/test_bench_torchdeq.py",
+    "python scripts/benchmarks/bench_steps.py": "scripts/test_bench_steps.py",
     "python scripts/benchmarks/bench_train.py": "scripts/test_bench_train.py",
     "python scripts/benchmarks/bench_gradients.py": "scripts/test_bench_gradients.py",
     "python scripts/benchmarks/compare_gradients.py": "scripts/test_compare_gradients.py",

@@ -16,6 +16,7 @@ import bench_film
 import bench_generation
 import bench_graph
 import bench_states
+import bench_steps
 import bench_words
 import compare_gradients
 import compare_ties
@@ -86,6 +87,10 @@ def of_film(found: dict) -> dict[str, str]:
     return {"film": bench_film.report(found)}
 
 
+def of_steps(found: dict) -> dict[str, str]:
+    return {"steps": f"    {found['machine']}\n\n{bench_steps.report(found)}"}
+
+
 # Files of figures: the page that shows each, and what makes the text of its blocks, by name.
 FIGURES = {
     "gradients.json": ("gradients.md", of_gradients),  # compare_gradients.py
@@ -102,6 +107,7 @@ FIGURES = {
     "film.json": ("images.md", of_film),  # bench_film.py
     "audits.json": ("larger-problems.md", of_audits),  # bench_audits.py
     "gpu_rates.json": ("planning.md", of_gpu_rates),  # gpu_rates.py
+    "steps.json": ("benchmarks.md", of_steps),  # bench_steps.py
     "graph.json": ("choosing.md", of_graph),  # bench_graph.py
     "planner_check.json": ("planning.md", of_planner),  # scripts/plan_training.py --check
 }

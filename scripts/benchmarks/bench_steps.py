@@ -1,15 +1,17 @@
-"""Compare training steps with torchdeq's around the same f, and bf16 with float32.
+"""Compare training steps with the plain published form, with torchdeq, and bf16 with float32.
 
-    pip install --no-deps torchdeq==0.1.0
-    python scripts/benchmarks/bench_torchdeq.py  # all rows; those of "words" take minutes each
-    python scripts/benchmarks/bench_torchdeq.py --rows small-phantom,tiny-anderson --repeats 15
+    pip install --no-deps torchdeq==0.1.0   # for the rows with torchdeq
+    python scripts/benchmarks/bench_steps.py  # all rows; those of "words" take minutes each
+    python scripts/benchmarks/bench_steps.py --rows plain-cifar,small-phantom --repeats 15
 
-A step is that of our language model, with our f, data, softmax and optimiser; only what solves and
-differentiates is torchdeq's in the other form. "small" has d_model 64; "words" is the WikiText-103
-setting with d_inner 4800 and 4 sequences; "tiny" is the overhead of a solver alone, as in
-bench_solvers.py. Beside torchdeq no solve stops before its threshold, so that both evaluate f
-equally often. ("f" counts the evaluations of a forward pass; torchdeq's have those of its gradient
-in them.) The rows with bf16 stop at 1e-3, where a solve ends in float32.
+Rows "plain-..." are training steps in the plain published form (helpers/plain_*.py) and in ours:
+language models of width 64 ("small"), 256 ("wide") and the WikiText-103 setting with d_inner 4800
+and 4 sequences ("words"); image models on 16 CIFAR images and 2 pictures of 128 x 64 pixels. Beside
+torchdeq a step is that of our language model, with our f, data, softmax and optimiser; only what
+solves and differentiates is torchdeq's. No solve stops before its threshold there, so that both
+evaluate f equally often. (Evaluations are those of the forward solve, and + those of the adjoint
+where they are known; torchdeq's count has those of its gradient in it.) In all other rows solves
+stop at 1e-3, as usual. "tiny" is the overhead of a solver alone, as in bench_solvers.py.
 
 The forms take turns in one process, on one thread. Seconds are medians of CPU time, which other
 work on the machine disturbs less than wall time, and a ratio is the median of the rounds' ratios.
@@ -41,36 +43,59 @@ from lib.runs.command_line import exit_code
 from lib.solvers import get_solver
 
 CPU = torch.device("cpu")
-SETTING = "wt103_deq_transformer"
-SMALL = Size(
-    vocab=2000,
-    language={
-        "d_model": 64, "d_embed": 64, "n_head": 4, "d_head": 16, "d_inner": 256, "div_val": 1,
-        "batch_size": 16, "tgt_len": 32, "mem_len": 32,
-    },
-)  # fmt: skip
-MODELS = {"small": SMALL, "words": SIZES["small"]}
+WORDS = "wt103_deq_transformer"
+
+
+def narrow(d_model: int) -> Size:
+    """The language model at a smaller width."""
+    sizes = {"d_model": d_model, "d_embed": d_model, "d_head": d_model // 4, "d_inner": 4 * d_model}
+    text = {"n_head": 4, "div_val": 1, "batch_size": 16, "tgt_len": 32, "mem_len": 32}
+    return Size(vocab=2000, language=sizes | text)
+
+
+MODELS = {  # name -> setting and size
+    "small": (WORDS, narrow(64)),
+    "wide": (WORDS, narrow(256)),
+    "words": (WORDS, SIZES["small"]),
+    "cifar": ("cifar/cls_mdeq_TINY", Size(image_batch={"cifar10": 16})),
+    "cityscapes": (
+        "cityscapes/seg_mdeq_SMALL",
+        Size(image_batch={"cityscapes": 2}, image_size={"cityscapes": (128, 64)}),
+    ),
+}
 TINY_STEPS, TINY_SOLVES = 30, 20  # of a solve; of a timed action
 MEMORY_STEPS = 3
 
 
 @dataclass(frozen=True)
 class Row:
-    """Two forms of one thing. A form is a library, or a number format of ours."""
+    """Two forms of one thing. A form is plain, a library, or a number format of ours.
+
+    The solvers, gradient and thresholds of image models are those of their settings.
+    """
 
     model: str
     solver: str = "anderson"
     adjoint: str = "broyden"
     phantom: int = 0  # steps of the phantom gradient; 0: the adjoint
+    neumann: bool = False  # our phantom: a Neumann series at one recorded evaluation of f
     f_thres: int = 30
     b_thres: int = 35
     forms: tuple[str, str] = ("torchdeq", "ours")
 
 
+PLAIN = ("plain", "ours")
 ROWS = {
+    "plain-small": Row("small", f_thres=12, b_thres=13, forms=PLAIN),
+    "plain-wide": Row("wide", f_thres=12, b_thres=13, forms=PLAIN),
+    "plain-words": Row("words", forms=PLAIN),
+    "plain-cifar": Row("cifar", forms=PLAIN),
+    "plain-cityscapes": Row("cityscapes", forms=PLAIN),
     "small-phantom": Row("small", phantom=3),
+    "small-neumann": Row("small", phantom=3, neumann=True),
     "small-implicit": Row("small"),
     "words-phantom": Row("words", phantom=3),
+    "words-neumann": Row("words", phantom=3, neumann=True),
     "words-implicit": Row("words"),
     "tiny-anderson": Row("tiny"),
     "tiny-broyden": Row("tiny", solver="broyden"),
@@ -82,9 +107,15 @@ ROWS = {
 
 def training_step(row: Row, form: str) -> Task:
     """The training step of a row in one of its forms."""
-    kind = FORMS["fast-bf16" if form == "bf16" else "fast"]
-    task = make_task(SETTING, kind, Options(size=MODELS[row.model], device=CPU))
+    setting, size = MODELS[row.model]
+    kind = FORMS[{"plain": "plain", "bf16": "fast-bf16"}.get(form, "fast")]
+    task = make_task(setting, kind, Options(size=size, device=CPU))
+    if setting != WORDS:
+        return task
     task.b_thres, task.args.f_thres, task.args.rand_f_thres_delta = row.b_thres, row.f_thres, 0
+    if row.forms == PLAIN:
+        task.set_solvers(row.solver, row.adjoint)
+        return task
     if form == "torchdeq":
         gradient = {"grad": row.phantom} if row.phantom else {"ift": True}
         task.model.deq = TorchdeqLayer(
@@ -92,7 +123,8 @@ def training_step(row: Row, form: str) -> Task:
             b_max_iter=row.b_thres, f_tol=0.0, b_tol=0.0, f_stop_mode="rel", b_stop_mode="rel",
         )  # fmt: skip
         return task
-    gradient = f"phantom:steps={row.phantom},damping=1" if row.phantom else "ift"
+    series = ",form=neumann" if row.neumann else ""
+    gradient = f"phantom:steps={row.phantom},damping=1{series}" if row.phantom else "ift"
     eps = 0.0 if "torchdeq" in row.forms else 1e-3
     solvers = (f"{name}:eps={eps}" for name in (row.solver, row.adjoint))
     task.model.deq = DEQ(*map(get_solver, solvers), stop_mode="rel", grad=gradient)
@@ -143,7 +175,8 @@ def measure_steps(row: Row, rounds: int) -> dict[str, dict]:
         if turn:  # the first round fills the memory of the model
             found[form]["seconds"].append(spent)
     for form, task in tasks.items():
-        found[form]["nfe"] = task.model.deq.stats.forward.last["nfe"]
+        stats = vars(task.model.deq.stats)
+        found[form]["nfe"] = [s.last["nfe"] for s in stats.values() if "nfe" in s.last]
     del tasks, task
     for form in row.forms:
         found[form] |= in_new_process(memory_of, row, form)
@@ -165,7 +198,7 @@ def measure_solver(row: Row, rounds: int) -> dict[str, dict]:
         form: partial(repeat, partial(solves[form], row.solver, f, x0, TINY_STEPS), TINY_SOLVES)
         for form in row.forms
     }
-    found = {form: {"seconds": [], "losses": [], "nfe": nfe} for form in row.forms}
+    found = {form: {"seconds": [], "losses": [], "nfe": [nfe]} for form in row.forms}
     with torch.no_grad():
         bare = partial(repeat, partial(f, x0), TINY_SOLVES * nfe)
         for turn, form in in_turns(actions, rounds + 1):
@@ -181,7 +214,8 @@ def line(name: str, row: Row, found: dict[str, dict]) -> list[str]:
     medians = [statistics.median(form["seconds"]) for form in (base, own)]
     ratios = [a / b for a, b in zip(base["seconds"], own["seconds"], strict=True)]
     cells = [name, " / ".join(row.forms), *(f"{1e3 * seconds:.3g}" for seconds in medians)]
-    cells += [f"**{statistics.median(ratios):.3f}**", f"{base['nfe']} / {own['nfe']}"]
+    evaluations = ("+".join(map(str, form["nfe"])) for form in (base, own))
+    cells += [f"**{statistics.median(ratios):.2f}**", " / ".join(evaluations)]
     for kind in ("resident", "tensors"):
         both = [form.get(kind, 0) / 2**20 for form in (base, own)]
         cells.append(" / ".join(f"{used:.1f}" for used in both) if all(both) else "-")
@@ -190,16 +224,26 @@ def line(name: str, row: Row, found: dict[str, dict]) -> list[str]:
     return cells
 
 
-HEAD = ["row", "forms", "ms", "ms", "ratio", "f", "resident MiB", "tensors MiB", "loss diff"]
+HEAD = [
+    "row",
+    "forms",
+    "ms",
+    "ms",
+    "ratio",
+    "evaluations",
+    "resident MiB",
+    "tensors MiB",
+    "loss diff",
+]
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code("bench_torchdeq.py", lambda: run(parse(argv)))
+    return exit_code("bench_steps.py", lambda: run(parse(argv)))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     least = {"repeats": 1}
-    parser = Parser(prog="bench_torchdeq.py", description=__doc__.splitlines()[0], least=least)
+    parser = Parser(prog="bench_steps.py", description=__doc__.splitlines()[0], least=least)
     parser.add_argument("--rows", default=",".join(ROWS), help="names, with commas between them")
     parser.add_argument("--repeats", type=int, default=5, help="rounds of each row")
     return parser.parse_args(argv)
@@ -210,17 +254,21 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     figures: dict = {"machine": describe_machine(CPU), "rows": {}}
     print(figures["machine"], flush=True)
-    lines = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DEQWarning)  # a threshold ends every solve
         for name in names:
             row = ROWS[name]
             measure = measure_solver if row.model == "tiny" else measure_steps
             figures["rows"][name] = found = measure(row, args.repeats)
-            lines.append(line(name, row, found))
-            print(", ".join(lines[-1]), file=sys.stderr, flush=True)
+            print(", ".join(line(name, row, found)), file=sys.stderr, flush=True)
             write_json(args.json, figures)
-    print(table(HEAD, lines))
+    print(report(figures))
+
+
+def report(figures: dict) -> str:
+    """The table of what ``--json`` wrote."""
+    rows = figures["rows"].items()
+    return table(HEAD, [line(name, ROWS[name], found) for name, found in rows])
 
 
 if __name__ == "__main__":
