@@ -42,3 +42,4 @@ rm -f .venv/.installed-*
 for file in "$requirements" $(sed -n 's/^-r //p' "$requirements"); do
     echo "$wanted" >".venv/.installed-$file"
 done
+echo "setup_env: .venv is ready"
