@@ -23,7 +23,7 @@ ADDED = {
         "--max_skipped",
     ),
     *("--auto_restart", "--keep_checkpoints", "--grad", "--tie_proj_mode", "--deterministic"),
-    *("--inject", "--f_thres_per_word", "--grow_below"),
+    *("--inject", "--start", "--eval_state", "--f_thres_per_word", "--grow_below"),
     *("--characters", "--lower_case", "--min_count", "--held_out", "--prompt"),
 }
 ACTIONS = {flag: action for action in build_parser()._actions for flag in action.option_strings}
