@@ -1,0 +1,199 @@
+"""The quickstart's language model with a learned start of its solver and without: evaluations of f.
+
+    python scripts/benchmarks/bench_words_start.py --json docs/data/words_start.json
+
+Every network has the quickstart's settings, but for its start and its --f_thres in training. Each
+is evaluated at several thresholds: in segments, and token by token, as text is generated. Every run
+has one thread of the CPU. A second call with the same --json does the runs that are missing.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+from bench_generation import text, with_memory
+from bench_words import DATA, launch
+from helpers.arguments import Parser, write_json
+from helpers.measure import table
+from helpers.runs import machine_of_one_thread, trained
+
+import deq_sequence
+from deq_sequence.evaluation import evaluate
+from deq_sequence.model import EVAL_STATES
+from deq_sequence.options import run_folder
+from deq_sequence.quickstart import SETTINGS
+from deq_sequence.start import STARTS
+from deq_sequence.text.corpus import get_lm_corpus
+from lib.errors import InputError
+from lib.runs.command_line import exit_code
+from lib.runs.evaluation_loop import evaluating
+
+NETWORKS = ["zero:6", "zero:3", "zero:2", "learned:3", "learned:2"]
+WAYS = {"segments": (10, 64), "tokens": (40, 1)}  # streams of the text, tokens solved together
+CLOSE = 1.005  # a perplexity this much above another counts as equal
+TOKENS = 64  # that are timed
+
+
+def main(argv: list[str] | None = None) -> int:
+    return exit_code("bench_words_start.py", lambda: run(parse(argv)))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="bench_words_start.py", description=__doc__.splitlines()[0], least={"max_steps": 1}
+    )
+    add = parser.add_argument
+    add("--seeds", nargs="+", type=int, default=[1111], help="seeds")
+    add("--networks", nargs="+", default=NETWORKS, help="START:EVALUATIONS in training")
+    add("--f_thres", nargs="+", type=int, default=[1, 2, 3, 4, 6], help="of each evaluation")
+    add("--max_steps", type=int, help="segments of each evaluation; None: all")
+    add("--out", type=Path, default=Path("words_start"), help="folder of the runs")
+    return parser.parse_args(argv)
+
+
+def run(options: argparse.Namespace) -> None:
+    networks = [_network(name) for name in options.networks]
+    found = {"runs": []}
+    if options.json is not None and options.json.exists():
+        found = json.loads(options.json.read_text())
+    found["machine"] = machine_of_one_thread()
+    torch.set_num_threads(1)
+    for seed in options.seeds:
+        for start, f_thres in networks:
+            key = {"start": start, "f_thres": f_thres, "seed": seed}
+            if not any(key.items() <= row.items() for row in found["runs"]):
+                found["runs"].append(key | train(start, f_thres, seed, options))
+                write_json(options.json, found)
+    print(f"{found['machine']}\n\n{report(found)}")
+
+
+def _network(name: str) -> tuple[str, int]:
+    start, _, number = name.partition(":")
+    if start not in STARTS or not number.isdecimal() or int(number) < 1:
+        raise InputError(f"--networks: {name!r} is not {' or '.join(STARTS)}, a colon, a number")
+    return start, int(number)
+
+
+def train(start: str, f_thres: int, seed: int, options: argparse.Namespace) -> dict:
+    """Do one run; its figures."""
+    name, place = f"{start}-{f_thres}-{seed}", options.out.resolve() / "runs"
+    flags = f"--data {DATA} --seed {seed} --name {name} --num_threads 1 --start {start}".split()
+    # Training ignores --eval_state; its validations choose the best weights by it.
+    flags += f"--f_thres {f_thres} --eval_state {_state(start, f_thres)}".split()
+    folder = run_folder(str(place), "demo", name)
+    flags = [*SETTINGS.split(), *flags, "--work_dir", str(place)]
+    _, minutes = trained(lambda: launch(flags), name, folder)
+    model = deq_sequence.load(folder)
+    return {"minutes": minutes, "rows": figures(model, options), "ms_per_token": speed(model)}
+
+
+def _state(start: str, f_thres: int) -> str:
+    """The network that the others are compared with is that of the quickstart."""
+    return EVAL_STATES[(start, f_thres) != ("zero", 6)]
+
+
+def figures(trained: deq_sequence.TrainedModel, options: argparse.Namespace) -> list[dict]:
+    """Perplexities of a network, by way, state and threshold."""
+    args, model = trained.settings, trained.model
+    corpus = get_lm_corpus(str(DATA), args.dataset)
+    rows = []
+    for way, (streams, length) in WAYS.items():
+        for state in EVAL_STATES:
+            for f_thres in options.f_thres:
+                row = {"way": way, "state": state, "f_thres": f_thres}
+                model.eval_state = state
+                for split in ("valid", "test"):
+                    part = evaluate(
+                        model,
+                        getattr(corpus, split),
+                        **{"batch_size": streams, "tgt_len": length, "mem_len": args.mem_len},
+                        **{"f_thres": f_thres, "max_steps": options.max_steps or -1},
+                    )
+                    row[split] = part.perplexity
+                rows.append(row | {"residual": part.rel_residual, "nfe": part.nfe})
+    model.eval_state = args.eval_state
+    return rows
+
+
+def speed(trained: deq_sequence.TrainedModel) -> float:
+    """CPU milliseconds per token of generation at the threshold of the training."""
+    ids, times = text(trained, TOKENS), []
+    with evaluating(trained.model):
+        for _ in range(5):
+            before = time.process_time()
+            with_memory(trained.model, ids, trained.settings.f_thres)
+            times.append(time.process_time() - before)
+    return 1000 * median(times) / len(ids)
+
+
+def report(found: dict) -> str:
+    """Two tables: the perplexities, and the evaluations that suffice."""
+    return f"{perplexities(found)}\n\n{evaluations(found)}"
+
+
+def perplexities(found: dict) -> str:
+    numbers = sorted({row["f_thres"] for run in found["runs"] for row in run["rows"]})
+    head = ["start", "in training", "CPU minutes", "seeds", "state", "read"]
+    head += [f"{n} evaluations" for n in numbers] + ["residual at the first, the last"]
+    cells = []
+    for (start, f_thres), runs in _networks(found).items():
+        for way in WAYS:
+            state = _state(start, f_thres)
+            rows = [_mean(runs, way, state, n) for n in numbers]
+            minutes = mean(run["minutes"] for run in runs)
+            first = [start, f"{f_thres}", f"{minutes:.1f}", f"{len(runs)}", state, way]
+            values = [f"{row['valid']:.1f}, {row['test']:.1f}" for row in rows]
+            ends = f"{rows[0]['residual']:.0e}, {rows[-1]['residual']:.0e}"
+            cells.append([*first, *values, ends])
+    return table(head, cells)
+
+
+def evaluations(found: dict) -> str:
+    """The fewest evaluations with the perplexities (valid and test) of the reference."""
+    networks = _networks(found)
+    base = networks.get(("zero", 6))
+    if base is None:
+        return "no run zero:6 to compare with"
+    head = ["start", "in training", "evaluation, in segments", "generation", "ms per token"]
+    cells = []
+    for (start, f_thres), runs in networks.items():
+        cells.append(
+            [
+                *(start, f"{f_thres}"),
+                *(_fewest(runs, base, way, _state(start, f_thres)) for way in WAYS),
+                f"{mean(run['ms_per_token'] for run in runs):.1f}",
+            ]
+        )
+    return table(head, cells)
+
+
+def _fewest(runs: list[dict], base: list[dict], way: str, state: str) -> str:
+    goal = _mean(base, way, "point", 6)
+    numbers = sorted({row["f_thres"] for row in runs[0]["rows"]})
+    for n in numbers:
+        row = _mean(runs, way, state, n)
+        if all(row[split] <= CLOSE * goal[split] for split in ("valid", "test")):
+            return f"{n}"
+    return "none"
+
+
+def _networks(found: dict) -> dict[tuple[str, int], list[dict]]:
+    networks: dict[tuple[str, int], list[dict]] = {}
+    for row in found["runs"]:
+        networks.setdefault((row["start"], row["f_thres"]), []).append(row)
+    return networks
+
+
+def _mean(runs: list[dict], way: str, state: str, f_thres: int) -> dict[str, float]:
+    """The figures of one setting, means over the seeds."""
+    key = {"way": way, "state": state, "f_thres": f_thres}
+    rows = [row for run in runs for row in run["rows"] if key.items() <= row.items()]
+    return {name: mean(row[name] for row in rows) for name in ("valid", "test", "residual")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
