@@ -1,6 +1,7 @@
 """The learned start of a solve, and f(z) as the state in evaluation."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,17 +12,32 @@ from export_weights import main as export
 from lib.solvers import anderson, fixed_point_iteration
 from small_model import EQUILIBRIUM, STACKED, build, words
 
-TIGHT = {"f_solver": partial(anderson, eps=1e-10), "mem_len": 30}
+WORDS = Path(__file__).parents[2] / "docs/models/words.safetensors"
 
 
-def learned(seed=0, **changes):
+def set_at_random(start, scale=1.0):
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in start.parameters():
+            p.copy_(scale * torch.randn(p.shape, generator=generator))
+
+
+def learned(**changes):
     """A small model whose start is far from zero."""
     model = build(start="learned", **changes).double()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.start.parameters():
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    set_at_random(model.start)
     return model.eval()
+
+
+@pytest.fixture
+def tight():
+    """The trained model of the repository with another start, solved to 1e-7, and some words."""
+    trained = deq_sequence.load(WORDS)
+    model = trained.model.double()
+    model.start = LearnedStart(model.d_model).double()
+    set_at_random(model.start, 0.1)
+    model.f_solver = partial(anderson, eps=1e-7)
+    return model, trained.encode("the value of the object is a list of names")[:, None]
 
 
 def gradients(model, step=EQUILIBRIUM):
@@ -63,14 +79,14 @@ def test_clipping_leaves_the_start_out(make_trainer):
     assert weights[1]["start.bias"].any()
 
 
-def test_both_starts_lead_to_the_same_fixed_point():
-    model, data = learned(**TIGHT), words(length=12)[0]
+def test_both_starts_lead_to_the_same_fixed_point(tight):
+    model, data = tight
     found = model.log_probs(data, f_thres=200)
-    first = model.deq.stats.forward.last["nfe"]
+    assert model.deq.stats.forward.last["rel_residual"] < 1e-7
+    early = model.log_probs(data, f_thres=2)
     model.start = None
-    torch.testing.assert_close(found, model.log_probs(data, f_thres=200), rtol=0, atol=1e-7)
-    assert first < 200
-    assert not torch.equal(found, model.log_probs(data, f_thres=3))
+    torch.testing.assert_close(found, model.log_probs(data, f_thres=200), rtol=0, atol=1e-4)
+    assert (early - model.log_probs(data, f_thres=2)).abs().max() > 1
 
 
 def test_the_start_sees_no_later_word():
@@ -83,14 +99,13 @@ def test_the_start_sees_no_later_word():
     assert not torch.equal(one[8], two[8])
 
 
-def test_word_by_word_is_the_whole_sequence():
-    model, data = learned(**TIGHT), words(length=12)[0]
-    rows, mems = [], []
+def test_word_by_word_is_the_whole_sequence(tight):
+    (model, data), rows, mems = tight, [], []
     for word in data:
         scores, mems = model.log_prob(word[None], mems, f_thres=200)
         rows.append(scores)
     whole = model.log_probs(data, f_thres=200)
-    torch.testing.assert_close(torch.stack(rows), whole, rtol=0, atol=1e-7)
+    torch.testing.assert_close(torch.stack(rows), whole, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("cut", [1, WIDTH, 11])
@@ -137,7 +152,7 @@ def test_the_value_is_one_evaluation_further():
 
 
 def test_the_value_is_the_state_of_training():
-    model, (data, target) = build(eval_state="value", f_solver="anderson"), words()
+    model, (data, target) = build(eval_state="value", pre_lnorm=True), words()
     trained = model.train()(data, target, [], f_thres=4)[0]
     assert torch.equal(model.eval()(data, target, [], f_thres=4)[0], trained)
 
@@ -178,7 +193,7 @@ def test_samples_that_stop_alone():
 
 def test_a_run_and_its_export(train, run_folder, tmp_path):
     records = train("--start", "learned", "--eval_state", "value", "--f_thres", 2)
-    assert records[-1]["kind"] == "final_test"
+    assert {r["kind"]: r for r in records}["final_test"]["nfe"] == 2
     assert export([str(run_folder), str(tmp_path / "w.safetensors")]) == 0
     page = (tmp_path / "w.md").read_text("utf-8")
     for path in (run_folder, tmp_path / "w.safetensors"):
