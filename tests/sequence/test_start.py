@@ -60,7 +60,7 @@ def test_the_rest_of_the_model_is_trained_as_without(step):
     for name, gradient in expected.items():
         assert torch.equal(found[name], gradient), name
     assert all(found[name].isfinite().all() for name in own)
-    assert found["start.out"].any()
+    assert found["start.mix"].any()
     assert found["start.bias"].any()
 
 
@@ -200,6 +200,6 @@ def test_a_run_and_its_export(train, run_folder, tmp_path):
         trained = deq_sequence.load(path)
         assert trained.settings.start == "learned"
         assert trained.model.eval_state == "value"
-        assert trained.model.start.out.any()
+        assert trained.model.start.mix.any()
         assert trained.generate("w1 w2", words=2, seed=1)
     assert "learned" in page
