@@ -34,6 +34,7 @@ from lib.runs.evaluation_loop import evaluating
 
 NETWORKS = ["zero:6", "zero:3", "zero:2", "learned:3", "learned:2"]
 WAYS = {"segments": (10, 64), "tokens": (40, 1)}  # streams of the text, tokens solved together
+REFERENCE = ("zero", 6)  # that of the quickstart
 CLOSE = 1.005  # a perplexity this much above another counts as equal
 TOKENS = 64  # that are timed
 
@@ -49,7 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--seeds", nargs="+", type=int, default=[1111], help="seeds")
     add("--networks", nargs="+", default=NETWORKS, help="START:EVALUATIONS in training")
-    add("--f_thres", nargs="+", type=int, default=[1, 2, 3, 4, 6], help="of each evaluation")
+    add("--f_thres", nargs="+", type=int, default=[2, 3, 4, 6], help="of each evaluation")
     add("--max_steps", type=int, help="segments of each evaluation; None: all")
     add("--out", type=Path, default=Path("words_start"), help="folder of the runs")
     return parser.parse_args(argv)
@@ -83,7 +84,7 @@ def train(start: str, f_thres: int, seed: int, options: argparse.Namespace) -> d
     name, place = f"{start}-{f_thres}-{seed}", options.out.resolve() / "runs"
     flags = f"--data {DATA} --seed {seed} --name {name} --num_threads 1 --start {start}".split()
     # Training ignores --eval_state; its validations choose the best weights by it.
-    flags += f"--f_thres {f_thres} --eval_state {_state(start, f_thres)}".split()
+    flags += f"--f_thres {f_thres} --eval_state {_states(start, f_thres)[0]}".split()
     folder = run_folder(str(place), "demo", name)
     flags = [*SETTINGS.split(), *flags, "--work_dir", str(place)]
     _, minutes = trained(lambda: launch(flags), name, folder)
@@ -91,9 +92,9 @@ def train(start: str, f_thres: int, seed: int, options: argparse.Namespace) -> d
     return {"minutes": minutes, "rows": figures(model, options), "ms_per_token": speed(model)}
 
 
-def _state(start: str, f_thres: int) -> str:
-    """The network that the others are compared with is that of the quickstart."""
-    return EVAL_STATES[(start, f_thres) != ("zero", 6)]
+def _states(start: str, f_thres: int) -> list[str]:
+    """The states of an evaluation; the network of the quickstart is compared in both."""
+    return [state for state in EVAL_STATES if state == "value" or (start, f_thres) == REFERENCE]
 
 
 def figures(trained: deq_sequence.TrainedModel, options: argparse.Namespace) -> list[dict]:
@@ -102,7 +103,7 @@ def figures(trained: deq_sequence.TrainedModel, options: argparse.Namespace) -> 
     corpus = get_lm_corpus(str(DATA), args.dataset)
     rows = []
     for way, (streams, length) in WAYS.items():
-        for state in EVAL_STATES:
+        for state in _states(args.start, args.f_thres):
             for f_thres in options.f_thres:
                 row = {"way": way, "state": state, "f_thres": f_thres}
                 model.eval_state = state
@@ -137,37 +138,34 @@ def report(found: dict) -> str:
 
 def perplexities(found: dict) -> str:
     numbers = sorted({row["f_thres"] for run in found["runs"] for row in run["rows"]})
-    head = ["start", "in training", "CPU minutes", "seeds", "state", "read"]
-    head += [f"{n} evaluations" for n in numbers] + ["residual at the first, the last"]
+    head = ["start", "in training", "CPU minutes", "seeds", "state", "read in"]
+    head += [f"{n} evaluations" for n in numbers] + ["residual, with the fewest and the most"]
     cells = []
-    for (start, f_thres), runs in _networks(found).items():
-        for way in WAYS:
-            state = _state(start, f_thres)
-            rows = [_mean(runs, way, state, n) for n in numbers]
-            minutes = mean(run["minutes"] for run in runs)
-            first = [start, f"{f_thres}", f"{minutes:.1f}", f"{len(runs)}", state, way]
-            values = [f"{row['valid']:.1f}, {row['test']:.1f}" for row in rows]
-            ends = f"{rows[0]['residual']:.0e}, {rows[-1]['residual']:.0e}"
-            cells.append([*first, *values, ends])
+    for key, runs in _networks(found).items():
+        for state in _states(*key):
+            for way in WAYS:
+                rows = [_mean(runs, way, state, n) for n in numbers]
+                minutes = f"{mean(run['minutes'] for run in runs):.1f}"
+                values = [f"{row['valid']:.1f}, {row['test']:.1f}" for row in rows]
+                ends = f"{rows[0]['residual']:.0e}, {rows[-1]['residual']:.0e}"
+                first = [key[0], f"{key[1]}", minutes, f"{len(runs)}", state, way]
+                cells.append([*first, *values, ends])
     return table(head, cells)
 
 
 def evaluations(found: dict) -> str:
     """The fewest evaluations with the perplexities (valid and test) of the reference."""
     networks = _networks(found)
-    base = networks.get(("zero", 6))
+    base = networks.get(REFERENCE)
     if base is None:
         return "no run zero:6 to compare with"
-    head = ["start", "in training", "evaluation, in segments", "generation", "ms per token"]
+    head = ["start", "in training", "state", "in evaluation", "in generation", "ms per token"]
     cells = []
-    for (start, f_thres), runs in networks.items():
-        cells.append(
-            [
-                *(start, f"{f_thres}"),
-                *(_fewest(runs, base, way, _state(start, f_thres)) for way in WAYS),
-                f"{mean(run['ms_per_token'] for run in runs):.1f}",
-            ]
-        )
+    for key, runs in networks.items():
+        speed = f"{mean(run['ms_per_token'] for run in runs):.1f}"
+        for state in _states(*key):
+            fewest = [_fewest(runs, base, way, state) for way in WAYS]
+            cells.append([key[0], f"{key[1]}", state, *fewest, speed])
     return table(head, cells)
 
 

@@ -46,13 +46,13 @@ def test_the_command(command, tmp_path, capsys):
     assert ["--start learned --f_thres 2 --eval_state value" in run for run in trained] == [0, 1]
     assert "--start zero --f_thres 6 --eval_state point" in trained[0]
     found = json.loads((tmp_path / "found.json").read_text())
-    for run in found["runs"]:
+    for run, states in zip(found["runs"], (2, 1), strict=True):
         assert run["ms_per_token"] > 0
-        assert len(run["rows"]) == 8  # two ways, two states, two thresholds
+        assert len(run["rows"]) == 4 * states  # two ways, two thresholds
         assert all(0 < row["nfe"] <= row["f_thres"] for row in run["rows"])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert len(lines) == 2 + 4 + 2 + 2
-    assert lines[8].startswith("| zero    | 6 ")
+    assert len(lines) == 2 + 6 + 2 + 3
+    assert [line.split()[1] for line in lines[10:]] == ["zero", "zero", "learned"]
     assert command(*flags, "--seeds", "1") == (0, [])  # all are there
     assert len(command(*flags, "--seeds", "1", "2")[1]) == 2
 
@@ -72,7 +72,8 @@ def test_the_fewest_evaluations():
 
     runs = [run("zero", 6, {2: 90, 3: 80, 6: 70}), run("learned", 2, {2: 70.3, 3: 70, 6: 71})]
     lines = bench_words_start.evaluations({"runs": runs}).splitlines()
-    assert [line.split("|")[3].strip() for line in lines[2:]] == ["6", "2"]
+    assert [line.split("|")[3].strip() for line in lines[2:]] == ["point", "value", "value"]
+    assert [line.split("|")[4].strip() for line in lines[2:]] == ["6", "6", "2"]
     assert "no run zero:6" in bench_words_start.evaluations({"runs": runs[1:]})
 
 
