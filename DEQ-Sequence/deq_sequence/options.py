@@ -31,7 +31,7 @@ FOLDERS = {
     "text8": "data/text8",
     "demo": "data/demo",
 }
-EVAL_STATE = "in evaluation, the solver's last point z, or f(z), as in training"
+EVAL_STATE = "state in evaluation: the solver's last point z, or (value) f(z), as in training"
 # The flags of --dataset text alone, with their defaults.
 _OF_OWN_TEXT = {
     "characters": False,
@@ -148,7 +148,9 @@ def _solver_flags(group) -> None:
     add("--f_thres", type=int, default=40, help="forward threshold")
     add("--f_thres_per_word", type=float, default=0.0, help=f"{PREFIX}GROUP: f_thres grows by this")
     add("--b_thres", type=int, default=40, help="backward threshold")
-    add("--start", default="zero", choices=STARTS, help="of a solve; learned: from the words")
+    add(
+        "--start", default="zero", choices=STARTS, help="z0; learned: a guess from the words so far"
+    )
     add("--eval_state", default="point", choices=EVAL_STATES, help=EVAL_STATE)
     add("--rand_f_thres_delta", type=int, default=0, help="f_thres varies by [-delta, 0]")
     add("--pretrain_steps", type=int, default=0, help="stacked steps before equilibrium")

@@ -28,7 +28,7 @@ from deq_sequence.options import run_folder
 from deq_sequence.quickstart import SETTINGS
 from deq_sequence.start import STARTS
 from deq_sequence.text.corpus import get_lm_corpus
-from lib.errors import InputError
+from lib.errors import check
 from lib.runs.command_line import exit_code
 from lib.runs.evaluation_loop import evaluating
 
@@ -74,8 +74,8 @@ def run(options: argparse.Namespace) -> None:
 
 def _network(name: str) -> tuple[str, int]:
     start, _, number = name.partition(":")
-    if start not in STARTS or not number.isdecimal() or int(number) < 1:
-        raise InputError(f"--networks: {name!r} is not {' or '.join(STARTS)}, a colon, a number")
+    fits = start in STARTS and number.isdecimal() and int(number) > 0
+    check(fits, "--networks", name, f"{' or '.join(STARTS)}, a colon and a number, as learned:3")
     return start, int(number)
 
 

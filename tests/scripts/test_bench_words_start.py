@@ -80,4 +80,4 @@ def test_the_fewest_evaluations():
 @pytest.mark.parametrize("name", ["zero", "one:2", "zero:0", "zero:x"])
 def test_a_network_that_does_not_exist(command, capsys, name):
     assert command("--networks", name)[0] == 2
-    assert f"--networks: '{name}'" in capsys.readouterr().err
+    assert "--networks" in capsys.readouterr().err
