@@ -8,9 +8,11 @@ has one thread of the CPU. A second call with the same --json does the runs that
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
@@ -20,6 +22,7 @@ from bench_words import DATA, launch
 from helpers.arguments import Parser, write_json
 from helpers.measure import table
 from helpers.runs import machine_of_one_thread, trained
+from torch import Tensor
 
 import deq_sequence
 from deq_sequence.evaluation import evaluate
@@ -28,15 +31,19 @@ from deq_sequence.options import run_folder
 from deq_sequence.quickstart import SETTINGS
 from deq_sequence.start import STARTS
 from deq_sequence.text.corpus import get_lm_corpus
+from deq_sequence.text.iterators import LMOrderedIterator
 from lib.errors import check
 from lib.runs.command_line import exit_code
 from lib.runs.evaluation_loop import evaluating
+from lib.solvers import anderson
 
 NETWORKS = ["zero:6", "zero:3", "zero:2", "learned:3", "learned:2"]
 WAYS = {"segments": (10, 64), "tokens": (40, 1)}  # streams of the text, tokens solved together
 REFERENCE = ("zero", 6)  # that of the quickstart
 CLOSE = 1.005  # a perplexity this much above another counts as equal
 TOKENS = 64  # that are timed
+SEGMENTS = 20  # that are solved tightly
+APART = 0.01  # in log p: two states that are further apart are two fixed points
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,6 +76,10 @@ def run(options: argparse.Namespace) -> None:
             if not any(key.items() <= row.items() for row in found["runs"]):
                 found["runs"].append(key | train(start, f_thres, seed, options))
                 write_json(options.json, found)
+    for row in found["runs"]:
+        if row["start"] == "learned" and "apart" not in row:
+            row["apart"] = apart(deq_sequence.load(_folder(row, options)), options)
+            write_json(options.json, found)
     print(f"{found['machine']}\n\n{report(found)}")
 
 
@@ -81,15 +92,20 @@ def _network(name: str) -> tuple[str, int]:
 
 def train(start: str, f_thres: int, seed: int, options: argparse.Namespace) -> dict:
     """Do one run; its figures."""
-    name, place = f"{start}-{f_thres}-{seed}", options.out.resolve() / "runs"
+    folder = _folder({"start": start, "f_thres": f_thres, "seed": seed}, options)
+    name, place = folder.name, options.out.resolve() / "runs"
     flags = f"--data {DATA} --seed {seed} --name {name} --num_threads 1 --start {start}".split()
     # Training ignores --eval_state; its validations choose the best weights by it.
     flags += f"--f_thres {f_thres} --eval_state {_states(start, f_thres)[0]}".split()
-    folder = run_folder(str(place), "demo", name)
     flags = [*SETTINGS.split(), *flags, "--work_dir", str(place)]
     _, minutes = trained(lambda: launch(flags), name, folder)
     model = deq_sequence.load(folder)
     return {"minutes": minutes, "rows": figures(model, options), "ms_per_token": speed(model)}
+
+
+def _folder(row: dict, options: argparse.Namespace) -> Path:
+    name = f"{row['start']}-{row['f_thres']}-{row['seed']}"
+    return run_folder(str(options.out.resolve() / "runs"), "demo", name)
 
 
 def _states(start: str, f_thres: int) -> list[str]:
@@ -129,6 +145,30 @@ def speed(trained: deq_sequence.TrainedModel) -> float:
             with_memory(trained.model, ids, trained.settings.f_thres)
             times.append(time.process_time() - before)
     return 1000 * median(times) / len(ids)
+
+
+def apart(trained: deq_sequence.TrainedModel, options: argparse.Namespace) -> dict:
+    """How often a tight solve ends at another fixed point from the learned start than from zeros.
+
+    Both solve the segments of the test text with the same memory.
+    """
+    model, start = trained.model, trained.model.start
+    text = get_lm_corpus(str(DATA), trained.settings.dataset).test
+    model.f_solver = partial(anderson, eps=1e-6)
+    segments = LMOrderedIterator(text, *WAYS["segments"])
+    mems: list[Tensor] = []
+    found = {"tokens": 0, "apart": 0, "largest": 0.0}
+    with evaluating(model):
+        for data, target, _ in itertools.islice(segments, options.max_steps or SEGMENTS):
+            ends = []
+            for model.start in (None, start):
+                loss, _, kept = model.token_figures(data, target, mems, 200)
+                ends.append(loss)
+            mems, off = kept, (ends[0] - ends[1]).abs()
+            found["tokens"] += off.numel()
+            found["apart"] += int((off > APART).sum())
+            found["largest"] = max(found["largest"], off.max().item())
+    return found
 
 
 def report(found: dict) -> str:

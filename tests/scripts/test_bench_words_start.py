@@ -50,6 +50,7 @@ def test_the_command(command, tmp_path, capsys):
         assert run["ms_per_token"] > 0
         assert len(run["rows"]) == 4 * states  # two ways, two thresholds
         assert all(0 < row["nfe"] <= row["f_thres"] for row in run["rows"])
+    assert [row.get("apart", {}).get("tokens", 0) > 0 for row in found["runs"]] == [False, True]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 + 6 + 2 + 3
     assert [line.split()[1] for line in lines[10:]] == ["zero", "zero", "learned"]
