@@ -55,7 +55,6 @@ def test_the_command(command, tmp_path, capsys):
     assert len(lines) == 2 + 6 + 2 + 3
     assert [line.split()[1] for line in lines[10:]] == ["zero", "zero", "learned"]
     assert command(*flags, "--seeds", "1") == (0, [])  # all are there
-    assert len(command(*flags, "--seeds", "1", "2")[1]) == 2
 
 
 def test_the_fewest_evaluations():

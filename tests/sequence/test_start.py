@@ -52,8 +52,8 @@ def gradients(model, step=EQUILIBRIUM):
 @pytest.mark.parametrize("step", [STACKED, EQUILIBRIUM], ids=["stacked", "equilibrium"])
 def test_the_rest_of_the_model_is_trained_as_without(step):
     """At first h(u) is zero, so both models compute the same; h alone has a gradient more."""
-    loss, found = gradients(build(start="learned"), step)
-    expected_loss, expected = gradients(build(), step)
+    loss, found = gradients(build(start="learned", grad="jfb"), step)
+    expected_loss, expected = gradients(build(grad="jfb"), step)
     assert torch.equal(loss, expected_loss)
     own = {name for name in found if name.startswith("start.")}
     assert found.keys() - own == expected.keys()
@@ -181,11 +181,11 @@ def test_a_gradient_in_evaluation():
 
 def test_samples_that_stop_alone():
     """The state of a sample is f(z) of its own last point, or z."""
-    solver = partial(anderson, eps=1e-6, stop="sample")
+    solver = partial(anderson, eps=1e-4, stop="sample")
     model = build(eval_state="value", f_solver=solver).double().eval()
-    found = model.log_probs(words()[0], f_thres=100)
+    found = model.log_probs(words()[0], f_thres=40)
     model.eval_state = "point"
-    torch.testing.assert_close(found, model.log_probs(words()[0], f_thres=100), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found, model.log_probs(words()[0], f_thres=40), atol=1e-2, rtol=0)
 
 
 # ---- commands ----------------------------------------------------------------------------------
