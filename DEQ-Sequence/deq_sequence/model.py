@@ -76,7 +76,7 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
             the positions to its right see it at once. 'own': it is added to the query, and to the
             output of the attention in the place of the state. Its position sees the states of other
             positions alone; without memory, a state of zeros stands left of the first position.
-        start: where a solve begins: 'zero', or 'learned', from the words at each position and
+        f_start: where a solve begins: 'zero', or 'learned', from the words at each position and
             before it (:class:`deq_sequence.start.LearnedStart`).
         eval_state: the state in evaluation: 'point', the point at which the solver ends, or
             'value', f there, as in training. The solver has evaluated it already.
@@ -115,7 +115,7 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         grad: str | Gradient | Iteration = "ift",
         tie_proj_mode: str = "apart",
         inject: str = "all",
-        start: str = "zero",
+        f_start: str = "zero",
         eval_state: str = "point",
     ):
         super().__init__()
@@ -130,7 +130,7 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         if inject == "own":
             check(local_size != 1, "local_size", local_size, "0 or above 1 with inject 'own'")
         for name, value, known in (
-            ("start", start, STARTS),
+            ("f_start", f_start, STARTS),
             ("eval_state", eval_state, EVAL_STATES),
         ):
             check(value in known, name, value, f"one of {', '.join(known)}")
@@ -147,7 +147,7 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         )
         self.crit = ProjectedAdaptiveLogSoftmax(n_token, d_embed, d_model, cutoffs, div_val)
         self.tie(ties_between(self.word_emb, self.crit, tie_weights, tie_projs, tie_proj_mode))
-        self.start = LearnedStart(d_model) if start == "learned" else None
+        self.start = LearnedStart(d_model) if f_start == "learned" else None
         self.dropout = dropout
         self.variational_drop = VariationalDropout()
         initialize(self)

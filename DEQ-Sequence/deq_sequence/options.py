@@ -149,7 +149,10 @@ def _solver_flags(group) -> None:
     add("--f_thres_per_word", type=float, default=0.0, help=f"{PREFIX}GROUP: f_thres grows by this")
     add("--b_thres", type=int, default=40, help="backward threshold")
     add(
-        "--start", default="zero", choices=STARTS, help="z0; learned: a guess from the words so far"
+        "--f_start",
+        default="zero",
+        choices=STARTS,
+        help="z0; learned: a guess from the words so far",
     )
     add("--eval_state", default="point", choices=EVAL_STATES, help=EVAL_STATE)
     add("--rand_f_thres_delta", type=int, default=0, help="f_thres varies by [-delta, 0]")

@@ -94,7 +94,7 @@ def train(start: str, f_thres: int, seed: int, options: argparse.Namespace) -> d
     """Do one run; its figures."""
     folder = _folder({"start": start, "f_thres": f_thres, "seed": seed}, options)
     name, place = folder.name, options.out.resolve() / "runs"
-    flags = f"--data {DATA} --seed {seed} --name {name} --num_threads 1 --start {start}".split()
+    flags = f"--data {DATA} --seed {seed} --name {name} --num_threads 1 --f_start {start}".split()
     # Training ignores --eval_state; its validations choose the best weights by it.
     flags += f"--f_thres {f_thres} --eval_state {_states(start, f_thres)[0]}".split()
     flags = [*SETTINGS.split(), *flags, "--work_dir", str(place)]
@@ -119,7 +119,7 @@ def figures(trained: deq_sequence.TrainedModel, options: argparse.Namespace) -> 
     corpus = get_lm_corpus(str(DATA), args.dataset)
     rows = []
     for way, (streams, length) in WAYS.items():
-        for state in _states(args.start, args.f_thres):
+        for state in _states(args.f_start, args.f_thres):
             for f_thres in options.f_thres:
                 row = {"way": way, "state": state, "f_thres": f_thres}
                 model.eval_state = state

@@ -43,8 +43,8 @@ def test_the_command(command, tmp_path, capsys):
     flags = ["--networks", "zero:6", "learned:2", "--f_thres", "2", "6"]
     code, trained = command(*flags, "--seeds", "1")
     assert code == 0
-    assert ["--start learned --f_thres 2 --eval_state value" in run for run in trained] == [0, 1]
-    assert "--start zero --f_thres 6 --eval_state point" in trained[0]
+    assert ["--f_start learned --f_thres 2 --eval_state value" in run for run in trained] == [0, 1]
+    assert "--f_start zero --f_thres 6 --eval_state point" in trained[0]
     found = json.loads((tmp_path / "found.json").read_text())
     for run, states in zip(found["runs"], (2, 1), strict=True):
         assert run["ms_per_token"] > 0

@@ -24,7 +24,7 @@ def set_at_random(start, scale=1.0):
 
 def learned(**changes):
     """A small model whose start is far from zero."""
-    model = build(start="learned", **changes).double()
+    model = build(f_start="learned", **changes).double()
     set_at_random(model.start)
     return model.eval()
 
@@ -52,7 +52,7 @@ def gradients(model, step=EQUILIBRIUM):
 @pytest.mark.parametrize("step", [STACKED, EQUILIBRIUM], ids=["stacked", "equilibrium"])
 def test_the_rest_of_the_model_is_trained_as_without(step):
     """At first h(u) is zero, so both models compute the same; h alone has a gradient more."""
-    loss, found = gradients(build(start="learned", grad="jfb"), step)
+    loss, found = gradients(build(f_start="learned", grad="jfb"), step)
     expected_loss, expected = gradients(build(grad="jfb"), step)
     assert torch.equal(loss, expected_loss)
     own = {name for name in found if name.startswith("start.")}
@@ -67,7 +67,7 @@ def test_the_rest_of_the_model_is_trained_as_without(step):
 def test_clipping_leaves_the_start_out(make_trainer):
     """Steps that clip: the weights beside h are those of a run without h, bit for bit."""
     weights = []
-    for more in ([], ["--start", "learned"]):
+    for more in ([], ["--f_start", "learned"]):
         trainer = make_trainer("--clip", 1e-3, "--max_step", 3, *more)
         trainer.model.train()
         batches = trainer.batches()
@@ -125,7 +125,7 @@ def test_the_random_numbers_of_the_model_are_those_without():
 
 
 def test_it_learns(make_trainer):
-    trainer = make_trainer("--start", "learned", "--max_step", 40, "--pretrain_steps", 10)
+    trainer = make_trainer("--f_start", "learned", "--max_step", 40, "--pretrain_steps", 10)
     trainer.model.train()
     batches, model = trainer.batches(), trainer.model
     for _ in range(30):
@@ -192,13 +192,13 @@ def test_samples_that_stop_alone():
 
 
 def test_a_run_and_its_export(train, run_folder, tmp_path):
-    records = train("--start", "learned", "--eval_state", "value", "--f_thres", 2)
+    records = train("--f_start", "learned", "--eval_state", "value", "--f_thres", 2)
     assert {r["kind"]: r for r in records}["final_test"]["nfe"] == 2
     assert export([str(run_folder), str(tmp_path / "w.safetensors")]) == 0
     page = (tmp_path / "w.md").read_text("utf-8")
     for path in (run_folder, tmp_path / "w.safetensors"):
         trained = deq_sequence.load(path)
-        assert trained.settings.start == "learned"
+        assert trained.settings.f_start == "learned"
         assert trained.model.eval_state == "value"
         assert trained.model.start.mix.any()
         assert trained.generate("w1 w2", words=2, seed=1)
