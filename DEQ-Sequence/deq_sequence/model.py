@@ -279,7 +279,7 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         us = torch.cat([u0, u], dim=1)  # (B, K, 3d)
         positions = self.variational_drop(self.pos_emb(us.shape[1]), self.dropout)  # (1, K, d)
         f = self.func.prepare(us, z0, positions)
-        guess = None if self.start is None else self.start(us, qlen)
+        guess = None if self.start is None else self.start(us, qlen).to(start.dtype)
 
         if 0 <= train_step < self.pretrain_steps:
             z = stacked(f, start, self.n_layer if self.training else self.eval_n_layer)

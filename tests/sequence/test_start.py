@@ -124,6 +124,16 @@ def test_the_random_numbers_of_the_model_are_those_without():
     assert torch.equal(after, torch.rand(1))
 
 
+def test_half_precision():
+    """Under autocast the guess is rounded; states and losses are not."""
+    model = build(f_start="learned", grad="jfb")
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, *_, z_mem, _ = model.train()(*words(), [], EQUILIBRIUM)
+    assert loss.dtype == z_mem.dtype == torch.float32
+    loss.sum().backward()
+    assert model.start.bias.grad.any()
+
+
 def test_it_learns(make_trainer):
     trainer = make_trainer("--f_start", "learned", "--max_step", 40, "--pretrain_steps", 10)
     trainer.model.train()
