@@ -172,14 +172,14 @@ def apart(trained: deq_sequence.TrainedModel, options: argparse.Namespace) -> di
 
 
 def report(found: dict) -> str:
-    """Two tables: the perplexities, and the evaluations that suffice."""
-    return f"{perplexities(found)}\n\n{evaluations(found)}"
+    """Two tables: the perplexities, and the evaluations that suffice; and the fixed points."""
+    return f"{perplexities(found)}\n\n{evaluations(found)}\n\n{fixed_points(found)}"
 
 
 def perplexities(found: dict) -> str:
     numbers = sorted({row["f_thres"] for run in found["runs"] for row in run["rows"]})
     head = ["start", "in training", "CPU minutes", "seeds", "state", "read in"]
-    head += [f"{n} evaluations" for n in numbers] + ["residual, with the fewest and the most"]
+    head += [f"{n} evaluations" for n in numbers] + ["first and last residual"]
     cells = []
     for key, runs in _networks(found).items():
         for state in _states(*key):
@@ -207,6 +207,16 @@ def evaluations(found: dict) -> str:
             fewest = [_fewest(runs, base, way, state) for way in WAYS]
             cells.append([key[0], f"{key[1]}", state, *fewest, speed])
     return table(head, cells)
+
+
+def fixed_points(found: dict) -> str:
+    """How often the two starts lead to different fixed points."""
+    rows = [row["apart"] for row in found["runs"] if "apart" in row]
+    tokens, others = (sum(row[name] for row in rows) for name in ("tokens", "apart"))
+    return (
+        f"Solved to a residual of 1e-6, both starts give log p within {APART} of each other for "
+        f"{tokens - others} of {tokens} tokens of the test text."
+    )
 
 
 def _fewest(runs: list[dict], base: list[dict], way: str, state: str) -> str:

@@ -54,6 +54,7 @@ def test_the_command(command, tmp_path, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert len(lines) == 2 + 6 + 2 + 3
     assert [line.split()[1] for line in lines[10:]] == ["zero", "zero", "learned"]
+    assert "tokens of the test text" in bench_words_start.report(found)
     assert command(*flags, "--seeds", "1") == (0, [])  # all are there
 
 
