@@ -173,7 +173,8 @@ def apart(trained: deq_sequence.TrainedModel, options: argparse.Namespace) -> di
 
 def report(found: dict) -> str:
     """Two tables: the perplexities, and the evaluations that suffice; and the fixed points."""
-    return f"{perplexities(found)}\n\n{evaluations(found)}\n\n{fixed_points(found)}"
+    parts = perplexities(found), evaluations(found), fixed_points(found)
+    return "\n\n".join(part for part in parts if part)
 
 
 def perplexities(found: dict) -> str:
@@ -212,6 +213,8 @@ def evaluations(found: dict) -> str:
 def fixed_points(found: dict) -> str:
     """How often the two starts lead to different fixed points."""
     rows = [row["apart"] for row in found["runs"] if "apart" in row]
+    if not rows:
+        return ""
     tokens, others = (sum(row[name] for row in rows) for name in ("tokens", "apart"))
     return (
         f"Solved to a residual of 1e-6, both starts give log p within {APART} of each other for "
