@@ -228,8 +228,8 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
     ) -> tuple[Tensor, list[Tensor]]:
         """Log-probabilities (B, n_token) of the word after ``data`` (seq_len, B), and memory.
 
-        With ``warm_start`` the solve begins at the last state of the memory, not at zeros. If f has
-        several fixed points, it may find another one than from zeros.
+        With ``warm_start`` the solve begins at the last state of the memory, not at ``f_start``. If
+        f has several fixed points, it may find another one.
         """
         how = {"f_thres": f_thres, "b_thres": 1, "warm_start": warm_start}
         segment = self._carry(data, mems, -1, **how)
@@ -336,7 +336,10 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
 
 
 class _Seen:
-    """f, and the last point z at which a solver evaluated it, with its value f(z)."""
+    """f, and the last point z at which a solver evaluated it, with its value f(z).
+
+    It offers no ``source``: in an evaluation by f(z), f runs without CUDA graphs.
+    """
 
     def __init__(self, f: Map):
         self._f, self._last = f, None
