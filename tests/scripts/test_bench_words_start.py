@@ -46,8 +46,8 @@ def test_the_command(command, tmp_path, capsys):
     assert ["--f_start learned --f_thres 2 --eval_state value" in run for run in trained] == [0, 1]
     assert "--f_start zero --f_thres 6 --eval_state point" in trained[0]
     found = json.loads((tmp_path / "found.json").read_text())
+    assert all(found["ms_per_token"][name] > 0 for name in ("zero:6", "learned:2"))
     for run, states in zip(found["runs"], (2, 1), strict=True):
-        assert run["ms_per_token"] > 0
         assert len(run["rows"]) == 4 * states  # two ways, two thresholds
         assert all(0 < row["nfe"] <= row["f_thres"] for row in run["rows"])
     assert [row.get("apart", {}).get("tokens", 0) > 0 for row in found["runs"]] == [False, True]
@@ -67,12 +67,13 @@ def test_the_fewest_evaluations():
             for n, v in values.items()
         ]
         return {
-            "start": start, "f_thres": f_thres, "seed": 1, "minutes": 1.0,
-            "ms_per_token": 1.0, "rows": rows,
-        }  # fmt: skip
+            **{"start": start, "f_thres": f_thres, "seed": 1, "minutes": 1.0},
+            "rows": rows,
+        }
 
     runs = [run("zero", 6, {2: 90, 3: 80, 6: 70}), run("learned", 2, {2: 70.3, 3: 70, 6: 71})]
-    lines = bench_words_start.evaluations({"runs": runs}).splitlines()
+    speeds = {"zero:6": 2.0, "learned:2": 1.0}
+    lines = bench_words_start.evaluations({"runs": runs, "ms_per_token": speeds}).splitlines()
     assert [line.split("|")[3].strip() for line in lines[2:]] == ["point", "value", "value"]
     assert [line.split("|")[4].strip() for line in lines[2:]] == ["6", "6", "2"]
     assert "no run zero:6" in bench_words_start.evaluations({"runs": runs[1:]})
