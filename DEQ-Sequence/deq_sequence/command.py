@@ -73,7 +73,8 @@ _USED = "add --restart to continue it, or choose another --name"
 _OF_MODEL = (
     "n_layer", "eval_n_layer", "n_head", "d_model", "d_head", "d_inner", "dropout", "dropatt",
     "d_embed", "div_val", "pre_lnorm", "wnorm", "tgt_len", "mem_len", "local_size",
-    "pretrain_steps", "f_solver", "stop_mode", "grad", "tie_proj_mode", "inject",
+    "pretrain_steps", "f_solver", "stop_mode", "grad", "tie_proj_mode", "inject", "f_start",
+    "eval_state",
 )  # fmt: skip
 _OF_INITIALIZATION = (
     "init", "init_std", "init_range", "emb_init", "emb_init_range", "proj_init_std",

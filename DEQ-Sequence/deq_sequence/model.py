@@ -11,6 +11,7 @@ from deq_sequence.initialization import initialize
 from deq_sequence.layer import INJECTIONS, TransformerLayer
 from deq_sequence.linear import linear
 from deq_sequence.softmax import ProjectedAdaptiveLogSoftmax
+from deq_sequence.start import STARTS, LearnedStart, distance
 from deq_sequence.ties import TiedWeights, ties_between
 from lib.deq import DEQ, SAME, SRADIUS_ITERS, SolverAttributes, stacked
 from lib.errors import InputError, check
@@ -19,8 +20,10 @@ from lib.gradients.iterations import Iteration
 from lib.optimization import VariationalDropout
 from lib.runs.checkpoint import load_weights
 from lib.solvers import anderson
+from lib.solvers.maps import Map
 from lib.solvers.stats import scalars_to
 
+EVAL_STATES = ("point", "value")
 JAC_VECS = 1  # random vectors of the Jacobian loss, as in the published runs
 
 
@@ -33,6 +36,7 @@ class _Segment:
     sradius: Tensor  # (B, 1)
     mems: list[Tensor]  # (len, B, d), (len, B, 3d)
     residuals: Tensor | None = None  # ||f(z) - z|| / ||f(z)|| of each position, (B, L)
+    start_loss: Tensor | None = None  # of the learned start, 0-dim
 
 
 class DEQTransformerLM(SolverAttributes, TiedWeights):
@@ -72,6 +76,10 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
             the positions to its right see it at once. 'own': it is added to the query, and to the
             output of the attention in the place of the state. Its position sees the states of other
             positions alone; without memory, a state of zeros stands left of the first position.
+        f_start: where a solve begins: 'zero', or 'learned', from the words at each position and
+            before it (:class:`deq_sequence.start.LearnedStart`).
+        eval_state: the state in evaluation: 'point', the point at which the solver ends, or
+            'value', f there, as in training. The solver has evaluated it already.
 
     Raises:
         InputError: sizes do not match, or a solver, ``stop_mode`` or the file ``load`` is bad.
@@ -107,6 +115,8 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         grad: str | Gradient | Iteration = "ift",
         tie_proj_mode: str = "apart",
         inject: str = "all",
+        f_start: str = "zero",
+        eval_state: str = "point",
     ):
         super().__init__()
         d_embed = d_model if d_embed is None else d_embed
@@ -119,7 +129,12 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         check(inject in INJECTIONS, "inject", inject, f"one of {', '.join(INJECTIONS)}")
         if inject == "own":
             check(local_size != 1, "local_size", local_size, "0 or above 1 with inject 'own'")
-        self.inject = inject
+        for name, value, known in (
+            ("f_start", f_start, STARTS),
+            ("eval_state", eval_state, EVAL_STATES),
+        ):
+            check(value in known, name, value, f"one of {', '.join(known)}")
+        self.inject, self.eval_state = inject, eval_state
         self.deq = DEQ(
             f_solver, b_solver or SAME, stop_mode=stop_mode, b_stop_mode="rel", grad=grad
         )
@@ -132,6 +147,7 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         )
         self.crit = ProjectedAdaptiveLogSoftmax(n_token, d_embed, d_model, cutoffs, div_val)
         self.tie(ties_between(self.word_emb, self.crit, tie_weights, tie_projs, tie_proj_mode))
+        self.start = LearnedStart(d_model) if f_start == "learned" else None
         self.dropout = dropout
         self.variational_drop = VariationalDropout()
         initialize(self)
@@ -202,6 +218,8 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         hidden = hidden[:, len(data) - tgt_len :]  # (B, tgt_len, d)
         loss = self.crit(hidden.reshape(-1, self.d_model), target.t().reshape(-1))
         loss = loss.view(bsz, tgt_len).t()
+        if segment.start_loss is not None:  # changes no value, and gives the start its gradient
+            loss = loss + (segment.start_loss - segment.start_loss.detach())
         return [loss, segment.jac_loss, segment.sradius, *segment.mems]
 
     @torch.no_grad()
@@ -210,8 +228,8 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
     ) -> tuple[Tensor, list[Tensor]]:
         """Log-probabilities (B, n_token) of the word after ``data`` (seq_len, B), and memory.
 
-        With ``warm_start`` the solve begins at the last state of the memory, not at zeros. If f has
-        several fixed points, it may find another one than from zeros.
+        With ``warm_start`` the solve begins at the last state of the memory, not at ``f_start``. If
+        f has several fixed points, it may find another one.
         """
         how = {"f_thres": f_thres, "b_thres": 1, "warm_start": warm_start}
         segment = self._carry(data, mems, -1, **how)
@@ -261,15 +279,18 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         us = torch.cat([u0, u], dim=1)  # (B, K, 3d)
         positions = self.variational_drop(self.pos_emb(us.shape[1]), self.dropout)  # (1, K, d)
         f = self.func.prepare(us, z0, positions)
-        if warm_start and z0.shape[1]:
-            start = start + z0[:, -1:]
+        guess = None if self.start is None else self.start(us, qlen).to(start.dtype)
 
         if 0 <= train_step < self.pretrain_steps:
             z = stacked(f, start, self.n_layer if self.training else self.eval_n_layer)
             jac_loss, sradius = start.new_zeros(()), start.new_zeros(bsz, 1)
         else:
+            start = start if guess is None else guess.detach()
+            if warm_start and z0.shape[1]:
+                start = z0[:, -1:].expand_as(start)
+            values = not self.training and self.eval_state == "value"
             solution = self.deq(
-                f,
+                seen := _Seen(f) if values else f,
                 start,
                 f_thres=f_thres,
                 b_thres=b_thres,
@@ -279,8 +300,11 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
                 on_solve=on_solve,
             )
             z, jac_loss, sradius = solution.z, solution.jac_loss, solution.sradius
+            z = seen.value_at(z) if values else z
         mems = [self._keep(z0, z), self._keep(u0, u)]
         segment = _Segment(z, jac_loss.view(1, 1), sradius, mems)
+        if self.training and guess is not None:
+            segment.start_loss = distance(guess, z)
         if residuals:
             fz = f(z)
             segment.residuals = (fz - z).norm(dim=2) / fz.norm(dim=2)
@@ -309,3 +333,29 @@ class DEQTransformerLM(SolverAttributes, TiedWeights):
         both = torch.cat([old, new.detach().to(old.dtype)], dim=1)
         first = max(both.shape[1] - self.mem_len, 0)
         return both[:, first:].transpose(0, 1).contiguous()
+
+
+class _Seen:
+    """f, and the last point z at which a solver evaluated it, with its value f(z).
+
+    It offers no ``source``: in an evaluation by f(z), f runs without CUDA graphs.
+    """
+
+    def __init__(self, f: Map):
+        self._f, self._last = f, None
+        self.plain, self.select = f.plain, f.select
+
+    def __call__(self, z: Tensor) -> Tensor:
+        fz = self._f(z)
+        if not torch.is_grad_enabled():  # a solver's
+            self._last = z, fz.detach().clone()
+        return fz
+
+    def value_at(self, z: Tensor) -> Tensor:
+        """f(z) where z is a sample's last point, else z: the solver found a better one before."""
+        if self._last is None:  # all evaluations were recorded by autograd
+            return z
+        point, value = self._last
+        same = (point == z).flatten(1).all(1)[:, None, None]
+        value = torch.where(same, value, z.detach())
+        return value + (z - z.detach()) if z.requires_grad else value

@@ -6,6 +6,8 @@ from datetime import datetime
 from pathlib import Path
 
 from deq_sequence.layer import INJECTIONS
+from deq_sequence.model import EVAL_STATES
+from deq_sequence.start import STARTS
 from deq_sequence.state.groups import KINDS, get_group
 from deq_sequence.state.strings import PREFIX, is_state
 from deq_sequence.text.corpus import DATASETS, OWN, Dataset
@@ -29,6 +31,7 @@ FOLDERS = {
     "text8": "data/text8",
     "demo": "data/demo",
 }
+EVAL_STATE = "state in evaluation: the solver's last point z, or (value) f(z), as in training"
 # The flags of --dataset text alone, with their defaults.
 _OF_OWN_TEXT = {
     "characters": False,
@@ -145,6 +148,13 @@ def _solver_flags(group) -> None:
     add("--f_thres", type=int, default=40, help="forward threshold")
     add("--f_thres_per_word", type=float, default=0.0, help=f"{PREFIX}GROUP: f_thres grows by this")
     add("--b_thres", type=int, default=40, help="backward threshold")
+    add(
+        "--f_start",
+        default="zero",
+        choices=STARTS,
+        help="z0; learned: a guess from the words so far",
+    )
+    add("--eval_state", default="point", choices=EVAL_STATES, help=EVAL_STATE)
     add("--rand_f_thres_delta", type=int, default=0, help="f_thres varies by [-delta, 0]")
     add("--pretrain_steps", type=int, default=0, help="stacked steps before equilibrium")
     add("--jac_loss_weight", type=float, default=0.0, help="weight of the Jacobian loss")

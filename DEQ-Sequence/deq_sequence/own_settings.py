@@ -15,7 +15,7 @@ from lib.runs.run_folder import SETTINGS
 CHOSEN = frozenset(
     "data dataset eval_batch_size tgt_len eval_tgt_len mem_len f_solver b_solver grad stop_mode "
     "f_thres f_thres_per_word b_thres max_eval_steps spectral_radius_mode amp tf32 deterministic "
-    "compile graph cuda num_threads seed".split()
+    "compile graph cuda num_threads seed eval_state".split()
 )
 # These belong to a process, not to a run: only the command line sets them.
 _OF_THE_PROCESS = frozenset(

@@ -73,6 +73,9 @@ class SequenceTrainer(Trainer):
             left_out = {id(p) for p in model.word_emb.parameters()}
             left_out |= {id(model.get_parameter(t.ours)) for t in model.ties if t.mode != "apart"}
             self.clipped = [p for p in model.parameters() if id(p) not in left_out]
+        if model.start is not None:  # it learns by itself: its gradient must not shorten others
+            own = {id(p) for p in model.start.parameters()}
+            self.clipped = [p for p in self.clipped if id(p) not in own]
         if args.multi_gpu and torch.cuda.device_count() > 1 and device.type == "cuda":
             share = args.gpu0_bsz // args.batch_chunk if args.gpu0_bsz >= 0 else -1
             # loss, jac_loss, sradius, z_mem, u_mem

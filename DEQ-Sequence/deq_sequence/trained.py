@@ -43,8 +43,8 @@ KIND = "language model"
 # Settings that a card shows: those that shape the model and its training.
 _SHOWN = (
     "d_model n_head d_head d_inner pre_lnorm wnorm inject adaptive cutoffs div_val tgt_len mem_len "
-    "f_solver f_thres stop_mode grad b_solver b_thres pretrain_steps max_step batch_size optim lr "
-    "scheduler dropout dropatt jac_loss_weight jac_loss_freq seed"
+    "f_start f_solver f_thres eval_state stop_mode grad b_solver b_thres pretrain_steps max_step "
+    "batch_size optim lr scheduler dropout dropatt jac_loss_weight jac_loss_freq seed"
 ).split()
 
 _TEXTS = {

@@ -4,6 +4,8 @@ import argparse
 
 import torch
 
+from deq_sequence.model import EVAL_STATES
+from deq_sequence.options import EVAL_STATE
 from deq_sequence.trained import KIND, TrainedModel, build, of_run
 from lib.errors import check, check_count, naming
 from lib.runs.command_line import Parser
@@ -11,12 +13,13 @@ from lib.runs.model_file import THREADS, find_device, read_model_file, use_few_t
 
 
 def add_model(parser: Parser) -> None:
-    """The flags that choose a model and its device."""
+    """The flags that choose a model, its device and its state."""
     add = parser.add_argument
     add("model", metavar="RUN", help="folder of a run, or a file of scripts/export_weights.py")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     threads = f"{THREADS}, and this flag overrules both; 0 is PyTorch's choice"
     add("--num_threads", type=int, default=argparse.SUPPRESS, help=threads)
+    add("--eval_state", choices=EVAL_STATES, help=f"{EVAL_STATE}; None: the run's")
 
 
 def load_model(args: argparse.Namespace) -> TrainedModel:
@@ -30,6 +33,7 @@ def load_model(args: argparse.Namespace) -> TrainedModel:
     with naming("--device"):
         device = find_device(args.device)
     trained = build(read_model_file(args.model, KIND, of_run), device)
+    trained.model.eval_state = args.eval_state or trained.model.eval_state
     if threads is None:
         use_few_threads(trained.model)
     return trained

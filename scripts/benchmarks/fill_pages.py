@@ -18,6 +18,7 @@ import bench_graph
 import bench_states
 import bench_steps
 import bench_words
+import bench_words_start
 import compare_gradients
 import compare_ties
 import gpu_rates
@@ -77,6 +78,10 @@ def of_planner(found: dict) -> dict[str, str]:
     return {"planner": table(found["table"]["head"], found["table"]["rows"])}
 
 
+def of_words_start(found: dict) -> dict[str, str]:
+    return {"words, start": f"    {found['machine']}\n\n{bench_words_start.report(found)}"}
+
+
 def of_generation(found: dict) -> dict[str, str]:
     rows = found["ways"]
     head = f"{found['machine']} | {found['tokens']} tokens, {len(rows[0]['seconds'])} rounds"
@@ -102,6 +107,7 @@ FIGURES = {
     "maze_ablations.json": ("larger-problems.md", maze_tables.ablations),
     "state_tracking.json": ("larger-problems.md", of_states),  # bench_states.py
     "words.json": ("words.md", of_words),  # bench_words.py
+    "words_start.json": ("words.md", of_words_start),  # bench_words_start.py
     "generation.json": ("words.md", of_generation),  # bench_generation.py
     "quickstart_seeds.json": ("start.md", of_quickstart),  # quickstart_seeds.py
     "film.json": ("images.md", of_film),  # bench_film.py

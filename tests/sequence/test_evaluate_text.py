@@ -47,6 +47,14 @@ def test_the_figures_are_those_of_training(train, run_folder, corpus_folder, cap
     assert residual == pytest.approx(test["rel_residual"], rel=0.06)
 
 
+def test_the_value_is_one_evaluation_ahead(text, capsys):
+    """After one evaluation, at z0, f(z0) is the second point."""
+    (value,) = rows(capsys, WORDS, text, "--f_thres", "1", "--eval_state", "value")
+    (point,) = rows(capsys, WORDS, text, "--f_thres", "2")
+    assert value[3] == pytest.approx(point[3], rel=1e-4)
+    assert (value[4], point[4]) == (1, 2)
+
+
 def test_figures_of_each_token(text, tmp_path, capsys):
     out = tmp_path / "tokens.csv"
     ((tokens, *_, perplexity, nfe, residual),) = rows(capsys, WORDS, text, "--tokens", out)

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from deq_sequence.options import build_parser, cutoffs_for, parse, run_folder
 from lib.errors import InputError
@@ -23,7 +24,7 @@ ADDED = {
         "--max_skipped",
     ),
     *("--auto_restart", "--keep_checkpoints", "--grad", "--tie_proj_mode", "--deterministic"),
-    *("--inject", "--f_thres_per_word", "--grow_below"),
+    *("--inject", "--f_start", "--eval_state", "--f_thres_per_word", "--grow_below"),
     *("--characters", "--lower_case", "--min_count", "--held_out", "--prompt"),
 }
 ACTIONS = {flag: action for action in build_parser()._actions for flag in action.option_strings}
@@ -67,6 +68,12 @@ def test_every_flag_is_explained(capsys):
     for flag, action in ACTIONS.items():
         assert flag in text
         assert action.help
+
+
+def test_torchrun_leaves_the_flags_alone():
+    """Its parser takes an abbreviation of its own flags for itself, also after the script."""
+    for flag in ACTIONS:
+        assert get_args_parser().parse_args(["train_transformer.py", flag]).training_script_args
 
 
 # ---- mistakes --------------------------------------------------------------------------------

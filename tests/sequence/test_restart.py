@@ -68,7 +68,7 @@ TOGETHER = [
     "--scheduler dev_perf --decay_rate 0.9 --eval-interval 2 --optim SGD --clip_nonemb "
     "--adaptive --div_val 2 --tie_proj_mode storage",
     "--adaptive --div_val 2 --optim Adagrad --not_tied --save-interval 1",
-    "--optim Muon --weight_decay 0.01",
+    "--optim Muon --weight_decay 0.01 --f_start learned --eval_state value",
 ]
 AROUND = [("", stop) for stop in (4, 5, 6, 8)]  # the border is 5; 3, 5 and 6 are saved
 
