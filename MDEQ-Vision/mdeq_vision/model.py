@@ -41,8 +41,9 @@ class MDEQNet(SolverAttributes, nn.Module):
     """Stem, fixed point of the multiscale layer f, and (in subclasses) a head.
 
     The stem gives the injection x = stage0(downsample(image)), which enters branch 0. A solver
-    finds z* = f(z*; x) from z = 0, or from a learned guess (:mod:`mdeq_vision.start`). In the first TRAIN.PRETRAIN_STEPS training steps (the stacked
-    phase), f is applied MODEL.NUM_LAYERS times instead, with ordinary autograd.
+    finds z* = f(z*; x) from z = 0, or from a learned guess (:mod:`mdeq_vision.start`). In the first
+    TRAIN.PRETRAIN_STEPS training steps (the stacked phase), f is applied MODEL.NUM_LAYERS times
+    to z = 0 instead, with ordinary autograd.
 
     Args:
         cfg: the configuration. Only MODEL, DEQ, TRAIN.PRETRAIN_STEPS and COMPILE are read; the
