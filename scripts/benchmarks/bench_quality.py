@@ -47,8 +47,19 @@ OPTIONS = {
         "--optim Adam --lr 0.001",
         BEST: "",
     },
-    "digits": {PUBLISHED: "", BEST: ""},
-    "scenes": {PUBLISHED: "", BEST: ""},
+    "digits": {
+        PUBLISHED: "",
+        BEST: "DEQ.START learned DEQ.GRAD phantom:steps=2,damping=0.9 DEQ.F_SOLVER anderson "
+        "DEQ.F_THRES 5 MODEL.NUM_LAYERS 3 TRAIN.PRETRAIN_STEPS 160 TRAIN.END_EPOCH 14 "
+        "LOSS.JAC_LOSS_FREQ 0.4 LOSS.JAC_LOSS_WEIGHT 8.0 LOSS.PRETRAIN_JAC_LOSS_WEIGHT 0.0",
+    },
+    "scenes": {
+        PUBLISHED: "",
+        BEST: "DEQ.START learned DEQ.GRAD phantom:steps=3,damping=0.9 DEQ.F_SOLVER anderson "
+        "DEQ.F_THRES 3 MODEL.NUM_LAYERS 2 TRAIN.PRETRAIN_STEPS 400 TRAIN.END_EPOCH 8 "
+        "LOSS.USE_OHEM True LOSS.OHEMKEEP 4000 LOSS.JAC_LOSS_FREQ 0.15 "
+        "LOSS.JAC_LOSS_WEIGHT 2.0 LOSS.PRETRAIN_JAC_LOSS_WEIGHT 1.0",
+    },
 }
 FIGURES = {"words": "perplexity", "digits": "top1", "scenes": "mIoU"}
 LOWER_IS_BETTER = ("perplexity",)
