@@ -49,8 +49,8 @@ OPTIONS = {
     },
     "digits": {
         PUBLISHED: "",
-        BEST: "DEQ.START learned DEQ.GRAD phantom:steps=2,damping=0.9 DEQ.F_SOLVER anderson "
-        "DEQ.F_THRES 5 MODEL.NUM_LAYERS 3 TRAIN.PRETRAIN_STEPS 160 TRAIN.END_EPOCH 14 "
+        BEST: "DEQ.START learned DEQ.GRAD phantom:steps=3,damping=0.9 DEQ.F_SOLVER anderson "
+        "DEQ.F_THRES 3 MODEL.NUM_LAYERS 3 TRAIN.PRETRAIN_STEPS 160 TRAIN.END_EPOCH 13 "
         "LOSS.JAC_LOSS_FREQ 0.4 LOSS.JAC_LOSS_WEIGHT 8.0 LOSS.PRETRAIN_JAC_LOSS_WEIGHT 0.0",
     },
     "scenes": {
