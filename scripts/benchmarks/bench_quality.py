@@ -6,11 +6,13 @@ The target of a task and a seed is the validation figure that the published opti
 counts is the training time until a validation of the equilibrium first reaches it: without the
 start of the program, validations and checkpoints. All validations solve as the published options
 do, from zero. Every run has a process of its own with one thread; published and best take turns.
-The runs lie below --out. A second call continues runs that were cut off, and repeats none.
+The runs lie below --out. A second call continues runs that were cut off, and repeats none; the
+file of --json keeps the runs of other calls.
 """
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 import time
@@ -81,6 +83,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     found = {"machine": machine_of_one_thread(), "runs": []}
+    if options.json is not None and options.json.exists():
+        found["runs"] = json.loads(options.json.read_text(encoding="utf-8"))["runs"]
     for task in dict.fromkeys(options.only):
         for seed in dict.fromkeys(options.seeds):
             pair: dict[str, dict] = {}
@@ -90,7 +94,9 @@ def run(options: argparse.Namespace) -> None:
                 records = read_metrics(folder_of_run(task, name, seed, options.out))
                 target = pair[PUBLISHED]["final"] if pair else None
                 pair[name] = figures(task, records, target)
-                found["runs"].append({"task": task, "options": name, "seed": seed, **pair[name]})
+                key = {"task": task, "options": name, "seed": seed}
+                others = [r for r in found["runs"] if not key.items() <= r.items()]
+                found["runs"] = [*others, {**key, **pair[name]}]
                 write_json(options.json, found)
                 print(task, name, seed, f"{pair[name]['cpu']:.0f} s", sep=" | ", flush=True)
     print(f"\n{found['machine']}\n\n{report(found)}")

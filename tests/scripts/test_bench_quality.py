@@ -59,9 +59,11 @@ def test_the_command(command, tmp_path, capsys):
     assert clocks == sorted(clocks)
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("| digits, best") for line in lines)
-    # Again: nothing is trained, and the figures are the same.
+    # Again: nothing is trained, the figures are the same, and those of other runs stay.
+    other = {**published, "task": "scenes", "seed": 2}
+    file.write_text(json.dumps({**found, "runs": [other, *found["runs"]]}))
     assert command(*argv) == (0, [])
-    assert json.loads(file.read_text()) == found
+    assert json.loads(file.read_text())["runs"] == [other, *found["runs"]]
 
 
 def test_words_are_judged_as_the_published_options_solve(command, tmp_path, monkeypatch):
