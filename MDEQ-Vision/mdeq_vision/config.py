@@ -19,6 +19,7 @@ from lib.errors import InputError, check, did_you_mean, is_number, naming
 from lib.graphs import Graphs
 from lib.solvers.precision import AMP
 from mdeq_vision.stage import check_keys
+from mdeq_vision.start import STARTS
 from mdeq_vision.yaml_files import read_yaml
 
 CONFIG = "config.yaml"  # the resolved settings, in the run's folder
@@ -70,6 +71,7 @@ def _defaults() -> CfgNode:
     cfg.DEQ.F_SOLVER = "broyden"
     cfg.DEQ.B_SOLVER = "broyden"  # "None": the forward solver
     cfg.DEQ.GRAD = "ift"  # gradient: name, or name:option=value,... as for solvers
+    cfg.DEQ.F_START = "zero"  # where the solver begins: zero, or a learned guess of z* (start.py)
     cfg.DEQ.STOP_MODE = "abs"
     cfg.DEQ.RAND_F_THRES_DELTA = 2
     cfg.DEQ.F_THRES = 30
@@ -374,6 +376,7 @@ _RANGES: list[tuple[str, Callable, str]] = [
         "MODEL.IMAGE_SIZE TRAIN.IMAGE_SIZE TEST.IMAGE_SIZE",
     ),
     (" or ".join(AMP), lambda v: v in AMP, "AMP"),
+    (" or ".join(STARTS), lambda v: v in STARTS, "DEQ.F_START"),
     ("mdeq", lambda v: v == "mdeq", "MODEL.NAME"),
     ("adam, sgd or rmsprop", lambda v: v in ("adam", "sgd", "rmsprop"), "TRAIN.OPTIMIZER"),
     ("step, cosine or poly", lambda v: v in ("step", "cosine", "poly"), "TRAIN.LR_SCHEDULER"),

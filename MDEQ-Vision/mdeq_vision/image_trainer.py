@@ -122,6 +122,9 @@ class ImageTrainer(Trainer):
             ),
             stopping=stopping or Stopping(cfg.MAX_TIME),
         )
+        if model.start is not None:  # its loss shall not change how far the others are clipped
+            left_out = set(model.start.parameters())
+            self.clipped = [p for p in model.parameters() if p not in left_out]
         if processes.world_size == 1 and len(gpus) > 1:
             # Gather output and sradius along dimension 0; average jac_loss (None).
             self.parallel = BalancedDataParallel(model, -1, 0, (0, None, 0), device_ids=gpus)

@@ -16,6 +16,7 @@ from mdeq_vision.config import make_deq
 from mdeq_vision.heads import classification_modules, segmentation_layer, to_highest_resolution
 from mdeq_vision.layer import MultiscaleLayer, branch_sizes
 from mdeq_vision.stage import check_integer, full_stage
+from mdeq_vision.start import PREFIX, Start, WithLoss, distance
 
 JAC_VECS = 2  # random vectors of the Jacobian loss, as in the published runs
 _INIT_STD = 0.01
@@ -40,8 +41,9 @@ class MDEQNet(SolverAttributes, nn.Module):
     """Stem, fixed point of the multiscale layer f, and (in subclasses) a head.
 
     The stem gives the injection x = stage0(downsample(image)), which enters branch 0. A solver
-    finds z* = f(z*; x) from z = 0. In the first TRAIN.PRETRAIN_STEPS training steps (the stacked
-    phase), f is applied MODEL.NUM_LAYERS times instead, with ordinary autograd.
+    finds z* = f(z*; x) from z = 0, or from a learned guess (:mod:`mdeq_vision.start`). In the first
+    TRAIN.PRETRAIN_STEPS training steps (the stacked phase), f is applied MODEL.NUM_LAYERS times
+    to z = 0 instead, with ordinary autograd.
 
     Args:
         cfg: the configuration. Only MODEL, DEQ, TRAIN.PRETRAIN_STEPS and COMPILE are read; the
@@ -72,6 +74,9 @@ class MDEQNet(SolverAttributes, nn.Module):
                 nn.ReLU(inplace=True),
             )
         self.fullstage = MultiscaleLayer(cfg)
+        self.start = Start(self.channels) if cfg.DEQ.F_START == "learned" else None
+        if self.start is None:  # the weights of a run with a start serve without it, too
+            self.ignored_state = (*self.ignored_state, PREFIX)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """Load as nn.Module does, but skip the entries that only the published files have."""
@@ -84,10 +89,11 @@ class MDEQNet(SolverAttributes, nn.Module):
     def _initialize(self) -> None:
         """Draw weights and biases of convolutions from N(0, 0.01^2).
 
-        Weight-normalised weights keep PyTorch's default.
+        Weight-normalised weights keep PyTorch's default, those of the start their own.
         """
+        own_start = set() if self.start is None else set(self.start.modules())
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and module not in own_start:
                 own = module._parameters
                 for name in ("weight", "bias"):
                     if own.get(name) is not None:
@@ -125,7 +131,7 @@ class MDEQNet(SolverAttributes, nn.Module):
         Raises:
             InputError: x has another shape, no element, or integers.
         """
-        f, z0 = self._equation(x)
+        f, z0, guess = self._equation(x)
         jac_vecs = JAC_VECS if compute_jac_loss and self.training else 0
 
         if 0 <= train_step < self.pretrain_steps:
@@ -138,7 +144,7 @@ class MDEQNet(SolverAttributes, nn.Module):
         else:
             solution = self.deq(
                 f,
-                z0,
+                [p.detach() for p in guess],
                 f_thres=self.f_thres if f_thres is None else f_thres,
                 b_thres=self.b_thres if b_thres is None else b_thres,
                 training=self.training,
@@ -147,7 +153,10 @@ class MDEQNet(SolverAttributes, nn.Module):
                 on_solve=None if writer is None else scalars_to(writer, train_step),
             )
             z, jac_loss, sradius = solution.z, solution.jac_loss, solution.sradius
-        return self.head(z), jac_loss.view(1, 1), sradius
+        output = self.head(z)
+        if self.start is not None and self.training and torch.is_grad_enabled():
+            output = WithLoss.apply(output, distance(guess, z))
+        return output, jac_loss.view(1, 1), sradius
 
     @torch.no_grad()
     def follow(
@@ -172,17 +181,17 @@ class MDEQNet(SolverAttributes, nn.Module):
         Raises:
             InputError: as :meth:`forward`.
         """
-        f, z0 = self._equation(x)
+        f, z0, guess = self._equation(x)
         follows = state is not None and [z.shape for z in state] == [z.shape for z in z0]
-        start, thres = (state, min(f_thres, self.f_thres)) if follows else (z0, self.f_thres)
+        start, thres = (state, min(f_thres, self.f_thres)) if follows else (guess, self.f_thres)
         solution = self.deq(f, start, f_thres=thres, training=False)
         first = solution.solution["rel_trace"][0]  # of the start
         if thres < self.f_thres and not first <= FOLLOW_CUT:
             solution = self.deq(f, solution.z_star, f_thres=self.f_thres, training=False)
         return self.head(solution.z), solution.z_star
 
-    def _equation(self, x: Tensor) -> tuple[Callable, list[Tensor]]:
-        """f of the equation z = f(z; x), and zeros in the shapes of z."""
+    def _equation(self, x: Tensor) -> tuple[Callable, list[Tensor], list[Tensor]]:
+        """f of the equation z = f(z; x), zeros in the shapes of z, and where its solver begins."""
         if x.dim() != 4 or x.shape[1] != 3 or x.numel() == 0:
             raise InputError(f"images have shape {tuple(x.shape)}, but must be (B, 3, H, W)")
         if not x.is_floating_point():
@@ -199,7 +208,8 @@ class MDEQNet(SolverAttributes, nn.Module):
             injection.new_zeros(len(x), width, *size)
             for width, size in zip(self.channels, sizes, strict=True)
         ]
-        return self.fullstage.prepare(injection, z0), z0
+        guess = z0 if self.start is None else self.start(injection, z0)
+        return self.fullstage.prepare(injection, z0), z0, guess
 
     def head(self, z: list[Tensor]) -> Tensor:
         """Compute the scores from the branches z_i."""

@@ -15,6 +15,7 @@ import bench_audits
 import bench_film
 import bench_generation
 import bench_graph
+import bench_quality
 import bench_states
 import bench_steps
 import bench_words
@@ -96,10 +97,15 @@ def of_steps(found: dict) -> dict[str, str]:
     return {"steps": f"    {found['machine']}\n\n{bench_steps.report(found)}"}
 
 
+def of_quality(found: dict) -> dict[str, str]:
+    return {"time to quality": f"    {found['machine']}\n\n{bench_quality.report(found)}"}
+
+
 # Files of figures: the page that shows each, and what makes the text of its blocks, by name.
 FIGURES = {
     "gradients.json": ("gradients.md", of_gradients),  # compare_gradients.py
     "ties.json": ("benchmarks.md", of_ties),  # compare_ties.py
+    "time_to_quality.json": ("benchmarks.md", of_quality),  # bench_quality.py
     "own_layer.json": ("own-layer.md", of_own_layer),  # bench_own_layer.py
     # examples/prefix_sums_compared.py, mazes.py and maze_ablations.py
     "prefix_sums.json": ("larger-problems.md", prefix_sums_tables.blocks),
