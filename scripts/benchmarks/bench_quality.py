@@ -42,14 +42,12 @@ from mdeq_vision.command import load_config, run_folder
 from mdeq_vision.image_trainer import ImageTrainer
 
 PUBLISHED, BEST = "published", "best"
+_SOLVES = "--grad ift --f_solver anderson --f_thres 12 --b_solver broyden --b_thres 13"
+_FEW = "--f_start learned --f_thres 3 --pretrain_steps 500 --max_step 900"
 # Changes of the settings in deq_sequence/quickstart.py, and of the yaml files.
 OPTIONS = {
-    "words": {
-        PUBLISHED: "--grad ift --f_solver anderson --f_thres 12 --b_solver broyden --b_thres 13 "
-        "--optim Adam --lr 0.001 --eval-interval 100",
-        BEST: "--f_start learned --f_thres 3 --pretrain_steps 500 --max_step 900 "
-        "--eval-interval 100",
-    },
+    "words": {PUBLISHED: f"{_SOLVES} --optim Adam --lr 0.001", BEST: _FEW},
+    "words-muon": {PUBLISHED: _SOLVES, BEST: "--f_start learned --f_thres 3"},
     "digits": {
         PUBLISHED: "",
         BEST: "DEQ.F_START learned DEQ.GRAD phantom:steps=3,damping=0.9 DEQ.F_SOLVER anderson "
@@ -64,7 +62,8 @@ OPTIONS = {
         "LOSS.JAC_LOSS_WEIGHT 2.0 LOSS.PRETRAIN_JAC_LOSS_WEIGHT 1.0",
     },
 }
-FIGURES = {"words": "perplexity", "digits": "top1", "scenes": "mIoU"}
+WORDS = ("words", "words-muon")  # as published with Adam; and Muon for both
+FIGURES = dict.fromkeys(WORDS, "perplexity") | {"digits": "top1", "scenes": "mIoU"}
 LOWER_IS_BETTER = ("perplexity",)
 EXTRA: dict[str, list[str]] = {task: [] for task in OPTIONS}  # more settings, for the tests
 
@@ -106,12 +105,12 @@ def run(options: argparse.Namespace) -> None:
 # ---- one run -----------------------------------------------------------------------------------
 
 
-def words_arguments(name: str, seed: int, out: Path) -> Namespace:
+def words_arguments(task: str, name: str, seed: int, out: Path) -> Namespace:
     """The command line of a language model."""
-    own = ["--seed", str(seed), "--name", f"{name}-{seed}", "--work_dir", str(out / "words")]
+    own = ["--seed", str(seed), "--name", f"{name}-{seed}", "--work_dir", str(out / task)]
     data = ["--data", str(ROOT / "DEQ-Sequence/data/demo"), "--num_threads", "1", "--auto_restart"]
-    flags = [*words.SETTINGS.split(), *data, *EXTRA["words"], *OPTIONS["words"][name].split()]
-    return parse_words([*flags, *own])
+    flags = [*words.SETTINGS.split(), *data, "--eval-interval", "100"]
+    return parse_words([*flags, *EXTRA[task], *OPTIONS[task][name].split(), *own])
 
 
 def image_configuration(task: str, name: str, seed: int, out: Path):
@@ -124,8 +123,8 @@ def image_configuration(task: str, name: str, seed: int, out: Path):
 
 
 def folder_of_run(task: str, name: str, seed: int, out: Path) -> Path:
-    if task == "words":
-        return folder_of(words_arguments(name, seed, out))
+    if task in WORDS:
+        return folder_of(words_arguments(task, name, seed, out))
     cfg, path, _ = image_configuration(task, name, seed, out)
     return run_folder(cfg, path)
 
@@ -138,9 +137,9 @@ def train(task: str, name: str, seed: int, out: Path) -> None:
     """Do one run; its log is in its folder."""
     torch.set_num_threads(1)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), timed():
-        if task == "words":
-            args = words_arguments(name, seed, out)
-            judge = words_arguments(PUBLISHED, seed, out)
+        if task in WORDS:
+            args = words_arguments(task, name, seed, out)
+            judge = words_arguments(task, PUBLISHED, seed, out)
             with judged_words(judge.f_solver, judge.f_thres):
                 run_command(args)
         else:
@@ -332,7 +331,7 @@ def _models(task: str, name: str, rows: list[dict]) -> list[str]:
 
 
 def _shown(task: str, figure: float) -> str:
-    return f"{figure:.1f}" if task == "words" else f"{100 * figure:.1f} %"
+    return f"{figure:.1f}" if task in WORDS else f"{100 * figure:.1f} %"
 
 
 if __name__ == "__main__":
