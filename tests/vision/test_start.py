@@ -27,7 +27,7 @@ from small_vision import (
     tiny_config,
 )
 
-LEARNED = {"DEQ__START": "learned"}
+LEARNED = {"DEQ__F_START": "learned"}
 
 
 def pair(kind="cls"):
