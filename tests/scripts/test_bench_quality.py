@@ -68,7 +68,8 @@ def test_the_command(command, tmp_path, capsys):
 
 def test_words_are_judged_as_the_published_options_solve(command, tmp_path, monkeypatch):
     flags = "--f_solver broyden --f_thres 5 --grad ift --optim Adam"
-    monkeypatch.setitem(bench_quality.OPTIONS["words"], "published", flags)
+    options = {"published": flags, "best": "--f_start learned --f_thres 3"}
+    monkeypatch.setitem(bench_quality.OPTIONS, "words", options)
     assert command("--only", "words", "--seeds", "1")[0] == 0
     runs = tmp_path / "runs/words-demo"
     records = {r["kind"]: r for r in read_metrics(next(runs.parent.glob("words*/best-1")))}
