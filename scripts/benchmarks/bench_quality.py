@@ -31,6 +31,7 @@ from helpers.settings import ROOT
 import deq_sequence.quickstart as words
 import mdeq_vision.quickstart as images
 from deq_sequence.command import run_command
+from deq_sequence.evaluation import perplexity
 from deq_sequence.options import folder_of
 from deq_sequence.options import parse as parse_words
 from deq_sequence.text_trainer import LMTrainer
@@ -252,6 +253,8 @@ def figures(task: str, records: list[dict], target: float | None) -> dict:
     solved = [r for r in records if r["kind"] == "train" and r.get("forward_nfe")]
     started = [r for r in records if r["kind"] == "with_start"]
     tested = [r for r in records if r["kind"].startswith("final_test")]
+    if task in WORDS:
+        tested = [r | {name: perplexity(r["loss"])} for r in tested]
     found = {
         "final": last[name],
         "test": next((r[name] for r in tested if name in r), None),

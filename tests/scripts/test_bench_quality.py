@@ -1,6 +1,7 @@
 """bench_quality.py on tiny sizes: what it trains, what it keeps, its times and its tables."""
 
 import json
+import math
 
 import bench_quality
 import pytest
@@ -70,11 +71,14 @@ def test_words_are_judged_as_the_published_options_solve(command, tmp_path, monk
     flags = "--f_solver broyden --f_thres 5 --grad ift --optim Adam"
     options = {"published": flags, "best": "--f_start learned --f_thres 3"}
     monkeypatch.setitem(bench_quality.OPTIONS, "words", options)
-    assert command("--only", "words", "--seeds", "1")[0] == 0
+    file = tmp_path / "quality.json"
+    assert command("--only", "words", "--seeds", "1", "--json", str(file))[0] == 0
     runs = tmp_path / "runs/words-demo"
     records = {r["kind"]: r for r in read_metrics(next(runs.parent.glob("words*/best-1")))}
     assert records["valid"]["nfe"] == 6  # Broyden's method evaluates its start, too
     assert records["train"]["forward_nfe"] == 3
+    tested = json.loads(file.read_text())["runs"][1]["test"]
+    assert tested == pytest.approx(math.exp(records["final_test"]["loss"]))
 
 
 def run_of(name, valid, clock):
