@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lib.errors import InputError
 from lib.layer_utils import conv3x3, conv5x5
-from lib.optimization import VariationalHidDropout2d, WeightNorm, weight_norm
+from lib.optimization import VariationalHidDropout2d, weight_norm
 from mdeq_vision.convolution import conv2d
 
 Held = list[Any]  # what ``prepare`` returns: tensors (or None), BlockTensors, or lists of these
@@ -66,10 +66,6 @@ def group_norm(groups: int, channels: int, affine: bool) -> GroupNorm:
     return GroupNorm(groups, channels, affine=affine)
 
 
-def _normed(conv: nn.Conv2d) -> WeightNorm:
-    return weight_norm(conv, ["weight"])[1]
-
-
 def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
     return conv2d(x, weight, conv.stride[0], conv.padding[0])
 
@@ -105,9 +101,9 @@ class ResidualBlock(nn.Module):
         self.gn2 = group_norm(groups, channels, affine)
         self.gn3 = group_norm(groups, channels, affine)
         self.drop = VariationalHidDropout2d(dropout)
-        self._norms = {}
         if wnorm:
-            self._norms = {name: _normed(getattr(self, name)) for name in ("conv1", "conv2")}
+            weight_norm(self.conv1, ["weight"])
+            weight_norm(self.conv2, ["weight"])
 
     def prepare(self, z: Tensor, x: Tensor | None = None) -> BlockTensors:
         """Compute the weights and draw the mask for one forward of the model.
@@ -116,8 +112,6 @@ class ResidualBlock(nn.Module):
             z: a state (B, C, H, W); only its shape, dtype and device count.
             x: the injection, of the shape of z; None injects nothing.
         """
-        for name, norm in self._norms.items():
-            norm.reset(getattr(self, name))
         mask = self.drop.reset_mask(*z.shape, device=z.device, dtype=z.dtype)
         norms = [norm.prepare() for norm in (self.gn1, self.gn2, self.gn3)]
         return BlockTensors(self.conv1.weight, self.conv2.weight, *norms, mask, x)
@@ -205,12 +199,11 @@ class PostFusion(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 1, bias=False)
         self.gnorm = group_norm(groups, channels, affine)
-        self._norm = _normed(self.conv) if wnorm else None
+        if wnorm:
+            weight_norm(self.conv, ["weight"])
 
     def prepare(self) -> Held:
         """Compute the weight for one forward of the model."""
-        if self._norm is not None:
-            self._norm.reset(self.conv)
         return [self.conv.weight, self.gnorm.prepare()]
 
     def forward(self, y: Tensor, held: Held) -> Tensor:

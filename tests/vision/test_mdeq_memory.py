@@ -55,6 +55,18 @@ def step_stacked(model, image):
     (output.square().sum() + 0.1 * jac_loss.sum()).backward()
 
 
+@pytest.mark.parametrize("kind", ["cls", "seg"])
+def test_a_step_leaves_no_graph_behind(kind):
+    """Normalised weights are as large as the parameters: they must go with the step's graph."""
+    model, image = build(kind, 3, WNORM=True), images(16, 16)
+    gc.collect()
+    before = {id(thing) for thing in gc.get_objects()}
+    step_train(model, image)
+    gc.collect()
+    new = [t for t in gc.get_objects() if id(t) not in before and type(t) is torch.Tensor]
+    assert [tuple(t.shape) for t in new if t.grad_fn is not None] == []
+
+
 def step_forward_only(model, image):
     model(image, EQUILIBRIUM, f_thres=3)
 
