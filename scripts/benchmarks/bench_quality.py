@@ -57,8 +57,8 @@ OPTIONS = {
     },
     "scenes": {
         PUBLISHED: "",
-        BEST: "DEQ.F_START learned DEQ.GRAD phantom:steps=3,damping=0.9,form=neumann DEQ.F_SOLVER anderson "
-        "DEQ.F_THRES 3 MODEL.NUM_LAYERS 2 TRAIN.PRETRAIN_STEPS 500 TRAIN.END_EPOCH 9 "
+        BEST: "DEQ.F_START learned DEQ.GRAD phantom:steps=3,damping=0.9,form=neumann "
+        "DEQ.F_SOLVER anderson DEQ.F_THRES 3 MODEL.NUM_LAYERS 2 TRAIN.PRETRAIN_STEPS 500 TRAIN.END_EPOCH 9 "
         "LOSS.USE_OHEM True LOSS.OHEMKEEP 4000 LOSS.JAC_LOSS_FREQ 0.1 "
         "LOSS.JAC_LOSS_WEIGHT 2.0 LOSS.PRETRAIN_JAC_LOSS_WEIGHT 1.0",
     },
