@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deq_sequence.linear import linear
+from deq_sequence.linear import autocast_dtype, linear
 from lib.errors import InputError
 from lib.graphs import compiled
 from lib.optimization import VariationalAttnDropout, VariationalHidDropout, weight_norm
@@ -61,11 +61,7 @@ def relative_shift(x: Tensor) -> Tensor:
 
 def working_dtype(x: Tensor) -> torch.dtype:
     """The dtype of matrix products with x: autocast's dtype if autocast is on, else x's own."""
-    kind = x.device.type
-    off = not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind)
-    if x.dtype == torch.float64 or off:
-        return x.dtype  # autocast does not change float64
-    return torch.get_autocast_dtype(kind)
+    return autocast_dtype(x) or x.dtype
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
@@ -159,8 +155,9 @@ def attend(y: Tensor, t: AttentionTensors, fused: bool) -> Tensor:
     else:
         q, k, v, bias = (x.flatten(0, 1) for x in (q, k, v, bias))
         # In place, to hold the scores once. With autograd this would copy the gradient of a view.
-        add = torch.baddbmm if torch.is_grad_enabled() else Tensor.baddbmm_
-        score = add(bias, q, k.transpose(1, 2), alpha=d_head**-0.5)
+        # (``out``, not ``baddbmm_``, whose operations PyTorch's counter leaves out.)
+        out = None if torch.is_grad_enabled() else bias
+        score = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=d_head**-0.5, out=out)
         weights = F.softmax(score, dim=-1).view(h, bsz, qlen, klen)
         weights = weights if t.dropatt is None else weights * t.dropatt
         out = (weights.flatten(0, 1) @ v).view(h, bsz, qlen, d_head)

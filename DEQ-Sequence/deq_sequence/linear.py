@@ -34,11 +34,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     else:
         by_convolution = _by_convolution() and not torch.is_autocast_enabled("cpu")
     # A bias for every row of x is added to the product; a bias vector goes to the kernel.
-    kind = x.device.type
-    if bias is None or bias.dim() == 1:
-        half = weight.dtype == torch.float32 and torch.is_autocast_enabled(kind)
-        if half and torch.is_grad_enabled() and (weight.is_leaf or weight._is_view()):
-            return _Half.apply(x.to(torch.get_autocast_dtype(kind)), weight, bias)
+    half = autocast_dtype(x) if weight.dtype == torch.float32 else None
+    kept_anyway = weight.is_leaf or weight._is_view()
+    recorded = torch.is_grad_enabled() and (bias is None or bias.dim() == 1)
+    if half and kept_anyway and recorded:
+        return _Half.apply(x.to(half), weight, bias)
     rowwise, vector = (bias, None) if bias is not None and bias.dim() > 1 else (None, bias)
     if by_convolution:
         # The rows of x become the pixels of an image of height 2. With height 1, or with rows as
@@ -71,6 +71,15 @@ class _Half(torch.autograd.Function):
         back = grad @ weight.to(grad.dtype) if wanted[0] else None
         own = (rows.t() @ x.flatten(0, -2)).to(weight.dtype) if wanted[1] else None
         return back, own, rows.sum(0).to(weight.dtype) if wanted[2] else None
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Autocast's dtype for products with x; None where autocast is off or changes nothing."""
+    kind = x.device.type
+    available = torch.amp.is_autocast_available(kind)  # not on the meta device
+    if x.dtype == torch.float64 or not available or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def _by_convolution() -> bool:

@@ -11,7 +11,7 @@ from deq_sequence.embedding import (
     cluster_widths,
     rows_by_cluster,
 )
-from deq_sequence.linear import linear
+from deq_sequence.linear import autocast_dtype, linear
 from lib.errors import InputError
 
 
@@ -108,5 +108,4 @@ class ProjectedAdaptiveLogSoftmax(nn.Module):
 
 def _single(logits: Tensor) -> Tensor:
     """Logits in float32 under autocast, whose loss would cast them too, and hold both."""
-    half = torch.is_autocast_enabled(logits.device.type) and logits.dtype != torch.float64
-    return logits.float() if half else logits
+    return logits.float() if autocast_dtype(logits) else logits
