@@ -35,9 +35,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         by_convolution = _by_convolution() and not torch.is_autocast_enabled("cpu")
     # A bias for every row of x is added to the product; a bias vector goes to the kernel.
     half = autocast_dtype(x) if weight.dtype == torch.float32 else None
-    kept_anyway = weight.is_leaf or weight._is_view()
     recorded = torch.is_grad_enabled() and (bias is None or bias.dim() == 1)
-    if half and kept_anyway and recorded:
+    if half and recorded and (weight.is_leaf or weight._is_view()):  # W is kept anyway
         return _Half.apply(x.to(half), weight, bias)
     rowwise, vector = (bias, None) if bias is not None and bias.dim() > 1 else (None, bias)
     if by_convolution:
