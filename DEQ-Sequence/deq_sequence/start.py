@@ -47,4 +47,5 @@ class LearnedStart(nn.Module):
 def distance(guess: Tensor, z: Tensor) -> Tensor:
     """||guess - z||^2 / ||z||^2 over the batch, with a gradient for the guess alone."""
     z = z.detach()
-    return (guess - z).square().sum() / z.square().sum()
+    norm = z.square().sum().clamp_min(torch.finfo(z.dtype).tiny)  # z may be zero
+    return (guess - z).square().sum() / norm

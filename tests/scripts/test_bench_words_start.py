@@ -7,12 +7,7 @@ import pytest
 import torch
 
 from deq_sequence.command import main as train_main
-
-TINY = """
-    --dataset demo --name tiny --d_model 8 --n_head 1 --d_head 8 --d_inner 8 --init_std 0.2
-    --adaptive --n_layer 2 --eval_n_layer 2 --pretrain_steps 2 --max_step 4 --grad jfb --f_thres 3
-    --tgt_len 8 --mem_len 8 --eval_tgt_len 8 --batch_size 2 --eval_batch_size 2 --max_eval_steps 1
-"""
+from small_model import TINY_RUN
 
 
 @pytest.fixture
@@ -24,7 +19,7 @@ def command(tmp_path, monkeypatch, demo_folder):
         trained.append(" ".join(flags))
         return train_main(flags)
 
-    monkeypatch.setattr(bench_words_start, "SETTINGS", TINY)
+    monkeypatch.setattr(bench_words_start, "SETTINGS", TINY_RUN)
     monkeypatch.setattr(bench_words_start, "DATA", demo_folder)
     monkeypatch.setattr(bench_words_start, "launch", here)
     monkeypatch.setattr(bench_words_start, "TOKENS", 3)

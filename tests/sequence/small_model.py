@@ -4,6 +4,13 @@ import torch
 
 from deq_sequence import DEQTransformerLM
 
+# Flags of a training run of four steps.
+TINY_RUN = """
+    --dataset demo --name tiny --d_model 8 --n_head 1 --d_head 8 --d_inner 8 --init_std 0.2
+    --adaptive --n_layer 2 --eval_n_layer 2 --pretrain_steps 2 --max_step 4 --grad jfb --f_thres 3
+    --tgt_len 8 --mem_len 8 --eval_tgt_len 8 --batch_size 2 --eval_batch_size 2 --max_eval_steps 1
+"""
+
 SMALL = {
     "n_token": 17,
     "n_layer": 2,

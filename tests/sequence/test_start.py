@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import deq_sequence
-from deq_sequence.start import WIDTH, LearnedStart
+from deq_sequence.start import WIDTH, LearnedStart, distance
 from export_weights import main as export
 from lib.solvers import anderson, fixed_point_iteration
 from small_model import EQUILIBRIUM, STACKED, build, words
@@ -147,6 +147,12 @@ def test_it_learns(make_trainer):
         model.log_probs(data, f_thres=1)
         residuals.append(model.deq.stats.forward.last["rel_residual"])
     assert residuals[0] < 0.8 * residuals[1]
+
+
+def test_the_distance_to_a_state_of_zeros_has_a_finite_gradient():
+    guess = torch.zeros(2, 3, requires_grad=True)
+    distance(guess, torch.zeros(2, 3)).backward()
+    assert guess.grad.tolist() == [[0.0] * 3] * 2
 
 
 # ---- the state in evaluation -------------------------------------------------------------------
