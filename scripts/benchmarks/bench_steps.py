@@ -11,7 +11,9 @@ torchdeq a step is that of our language model, with our f, data, softmax and opt
 solves and differentiates is torchdeq's. No solve stops before its threshold there, so that both
 evaluate f equally often. (Evaluations are those of the forward solve, and + those of the adjoint
 where they are known; torchdeq's count has those of its gradient in it.) In all other rows solves
-stop at 1e-3, as usual. "tiny" is the overhead of a solver alone, as in bench_solvers.py.
+stop at 1e-3, as usual. "gmres" is our form with GMRES for the adjoint, to the same tolerance and
+threshold as the plain form's Broyden. "tiny" is the overhead of a solver alone, as in
+bench_solvers.py.
 
 The forms take turns in one process, on one thread. Seconds are medians of CPU time, which other
 work on the machine disturbs less than wall time, and a ratio is the median of the rounds' ratios.
@@ -40,7 +42,7 @@ from helpers.torchdeq_layer import TorchdeqLayer
 
 from lib.deq import DEQ, DEQWarning
 from lib.runs.command_line import exit_code
-from lib.solvers import get_solver
+from lib.solvers import get_solver, gmres
 
 CPU = torch.device("cpu")
 WORDS = "wt103_deq_transformer"
@@ -69,7 +71,7 @@ MEMORY_STEPS = 3
 
 @dataclass(frozen=True)
 class Row:
-    """Two forms of one thing. A form is plain, a library, or a number format of ours.
+    """Two forms of one thing: plain, a library, or ours, with a number format or with GMRES.
 
     The solvers, gradient and thresholds of image models are those of their settings.
     """
@@ -84,13 +86,16 @@ class Row:
     forms: tuple[str, str] = ("torchdeq", "ours")
 
 
-PLAIN = ("plain", "ours")
+PLAIN, GMRES = ("plain", "ours"), ("plain", "gmres")
 ROWS = {
     "plain-small": Row("small", f_thres=12, b_thres=13, forms=PLAIN),
     "plain-wide": Row("wide", f_thres=12, b_thres=13, forms=PLAIN),
     "plain-words": Row("words", forms=PLAIN),
     "plain-cifar": Row("cifar", forms=PLAIN),
     "plain-cityscapes": Row("cityscapes", forms=PLAIN),
+    "gmres-small": Row("small", f_thres=12, b_thres=13, forms=GMRES),
+    "gmres-words": Row("words", forms=GMRES),
+    "gmres-cifar": Row("cifar", forms=GMRES),
     "small-phantom": Row("small", phantom=3),
     "small-neumann": Row("small", phantom=3, neumann=True),
     "small-implicit": Row("small"),
@@ -110,11 +115,12 @@ def training_step(row: Row, form: str) -> Task:
     setting, size = MODELS[row.model]
     kind = FORMS[{"plain": "plain", "bf16": "fast-bf16"}.get(form, "fast")]
     task = make_task(setting, kind, Options(size=size, device=CPU))
-    if setting != WORDS:
-        return task
-    task.b_thres, task.args.f_thres, task.args.rand_f_thres_delta = row.b_thres, row.f_thres, 0
-    if row.forms == PLAIN:
+    if setting == WORDS:
+        task.b_thres, task.args.f_thres, task.args.rand_f_thres_delta = row.b_thres, row.f_thres, 0
         task.set_solvers(row.solver, row.adjoint)
+    if form == "gmres":
+        task.model.b_solver = gmres
+    if "plain" in row.forms:
         return task
     if form == "torchdeq":
         gradient = {"grad": row.phantom} if row.phantom else {"ift": True}
@@ -177,6 +183,7 @@ def measure_steps(row: Row, rounds: int) -> dict[str, dict]:
     for form, task in tasks.items():
         stats = vars(task.model.deq.stats)
         found[form]["nfe"] = [s.last["nfe"] for s in stats.values() if "nfe" in s.last]
+        found[form]["adjoint_residual"] = stats["backward"].last.get("rel_residual")
     del tasks, task
     for form in row.forms:
         found[form] |= in_new_process(memory_of, row, form)
@@ -219,6 +226,8 @@ def line(name: str, row: Row, found: dict[str, dict]) -> list[str]:
     for kind in ("resident", "tensors"):
         both = [form.get(kind, 0) / 2**20 for form in (base, own)]
         cells.append(" / ".join(f"{used:.1f}" for used in both) if all(both) else "-")
+    adjoints = [form.get("adjoint_residual") for form in (base, own)]
+    cells.append(" / ".join("-" if r is None else f"{r:.0e}" for r in adjoints))
     last = [form["losses"][-1:] for form in (base, own)]
     cells.append(f"{abs(last[1][0] / last[0][0] - 1):.0e}" if all(last) else "-")
     return cells
@@ -233,6 +242,7 @@ HEAD = [
     "evaluations",
     "resident MiB",
     "tensors MiB",
+    "residuals of the adjoint",
     "loss diff",
 ]
 

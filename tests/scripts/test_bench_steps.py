@@ -33,12 +33,12 @@ def test_bf16_beside_float32(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
-@pytest.mark.parametrize("row", ["plain-small", "plain-cifar"])
+@pytest.mark.parametrize("row", ["plain-small", "plain-cifar", "gmres-cifar"])
 def test_beside_the_plain_form(row, tmp_path, capsys):
     path = tmp_path / "figures.json"
     assert bench_steps.main(["--rows", row, "--repeats", "1", "--json", str(path)]) == 0
     figures = json.loads(path.read_text())
-    plain, ours = (figures["rows"][row][form] for form in bench_steps.PLAIN)
+    plain, ours = (figures["rows"][row][form] for form in bench_steps.ROWS[row].forms)
     assert ours["losses"] == pytest.approx(plain["losses"], rel=1e-3)
     assert len(ours["nfe"]) == len(plain["nfe"]) == 2  # of forward and adjoint
     assert ours["tensors"] <= plain["tensors"]

@@ -27,7 +27,8 @@ class TorchdeqLayer:
                 f"torchdeq is not installed ({error}): pip install --no-deps torchdeq==0.1.0"
             ) from error
         self._deq = get_deq(**options)
-        self.stats = SimpleNamespace(forward=SimpleNamespace(last={}))
+        unknown = SimpleNamespace(last={})
+        self.stats = SimpleNamespace(forward=SimpleNamespace(last={}), backward=unknown)
 
     def __call__(self, f, z0: Tensor, **_) -> Equilibrium:
         """The equilibrium of f from z0; thresholds and all else are those of ``options``."""
