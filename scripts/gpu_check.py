@@ -7,7 +7,7 @@ If a section takes too long or too much memory, or lacks a package, the others s
     nccl      one process with NCCL (gloo on the CPU): averaged gradients, batch norm
     tests     the tests marked for a GPU
     profile   the kernels that take most of the time of a step
-    steps     a step of each published setting, fast and plain; bfloat16, graphs, torch.compile
+    steps     a step of each published setting: plain, ours, bfloat16, graphs, GMRES, compiled
 """
 
 import argparse

@@ -42,7 +42,7 @@ from helpers.torchdeq_layer import TorchdeqLayer
 
 from lib.deq import DEQ, DEQWarning
 from lib.runs.command_line import exit_code
-from lib.solvers import get_solver, gmres
+from lib.solvers import get_solver
 
 CPU = torch.device("cpu")
 WORDS = "wt103_deq_transformer"
@@ -113,13 +113,12 @@ ROWS = {
 def training_step(row: Row, form: str) -> Task:
     """The training step of a row in one of its forms."""
     setting, size = MODELS[row.model]
-    kind = FORMS[{"plain": "plain", "bf16": "fast-bf16"}.get(form, "fast")]
+    kinds = {"plain": "plain", "bf16": "fast-bf16", "gmres": "fast-gmres"}
+    kind = FORMS[kinds.get(form, "fast")]
     task = make_task(setting, kind, Options(size=size, device=CPU))
     if setting == WORDS:
         task.b_thres, task.args.f_thres, task.args.rand_f_thres_delta = row.b_thres, row.f_thres, 0
         task.set_solvers(row.solver, row.adjoint)
-    if form == "gmres":
-        task.model.b_solver = gmres
     if "plain" in row.forms:
         return task
     if form == "torchdeq":

@@ -13,6 +13,8 @@ These forms of a step take turns in one process:
     fast-bf16          ours, bfloat16 inside f
     fast-compile       ours, float32, f through torch.compile
     fast-bf16-compile  both
+    fast-graph         ours, float32, f in CUDA graphs where there is a GPU
+    fast-gmres         ours, float32, GMRES for the adjoint
 
 All forms start from the same weights and use the same random data, masks and vectors. So the
 float32 forms have the same losses up to rounding. "loss diff" is the largest relative difference

@@ -69,6 +69,6 @@ def test_all_of_it(tmp_path):
     assert "gloo: sum right" in text
     assert "aten::bmm" in text
     for name in ("wt103_deq_transformer", "cifar/cls_mdeq_TINY"):
-        for form in ("plain", "fast", "fast-bf16", "fast-graph", "fast-compile"):
+        for form in ("plain", "fast", "fast-bf16", "fast-graph", "fast-gmres", "fast-compile"):
             assert f"| {name} | {form} | " in text
     assert "!" not in text

@@ -19,7 +19,7 @@ from lib.solvers import SOLVERS
 from lib.solvers.precision import allow_tf32
 
 GRADIENTS = ("ift", "shine", "jfb", "phantom", "phantom:form=neumann", "reversible", "unroll")
-FORMS = ("plain", "fast", "fast-bf16", "fast-graph", "fast-compile")
+FORMS = ("plain", "fast", "fast-bf16", "fast-graph", "fast-gmres", "fast-compile")
 # The first ones matter most: time may not be enough for all.
 SETTINGS = (
     "wt103_deq_transformer", "cifar/cls_mdeq_TINY", "imagenet/cls_mdeq_SMALL",

@@ -46,13 +46,14 @@ def chosen_settings(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Form:
-    """How a step is computed: plain or not, number format, compiled or not, in graphs or not."""
+    """How a step is computed: in the plain form or ours, and the options of ours."""
 
     name: str
     plain: bool = False
     amp: str = "none"
     compile: bool = False
     graph: bool = False  # CUDA graphs
+    adjoint: str = ""  # the solver of the adjoint; none: that of the setting
 
 
 FORMS = {
@@ -63,6 +64,7 @@ FORMS = {
         Form("fast-bf16", amp="bf16"),
         Form("fast-compile", compile=True),
         Form("fast-graph", graph=True),
+        Form("fast-gmres", adjoint="gmres"),
         Form("fast-bf16-compile", amp="bf16", compile=True),
     )
 }

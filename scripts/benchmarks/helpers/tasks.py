@@ -37,7 +37,7 @@ from helpers.settings import LANGUAGE, Form, Options, image_config, language_arg
 from lib.graphs import Graphs
 from lib.jacobian import jac_loss_weight_at
 from lib.runs.optimizers import fused_if_possible
-from lib.solvers import SOLVERS
+from lib.solvers import ADJOINT_SOLVERS, SOLVERS
 from lib.solvers.precision import autocast
 from mdeq_vision import MDEQClsNet, MDEQSegNet
 from mdeq_vision import schedules as image_schedules
@@ -70,14 +70,14 @@ class Task:
             self.model.deq.graphs = Graphs()
 
     def set_solvers(self, forward: str, backward: str) -> None:
-        """Solvers by name, in the form's own implementation."""
-        self.methods = forward, backward
+        """Solvers by name, in the form's own implementation. The form's adjoint goes first."""
+        self.methods = forward, backward = forward, self.form.adjoint or backward
         self.model.f_solver, self.model.b_solver = self._solver(forward), self._solver(backward)
 
     def _solver(self, name: str):
         if self.form.plain and self.options.plain == "torchdeq":
             return torchdeq_solver(name)
-        solver = (PLAIN if self.form.plain else SOLVERS)[name]
+        solver = (PLAIN if self.form.plain else SOLVERS | ADJOINT_SOLVERS)[name]
         if name == "anderson" and self.options.lam is not None:
             return partial(solver, lam=self.options.lam)
         return solver
