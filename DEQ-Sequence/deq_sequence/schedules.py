@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import nn
 
-from deq_sequence.muon import Muon
 from lib.errors import InputError
 from lib.runs.checkpoint import check_form
+from lib.runs.muon import Muon
 from lib.runs.optimizers import fused_if_possible
 
 # What ReduceLROnPlateau counts; its other attributes are settings.

@@ -18,6 +18,7 @@ from lib.deq import DEQ, SAME
 from lib.errors import InputError, check, did_you_mean, is_number, naming
 from lib.graphs import Graphs
 from lib.solvers.precision import AMP
+from mdeq_vision.schedules import OPTIMIZERS
 from mdeq_vision.stage import check_keys
 from mdeq_vision.start import STARTS
 from mdeq_vision.yaml_files import read_yaml
@@ -111,7 +112,7 @@ def _defaults() -> CfgNode:
     cfg.TRAIN.LR_STEP = [90, 110]
     cfg.TRAIN.LR = 0.001
     cfg.TRAIN.LR_SCHEDULER = "step"  # step, cosine, poly
-    cfg.TRAIN.OPTIMIZER = "adam"  # adam, sgd, rmsprop
+    cfg.TRAIN.OPTIMIZER = "adam"  # adam, muon, sgd, rmsprop
     cfg.TRAIN.MOMENTUM = 0.9
     cfg.TRAIN.WD = 0.0001
     cfg.TRAIN.NESTEROV = False
@@ -378,7 +379,7 @@ _RANGES: list[tuple[str, Callable, str]] = [
     (" or ".join(AMP), lambda v: v in AMP, "AMP"),
     (" or ".join(STARTS), lambda v: v in STARTS, "DEQ.F_START"),
     ("mdeq", lambda v: v == "mdeq", "MODEL.NAME"),
-    ("adam, sgd or rmsprop", lambda v: v in ("adam", "sgd", "rmsprop"), "TRAIN.OPTIMIZER"),
+    (" or ".join(OPTIMIZERS), lambda v: v in OPTIMIZERS, "TRAIN.OPTIMIZER"),
     ("step, cosine or poly", lambda v: v in ("step", "cosine", "poly"), "TRAIN.LR_SCHEDULER"),
 ]
 

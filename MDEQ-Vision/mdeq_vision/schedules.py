@@ -2,30 +2,47 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 from yacs.config import CfgNode
 
 from lib.jacobian import jac_loss_weight_at
+from lib.runs.muon import Muon
 from lib.runs.optimizers import fused_if_possible
+from mdeq_vision.start import PREFIX
 
 ETA_MIN = 1e-6  # final learning rate of the cosine schedule
 POLY_POWER = 0.9
+OPTIMIZERS = ("adam", "muon", "sgd", "rmsprop")  # values of TRAIN.OPTIMIZER
 
 
 def make_optimizer(
     cfg: CfgNode, model: nn.Module, build: Callable = fused_if_possible
 ) -> torch.optim.Optimizer:
-    """Build the optimiser that TRAIN.OPTIMIZER names: adam, sgd or rmsprop."""
+    """Build the optimiser that TRAIN.OPTIMIZER names."""
     train = cfg.TRAIN
     options = {"lr": train.LR, "weight_decay": train.WD}
     if train.OPTIMIZER == "adam":
         return build(torch.optim.Adam, model, **options)
+    if train.OPTIMIZER == "muon":
+        return build(partial(Muon, matrices=_kernels(model)), model, **options)
     options["momentum"] = train.MOMENTUM
     if train.OPTIMIZER == "sgd":
         return build(torch.optim.SGD, model, nesterov=train.NESTEROV, **options)
     return build(torch.optim.RMSprop, model, **options)
+
+
+def _kernels(model: nn.Module) -> list[nn.Parameter]:
+    """The kernels of the convolutions, for Muon; not those of the start and of the last layer."""
+    return [
+        p
+        for name, p in model.named_parameters()
+        if p.dim() == 4
+        and name.endswith(("weight", "weight_v"))
+        and not name.startswith((PREFIX, "last_layer."))
+    ]
 
 
 def learning_rate(

@@ -11,6 +11,7 @@ from torch import nn
 from deq_sequence.options import parse
 from deq_sequence.schedules import LearningRate, make_optimizer
 from lib.runs.optimizers import restore_optimizer
+from small_model import build
 
 FUSED = ("Adam", "SGD", "Adagrad")  # on a CPU
 OPTIMISERS = ("Adam", "SGD", "Adagrad", "RMSprop", "RAdam")
@@ -241,3 +242,15 @@ def test_a_saved_state_goes_on_with_the_kernels_of_this_machine(name, saved_fuse
     found, expected = updates(optimizer, twin), updates(saved, model)
     exact = {"rtol": 0, "atol": 0} if saved_fused else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(found, expected, **exact)
+
+
+@pytest.mark.parametrize("wnorm", [False, True])
+def test_muon_takes_the_matrices_of_layer_and_injection(wnorm):
+    model = build(wnorm=wnorm)
+    optimizer = make_optimizer(parse(["--optim", "Muon"]), model)
+    own = {id(p) for g in optimizer.param_groups if g["orthogonal"] for p in g["params"]}
+    chosen = {n for n, p in model.named_parameters() if id(p) in own}
+    end = "weight_v" if wnorm else "weight"
+    layer = ("dec_attn.qkv_net", "dec_attn.r_net", "dec_attn.o_net", "pos_ff.ff1_net")
+    layer += ("pos_ff.ff2_net",)
+    assert chosen == {"inject_conv.weight", *(f"func.{name}.{end}" for name in layer)}

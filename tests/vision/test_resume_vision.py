@@ -175,6 +175,7 @@ def test_stopped_after_a_validation(settings, whole, stop_at, stop):
 @pytest.mark.parametrize(
     "more",
     [
+        "TRAIN.OPTIMIZER muon DEQ.F_START learned",
         "TRAIN.OPTIMIZER sgd TRAIN.NESTEROV True TRAIN.LR_SCHEDULER poly",
         "TRAIN.OPTIMIZER rmsprop TRAIN.LR_SCHEDULER step TRAIN.LR_STEP [1]",
         "MODEL.WNORM False TRAIN.CLIP 0.1 TRAIN.SHUFFLE False PRINT_FREQ 3",

@@ -8,6 +8,7 @@ from torch.optim import SGD, lr_scheduler
 
 from mdeq_vision.config import config
 from mdeq_vision.schedules import jac_factor, learning_rate, make_optimizer
+from small_vision import build
 
 
 def settings(**changes):
@@ -160,6 +161,25 @@ def test_optimizers(name, kind, options):
             model(torch.ones(1, 3)).square().sum().backward()
             optimizer.step()
     assert torch.equal(one.weight, two.weight)
+
+
+@pytest.mark.parametrize("kind", ["cls", "seg"])
+def test_muon_takes_the_kernels(kind):
+    """Of stem, layer and head; the start, the last layer, norms and classifier learn by AdamW."""
+    model = build(kind, MODEL__WNORM=True, DEQ__F_START="learned")
+    optimizer = make_optimizer(settings(TRAIN__OPTIMIZER="muon"), model)
+    own = {id(p) for g in optimizer.param_groups if g["orthogonal"] for p in g["params"]}
+    found = {name for name, p in model.named_parameters() if id(p) in own}
+    left_out = ("start.", "last_layer.", "classifier.")
+    convolutions = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Conv2d) and not name.startswith(left_out)
+    }
+    ends = {f"{name}.weight" for name in convolutions} | {f"{n}.weight_v" for n in convolutions}
+    assert found == ends & {name for name, _ in model.named_parameters()}
+    assert len(found) == len(convolutions) > 8
+    assert any(name.startswith("fullstage.") and name.endswith("weight_v") for name in found)
 
 
 def test_nesterov_is_of_sgd_alone():

@@ -15,6 +15,7 @@ from mdeq_vision.command import CONFIG
 from mdeq_vision.evaluation import Evaluation
 from mdeq_vision.image_trainer import ImageTrainer
 from mdeq_vision.model import MDEQNet
+from mdeq_vision.schedules import OPTIMIZERS
 from mdeq_vision.tasks import ClassificationTrainer
 from small_digits import assert_same, of_kind, state_of
 from small_runs import DIGITS, SCENES, run_tool
@@ -51,7 +52,7 @@ def test_no_increment(digits, increment):
 # ---- schedules ----------------------------------------------------------------------------------
 
 
-COMBINATIONS = [*product(("adam", "sgd", "rmsprop"), ("cosine", "poly", "step"))]
+COMBINATIONS = [*product(OPTIMIZERS, ("cosine", "poly", "step"))]
 
 
 @pytest.mark.parametrize(

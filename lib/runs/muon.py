@@ -29,8 +29,7 @@ class Muon(torch.optim.AdamW):
 
     Args:
         params: all parameters, or groups of them, as for AdamW.
-        matrices: those of ``params`` that Muon updates. Dimensions of size 1 are left out, and two
-            must be left.
+        matrices: those of ``params`` that Muon updates; a kernel (n, m, ...) as one (n, m ...).
         options: ``lr``, ``weight_decay`` and others of AdamW.
     """
 
@@ -62,7 +61,7 @@ class Muon(torch.optim.AdamW):
             state["exp_avg"] = torch.zeros_like(p)
         state["step"] += 1
         mean = state["exp_avg"].lerp_(gradient, 1 - _MOMENTUM)
-        matrix = gradient.lerp(mean, _MOMENTUM).squeeze()
+        matrix = gradient.lerp(mean, _MOMENTUM).flatten(1)
         scale = 0.2 * max(matrix.shape) ** 0.5
         p.mul_(1 - lr * decay)
         p.sub_(orthogonal(matrix).view_as(p), alpha=lr * scale)
