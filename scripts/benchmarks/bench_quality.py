@@ -45,27 +45,31 @@ from mdeq_vision.image_trainer import ImageTrainer
 PUBLISHED, BEST = "published", "best"
 _SOLVES = "--grad ift --f_solver anderson --f_thres 12 --b_solver broyden --b_thres 13"
 _FEW = "--f_start learned --f_thres 3 --pretrain_steps 500 --max_step 900"
+_FEW_IMAGES = "TRAIN.OPTIMIZER muon DEQ.F_FEW_IMAGES learned DEQ.F_SOLVER anderson DEQ.F_THRES 3"
 # Changes of the settings in deq_sequence/quickstart.py, and of the yaml files.
 OPTIONS = {
     "words": {PUBLISHED: f"{_SOLVES} --optim Adam --lr 0.001", BEST: _FEW},
     "words-muon": {PUBLISHED: _SOLVES, BEST: "--f_start learned --f_thres 3"},
     "digits": {
         PUBLISHED: "",
-        BEST: "DEQ.F_START learned DEQ.GRAD phantom:steps=3,damping=0.9 DEQ.F_SOLVER anderson "
-        "DEQ.F_THRES 3 MODEL.NUM_LAYERS 3 TRAIN.PRETRAIN_STEPS 160 TRAIN.END_EPOCH 15 "
-        "LOSS.JAC_LOSS_FREQ 0.4 LOSS.JAC_LOSS_WEIGHT 8.0 LOSS.PRETRAIN_JAC_LOSS_WEIGHT 0.0",
+        BEST: f"{_FEW_IMAGES} DEQ.GRAD phantom:steps=3,damping=0.9 "
+        "MODEL.NUM_LAYERS 3 TRAIN.PRETRAIN_STEPS 120 TRAIN.END_EPOCH 12 "
+        "LOSS.JAC_LOSS_FREQ 0.2 LOSS.JAC_LOSS_WEIGHT 8.0 LOSS.PRETRAIN_JAC_LOSS_WEIGHT 0.0",
     },
     "scenes": {
         PUBLISHED: "",
-        BEST: "DEQ.F_START learned DEQ.GRAD phantom:steps=3,damping=0.9,form=neumann "
-        "DEQ.F_SOLVER anderson DEQ.F_THRES 3 MODEL.NUM_LAYERS 2 "
-        "TRAIN.PRETRAIN_STEPS 500 TRAIN.END_EPOCH 9 "
+        BEST: f"{_FEW_IMAGES} DEQ.GRAD phantom:steps=3,damping=0.9,form=neumann "
+        "MODEL.NUM_LAYERS 2 TRAIN.PRETRAIN_STEPS 375 TRAIN.END_EPOCH 7 "
         "LOSS.USE_OHEM True LOSS.OHEMKEEP 4000 LOSS.JAC_LOSS_FREQ 0.1 "
         "LOSS.JAC_LOSS_WEIGHT 2.0 LOSS.PRETRAIN_JAC_LOSS_WEIGHT 1.0",
     },
 }
-WORDS = ("words", "words-muon")  # as published with Adam; and Muon for both
-FIGURES = dict.fromkeys(WORDS, "perplexity") | {"digits": "top1", "scenes": "mIoU"}
+MUON = "-muon"  # ends the names of tasks in which the published options have Muon, too
+OPTIONS |= {
+    f"{task}{MUON}": {PUBLISHED: "TRAIN.OPTIMIZER muon", BEST: OPTIONS[task][BEST]}
+    for task in ("digits", "scenes")
+}
+FIGURES = {"words": "perplexity", "digits": "top1", "scenes": "mIoU"}
 LOWER_IS_BETTER = ("perplexity",)
 EXTRA: dict[str, list[str]] = {task: [] for task in OPTIONS}  # more settings, for the tests
 
@@ -107,6 +111,11 @@ def run(options: argparse.Namespace) -> None:
 # ---- one run -----------------------------------------------------------------------------------
 
 
+def kind(task: str) -> str:
+    """The quickstart's name of a task."""
+    return task.removesuffix(MUON)
+
+
 def words_arguments(task: str, name: str, seed: int, out: Path) -> Namespace:
     """The command line of a language model."""
     own = ["--seed", str(seed), "--name", f"{name}-{seed}", "--work_dir", str(out / task)]
@@ -117,15 +126,22 @@ def words_arguments(task: str, name: str, seed: int, out: Path) -> Namespace:
 
 def image_configuration(task: str, name: str, seed: int, out: Path):
     """The settings of an image model, its yaml file, and what trains it."""
-    file, begin, _ = images.TASKS[task]
+    file, begin, _ = images.TASKS[kind(task)]
     path = ROOT / "MDEQ-Vision/experiments" / file
-    opts = ["SEED", str(seed), "OUTPUT_DIR", str(out / f"{name}-{seed}"), "TRAIN.RESUME", "True"]
+    opts = [
+        "SEED",
+        str(seed),
+        "OUTPUT_DIR",
+        str(out / task / f"{name}-{seed}"),
+        "TRAIN.RESUME",
+        "True",
+    ]
     opts += [*EXTRA[task], *OPTIONS[task][name].split()]
     return load_config(Namespace(cfg=path, opts=opts)), path, begin
 
 
 def folder_of_run(task: str, name: str, seed: int, out: Path) -> Path:
-    if task in WORDS:
+    if kind(task) == "words":
         return folder_of(words_arguments(task, name, seed, out))
     cfg, path, _ = image_configuration(task, name, seed, out)
     return run_folder(cfg, path)
@@ -139,7 +155,7 @@ def train(task: str, name: str, seed: int, out: Path) -> None:
     """Do one run; its log is in its folder."""
     torch.set_num_threads(1)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), timed():
-        if task in WORDS:
+        if kind(task) == "words":
             args = words_arguments(task, name, seed, out)
             judge = words_arguments(task, PUBLISHED, seed, out)
             with judged_words(judge.f_solver, judge.f_thres):
@@ -243,7 +259,7 @@ def judged_words(f_solver: str, f_thres: int) -> Iterator[None]:
 
 def figures(task: str, records: list[dict], target: float | None) -> dict:
     """What a finished run did. ``target`` None: the target is its own final figure."""
-    name = FIGURES[task]
+    name = FIGURES[kind(task)]
     times = {r["step"]: r for r in records if r["kind"] == "clock"}
     valid = [r for r in records if r["kind"] == "valid" and r["phase"] == "equilibrium"]
     last = valid[-1]
@@ -254,7 +270,7 @@ def figures(task: str, records: list[dict], target: float | None) -> dict:
     solved = [r for r in records if r["kind"] == "train" and r.get("forward_nfe")]
     started = [r for r in records if r["kind"] == "with_start"]
     tested = [r for r in records if r["kind"].startswith("final_test")]
-    if task in WORDS:
+    if kind(task) == "words":
         tested = [r | {name: perplexity(r["loss"])} for r in tested]
     found = {
         "final": last[name],
@@ -335,7 +351,7 @@ def _models(task: str, name: str, rows: list[dict]) -> list[str]:
 
 
 def _shown(task: str, figure: float) -> str:
-    return f"{figure:.1f}" if task in WORDS else f"{100 * figure:.1f} %"
+    return f"{figure:.1f}" if kind(task) == "words" else f"{100 * figure:.1f} %"
 
 
 if __name__ == "__main__":

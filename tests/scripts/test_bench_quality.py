@@ -36,7 +36,7 @@ def command(tmp_path, demo_folder, monkeypatch):
 
 
 def folder(tmp_path, name):
-    return tmp_path / f"runs/{name}-1/digits/cls_mdeq_TINY"
+    return tmp_path / f"runs/digits/{name}-1/digits/cls_mdeq_TINY"
 
 
 def test_the_command(command, tmp_path, capsys):
@@ -79,6 +79,19 @@ def test_words_are_judged_as_the_published_options_solve(command, tmp_path, monk
     assert records["train"]["forward_nfe"] == 3
     tested = json.loads(file.read_text())["runs"][1]["test"]
     assert tested == pytest.approx(math.exp(records["final_test"]["loss"]))
+
+
+def test_muon_on_both_sides(tmp_path):
+    found = {
+        (task, name): bench_quality.image_configuration(task, name, 1, tmp_path)[0]
+        for task in ("digits", "digits-muon")
+        for name in ("published", "best")
+    }
+    optimizers = [cfg.TRAIN.OPTIMIZER for cfg in found.values()]
+    assert optimizers == ["adam", "muon", "muon", "muon"]
+    assert len({cfg.OUTPUT_DIR for cfg in found.values()}) == 4
+    solvers = {cfg.DEQ.F_SOLVER for (_, name), cfg in found.items() if name == "published"}
+    assert solvers == {"broyden"}
 
 
 def run_of(name, valid, clock):
