@@ -127,7 +127,7 @@ def test_checked_frames_are_those_of_the_film_and_come_to_one_equilibrium(scenes
 
 
 def two_equilibria(biases):
-    """tanh(20 (z + b)), with fixed points at -1 and 1; from zeros a solve finds that of b's sign."""
+    """tanh(20 (z + b)): fixed points at -1 and 1; from zeros a solve finds that of b's sign."""
 
     def prepare(layer, injection, z0):
         bias = next(biases)
