@@ -142,7 +142,7 @@ def segment(argv: list[str] | None = None) -> int:
         try:
             use_each(args.images, use, check)
         finally:
-            if args.check is not None:
+            if apart:
                 print(_said_of(apart))
 
     return exit_code("segment.py", action)
