@@ -16,6 +16,7 @@ import bench_film
 import bench_generation
 import bench_graph
 import bench_quality
+import bench_sample_stop
 import bench_states
 import bench_steps
 import bench_words
@@ -93,6 +94,10 @@ def of_film(found: dict) -> dict[str, str]:
     return {"film": bench_film.report(found)}
 
 
+def of_sample_stop(found: dict) -> dict[str, str]:
+    return {"sample stop": bench_sample_stop.report(found)}
+
+
 def of_steps(found: dict) -> dict[str, str]:
     return {"steps": f"    {found['machine']}\n\n{bench_steps.report(found)}"}
 
@@ -117,6 +122,7 @@ FIGURES = {
     "generation.json": ("words.md", of_generation),  # bench_generation.py
     "quickstart_seeds.json": ("start.md", of_quickstart),  # quickstart_seeds.py
     "film.json": ("images.md", of_film),  # bench_film.py
+    "sample_stop.json": ("benchmarks.md", of_sample_stop),  # bench_sample_stop.py
     "audits.json": ("larger-problems.md", of_audits),  # bench_audits.py
     "gpu_rates.json": ("planning.md", of_gpu_rates),  # gpu_rates.py
     "steps.json": ("benchmarks.md", of_steps),  # bench_steps.py

@@ -1,6 +1,6 @@
 """Films: each frame is solved from the equilibrium of the frame before."""
 
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from PIL import Image
 import mdeq_vision
 from lib.errors import InputError
 from mdeq_vision.datasets.digit_scenes import render_film, render_scene
+from mdeq_vision.layer import MultiscaleLayer
 from mdeq_vision.model import FOLLOW_THRES
 from mdeq_vision.prediction.command import segment
 from small_runs import ROOM
@@ -107,6 +108,63 @@ def test_windows_and_mirror_images_have_a_state_each(scenes):
 def test_thresholds_are_counts(scenes):
     with pytest.raises(InputError, match="f_thres is 0, but must be"):
         scenes.film(0)
+    with pytest.raises(InputError, match="check is -1, but must be"):
+        scenes.film(check=-1)
+
+
+def test_checked_frames_are_those_of_the_film_and_come_to_one_equilibrium(scenes):
+    frames = pictures(3, 5, speed=1.0)
+    plain, checked = scenes.film(), scenes.film(check=2)
+    for number, frame in enumerate(frames):
+        expected, found = plain(frame), checked(frame)
+        assert np.array_equal(found.labels, expected.labels)
+        assert (found.evaluations, found.residual) == (expected.evaluations, expected.residual)
+        assert expected.apart is None
+        if number in (2, 4):  # far nearer than the film's own residual: both went on to the end
+            assert 0 < found.apart < 1e-3 < found.residual
+        else:
+            assert found.apart is None
+
+
+def two_equilibria(biases):
+    """tanh(20 (z + b)): fixed points at -1 and 1; from zeros a solve finds that of b's sign."""
+
+    def prepare(layer, injection, z0):
+        bias = next(biases)
+        return lambda z: [torch.tanh(20 * (part + bias)) for part in z]
+
+    return prepare
+
+
+def no_equilibrium(layer, injection, z0):
+    return lambda z: [torch.full_like(part, float("nan")) for part in z]
+
+
+@pytest.mark.filterwarnings("ignore:f is not finite")
+@pytest.mark.parametrize(
+    ("prepare", "line", "end"),
+    [
+        # The first frame leads to the negative one. The next solves have the other sign.
+        (two_equilibria(chain([-0.3], repeat(0.3))), "another equilibrium", ""),
+        (no_equilibrium, "", "; 2 did not settle"),
+        (MultiscaleLayer.prepare, "", ""),
+    ],
+    ids=["two", "none", "one"],
+)
+def test_the_command_says_how_often_films_follow_another_equilibrium(
+    tmp_path, capsys, monkeypatch, prepare, line, end
+):
+    (tmp_path / "film").mkdir()
+    for number, frame in enumerate(pictures(5, 3)):
+        frame.save(tmp_path / "film" / f"{number}.png")
+    monkeypatch.setattr(MultiscaleLayer, "prepare", prepare)
+    places = [str(SCENES_FILE), str(tmp_path / "film"), "--out", str(tmp_path / "out")]
+    assert segment([*places, "--sequence", "--check", "1"]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    number = 2 if line else 0
+    assert sum("another equilibrium" in text for text in lines) == number
+    assert last.startswith(f"{number} of 2 checked frames follow another equilibrium than a solve")
+    assert last.endswith(f"(relative distance above 0.01){end}")
 
 
 def test_the_command_follows_a_film_and_leaves_out_what_is_no_picture(tmp_path, capsys):
@@ -131,7 +189,12 @@ def test_the_command_follows_a_film_and_leaves_out_what_is_no_picture(tmp_path, 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--f_thres", "3"], "give --sequence"), (["--sequence", "--f_thres", "0"], "--f_thres is 0")],
+    [
+        (["--f_thres", "3"], "give --sequence"),
+        (["--sequence", "--f_thres", "0"], "--f_thres is 0"),
+        (["--check", "3"], "--check is for frames of a film: give --sequence"),
+        (["--sequence", "--check", "0"], "--check is 0"),
+    ],
 )
 def test_flags_that_do_not_fit(tmp_path, capsys, flags, message):
     picture = ROOM.parent / "docs/figures/scene.png"

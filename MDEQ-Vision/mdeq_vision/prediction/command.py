@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import os
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mdeq_vision.model import FOLLOW_THRES
 from mdeq_vision.pictures import colour, save_png, to_label_ids
 from mdeq_vision.prediction.files import PictureFile, use_each
 from mdeq_vision.prediction.predictors import (
+    ELSEWHERE,
     Classification,
     Segmentation,
     TrainedClassifier,
@@ -88,6 +90,13 @@ def segment(argv: list[str] | None = None) -> int:
         "equilibrium of the frame before, and takes few evaluations",
     )
     parser.add_argument(
+        "--check",
+        type=int,
+        metavar="N",
+        help="with --sequence: for every N-th frame, find out whether the film follows another "
+        "equilibrium than a solve from the usual start finds; it takes the time of several frames",
+    )
+    parser.add_argument(
         "--f_thres",
         type=int,
         metavar="N",
@@ -97,21 +106,29 @@ def segment(argv: list[str] | None = None) -> int:
 
     def action():
         args = parser.parse_args(argv)
-        if args.f_thres is not None:
-            if not args.sequence:
-                raise InputError("--f_thres is for frames of a film: give --sequence, too")
-            check_count("--f_thres", args.f_thres)
+        for flag, value in (("--f_thres", args.f_thres), ("--check", args.check)):
+            if value is not None:
+                if not args.sequence:
+                    raise InputError(f"{flag} is for frames of a film: give --sequence, too")
+                check_count(flag, value)
         model = _load(args, TrainedSegmenter)
-        film = model.film(args.f_thres or FOLLOW_THRES) if args.sequence else model.segment
+        film = model.segment
+        if args.sequence:
+            film = model.film(args.f_thres or FOLLOW_THRES, args.check or 0)
+        apart: list[float] = []
 
         def use(picture: PictureFile) -> None:
             found = film(picture.path)
+            if found.apart is not None:
+                apart.append(found.apart)
             for kind, array in _arrays(found).items():
                 save_png(array, _target(args.out, kind, picture))
             shares = ", ".join(f"{name} {100 * p:.1f} %" for name, p in found.shares.items())
             confidence = f"confidence {found.confidence.mean(dtype=np.float64):.3f}"
             solves = f" in {found.solves} solves" if found.solves > 1 else ""
             print(f"{picture.path} | {shares} | {confidence} | {_solve(found, solves)}")
+            if found.apart is not None and found.apart > ELSEWHERE:
+                print(f"  another equilibrium than from the usual start: {found.apart:.0e} apart")
             print(f"  {_target(args.out, 'overlays', picture)}", flush=True)
 
         def check(pictures: list[PictureFile]) -> None:
@@ -122,7 +139,11 @@ def segment(argv: list[str] | None = None) -> int:
                     if os.path.realpath(target) in sources:
                         raise InputError(f"--out: {target} is one of the pictures: give another")
 
-        use_each(args.images, use, check)
+        try:
+            use_each(args.images, use, check)
+        finally:
+            if apart:
+                print(_said_of(apart))
 
     return exit_code("segment.py", action)
 
@@ -153,6 +174,16 @@ def _classes(found: Classification, top: int) -> str:
 
 def _solve(found: Classification | Segmentation, solves: str = "") -> str:
     return f"{found.evaluations} evaluations{solves}, residual {found.residual:.1e}"
+
+
+def _said_of(apart: list[float]) -> str:
+    """What the checked frames of a film showed."""
+    elsewhere, lost = sum(d > ELSEWHERE for d in apart), sum(math.isnan(d) for d in apart)
+    text = (
+        f"{elsewhere} of {len(apart)} checked frames follow another equilibrium than a solve from "
+        f"the usual start finds (relative distance above {ELSEWHERE:g})"
+    )
+    return text + (f"; {lost} did not settle" if lost else "")
 
 
 def _arrays(found: Segmentation) -> dict[str, np.ndarray]:

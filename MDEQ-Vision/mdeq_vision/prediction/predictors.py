@@ -1,7 +1,7 @@
 """Trained models as objects that take pictures, of any size and form."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
+from lib.auditing import Request, probing
 from lib.errors import InputError, check_count
 from lib.runs.evaluation_loop import evaluating
 from lib.solvers.precision import autocast
@@ -22,6 +23,10 @@ from mdeq_vision.model import FOLLOW_THRES, MDEQNet
 from mdeq_vision.prediction.overlays import with_legend
 
 Picture = str | Path | Image.Image | Tensor
+ELSEWHERE = 0.01  # relative distance; two ends of solves that are further apart are two equilibria
+# How a frame is solved to find out: to a hundredth of the tolerance, so that two solves of one
+# equilibrium end much nearer to each other than ELSEWHERE.
+_TO_THE_END = Request(times=4, least=200, eps=0.01)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,9 @@ class Segmentation:
         residual: the largest relative residual of a solve.
         solves: 1; or one for each window, scale and mirror image.
         facts: the names, colours and official labels of the classes.
+        apart: of a frame of a film that was checked: the largest relative distance of a solve's
+            equilibrium from that of a solve from the usual start, NaN if one was not found; else
+            None.
     """
 
     picture: np.ndarray
@@ -72,6 +80,7 @@ class Segmentation:
     residual: float
     solves: int
     facts: SegmentationFacts
+    apart: float | None = None
 
     @cached_property
     def shares(self) -> dict[str, float]:
@@ -161,7 +170,9 @@ class TrainedSegmenter(_Trained):
         found = [self._segment(picture, self._forward) for picture in _several(images)]
         return found if _are_several(images) else found[0]
 
-    def film(self, f_thres: int = FOLLOW_THRES) -> Callable[[Picture], Segmentation]:
+    def film(
+        self, f_thres: int = FOLLOW_THRES, check: int = 0
+    ) -> Callable[[Picture], Segmentation]:
         """A function that segments the frames of a film, one call a frame.
 
         Each solve begins at the equilibrium of the frame before and takes few evaluations of f,
@@ -175,30 +186,54 @@ class TrainedSegmenter(_Trained):
         Args:
             f_thres: threshold of the solver for a frame that follows another; at most the model's
                 own.
+            check: find out for every ``check``-th frame whether f has several equilibria, and the
+                film follows another one than a solve from the usual start finds: ``apart`` of the
+                result. Both solves go on to a hundredth of the tolerance, which takes longer than
+                the frame and changes nothing else. 0: for no frame.
 
         Raises:
-            InputError: f_thres is no positive integer; in a call, the frame cannot be read.
+            InputError: f_thres is no positive integer, or check is negative; in a call, the frame
+                cannot be read.
         """
         check_count("f_thres", f_thres)
+        check_count("check", check, 0)
         # One state for each window, scale and mirror image of a frame, in their order.
         states: list[list[Tensor] | None] = []
+        frames = count()
 
         def next_frame(picture: Picture) -> Segmentation:
-            calls = count()
+            calls, frame = count(), next(frames)
+            checked = bool(check and frame and frame % check == 0)
+            apart: list[float] = []
 
             def forward(images: Tensor) -> Tensor:
                 number = next(calls)
                 if number == len(states):
                     states.append(None)
+                images = images.to(self.device)
                 with autocast(self.settings.AMP, self.device):
-                    scores, states[number] = self.model.follow(
-                        images.to(self.device), states[number], f_thres
-                    )
+                    scores, states[number] = self.model.follow(images, states[number], f_thres)
+                if checked:
+                    apart.append(self._apart(images, states[number]))
                 return scores.float()
 
-            return self._segment(picture, forward)
+            found = self._segment(picture, forward)
+            return replace(found, apart=float(np.max(apart))) if checked else found
 
         return next_frame
+
+    def _apart(self, images: Tensor, state: list[Tensor]) -> float:
+        """How far the equilibrium to which ``state`` leads is from that of a solve without it.
+
+        The distance is relative to the second one's norm; NaN if a solve does not settle.
+        """
+        with probing(self.model, None) as probe:
+            probe.request = _TO_THE_END
+            for start in (state, None):
+                self.model.follow(images, start, self.model.f_thres)
+        (film, own), settled = probe.found, all(s.settled.all() for s in probe.found)
+        distance = (film.z - own.z).norm() / own.z.norm()
+        return distance.item() if settled else float("nan")
 
     def _segment(self, picture: Picture, forward: Callable[[Tensor], Tensor]) -> Segmentation:
         test, facts = self.settings.TEST, self.facts
