@@ -45,7 +45,7 @@ from mdeq_vision.image_trainer import ImageTrainer
 PUBLISHED, BEST = "published", "best"
 _SOLVES = "--grad ift --f_solver anderson --f_thres 12 --b_solver broyden --b_thres 13"
 _FEW = "--f_start learned --f_thres 3 --pretrain_steps 500 --max_step 900"
-_FEW_IMAGES = "TRAIN.OPTIMIZER muon DEQ.F_FEW_IMAGES learned DEQ.F_SOLVER anderson DEQ.F_THRES 3"
+_FEW_IMAGES = "TRAIN.OPTIMIZER muon DEQ.F_START learned DEQ.F_SOLVER anderson DEQ.F_THRES 3"
 # Changes of the settings in deq_sequence/quickstart.py, and of the yaml files.
 OPTIONS = {
     "words": {PUBLISHED: f"{_SOLVES} --optim Adam --lr 0.001", BEST: _FEW},

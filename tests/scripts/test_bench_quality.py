@@ -89,7 +89,7 @@ def test_muon_on_both_sides(tmp_path):
     }
     optimizers = [cfg.TRAIN.OPTIMIZER for cfg in found.values()]
     assert optimizers == ["adam", "muon", "muon", "muon"]
-    assert len({cfg.OUTPUT_DIR for cfg in found.values()}) == 4
+    assert len({cfg.OUTPUT_DIR for cfg in found.values()}) == 4  # runs of their own
     solvers = {cfg.DEQ.F_SOLVER for (_, name), cfg in found.items() if name == "published"}
     assert solvers == {"broyden"}
 
