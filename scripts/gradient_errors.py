@@ -37,6 +37,7 @@ EXACT = 1e-6  # relative residual of the exact solves
 LONGEST = 300  # evaluations, or products, of each of them
 SMALL = 0.5  # an error below this part of the noise is called small
 THRESHOLDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+_SAME = 0.9  # part of an error; one above it is about the same
 _ABOVE = 2  # thresholds above the run's own
 
 
@@ -59,7 +60,7 @@ class Report:
     """The rows, and what they are compared with; ``print`` it for a table.
 
     Attributes:
-        solver, gradient: the run's own, by name.
+        solver, gradient: the run's own, by name; a gradient with its own iteration has no solver.
         own: its own threshold.
         batches: their number.
         again: evaluations of f in a step beside those of the solve.
@@ -89,44 +90,52 @@ class Report:
         rows = [_finite(row) for row in found.pop("rows")]
         return _finite(found) | {"rows": rows, "said": self.said()}
 
+    @property
+    def reached(self) -> bool:
+        """Whether the exact solves are exact."""
+        return max(self.residual, self.adjoint_residual) <= EXACT
+
     def said(self) -> list[str]:
         """What the figures mean, in sentences."""
         own = next(row for row in self.rows if row.threshold == self.own)
         products = f", and {self.products:.1f} products with its Jacobian" * (self.products > 0)
-        lines = [
+        return [
             f"A step of training makes {own.evaluations:.1f} evaluations of f in its solve and "
             f"{self.again} more for its gradient{products}.",
-            self._hint(own),
+            self._hint(own) if self.reached else self._none_found(),
         ]
-        if not max(self.residual, self.adjoint_residual) <= EXACT:
-            lines.append(
-                f"The exact solves did not reach {EXACT:g}: their residuals are up to "
-                f"{self.residual:.1e} (fixed point) and {self.adjoint_residual:.1e} (adjoint). "
-                "Errors of about that size say nothing."
-            )
-        return lines
+
+    def _none_found(self) -> str:
+        return (
+            f"No hint: the exact solves ended at residuals of {self.residual:.1e} (fixed point) and "
+            f"{self.adjoint_residual:.1e} (adjoint), above {EXACT:g}, so they are not exact."
+        )
 
     def _hint(self, own: Row) -> str:
         def part(row: Row) -> str:
-            return _short(row.error / self.noise) if self.noise else "-"
+            return f"{_short(row.error / self.noise)} of the noise"
 
-        at_own = f"at its own threshold {self.own} the error is {part(own)} of the noise"
+        small = f"{SMALL:g} of the noise of a batch"
+        at_own = f"at its own threshold {self.own} it is {part(own)}"
         if self.enough is None:
+            last = self.rows[-1]
+            more = " More evaluations hardly change it: it is an error of the backward pass."
             return (
-                f"No threshold of the table brings the error of the gradient below {SMALL:g} of "
-                f"the noise of a batch: {at_own}, at {self.rows[-1].threshold} "
-                f"{part(self.rows[-1])}."
-            )
+                f"No threshold of the table brings the error of the gradient below {small}: "
+                f"{at_own}, at {last.threshold} {part(last)}."
+            ) + more * (last.error > _SAME * own.error)
         first = next(row for row in self.rows if row.threshold == self.enough)
         begin = (
-            f"From threshold {self.enough} on, the error of the gradient is below {SMALL:g} of the "
-            f"noise of a batch ({part(first)} of it)"
+            f"From threshold {self.enough} on, the error of the gradient is below {small}; at "
+            f"{self.enough} it is {part(first)}"
         )
-        if self.enough >= self.own:
-            return f"{begin}; {at_own}."
+        if self.enough == self.own:
+            return f"{begin}. That is the run's own threshold."
+        if self.enough > self.own:
+            return f"{begin}, {at_own}."
         share = (first.evaluations + self.again) / (own.evaluations + self.again)
         return (
-            f"{begin}; {at_own}. A hint, no promise: {self.enough} may do, with {share:.0%} of the "
+            f"{begin}, {at_own}. A hint, no promise: {self.enough} may do, with {share:.0%} of the "
             "evaluations."
         )
 
@@ -144,17 +153,18 @@ class Report:
                 f"{row.difference:+.1e}",
                 _short(row.error),
                 f"{row.cosine:.4f}",
-                _short(row.error / self.noise) if self.noise else "-",
+                _short(row.error / self.noise),
                 _short(row.mean_error),
             )
             for row in self.rows
         ]
         exact = ("exact", "", f"{self.residual:.1e}", f"{self.loss:.4f}")
         noise = ("noise", "", "", "", "", f"{self.noise:.3f}")
+        solver = f"solver {self.solver}, " * bool(self.solver)
         return "\n".join(
             [
-                f"solver {self.solver}, gradient {self.gradient}, {self.batches} batches of the "
-                "training data (*: the run's own f_thres)",
+                f"{solver}gradient {self.gradient}, {self.batches} batches of the training data "
+                "(*: the run's own f_thres)",
                 *_columns([head, *rows, exact, noise]),
                 *self.said(),
             ]
