@@ -107,8 +107,8 @@ class Report:
 
     def _none_found(self) -> str:
         return (
-            f"No hint: the exact solves ended at residuals of {self.residual:.1e} (fixed point) and "
-            f"{self.adjoint_residual:.1e} (adjoint), above {EXACT:g}, so they are not exact."
+            f"No hint: the exact solves ended at residuals of {self.residual:.1e} (fixed point) "
+            f"and {self.adjoint_residual:.1e} (adjoint), above {EXACT:g}, so they are not exact."
         )
 
     def _hint(self, own: Row) -> str:
@@ -290,7 +290,7 @@ def _exactly(deq: DEQ) -> Iterator[None]:
 
 def _fixed_point(f: Callable, x0: Tensor, threshold: int = 0, stop_mode: str = "rel") -> dict:
     """By Anderson's method, and if that ends too early, by Newton's from there."""
-    found = anderson(f, x0, m=12, threshold=LONGEST, eps=EXACT)
+    found = anderson(f, x0, m=30, threshold=LONGEST, eps=EXACT)
     if solve_figures(found)["rel_residual"] <= EXACT:
         return found
     more = newton_krylov(f, found["result"], threshold=LONGEST, eps=EXACT)

@@ -41,7 +41,9 @@ def test_a_trained_run(train, run_folder, capsys):
 def test_all_solves_of_a_batch_are_of_one_equation(train, run_folder):
     """With dropout, memory, parts of a batch and a learned start: with many evaluations, the run's
     own gradient is the exact one."""
-    flags = "--dropout 0.3 --dropatt 0.2 --batch_chunk 2 --f_start learned --mem_len 12"
+    flags = (
+        "--dropout 0.3 --dropatt 0.2 --batch_chunk 2 --f_start learned --mem_len 12 --init_std 0.05"
+    )
     solver = "--f_solver anderson:eps=1e-8 --b_solver gmres:eps=1e-8 --f_thres 48 --b_thres 60"
     train(*flags.split(), *solver.split(), "--max_step", 4)
     trainer, own, batches = training_of(run_folder, run_folder / "model.pt", 3, CPU)

@@ -15,7 +15,7 @@ def evaluated(folder, *flags):
 
 
 def test_a_classifier(digits, capsys):  # noqa: F811
-    folder = digits("DEQ.F_START", "learned", "TRAIN.BATCH_CHUNK", 2, "PERCENT", 0.0103)
+    folder = digits("DEQ.F_START", "learned", "TRAIN.BATCH_CHUNK", 2)
     capsys.readouterr()
     found = evaluated(folder)
     text = capsys.readouterr().out
@@ -25,9 +25,8 @@ def test_a_classifier(digits, capsys):  # noqa: F811
     assert found["own"] == 4
     assert found["rows"][3]["evaluations"] == 5  # broyden makes one more
     assert found["products"] > 0
-    assert found["residual"] < 1e-6
-    errors = [row["error"] for row in found["rows"]]
-    assert errors[-1] < errors[0]
+    exact = max(found["residual"], found["adjoint_residual"]) <= 1e-6
+    assert exact != ("No hint" in text)
     assert main([str(folder), "--batches", "1000", "--out", str(folder / "b.json")]) == 2
     assert "batches, but 1000 are asked for" in capsys.readouterr().err
     assert not (folder / "b.json").exists()
