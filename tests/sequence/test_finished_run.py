@@ -5,16 +5,18 @@ import json
 import pytest
 import torch
 
+import gradient_errors
 from deq_sequence import command
 from deq_sequence.finished_run import training_of
 from evaluations import main
 from gradient_errors import measure
 
+SETTLED = "--pre_lnorm --init_std 0.05 --inject own"  # so that f settles without training
 CPU = torch.device("cpu")
 
 
 def test_a_trained_run(train, run_folder, capsys):
-    train("--grad", "jfb", "--save-interval", 2)
+    train("--grad", "jfb", "--save-interval", 2, *SETTLED.split())
     capsys.readouterr()
     assert main([str(run_folder), "--batches", "2"]) == 0
     text = capsys.readouterr().out
@@ -41,19 +43,19 @@ def test_a_trained_run(train, run_folder, capsys):
 def test_all_solves_of_a_batch_are_of_one_equation(train, run_folder):
     """With dropout, memory, parts of a batch and a learned start: with many evaluations, the run's
     own gradient is the exact one."""
-    flags = (
-        "--dropout 0.3 --dropatt 0.2 --batch_chunk 2 --f_start learned --mem_len 12 --init_std 0.05"
-    )
-    solver = "--f_solver anderson:eps=1e-8 --b_solver gmres:eps=1e-8 --f_thres 48 --b_thres 60"
-    train(*flags.split(), *solver.split(), "--max_step", 4)
-    trainer, own, batches = training_of(run_folder, run_folder / "model.pt", 3, CPU)
-    assert own == 48
+    flags = f"""
+        {SETTLED} --dropout 0.3 --dropatt 0.2 --batch_chunk 2 --f_start learned --mem_len 12
+        --f_solver anderson:eps=1e-8 --b_solver gmres:eps=1e-8 --f_thres 32 --b_thres 60
+    """
+    train(*flags.split(), "--max_step", 4)
+    trainer, own, batches = training_of(run_folder, run_folder / "model.pt", 2, CPU)
+    assert own == 32
     assert trainer.model.start is not None
     found = measure(trainer, own, batches)
-    assert (found.solver, found.gradient, found.batches) == ("anderson", "ift", 3)
+    assert (found.solver, found.gradient, found.batches) == ("anderson", "ift", 2)
     errors = {row.threshold: row.error for row in found.rows}
-    assert errors[48] < 1e-4 < errors[2]
-    assert {row.threshold: row.difference for row in found.rows}[48] == pytest.approx(0, abs=1e-5)
+    assert errors[48] < 1e-4 < 0.01 < errors[2]
+    assert found.rows[-1].difference == pytest.approx(0, abs=1e-5)
 
 
 def test_segments_lie_apart_and_have_a_memory(train, run_folder, capsys):
@@ -73,7 +75,8 @@ def test_segments_lie_apart_and_have_a_memory(train, run_folder, capsys):
     assert "segments of 8 words, too few for 400 batches with a memory" in capsys.readouterr().err
 
 
-def test_state_tracking(tmp_path, capsys):
+def test_state_tracking(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gradient_errors, "LONGEST", 20)  # f of so short a run hardly settles
     flags = """
         --dataset state:Z2 --d_model 8 --n_head 1 --d_head 8 --d_inner 8 --local_size 2 --mem_len 0
         --tgt_len 3 --batch_size 2 --max_step 1 --f_thres 2 --f_thres_per_word 0.34
