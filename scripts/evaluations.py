@@ -35,7 +35,7 @@ def run(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("folder", type=Path, metavar="RUN_FOLDER", help="where a run's files lie")
     add("--batches", type=int, default=4, help="of training data, at least 2 (4)")
-    add("--weights", metavar="NAME", default=WEIGHTS, help=f"file there, checkpoint.pt ({WEIGHTS})")
+    add("--weights", metavar="NAME", default=WEIGHTS, help=f"such as checkpoint.pt ({WEIGHTS})")
     add("--out", type=Path, metavar="FILE", help="in place of evaluations.json there")
     args = parser.parse_args(argv)
     check_count("--batches", args.batches, least=2)

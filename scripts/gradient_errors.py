@@ -64,7 +64,7 @@ class Report:
         own: its own threshold.
         batches: their number.
         again: evaluations of f in a step beside those of the solve.
-        products: mean products of the backward solve with the Jacobian, at its own threshold.
+        products: mean products with the Jacobian of f in a backward pass, at its own threshold.
         loss: that at the fixed point.
         residual, adjoint_residual: the largest relative ones that the exact solves left.
         noise: see above.
@@ -105,6 +105,9 @@ class Report:
             self._hint(own) if self.reached else self._none_found(),
         ]
 
+    def _part(self, row: Row) -> float:
+        return row.error / self.noise if self.noise else math.inf
+
     def _none_found(self) -> str:
         return (
             f"No hint: the exact solves ended at residuals of {self.residual:.1e} (fixed point) "
@@ -113,7 +116,7 @@ class Report:
 
     def _hint(self, own: Row) -> str:
         def part(row: Row) -> str:
-            return f"{_short(row.error / self.noise)} of the noise"
+            return f"{_short(self._part(row))} of the noise"
 
         small = f"{SMALL:g} of the noise of a batch"
         at_own = f"at its own threshold {self.own} it is {part(own)}"
@@ -153,7 +156,7 @@ class Report:
                 f"{row.difference:+.1e}",
                 _short(row.error),
                 f"{row.cosine:.4f}",
-                _short(row.error / self.noise),
+                _short(self._part(row)),
                 _short(row.mean_error),
             )
             for row in self.rows
@@ -198,7 +201,7 @@ def measure(trainer: Trainer, own: int, batches: Iterator) -> Report:
                 warnings.simplefilter("ignore", DEQWarning)
                 sums.add(deq, *step(n), exact=g)
             if n == own:
-                products += deq.stats.backward.means()["nfe"]
+                products += _products(grad, deq)
     n = exact.count
     squares, mean = exact.squares / n, exact.vector / n
     noise = math.sqrt(max(squares - _dot(mean, mean), 0.0) * n / (n - 1) / squares)
@@ -320,6 +323,14 @@ def _again(grad) -> int:
     if isinstance(grad, Iteration):
         return 0
     return grad.steps if isinstance(grad, Phantom) and grad.form == "unrolled" else 1
+
+
+def _products(grad, deq: DEQ) -> float:
+    """Products with the Jacobian in the last backward pass."""
+    if isinstance(grad, Phantom) and grad.form == "neumann":
+        return grad.steps - 1
+    backward = deq.stats.backward
+    return backward.means()["nfe"] - 1 if backward.solves else 0.0  # that with 0 is known
 
 
 def _enough(rows: list[Row], limit: float) -> int | None:
