@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import zip_longest
+from textwrap import fill
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ SMALL = 0.5  # an error below this part of the noise is called small
 THRESHOLDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _SAME = 0.9  # part of an error; one above it is about the same
 _ABOVE = 2  # thresholds above the run's own
+_WIDTH = 98  # of a printed sentence
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,10 @@ class Report:
     def said(self) -> list[str]:
         """What the figures mean, in sentences."""
         own = next(row for row in self.rows if row.threshold == self.own)
-        products = f", and {self.products:.1f} products with its Jacobian" * (self.products > 0)
+        products = f" with {self.products:.1f} products with the Jacobian" * (self.products > 0)
         return [
-            f"A step of training makes {own.evaluations:.1f} evaluations of f in its solve and "
-            f"{self.again} more for its gradient{products}.",
+            f"A step of training makes {own.evaluations:.1f} evaluations of f in its solve, and "
+            f"{self.again} for its gradient{products}.",
             self._hint(own) if self.reached else self._none_found(),
         ]
 
@@ -169,7 +171,7 @@ class Report:
                 f"{solver}gradient {self.gradient}, {self.batches} batches of the training data "
                 "(*: the run's own f_thres)",
                 *_columns([head, *rows, exact, noise]),
-                *self.said(),
+                *(fill(line, _WIDTH) for line in self.said()),
             ]
         )
 

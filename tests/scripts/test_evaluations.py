@@ -131,7 +131,7 @@ def test_gradients(grad, again):
     errors = {row.threshold: row.error for row in found.rows}
     if again == 3:
         assert errors[24] == pytest.approx((1 - 0.5 * (1 - A)) ** 3, rel=1e-4)
-        assert "More evaluations hardly change it" in str(found)
+        assert "More evaluations hardly change it" in said(found)
     else:
         assert errors[24] < 0.01
         assert found.enough == min(n for n, e in errors.items() if e < found.noise / 2)
@@ -160,23 +160,27 @@ def of(errors, own, **changes):
     return replace(found, **changes)
 
 
+def said(found):
+    return " ".join(found.said())
+
+
 def test_what_is_said():
     errors = {1: 2.0, 2: 0.4, 3: 0.7, 4: 0.45, 6: 0.3, 8: 0.2}
-    text = str(of(errors, own=6))
+    assert " 6*" in str(of(errors, own=6))
+    text = said(of(errors, own=6))
     assert "From threshold 4 on, the error of the gradient is below 0.5 of the noise of" in text
     assert "at 4 it is 0.450 of the noise, at its own threshold 6 it is 0.300 of the noise." in text
     assert text.endswith("A hint, no promise: 4 may do, with 71% of the evaluations.")
-    assert " 6*" in text
-    assert str(of(errors, own=4)).endswith("That is the run's own threshold.")
-    assert str(of(errors, own=3)).endswith("at its own threshold 3 it is 0.700 of the noise.")
-    none = str(of({1: 2.0, 2: 1.5, 4: 0.9}, own=2))
+    assert said(of(errors, own=4)).endswith("That is the run's own threshold.")
+    assert said(of(errors, own=3)).endswith("at its own threshold 3 it is 0.700 of the noise.")
+    none = said(of({1: 2.0, 2: 1.5, 4: 0.9}, own=2))
     assert "No threshold of the table brings" in none
     assert none.endswith("threshold 2 it is 1.500 of the noise, at 4 0.900 of the noise.")
 
 
 def test_no_hint_without_an_exact_solve():
     uncertain = of({1: 2.0, 2: 0.4, 3: 0.3}, own=3, residual=math.nan)
-    assert "No hint: the exact solves ended at residuals of nan (fixed point) and 1.0e-07" in str(
+    assert "No hint: the exact solves ended at residuals of nan (fixed point) and 1.0e-07" in said(
         uncertain
     )
     assert uncertain.as_dict()["residual"] is None
