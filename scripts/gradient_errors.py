@@ -4,9 +4,9 @@ For each threshold n of the forward solver and each batch i, g_i(n) is the gradi
 would take. g_i is the exact gradient (fixed point and adjoint solved to ``EXACT``), mean its mean
 over the batches. With ||.||^2 averaged over the N batches:
 
-    error     ||g_i(n) - g_i|| / ||g_i||
-    noise     sqrt(N / (N - 1)) ||g_i - mean|| / ||g_i||
-    mean      || mean of g_i(n) - g_i || / || mean ||
+    error           ||g_i(n) - g_i|| / ||g_i||
+    noise           sqrt(N / (N - 1)) ||g_i - mean|| / ||g_i||
+    error of mean   || mean of g_i(n) - g_i || / || mean ||
 
 All solves of a batch have the same dropout masks and the same start. All arithmetic is float64.
 """

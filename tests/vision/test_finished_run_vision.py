@@ -16,7 +16,7 @@ def evaluated(folder, *flags):
 
 
 def test_a_classifier(digits, capsys, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(gradient_errors, "LONGEST", 20)  # f of so short a run hardly settles
+    monkeypatch.setattr(gradient_errors, "LONGEST", 8)  # f of so short a run hardly settles
     folder = digits("DEQ.F_START", "learned", "TRAIN.BATCH_CHUNK", 2)
     capsys.readouterr()
     found = evaluated(folder)
