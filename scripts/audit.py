@@ -14,10 +14,10 @@ from pathlib import Path
 try:
     import torch
 
-    from lib.errors import InputError, check_count, needs
+    from lib.errors import InputError, check_count
     from lib.runs.atomic_files import atomic_write
     from lib.runs.command_line import Parser, exit_code
-    from lib.runs.run_folder import SETTINGS
+    from run_kind import module_for
 except KeyboardInterrupt:  # the imports take seconds
     sys.exit(130)
 
@@ -38,30 +38,13 @@ def run(argv: list[str] | None = None) -> None:
     if args.out is not None and args.out.exists():  # before the work
         raise InputError(f"--out: {args.out} exists: give another name")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    report = _auditor(args.folder)(args.folder, args.samples, device)
+    audits = module_for(args.folder, "audits")
+    report = audits.audit_run(args.folder, args.samples, device)
     print(report)
     out = args.out or args.folder / "audit.json"
     with atomic_write(out) as file:
         file.write(f"{json.dumps(report.as_dict(), indent=1)}\n".encode())
     print(f"\n{out}")
-
-
-def _auditor(folder: Path):
-    """The audit of the run's kind; its package is imported only now."""
-    if (folder / SETTINGS).is_file():
-        with needs("words"):
-            from deq_sequence.audits import audit_run
-
-            return audit_run
-    if (folder / "config.yaml").is_file():
-        with needs("images"):
-            from mdeq_vision.audits import audit_run
-
-            return audit_run
-    raise InputError(
-        f"{folder} holds no run: expected a folder with settings.json or config.yaml, as training "
-        "leaves it"
-    )
 
 
 if __name__ == "__main__":

@@ -111,6 +111,9 @@ ELSEWHERE = {
     },
     "python DEQ-Sequence/quickstart.py --name jfb --grad jfb": "sequence/test_quickstart.py",
     "python scripts/audit.py DEQ-Sequence/LM-TFM-demo/quickstart": "sequence/test_audits.py",
+    "python scripts/evaluations.py DEQ-Sequence/LM-TFM-demo/quickstart": (
+        "sequence/test_finished_run.py"
+    ),
     "python scripts/benchmarks/bench_audits.py": "scripts/test_bench_audits.py",
     **{
         f"bash state_tracking.sh train --dataset state:{flags}": "sequence/test_launch_scripts.py"

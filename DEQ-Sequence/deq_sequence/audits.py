@@ -7,18 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deq_sequence.command import build_model, read_corpus
+from deq_sequence.finished_run import load_run
 from deq_sequence.model import DEQTransformerLM
-from deq_sequence.own_settings import check_vocabulary, read_settings
 from deq_sequence.state.evaluation import evaluation_threshold
-from deq_sequence.state.strings import StateStrings, get_state_strings, is_state
+from deq_sequence.state.strings import StateStrings
 from deq_sequence.text.corpus import Corpus
 from deq_sequence.text.iterators import LMOrderedIterator
 from deq_sequence.text.ngram import UNIGRAM_SMOOTHING
 from lib.auditing import Audit, audit
 from lib.errors import InputError
-from lib.runs.checkpoint import load_weights
-from lib.runs.run_folder import SETTINGS, WEIGHTS
+from lib.runs.run_folder import WEIGHTS
 
 _FACTORS = (1, 2)  # lengths of strings, in multiples of --tgt_len
 MEASURE = "log-likelihood"  # of a word, in nats
@@ -39,15 +37,9 @@ def audit_run(folder: Path, samples: int, device: torch.device) -> Audit:
     Raises:
         InputError: the folder holds no such run, or its text is too short.
     """
-    args = read_settings(folder / SETTINGS)
-    args.compile = args.graph = False  # they take longer than an audit
-    states = is_state(args.dataset)
-    data = get_state_strings(args.dataset, args.seed) if states else read_corpus(args)
-    check_vocabulary(folder, data.vocab)
-    model = build_model(args, data, device)
-    load_weights(model, folder / WEIGHTS)
+    args, data, model = load_run(folder, folder / WEIGHTS, device)
     model.eval()
-    audit_data = _audit_strings if states else _audit_text
+    audit_data = _audit_strings if isinstance(data, StateStrings) else _audit_text
     return audit_data(model, data, args, samples, device)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from audit import main
-from deq_sequence import audits, command
+from deq_sequence import command
 from deq_sequence.command import build_model
 from deq_sequence.evaluation import evaluate
 from deq_sequence.own_settings import read_settings
@@ -36,7 +36,7 @@ def test_a_trained_run(train, run_folder, capsys, mem_len):
 def test_the_measure_is_that_of_an_evaluation(train, run_folder, small_corpus, tmp_path, capsys):
     """All segments of the text after those that fill the memory, by the run's own threshold."""
     train()
-    args = audits.read_settings(run_folder / "settings.json")
+    args = read_settings(run_folder / "settings.json")
     model = build_model(args, small_corpus, torch.device("cpu"))
     load_weights(model, run_folder / "model.pt")
     options = {"batch_size": 4, "tgt_len": 16, "mem_len": 8, "f_thres": 6}
@@ -63,11 +63,11 @@ def test_settings_of_an_older_run(train, run_folder):
     saved = json.loads(path.read_text())
     del saved["tie_proj_mode"]
     path.write_text(json.dumps(saved))
-    args = audits.read_settings(path)
+    args = read_settings(path)
     assert (args.tie_proj_mode, args.d_model) == ("apart", 16)
     path.write_text("{")
     with pytest.raises(InputError, match="not readable JSON"):
-        audits.read_settings(path)
+        read_settings(path)
 
 
 def test_a_run_of_state_tracking(tmp_path, capsys):
