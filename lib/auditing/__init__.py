@@ -1,8 +1,8 @@
 r"""Is this model an equilibrium? An audit of any model that holds a :class:`~lib.deq.DEQ`.
 
 A low loss does not show that a model uses its fixed point: the answer may be read from the start,
-the iteration may never settle, or another start may lead to another answer. The audit calls the
-model with its solves skipped, cut, lengthened and started elsewhere, and gives five findings
+the iteration may never settle, or another start may lead to another answer. The audit gives five
+findings
 
 1. the measure when the solver is skipped or ends earlier or later (the solve that need not be
    made: arXiv 2607.11116);
@@ -104,8 +104,7 @@ def audit(
     for seed in seeds:
         check_count("a number in seeds", seed, 0)
     check(len(scales) > 0 and len(seeds) > 0, "scales and seeds", (scales, seeds), "not empty")
-    rules = rules or Rules()
-    starts = list(product(("displaced", "drawn"), scales, seeds))
+    rules, starts = rules or Rules(), list(product(("displaced", "drawn"), scales, seeds))
     parts: list[dict[Any, _Pass]] = []
     with probing(model, eps) as probe:
         for batch in batches:
@@ -123,8 +122,8 @@ class Request:
     """How the solves of one forward pass differ from the model's own; by default not at all."""
 
     evaluations: int | None = None  # at most so many, with products; 0: the head gets the start
-    times: int = 1  # the model's own threshold so many times,
-    least: int = 0  # and at least so many
+    times: int = 1  # the model's own threshold so many times, but at least
+    least: int = 0
     eps: float | None = None  # times the tolerance: each sample stops by itself; 0: do not stop
     # (kind, scale, seed): noise of scale * rms(z) * N(0, 1), alone ('drawn') or added to z, the
     # solution of the same solve in ``around`` ('displaced').
@@ -339,14 +338,16 @@ def _passes(run: Callable, probe: Probe, starts: list, rules: Rules) -> dict[Any
 
 
 def _report(parts: list[dict[Any, _Pass]], starts: list, measure: str, rules: Rules) -> Audit:
-    """Put the batches together."""
+
+    def passes(name: Any) -> list[_Pass]:
+        # A batch with a lower threshold has fewer cuts: there it counts as it ended.
+        return [part.get(name, part[OWN]) for part in parts]
 
     def of(name: Any, figure: str) -> np.ndarray:
-        # A batch with a lower threshold has fewer cuts: there it counts as it ended.
-        return np.concatenate([getattr(part.get(name, part[OWN]), figure) for part in parts])
+        return np.concatenate([getattr(p, figure) for p in passes(name)])
 
     def at(name: str) -> dict:
-        norms = [np.concatenate(list(p.get(name, p[OWN]).norms), axis=1) for p in parts]
+        norms = [np.concatenate(list(p.norms), axis=1) for p in passes(name)]
         g, f = np.linalg.norm(np.concatenate(norms, axis=1), axis=1)
         return {
             "name": name,
@@ -354,7 +355,7 @@ def _report(parts: list[dict[Any, _Pass]], starts: list, measure: str, rules: Ru
             "measure": float(of(name, "score").mean()),
             "residual": float(relative(g, f)),
             "settled": float(of(name, "settled").mean()),
-            "met": all(part.get(name, part[OWN]).met for part in parts),
+            "met": all(p.met for p in passes(name)),
         }
 
     def started(start: tuple[str, float, int]) -> dict:
@@ -368,7 +369,7 @@ def _report(parts: list[dict[Any, _Pass]], starts: list, measure: str, rules: Ru
             "change": float((of(start, "score") - of("reference", "score")).mean()),
         }
 
-    threshold = max(part[OWN].threshold for part in parts)
+    threshold = max(p.threshold for p in passes(OWN))
     names = ["skipped", *map(str, _cuts(threshold)), OWN]
     names += [f"{n} x threshold" for n in rules.longer]
     scores = {name: of(name, "score") for name in names}
@@ -379,9 +380,8 @@ def _report(parts: list[dict[Any, _Pass]], starts: list, measure: str, rules: Ru
         figures = radii.mean(), radii.max(), (radii < 1).mean()
         radius = dict(zip(radius, map(float, figures), strict=True))
     radius["samples"] = len(radii)
-    patient = float(of("patient", "settled").mean())
-    spent = of("patient", "evaluations")
-    counted = all(part["patient"].counted for part in parts)
+    settled, spent = of("patient", "settled"), of("patient", "evaluations")
+    patient, counted = float(settled.mean()), all(p.counted for p in passes("patient"))
     hard = None if parts[0][OWN].hard is None else of(OWN, "hard")
     verdict, reason = judge(scores, cuts, others, radius, patient, rules)
     return Audit(
@@ -390,14 +390,14 @@ def _report(parts: list[dict[Any, _Pass]], starts: list, measure: str, rules: Ru
         measure=measure,
         samples=len(scores[OWN]),
         threshold=threshold,
-        eps=max(part[OWN].eps for part in parts),
+        eps=max(p.eps for p in passes(OWN)),
         budget=max(rules.longer[-1] * threshold, rules.least),
         patient=patient,
         enough=enough(scores, rules.tolerance),
         cuts=cuts,
         starts=others,
         correctness=correctness(of(OWN, "residual"), scores[OWN], rules),
-        effort=effort(spent if counted else None, hard, of("patient", "settled"), rules),
+        effort=effort(spent if counted else None, hard, settled, rules),
         radius=radius,
         rules=rules,
     )

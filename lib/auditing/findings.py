@@ -56,7 +56,7 @@ class Audit:
             more than ``rules.same_point`` away), change (of the measure).
         correctness, effort: findings 3 and 4: said (in words), correlation (rank), auc (the
             probability that a wrong sample has a larger residual than a right one), low and high
-            (the mean residual if right and if wrong; the mean evaluations of the easier and of the
+            (the mean residual if right and if wrong; the mean evaluations of the easier and the
             harder half). None: not known.
         radius: finding 5, of the samples that settled: samples, mean, largest, below_one (share).
     """
@@ -133,8 +133,8 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def compare(before: np.ndarray, after: np.ndarray, tolerance: float) -> str:
-    """'same' if paired means differ by at most the tolerance; 'higher' or 'lower' if they differ by
-    more, and by two standard errors of the paired differences; else 'unclear'."""
+    """'same' if paired means differ by at most the tolerance; 'higher' or 'lower' if by more, and by
+    two standard errors of the differences; else 'unclear'."""
     change = after - before
     mean = float(change.mean())
     if abs(mean) <= tolerance:
@@ -198,10 +198,7 @@ def correctness(residual: np.ndarray, score: np.ndarray, rules: Rules) -> dict:
 def effort(
     evaluations: np.ndarray | None, hard: np.ndarray | None, settled: np.ndarray, rules: Rules
 ) -> dict:
-    """Finding 4, from the evaluations and the difficulty of each sample (N,) that has settled.
-
-    Another has spent its budget, which says nothing of its difficulty.
-    """
+    """Finding 4, from the samples that settled: another spends its budget, however difficult."""
     if hard is None:
         return _UNKNOWN | {"said": "unknown: no difficulty is given"}
     if evaluations is None:

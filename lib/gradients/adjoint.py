@@ -1,8 +1,7 @@
 """The linear equations behind the gradient and the forward-mode tangent of an equilibrium.
 
 With J = df/dz at z*, the adjoint y solves y = J'y + g for g = dL/dz. The tangent t of z*, for a
-change dx of x, solves t = J t + J_x dx. The backward solver solves both. :class:`RadiusWatch` sees
-whether J lets plain iteration do so.
+change dx of x, solves t = J t + J_x dx. The backward solver solves both.
 """
 
 import math
@@ -169,7 +168,7 @@ def _column(numbers: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _powers_of_two(vectors: Tensor) -> Tensor:
-    """For each vector (B, ...): the power of two above its norm, or 1 for zero; (B, 1, ...)."""
+    """The power of two above the norm of each vector, or 1 for zero; (B, 1, ...)."""
     exponents = np.clip(np.frexp(sample_norms(vectors))[1], -_MOST_SCALE, _MOST_SCALE)
     return _column(to_device(np.exp2(exponents), vectors), vectors)
 
@@ -312,8 +311,6 @@ class Tangents:
 class RadiusWatch:
     """Warns once if the spectral radius of J = df/dz at z* exceeds one in training.
 
-    The radius is the largest of a batch, because a few unstable samples can stop a solve early.
-
     At every 100th backward pass, 20 products with J' start from the incoming gradient. The growth
     of the last 10 estimates the spectral radius per sample, without random numbers. The estimate
     never exceeds ||J||_2, so a contraction stays silent. It is rough if many eigenvalues have
@@ -345,10 +342,8 @@ class RadiusWatch:
 
 @torch.no_grad()
 def growth(product: Map, start: Tensor) -> float:
-    """The growth per product over their last half, from ``start`` (B, ...): the largest of a batch.
-
-    A start of zero counts as 0; NaN if a product is not finite.
-    """
+    """The growth per product over their last half, from ``start`` (B, ...): the largest of a batch,
+    as a few unstable samples can stop a solve early. It is NaN if a product is not finite."""
     dtype = torch.promote_types(start.dtype, torch.float32)
     smallest = torch.finfo(dtype).tiny
 

@@ -37,11 +37,7 @@ _MOST = 2**53  # above it, floats do not count in steps of one
 
 
 def save_atomic(obj, path: str | Path, before_rename: Callable[[], None] | None = None) -> None:
-    """Write tensors and plain containers by :func:`lib.runs.atomic_files.atomic_write`.
-
-    Raises:
-        OSError: the file cannot be written, for lack of space or permission.
-    """
+    """Write tensors and plain containers by :func:`lib.runs.atomic_files.atomic_write`."""
     with atomic_write(Path(path), before_rename) as file:
         try:
             torch.save(obj, file)
@@ -72,15 +68,13 @@ def load(path: str | Path):
         try:
             return _read(file)
         except Exception as error:  # on a damaged file a parser can raise anything
+            why = "is not a readable checkpoint (truncated or damaged): use another copy of it"
             if isinstance(error, pickle.UnpicklingError) and _holds_code(str(error), file):
-                raise InputError(
-                    f"{path} holds Python objects besides tensors, which could run code: it was "
-                    "not loaded; save its state_dict() instead"
-                ) from error
-            raise InputError(
-                f"{path} is not a readable checkpoint (truncated or damaged): use another copy of "
-                "it"
-            ) from error
+                why = (
+                    "holds Python objects besides tensors, which could run code: it was not "
+                    "loaded; save its state_dict() instead"
+                )
+            raise InputError(f"{path} {why}") from error
 
 
 def _read(file: BinaryIO):
@@ -157,7 +151,7 @@ def _verify_archive(file: BinaryIO, size: int) -> None:
 
 
 def _read_safetensors(file: BinaryIO) -> dict[str, Tensor]:
-    """Read the tensors of a file; for a moment this needs twice the file's size in memory."""
+    """For a moment this needs twice the file's size in memory."""
     data = file.read()
     tensors = safetensors.torch.load(data)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -244,8 +238,8 @@ def load_state(
 ) -> None:
     """Load a state dict whose keys and shapes (``same_dtypes``: and dtypes) are the model's.
 
-    Wrappers' prefixes are removed (:func:`strip_wrappers`). Entries with a prefix in the model's
-    ``ignored_state`` (a tuple) are ignored.
+    Wrappers' prefixes are removed (:func:`strip_wrappers`), and entries with a prefix in the
+    model's ``ignored_state`` (a tuple) ignored.
 
     Raises:
         InputError: something differs (the message lists all), or a tensor holds NaN or Inf. The
@@ -305,8 +299,8 @@ def not_finite(state: dict[str, Tensor]) -> list[str]:
 def check_form(found, own, name: str) -> None:
     """Raise an InputError that begins with ``name``, unless ``found`` has the form of ``own``.
 
-    An undamaged file can hold wrong content, with which a fused optimiser writes outside its
-    memory. Of one form, and so for all entries, are:
+    With wrong content a fused optimiser writes outside its memory. Of one form, and so for all
+    entries, are:
 
     - a tensor: the same shape and dtype, stored as an array, without NaN;
     - a dict: the same keys; a list or tuple: the same length;

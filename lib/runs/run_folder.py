@@ -80,7 +80,7 @@ def own(folder: Path) -> BinaryIO | None:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells a file from others, while it is open or exists; None without one."""
+    """What tells a file from others, while it exists; None without one."""
     with contextlib.suppress(OSError):
         found = path.stat()
         return found.st_dev, found.st_ino
@@ -198,9 +198,8 @@ class _Events:
 class Run:
     """Writes the log, records and events of a training run.
 
-    The first failed write, such as on a full disk, is the last; :meth:`sync` raises its error (the
-    attribute ``failure``) before the next checkpoint is saved. So all processes learn of it, and no
-    checkpoint is ahead of its records.
+    The first failed write, such as on a full disk, is the last. :meth:`sync` raises its error
+    (``failure``) before the next checkpoint is saved: no checkpoint is ahead of its records.
 
     Args:
         folder: the run's folder, created if absent; None writes no file (a debug run).
@@ -231,11 +230,11 @@ class Run:
         self.failure: OSError | None = None
         if folder is None:
             return
+        self._events_folder = events or folder
         # Both folders before any file: if one cannot be made, no half-begun run is left behind.
-        for place in (events or folder, folder):
+        for place in (self._events_folder, folder):
             place.mkdir(parents=True, exist_ok=True)
         clean_temporaries(folder)
-        self._events_folder = events or folder
         try:
             self._begin((settings, *beside), resume_step)
         except OSError as error:
@@ -344,10 +343,8 @@ class Run:
 
 @contextmanager
 def warnings_in(log: Callable[[str], None]) -> Iterator[None]:
-    """A context that writes each DEQWarning to the log, every distinct message once.
-
-    Those about unsolved forward passes are left out, as the log has their residuals.
-    """
+    """A context that logs each DEQWarning once, but not those on forward solves: their residuals
+    are in the log."""
     said, show = set(), warnings.showwarning
 
     def logged(message, category, *where) -> None:

@@ -132,8 +132,7 @@ class BroydenInverse:
 
         d_j'd_j c_j - sum_{i<j} c_i (d_j'd_{i+1} - (1 - t_i) d_j'd_i) = -d_j'g
 
-    It is solved in float64 from direct inner products: a recurrence for them would read the
-    directions once less, but lose the small residuals.
+    It is solved in float64 from direct inner products: a recurrence would lose small residuals.
 
     The caller writes g at the newest point into ``residual`` (B, D).
     """
@@ -208,7 +207,7 @@ class BroydenInverse:
         self.triangle = self.triangle[rows]
 
     def _store(self, length: float) -> None:
-        """Store the newest direction, and ``length``, t of the step along it."""
+        """Store the newest direction, and t of the step along it."""
         if self._free == 0:
             _, batch, size = self._newest.shape
             fitting = _BLOCK_BYTES // (self.direction.nbytes or 1)
@@ -301,7 +300,7 @@ class LimitedInverse:
         self._s, self._w = self._s[:, rows], self._w[:, rows]
 
     def _store(self, length: float) -> None:
-        """Store the update from the newest step; ``length`` is its t along the direction."""
+        """Store the update from the newest step, of length t."""
         slot = self.count % self.memory
         self.count += 1
         n = min(self.count, self.memory)
@@ -329,13 +328,13 @@ class LimitedInverse:
 
 @dataclass
 class _Trial:
-    """A trial of the line search: point x, g(x), step length, and index of the evaluation."""
+    """A trial of the line search."""
 
     x: Tensor
     residual: Tensor
     value: float  # ||residual|| over the batch
     length: float
-    evaluation: int
+    evaluation: int  # its index
     accepted: bool
 
 

@@ -36,9 +36,9 @@ def gmres(
 ) -> dict:
     """GMRES: the point of the Krylov space with the least residual (Saad and Schultz 1986).
 
-    Arnoldi's process (orthogonalised twice) gives J V = V H. The point z = x0 + V c minimises
-    ||r_0 - (I - J) V c||, a small least-squares problem solved by Givens rotations. A step costs
-    one product and one stored vector. f need not be a contraction.
+    The point z = x0 + V c minimises ||r_0 - (I - J) V c||, where V is from Arnoldi's process: a
+    small least-squares problem, solved by Givens rotations. A step costs one product and one stored
+    vector. f need not be a contraction.
 
     Args:
         f: an affine map of (B, ...) to the same shape.
@@ -156,9 +156,9 @@ class _LeastSquares:
 class _Best:
     """The best point of a cycle for each sample: ``residual`` ||g||, ``value`` ||x + correction||.
 
-    If I - J is almost singular, points run far away for a small gain in the residual. So a point
-    more than a thousand times as far away counts only if it halves the residual; and its rounding
-    error must be below the lowest residual so far. All arrays are (B,).
+    If I - J is almost singular, points run far away for a small gain in the residual. So a point a
+    thousand times as far away counts only if it halves the residual; and its rounding error must be
+    below the lowest residual so far. All arrays are (B,).
     """
 
     def __init__(self, residual: np.ndarray, value: np.ndarray, like: Tensor):
@@ -186,7 +186,7 @@ class _Best:
 
 
 def _unit(vectors: Tensor, norms: np.ndarray) -> Tensor:
-    """Vectors (B, D) divided by their norms (B,); zero where the norm is zero."""
+    """Vectors divided by their norms (B,); zero where the norm is zero."""
     return _ratio(vectors, to_device(norms, vectors)[:, None])
 
 
