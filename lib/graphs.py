@@ -1,9 +1,9 @@
 """Faster forms of f: compiled by torch.compile, or CUDA graphs of f and of its products J'v.
 
-CUDA graphs are recorded once, then started by one call. A small f is done before the host has
-started its next kernels, and the GPU waits. A graph repeats kernels on the same memory: z is copied
-there for each evaluation, the tensors of ``f.source`` (:mod:`lib.solvers.maps`) once per solve.
-What autograd records runs as ever.
+A small f is done before the host has started its next kernels, and the GPU waits. A CUDA graph is
+started by one call. It repeats kernels on the same memory: z is copied there for each evaluation,
+the tensors of ``f.source`` (:mod:`lib.solvers.maps`) once per solve. What autograd records runs as
+ever.
 """
 
 import warnings
@@ -19,8 +19,8 @@ from lib.solvers.maps import Map, plain, vjp
 
 MOST = 16  # shapes; the graphs of each have their own memory
 
-# Most compiled forms of one function: the shapes of training and evaluation, in two dtypes. With
-# PyTorch's own limit of 8, further shapes would stay uncompiled, with only a warning.
+# Most compiled forms of one function. PyTorch's own limit is 8: further shapes would stay
+# uncompiled, with only a warning.
 MAX_FORMS = 64
 
 

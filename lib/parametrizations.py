@@ -1,8 +1,7 @@
 r"""Bounded and normalised weights for all layers of a module, in one call.
 
-A layer f settles if df/dz is small enough. These functions replace the weights of the linear and
-convolutional layers of a module by functions of free parameters (see
-:mod:`torch.nn.utils.parametrize`)::
+A layer f settles if df/dz is small enough. These functions replace the weights of linear and
+convolutional layers by functions of free parameters (see :mod:`torch.nn.utils.parametrize`)::
 
     >>> import torch
     >>> from lib import spectral_norm
@@ -135,10 +134,9 @@ class SpectralNorm(_Parametrization):
     def _adjoint(self, weight: Tensor, left: Tensor) -> Tensor:
         if self.groups is None:
             return weight.t() @ left
-        sides = weight.shape[2:]
         kernel = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
         kernel = kernel.flip(tuple(range(2, kernel.dim())))
-        padding = [p for side in reversed(sides) for p in (side - 1, 0)]
+        padding = [p for side in reversed(weight.shape[2:]) for p in (side - 1, 0)]
         return _convolution(F.pad(left, padding, mode="circular"), kernel, self.groups)
 
 
@@ -167,12 +165,9 @@ def spectral_norm(module: nn.Module, bound: float = 0.9) -> nn.Module:
     k x k, that of the operator is up to sqrt(k k) times larger.)
 
     Args:
-        module: changed in place; each Linear, Conv1d to Conv3d and ConvTranspose in it. The
-            parameter ``weight`` becomes ``parametrizations.weight.original``.
+        module: changed in place and returned; each Linear, Conv1d to Conv3d and ConvTranspose in
+            it. The parameter ``weight`` becomes ``parametrizations.weight.original``.
         bound: the largest spectral norm, positive.
-
-    Returns:
-        The module.
 
     Raises:
         InputError: the bound is not positive, or the module has no such weight, or one that is
@@ -196,9 +191,6 @@ def weight_norm_all(module: nn.Module, dim: int = 0) -> nn.Module:
             ``parametrizations.weight.original0`` (g) and ``original1`` (v).
         dim: each index of this dimension has its own norm.
 
-    Returns:
-        The module.
-
     Raises:
         InputError: as :func:`spectral_norm`.
     """
@@ -220,12 +212,8 @@ class ContractiveLayer(nn.Module):
         torch.Size([2, 64])
 
     Args:
-        inputs: size of x.
-        size: size of z.
-        bound: the largest spectral norm of W, between 0 and 1.
-
-    Raises:
-        InputError: the bound is not between 0 and 1.
+        inputs, size: sizes of x and z.
+        bound: the largest spectral norm of W; an InputError if not between 0 and 1.
     """
 
     def __init__(self, inputs: int, size: int, bound: float = 0.9):

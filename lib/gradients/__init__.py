@@ -37,21 +37,13 @@ from lib.solvers.maps import Map, plain
 
 @dataclass(frozen=True)
 class Solved:
-    """A solved forward pass: the input of every :class:`Gradient`.
+    """A solved forward pass: the input of every :class:`Gradient`."""
 
-    Attributes:
-        f: the layer.
-        fz: f(z*), with its graph.
-        point: z*, detached; the input that gave ``fz``.
-        solution: the forward solver's dict.
-        adjoint: products with J' and solves with I - J' at z*.
-    """
-
-    f: Map
-    fz: Tensor
-    point: Tensor
-    solution: dict
-    adjoint: Adjoint
+    f: Map  # the layer
+    fz: Tensor  # f(z*), with its graph
+    point: Tensor  # z*, detached; the input that gave ``fz``
+    solution: dict  # the forward solver's
+    adjoint: Adjoint  # products with J' and solves with I - J' at z*
 
 
 class Gradient:
@@ -74,11 +66,7 @@ class Gradient:
         raise NotImplementedError
 
     def tangent(self, tangents: Tangents) -> Tensor:
-        """The forward-mode tangent of the output state; this gradient is its transpose.
-
-        Raises:
-            InputError: there is none.
-        """
+        """The forward-mode tangent of the output state, or an InputError if there is none."""
         raise InputError(
             f"grad {type(self).__name__} has no forward mode: take grad ift, jfb or phantom, or "
             "reverse mode (backward)"
@@ -153,7 +141,6 @@ class Phantom(Gradient):
     Unrolled form: the output state is the last h, and backward keeps one evaluation of f per step.
     Neumann form: the output state is f(z*) with y = t sum_{i < steps} B'^i g, B = t J + (1 - t) I,
     and backward keeps one evaluation in all. At an exact fixed point both give the same gradient.
-    One step with t = 1 is ``jfb``.
 
     Args:
         steps: number of steps.

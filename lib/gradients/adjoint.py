@@ -343,7 +343,7 @@ class RadiusWatch:
 @torch.no_grad()
 def growth(product: Map, start: Tensor) -> float:
     """The growth per product over their last half, from ``start`` (B, ...): the largest of a batch,
-    as a few unstable samples can stop a solve early. It is NaN if a product is not finite."""
+    as a few unstable samples can stop a solve early. 0 for a start of zero; NaN if not finite."""
     dtype = torch.promote_types(start.dtype, torch.float32)
     smallest = torch.finfo(dtype).tiny
 

@@ -27,8 +27,8 @@ def attach(
 ) -> Tensor:
     """A copy of f(z*) whose incoming gradient g = dL/dz reaches f as ``change(g)``.
 
-    ``change`` may call autograd.grad on ``fz``, which does not reach the node of the copy. So the
-    hook is never removed, and any number of forward passes may wait for their backward.
+    ``change`` may call autograd.grad on ``fz``, which does not reach the node of the copy: the hook
+    is never removed.
 
     Args:
         fz: f(z*), with its graph. The copy has no forward-mode tangent.
@@ -76,7 +76,7 @@ def attach(
 
 
 def refuse_derivative(value: Tensor, *anchors: Tensor) -> Tensor:
-    """The value, such that differentiating it raises. An anchor has a graph."""
+    """The value, such that differentiating it raises. The anchors give it a graph."""
     return _Refuse.apply(value, *anchors)
 
 

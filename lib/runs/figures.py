@@ -23,7 +23,7 @@ def stats_state(stats: SolverStats) -> list[dict]:
 
 
 def check_stats(states, processes: int) -> None:
-    """Refuse anything else than a list of what :func:`stats_state` returns, one per process."""
+    """Refuse anything else than :func:`stats_state` of each process."""
     check_form(states, [[..., ...]] * processes, "solver_stats")
     figures = {"nfe": 0, "abs_residual": 0.0, "rel_residual": 0.0, "broken": False}
     for rank, passes in enumerate(states):
@@ -42,13 +42,10 @@ def restore_stats(state: list[dict], stats: SolverStats) -> None:
 
 def summed_stats(stats: SolverStats, processes: Processes) -> SolverStats:
     """Solver statistics summed over all processes, each of which makes this call."""
-    table = [
-        [s.solves, s.nfe, s.broken, s.abs_residual, s.rel_residual]
-        for s in (stats.forward, stats.backward)
-    ]
+    both = (stats.forward, stats.backward)
+    table = [[s.solves, s.nfe, s.abs_residual, s.rel_residual, s.broken] for s in both]
     sums = processes.sum(torch.tensor(table, dtype=torch.float64)).tolist()
-    passes = [PassStats(int(n), int(nfe), *norms, int(broken)) for n, nfe, broken, *norms in sums]
-    return SolverStats(*passes)
+    return SolverStats(*(PassStats(int(n), int(nfe), a, r, int(b)) for n, nfe, a, r, b in sums))
 
 
 def broken_solves(stats: SolverStats) -> list[int]:
@@ -142,7 +139,7 @@ def draw_curves(records: list[dict], border: int, path, draw: Callable) -> None:
     """Write a PNG (a path or a file): training and residuals over the steps.
 
     A line marks ``border``, the first step at equilibrium. ``draw`` draws the training curves on
-    the matplotlib axes it is given.
+    the axes it is given.
     """
     # Imported here: it is slow, and optional for training.
     with needs("runs"):

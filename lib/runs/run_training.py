@@ -96,7 +96,7 @@ class Job:
 def run_training(plan: Plan, build: Callable[[bool], Job], processes: Processes) -> Path | None:
     """Train in a new run, or continue that of a checkpoint. Every process makes this call.
 
-    ``build(anew)`` builds model and trainer; ``anew`` is False if a checkpoint gives the weights.
+    ``build(anew)`` builds the job; ``anew`` is False if a checkpoint gives the weights.
 
     Returns:
         The run's folder; None in a debug run and in all processes except the first.
@@ -195,7 +195,7 @@ def _begin(
 def _read_checkpoint(
     path: Path, trainer: type[Trainer], processes: Processes
 ) -> tuple[dict, Path, list[str]]:
-    """Content and file of the newest good checkpoint, lines for the log; all read one file."""
+    """Content and file of the newest good checkpoint, lines for the log."""
     lines: list[str] = []
     found = processes.lead_keeps(lambda: load_newest(path, trainer.check, lines.append))
     used, lines = processes.lead(lambda: (found[1], lines))

@@ -316,9 +316,7 @@ class Solve:
 def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
     """Decorator of a method: no autograd, and reduced precision inside f only.
 
-    Half precision and TF32 are too coarse for inner products and combinations of states. So
-    autocast and torch's float32 matmul precision apply only inside f and products with its
-    Jacobian.
+    Half precision and TF32 are too coarse for inner products and combinations of states.
     """
 
     @outside_of_compiler
@@ -330,11 +328,10 @@ def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
         kind = x0.device.type
         with full_products() as callers:
             if callers is not None:
-                f = transformed(f, lambda f: in_context(callers, f))
+                f = transformed(f, functools.partial(in_context, callers))
             if not torch.is_autocast_enabled(kind):
                 return method(f, x0, *args, **options)
-            callers_autocast = same_autocast(x0.device)
-            f = transformed(f, lambda f: in_context(callers_autocast, f))
+            f = transformed(f, functools.partial(in_context, same_autocast(x0.device)))
             with torch.autocast(kind, enabled=False):
                 return method(f, x0, *args, **options)
 
