@@ -191,11 +191,10 @@ class DEQ:
         Args:
             f: the layer, a function of the state alone. Compute what does not depend on z
                 (weights, masks, injections) once, and let f hold it in its closure. f may offer
-                more than f(z): see :mod:`lib.solvers.maps`. The Jacobian loss uses ``f.plain``.
+                more than f(z): see :mod:`lib.solvers.maps`.
             z0: the initial guess, (B, ...) of any rank, or a list of (B, ...) tensors.
             f_thres, b_thres: thresholds of the forward and the backward solver.
-            training: return f(z*) (True) or the value of z* (False), with the gradient if autograd
-                is recording.
+            training: return f(z*) (True) or the value of z* (False), with its gradient.
             jac_vecs: number of random vectors for the Jacobian loss; 0 skips it.
             sradius_iters: number of products for the spectral radius at z*; 0 skips it.
             indexing: also return, as ``states``, the states after these numbers of evaluations of
@@ -393,10 +392,7 @@ def _flattened(shapes: list[tuple[int, ...]], f: Callable) -> Map:
 
 
 def _watched(f: Map, indexing: Sequence[int]) -> tuple[Map, dict[int, Tensor]]:
-    """f with a recorder, and the dict that it fills: number of an evaluation, from 0 -> point.
-
-    It offers no ``select``, which would record a part of the batch.
-    """
+    """f with a recorder, and the dict that it fills: number of an evaluation, from 0 -> point."""
     visited: dict[int, Tensor] = {}
     count = 0
 
@@ -411,7 +407,7 @@ def _watched(f: Map, indexing: Sequence[int]) -> tuple[Map, dict[int, Tensor]]:
         return watched
 
     out = transformed(f, change)
-    vars(out).pop("select", None)
+    vars(out).pop("select", None)  # it would record a part of the batch
     return out, visited
 
 
@@ -430,7 +426,7 @@ def _of_deq(name: str) -> property:
 
 
 class SolverAttributes:
-    """Mixin for models: ``f_solver``, ``b_solver`` and ``grad`` are those of ``self.deq``.
+    """Mixin for models with the solvers and the gradient of ``self.deq``.
 
     ``b_solver = None`` means the forward solver, as in the published models. Another one has its
     own tolerance: a smaller one of ``f_solver`` alone does not improve the gradient.

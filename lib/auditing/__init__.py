@@ -134,14 +134,14 @@ class Request:
 
 @dataclass
 class Solution:
-    """One solve. Its state z (B, ...) is judged by an evaluation of f; figures are on the host."""
+    """One solve; figures are on the host."""
 
-    z: Tensor
+    z: Tensor  # the state (B, ...), judged by an evaluation of f
     norms: np.ndarray  # ||f(z) - z|| and ||f(z)|| of each sample, (2, B)
     settled: np.ndarray  # residual below the tolerance, (B,)
-    met: bool  # the same over the whole batch, as a solver may stop by it
+    met: bool  # the same over the whole batch
     evaluations: np.ndarray  # (B,)
-    counted: bool  # whether they are those of each sample by itself
+    counted: bool  # of each sample by itself
     threshold: int  # the model's own, as is eps
     eps: float
     radius: np.ndarray  # (B,), zeros if not asked for
@@ -238,7 +238,7 @@ class _Outlet(Gradient):
 
 @contextmanager
 def probing(model: nn.Module | DEQ, eps: float | None) -> Iterator[Probe]:
-    """A context in which one probe is in all DEQs of a model, in evaluation mode."""
+    """A context with one probe in all DEQs of a model, in evaluation mode."""
     parts = [] if isinstance(model, DEQ) else list(model.modules())
     held = [v for part in parts for v in vars(part).values() if isinstance(v, DEQ)]
     deqs = [model] if isinstance(model, DEQ) else list({id(deq): deq for deq in held}.values())
@@ -282,9 +282,9 @@ class _Pass:
         self.score, self.hard = score, hard
         self.norms = np.stack([s.norms for s in found])  # (solves, 2, N)
         self.residual = relative(self.norms[:, 0], self.norms[:, 1]).max(axis=0)
-        self.settled = np.stack([s.settled for s in found]).all(axis=0)
-        self.evaluations = np.stack([s.evaluations for s in found]).sum(axis=0)
-        self.radius = np.stack([s.radius for s in found]).max(axis=0)
+        self.settled = np.all([s.settled for s in found], axis=0)
+        self.evaluations = np.sum([s.evaluations for s in found], axis=0)
+        self.radius = np.max([s.radius for s in found], axis=0)
         self.met, self.counted = all(s.met for s in found), all(s.counted for s in found)
         self.threshold, self.eps = max(s.threshold for s in found), max(s.eps for s in found)
         # Without another start ``around`` is empty.
@@ -295,7 +295,6 @@ class _Pass:
 
 
 def _run(probe: Probe, call, inputs, target, correct, difficulty, request: Request) -> _Pass:
-    """Call the model on one batch as a request says."""
     probe.request, probe.found = request, []
     with torch.random.fork_rng():
         torch.manual_seed(0)  # of what the model draws at random, such as a start
@@ -309,8 +308,8 @@ def _run(probe: Probe, call, inputs, target, correct, difficulty, request: Reque
 
 def _row(values: Tensor, name: str) -> np.ndarray:
     """Numbers of the samples as (N,) float64."""
-    fits = isinstance(values, Tensor) and values.ndim == 1
     what = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    fits = isinstance(what, tuple) and len(what) == 1
     check(fits, f"what {name} returns", what, "a tensor of one number per sample, (B,)")
     return values.detach().double().cpu().numpy()
 

@@ -133,8 +133,8 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def compare(before: np.ndarray, after: np.ndarray, tolerance: float) -> str:
-    """'same' if paired means differ by at most the tolerance; 'higher' or 'lower' if by more, and by
-    two standard errors of the differences; else 'unclear'."""
+    """'same' if paired means differ by at most the tolerance; 'higher' or 'lower' if by more, and
+    by two standard errors of the differences; else 'unclear'."""
     change = after - before
     mean = float(change.mean())
     if abs(mean) <= tolerance:

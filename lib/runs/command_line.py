@@ -1,4 +1,4 @@
-"""What every command shares: a parser, the standard streams, errors of one line, exit codes."""
+"""What every command shares: a parser, the standard streams, errors, exit codes."""
 
 import argparse
 import contextlib
@@ -100,7 +100,7 @@ def exit_code(program: str, action: Callable[[], object]) -> int:
 
 
 def _explanation(error: BaseException) -> tuple[str, int] | None:
-    """The message and the exit code of an expected error; None for any other error."""
+    """The message and the exit code of an expected error."""
     match error:
         case InputError() | OSError():  # no permission, no space: the message names the file
             return str(error), 2

@@ -18,10 +18,9 @@ def deterministic(wanted: bool) -> None:
     On the same machine, with the same versions and number of processes and threads:
 
     - On the CPU everything repeats bit for bit, whatever ``wanted`` is.
-    - On a GPU everything repeats if ``wanted``: PyTorch avoids kernels that add in random order
-      (atomic additions in the backward pass of indexing and interpolation, some cuDNN
-      convolutions), and cuDNN does not select kernels by measured times. Otherwise runs of one
-      seed first agree to rounding, and the difference grows.
+    - On a GPU everything repeats if ``wanted``: PyTorch avoids kernels that add in random order,
+      and cuDNN does not select kernels by measured times. Otherwise runs of one seed first agree to
+      rounding, and the difference grows.
 
     Call this before any GPU computation: cuBLAS reads its setting once. An operation without a
     deterministic kernel raises a RuntimeError that names it.
@@ -70,7 +69,7 @@ def check_random_states(states) -> None:
 def restore_random_states(state: dict, rng: random.Random, gpus: Sequence[int]) -> list[str]:
     """Restore what :func:`random_states` returned, for the GPUs that exist both then and now.
 
-    A log line is returned if their number differs.
+    Returns a log line if their number differs.
     """
     rng.setstate(state["random"])
     torch.set_rng_state(state["torch_random"])

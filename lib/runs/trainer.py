@@ -54,9 +54,8 @@ class Trainer(Task):
     """Trains a DEQ model (``model.deq``) through both phases (stacked, equilibrium).
 
     A signal or the time limit ends the run after a step, with its state saved: all that the next
-    step depends on, and the running means of the log. So a run that was killed and resumed equals
-    an uninterrupted one bit for bit; on a GPU this needs
-    :func:`~lib.runs.determinism.deterministic`, without which the two agree to rounding.
+    step depends on, and the running means of the log. So a resumed run equals an uninterrupted one
+    bit for bit; on a GPU this needs :func:`~lib.runs.determinism.deterministic`.
 
     Args:
         model, optimizer: the model, on ``device``, and the optimiser of all its parameters.
@@ -95,8 +94,8 @@ class Trainer(Task):
     def update(self, batch: Any) -> bool:
         """Take one optimiser step on this process's share of a batch.
 
-        All processes skip it if its loss or gradient is not finite in any of them. A skipped step
-        leaves model and optimiser unchanged.
+        All processes skip it if its loss or gradient is not finite in any of them: model and
+        optimiser are then unchanged.
 
         Returns:
             Whether the run should stop, the same in all processes.
@@ -261,7 +260,7 @@ class Trainer(Task):
                 self._stop()
 
     def try_validation(self) -> None:
-        """Evaluate one batch: an error comes now, and not after hours of training.
+        """Evaluate one batch: an error comes now, not after hours of training.
 
         Raises:
             InputError: a setting or the data does not fit, or the memory is too small.
@@ -313,10 +312,7 @@ class Trainer(Task):
         self.run.record("summary", self.step, finished=finished, **counts)
 
     def _finish_step(self, validate: bool, save: bool, stop: bool) -> None:
-        """Validate and save if due, then stop if asked.
-
-        ``unfinished`` says if the stop prevents the validation: the resumed run does it.
-        """
+        """Validate and save if due, then stop if asked."""
         if validate:
             self.unfinished = True
             stop = stop or not self._validate()
@@ -358,7 +354,7 @@ class Trainer(Task):
         self.begin_window()
 
     def _validate(self) -> bool:
-        """Validate, and keep the phase's best weights; False if a stop interrupts it."""
+        """Validate; keep the phase's best weights. False if a stop interrupts it."""
         paused, before = time.perf_counter(), self._own_state()
         try:
             with self._saved_on_error(before), memory_for(self.care.memory_of_validation):

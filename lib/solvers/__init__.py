@@ -63,6 +63,7 @@ from lib.solvers.anderson import anderson
 from lib.solvers.arguments import Control, check_damping, choice, unwrapped
 from lib.solvers.broyden import broyden
 from lib.solvers.krylov import bicgstab, gmres
+from lib.solvers.maps import Map
 from lib.solvers.newton_krylov import newton_krylov
 from lib.solvers.sample_solve import start
 from lib.solvers.solve import solver_method
@@ -82,7 +83,7 @@ __all__ = [
 
 @solver_method
 def fixed_point_iteration(
-    f: Callable[[Tensor], Tensor],
+    f: Map,
     x0: Tensor,
     threshold: int = 50,
     eps: float = 1e-3,
@@ -93,8 +94,8 @@ def fixed_point_iteration(
 ) -> dict:
     """Plain (Picard) iteration z_{k+1} = z_k + t (f(z_k) - z_k), t = ``damping`` in (0, 1].
 
-    With t = 1 the iteration converges if f is a contraction. The other arguments and the result are
-    as for :func:`~lib.solvers.anderson.anderson`; ``threshold`` counts evaluations of f.
+    With t = 1 it converges if f is a contraction. The other arguments and the result are as for
+    :func:`~lib.solvers.anderson.anderson`.
     """
     check_damping(damping)
     solve = start(f, x0, threshold, eps, stop_mode, control)

@@ -1,6 +1,5 @@
 """Newton's method with GMRES for its linear systems."""
 
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -23,7 +22,7 @@ PATIENCE, TRIALS = 5, 5  # steps in a row without a lower residual; then shorter
 
 @solver_method
 def newton_krylov(
-    f: Callable[[Tensor], Tensor],
+    f: Map,
     x0: Tensor,
     threshold: int = 50,
     eps: float = 1e-3,

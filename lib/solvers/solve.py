@@ -244,14 +244,14 @@ class Solve:
         return True
 
     def lose(self, fails: np.ndarray) -> None:
-        """Mark the samples ``fails`` (B,) as lost: from now on they rest at their best iterate."""
+        """From now on the samples ``fails`` (B,) rest at their best iterate."""
         if fails.any():
             self.lost = self.lost | fails
             self.lost_mask = to_device(self.lost, self.device)
             self.diverged |= bool(self.lost.all())
 
     def stall(self, samples: np.ndarray) -> None:
-        """Note ``samples`` (B,) that the method cannot improve; if all, the solve ends."""
+        """Note samples (B,) that the method cannot improve; if all, the solve ends."""
         self.stalled |= bool(samples.all())
 
     @property

@@ -1,8 +1,8 @@
 """Detect the PyTorch transforms that a solve runs inside, and refuse or bypass them.
 
-A solver reads residuals to decide how often it calls f, so torch.func, torch.export, batched
-gradients and torch.compile cannot trace it. torch.compile is bypassed; the others are refused.
-Forward-mode differentiation is detected: a tangent needs its own solve.
+A solver reads residuals to decide how often it calls f, so none of them can trace it. torch.compile
+is bypassed; torch.func, torch.export and batched gradients are refused. Forward-mode
+differentiation is detected: a tangent needs its own solve.
 """
 
 import functools
@@ -68,12 +68,12 @@ def refuse_batched(value: Tensor | None) -> None:
 
 
 def differentiating_forward() -> bool:
-    """Whether forward-mode differentiation is active (a dual level is open)."""
+    """Whether a dual level is open."""
     return forward_ad._current_level >= 0
 
 
 def tangent_of(value: Tensor) -> Tensor | None:
-    """The forward-mode tangent of a tensor; None if it has no tangent."""
+    """The forward-mode tangent of a tensor, if any."""
     if not differentiating_forward():
         return None
     return forward_ad.unpack_dual(value).tangent
