@@ -16,7 +16,7 @@ class InputError(ValueError):
 
 
 class MissingExtra(InputError, ImportError):
-    """A package is not installed; the message names it and the command that installs it."""
+    """A package is not installed; the message names the command that installs it."""
 
 
 class DEQWarning(RuntimeWarning):

@@ -25,7 +25,7 @@ MAX_FORMS = 64
 
 
 class Graphs:
-    """The graphs of one DEQ; a copy records its own. Without one f runs, and a DEQWarning says why.
+    """The graphs of one DEQ. Without one f runs, and a DEQWarning says why.
 
     Each is of steps, functions of the inputs (fixed, moving); the last one gives the result.
     """
@@ -36,7 +36,7 @@ class Graphs:
         self._forms: dict[tuple, Callable | None] = {}
 
     def __reduce__(self):
-        return type(self), ()
+        return type(self), ()  # a copy records its own
 
     @staticmethod
     def record(function: Callable[[], None]) -> Callable[[], None]:
@@ -153,8 +153,7 @@ def _shapes(tree) -> str:
 def compiled(function: Callable, device: torch.device | str = "cpu") -> Callable:
     """Return ``function`` compiled by torch.compile, after a check that this works on ``device``.
 
-    All tensors that ``function`` uses should be its arguments. Then only new shapes are compiled
-    again, which takes some seconds.
+    All tensors that ``function`` uses should be its arguments: only new shapes are compiled again.
 
     Sizes are constants (``dynamic=False``). Otherwise earlier shapes would decide which sizes
     become variables, and so the rounding: a resumed run would not repeat an uninterrupted one.

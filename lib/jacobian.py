@@ -176,9 +176,9 @@ def leading_eigenvalues(
     (Saad, chapters 3 and 6; see :func:`power_method`). A residual below the rounding error of J
     shows only an error of that size.
 
-    A sample whose Krylov space is exhausted continues from a new random vector. So small, zero and
-    scaled identity Jacobians give all their k eigenvalues. If it is not exhausted, copies of a
-    multiple eigenvalue may be missing.
+    A sample whose Krylov space is exhausted continues from a new random vector, so zero and scaled
+    identity Jacobians give all k eigenvalues. If it is not exhausted, copies of a multiple
+    eigenvalue may be missing.
 
     Args:
         k: number of eigenvalues, from 1 to D. The last one may be half of a conjugate pair.

@@ -13,10 +13,9 @@ Apply them to the part of a model that acts on z, not to a whole model: a bounde
 loses accuracy for nothing.
 
 While a solver of :class:`lib.deq.DEQ` runs, each weight is computed once and held, without a
-graph. The evaluation of f that carries the gradient computes it again, with its graph: twice per
-training step. ``unroll`` and ``reversible`` compute it at each evaluation.
-(``torch.nn.utils.parametrize.cached()`` does not fit around a DEQ: the solver would fill it with
-weights that have no graph, and a module and its deepcopy share an entry.)
+graph. The evaluation of f that carries the gradient computes it again, with its graph. ``unroll``
+and ``reversible`` compute it at each evaluation. (``torch.nn.utils.parametrize.cached()`` does not
+fit around a DEQ: the solver would fill it with weights that have no graph.)
 """
 
 import threading
@@ -50,7 +49,7 @@ def weights_held() -> Iterator[None]:
 
 
 class _Parametrization(nn.Module):
-    """A function of the original parameters that a solve computes once."""
+    """A function of parameters that a solve computes once."""
 
     def compute(self, *originals: Tensor) -> Tensor:
         raise NotImplementedError
@@ -83,8 +82,7 @@ class SpectralNorm(_Parametrization):
     """w = v / max(1, ||v||_2 / bound); see :func:`spectral_norm`.
 
     The buffers ``left`` and ``right``, the leading singular vectors, change only in training mode,
-    after the weight has changed: the forward solve, the evaluation that carries the gradient and
-    the adjoint belong to the same weight.
+    after the weight has changed: both passes belong to the same weight.
     """
 
     def __init__(self, weight: Tensor, bound: float, groups: int | None):

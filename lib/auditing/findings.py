@@ -1,4 +1,4 @@
-"""The figures of an audit, its rules, its verdict and its report."""
+"""The figures of an audit, its rules and its verdict."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -30,7 +30,7 @@ class Rules:
     """All thresholds of an audit."""
 
     longer: tuple[int, ...] = (2, 4)  # times the threshold, in finding 1; the last: to settle
-    least: int = 100  # evaluations that a sample may take to settle in any case
+    least: int = 100  # evaluations to settle in any case
     tighter: float = 0.1  # times the tolerance, where points are compared
     samples: int = 20  # fewer give no verdict
     each: int = 5  # fewer right or wrong ones say nothing about the residual
@@ -48,7 +48,7 @@ class Audit:
         measure, samples, threshold, eps: the measure's name; the number of samples; the model's
             largest threshold and tolerance. A sample with a residual below ``eps`` has settled.
         budget, patient: the evaluations that a sample may take to settle, and the share that does.
-        enough: the cut from which on the measure is the same as at the model's own threshold.
+        enough: see :func:`enough`.
         cuts: finding 1, a dict for each cut: name, evaluations (mean), measure, residual (relative,
             over all samples), settled (share), met (residual of each batch below eps).
         starts: finding 2, a dict for each start: kind, scale, seed, settled (share), distance (to
@@ -166,7 +166,7 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def _told(value: float | None, error: float, less: str, more: str) -> str:
-    """Which of the two, if a figure is more than two standard errors from 0."""
+    """The relation, if a figure is more than two standard errors from 0."""
     value = value or 0
     return "no relation" if abs(value) <= 2 * error else more if value > 0 else less
 
@@ -177,9 +177,7 @@ def correctness(residual: np.ndarray, score: np.ndarray, rules: Rules) -> dict:
     right, wrong = residual[score == 1], residual[score == 0]
     found = _UNKNOWN | {"correlation": rank}
     if len(right) + len(wrong) < n:  # the score is not right or wrong
-        less, more = (
-            f"a {size} residual goes with a higher score" for size in ("smaller", "larger")
-        )
+        less, more = (f"a {s} residual goes with a higher score" for s in ("smaller", "larger"))
         said = f"{_told(rank, 1 / math.sqrt(n), less, more)} (rank correlation {rank or 0:.2f})"
         return found | {"said": said if n >= rules.samples else f"cannot be told from {n} samples"}
     found |= {k: float(v.mean()) for k, v in {"low": right, "high": wrong}.items() if len(v)}

@@ -200,10 +200,9 @@ class Phantom(Gradient):
 class Shine(Gradient):
     """y = -H'g with the inverse Jacobian H shared by the forward solver (Ramzi et al. 2021).
 
-    H is Broyden's estimate of the inverse Jacobian of f(z) - z, at the iterate that the solver
-    returns. A sample with ||y|| > ``limit`` ||g||, or with a y that is not finite, takes y = g. The
-    vectors of H are kept until backward: one per iteration, or two per stored update of a
-    ``broyden:memory=...``.
+    H is Broyden's estimate of the inverse Jacobian of f(z) - z, at the solver's result. A sample
+    with ||y|| > ``limit`` ||g||, or with a y that is not finite, takes y = g. The vectors of H are
+    kept until backward.
 
     Args:
         limit: the largest accepted ratio ||y|| / ||g||.

@@ -221,8 +221,7 @@ class Adjoint:
         fz: f(point), with its graph.
         point: z*, which requires grad.
         solve: the linear solve.
-        again: f, if ``fz`` was computed in half precision: the solve can then finish in float32,
-            provided that f(point) still gives ``fz``.
+        again: f, if ``fz`` was computed in half precision: the solve can then finish in float32.
         watch: called with the product and the right-hand side after each solve.
     """
 
@@ -295,8 +294,8 @@ class Tangents:
     def product(self, v: Tensor) -> Tensor:
         """J v, with the shape and dtype of v.
 
-        Forward mode gives J v + J_x dx, from which J_x dx is subtracted; v is scaled to about the
-        norm of J_x dx, so that the difference keeps its digits.
+        Forward mode gives J v + J_x dx; v is scaled to about the norm of J_x dx, so that the
+        difference keeps its digits.
         """
         scale = self._powers / _powers_of_two(v)
         at = forward_ad.make_dual(self._point, (scale * v).to(self._point.dtype))

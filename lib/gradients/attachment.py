@@ -1,9 +1,9 @@
 """Attach an implicit gradient to a state, and refuse the uses of PyTorch that do not fit.
 
 The user's state is a copy of f(z*), and the gradient is a hook on the autograd *node* of that copy.
-So the state is an ordinary tensor: the user may change it in place, put hooks on it, ask for its
-gradient dL/dz, and split a backward pass at it. (A hook on a tensor, a view of f(z*), would be lost
-by ``z += x``, and would change the result of ``autograd.grad(L, z)``.)
+So the state is an ordinary tensor, which the user may change in place, hook and differentiate by.
+(A hook on a tensor, a view of f(z*), would be lost by ``z += x``, and would change the result of
+``autograd.grad(L, z)``.)
 """
 
 import sys
@@ -124,8 +124,7 @@ def with_tangent(value: Tensor, tangent: Tensor) -> Tensor:
 def own_saved_tensors():
     """A context in which autograd keeps its saved tensors, even inside torch.utils.checkpoint.
 
-    That would drop those of f, which are of one evaluation only, and repeat the whole forward pass,
-    solver included, for each product with the Jacobian.
+    That would repeat the whole forward pass, solver included, for each product with the Jacobian.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
     if hooks is None or getattr(hooks[0], "__module__", None) != "torch.utils.checkpoint":

@@ -30,8 +30,8 @@ _ARCHIVE = b"PK\x03\x04"  # the first bytes of a torch.save file since version 1
 _REFUSED = "GLOBAL"  # in torch's message on a Python object
 _NUMBERS = {f"{o}{c}" for o in "<>=|" for c in "b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split()}
 _FOLDER = 0x10  # the attribute that marks an archive entry as a folder
-# Of safetensors files: the key of our checksum in the metadata, and the beginning of its value.
-# Either identifies it: damage to one does not turn our file into a foreign one without a checksum.
+# Key and first words of our checksum in safetensors metadata. Either identifies it: damage to one
+# does not turn our file into a foreign one without a checksum.
 CHECKSUM, _VALUE = "tensors.sha256", "sha256 of the tensors: "
 _MOST = 2**53  # above it, floats do not count in steps of one
 
@@ -112,10 +112,7 @@ def _number(dtype: _DType, data: bytes):
 
 
 def _numpy_numbers():
-    """A context in which torch.load reads numbers of NumPy 1 and 2 as Python's.
-
-    A best score can be one. Versions of torch before 2.6 refuse such files.
-    """
+    """A context in which torch.load (from 2.6) reads NumPy's numbers, such as a best score."""
     if torch.__version__ < "2.6":
         return contextlib.nullcontext()
     names = [(_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -183,11 +180,7 @@ def _holds_code(message: str, file: BinaryIO) -> bool:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a file with a state dict into ``model``: published weights, or our own checkpoint.
-
-    Raises:
-        InputError: the file is unreadable, or as for :func:`load_state`.
-    """
+    """Load the state dict in a file: see :func:`read_state` and :func:`load_state`."""
     load_state(model, read_state(path), str(path))
 
 
@@ -219,7 +212,7 @@ def check_tensors(content, source: str | Path) -> None:
 
 
 def check_target(source: str | Path, target: str | Path) -> None:
-    """Refuse to write over the file ``source`` that is read, also by another name of it."""
+    """Refuse to write over the file ``source``, also by another name."""
     if Path(source).exists() and Path(target).exists() and os.path.samefile(source, target):
         raise InputError(f"{target} is the file that is read: give another name for the output")
 

@@ -52,7 +52,7 @@ def prepare_streams() -> None:
         if getattr(sys, name) is None:  # else the next file gets its number
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        # Not every stream has an encoding that can be changed.
+        # Not every stream can be changed.
         with contextlib.suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")
 
@@ -74,8 +74,8 @@ def exit_code(program: str, action: Callable[[], object]) -> int:
     """Run ``action`` and return the exit code.
 
     An expected error is one line on stderr that begins with ``program``. Bad input or a file error
-    gives code 2, failed training or a lost process 1, :class:`Stopped` its own code, an interrupt
-    130. Any other error is raised. One of several processes is ended by :func:`end_at_once`.
+    gives code 2, failed training or a lost process 1, :class:`Stopped` its own, an interrupt 130.
+    Any other error is raised. One of several processes ends by :func:`end_at_once`.
     """
     prepare_streams()
     code = 0

@@ -83,7 +83,7 @@ def report_diverged(found: list[list[tuple]], run: Run, step: int, counts: dict)
 
 
 def solver_figures(stats: SolverStats) -> tuple[dict[str, float], str]:
-    """Means of both passes since the last reset, for metrics and as text for the log."""
+    """Means of both passes, for metrics and as text for the log."""
     values, text = {}, ""
     for which in PASSES:
         passed: PassStats = getattr(stats, which)
@@ -96,7 +96,7 @@ def solver_figures(stats: SolverStats) -> tuple[dict[str, float], str]:
 
 
 def table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Lines of three aligned columns; a row of empty strings is an empty line."""
+    """Lines of three aligned columns."""
     width = max(len(row[0]) for row in rows)
     return [f"{a:<{width}}  {b:>14}  {c:>10}".rstrip() for a, b, c in rows]
 

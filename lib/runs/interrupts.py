@@ -1,4 +1,4 @@
-"""Early end of a run: by a signal, a time limit, failed training, or lack of memory."""
+"""Early end of a run: by a signal, a time limit, failed training, lack of memory."""
 
 import math
 import re

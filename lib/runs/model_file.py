@@ -40,7 +40,9 @@ class ModelFile:
 def read_model_file(
     path: str | Path, kind: str, of_run: Callable[[Path], tuple[str, dict, list[str]]]
 ) -> ModelFile:
-    """The model in a run's folder, whose kind, settings and names ``of_run`` gives, or in a file.
+    """The model in a run's folder, or in a file.
+
+    ``of_run`` returns kind, settings and names of a run.
 
     Raises:
         InputError: there is no model, or it is damaged or not of ``kind`` ("": any).

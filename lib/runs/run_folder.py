@@ -39,8 +39,8 @@ _FLUSH = 120.0  # seconds between flushes of the events
 def own(folder: Path) -> BinaryIO | None:
     """Make this process the one that writes in ``folder``, until the returned file is closed.
 
-    The folder is created if absent. The file, run.lock, names the owner and stays there. Its flock
-    is released by the system when the process ends, however it ends.
+    The file, run.lock, names the owner and stays there. Its flock is released by the system when
+    the process ends, however it ends.
 
     On NFS, Linux passes a flock to the server: it holds between machines, and after a machine's
     failure until its lease ends (NFSv4: 90 seconds by default). With the mount options nolock or
@@ -272,10 +272,8 @@ class Run:
         return cls(None, ("", ""), quiet=True)
 
     def still_has_its_folder(self) -> bool:
-        """False if the folder was moved or removed, or another run has begun in its place.
-
-        Someone may remove the lock alone, with which another run could begin here.
-        """
+        """False if the folder was moved or removed, or another run has begun in its place."""
+        # Someone may remove the lock alone.
         lock = _identity(self.folder / LOCK)
         return lock == self._lock if lock else (self.folder / LOG).is_file()
 
@@ -306,7 +304,7 @@ class Run:
         self._attempt(self._events_folder, write)
 
     def show(self, step: int, summary) -> None:
-        """Write a summary of tensorboardX, such as a text; not in a run without a folder."""
+        """Write a summary of tensorboardX; not in a run without a folder."""
         self._attempt(self._events_folder, lambda: self._events.add(step, summary=summary))
 
     def sync(self) -> None:
@@ -319,7 +317,7 @@ class Run:
             raise self.failure
 
     def _attempt(self, path: Path, write: Callable[[], object]) -> None:
-        """Do a write to ``path`` and note its error, unless one failed before."""
+        """Write and note an error, unless one failed before."""
         if self.failure is not None:
             return
         try:

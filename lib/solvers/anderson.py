@@ -91,7 +91,7 @@ def anderson(
 class _AndersonWindow:
     """The last m points: residuals g_i, values h_i = beta f(z_i) + (1 - beta) z_i, Gram matrix.
 
-    ``residual`` holds m tensors (B, D); the caller writes them in turn.
+    The caller writes the m tensors (B, D) of ``residual`` in turn.
     """
 
     _ABSENT = 1e300  # ||g||^2 in an empty slot: its weight vanishes
@@ -126,12 +126,12 @@ class _AndersonWindow:
         self._unbind()
 
     def keep_value(self, newest: int, fx: Tensor, gx: Tensor) -> None:
-        """Write h = beta f(x) + (1 - beta) x into slot ``newest``."""
+        """Write h into slot ``newest``."""
         plain = not isinstance(self._beta, Tensor) and self._beta == 1
         self.value[newest].copy_(fx if plain else fx - (1 - self._beta) * gx)
 
     def damp(self, samples: np.ndarray) -> None:
-        """Cut beta to a hundredth for ``samples`` (B,), and adapt their stored values h_i."""
+        """Cut beta for ``samples`` (B,), and adapt their stored values h_i."""
         mask = mask_of(samples, self._gram)
         cut = self._values.new_ones(mask.shape).masked_fill_(mask, _CUT)
         after = self._beta * cut

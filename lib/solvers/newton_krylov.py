@@ -154,14 +154,14 @@ class _Iterate:
         self._after = np.where(newton & (self._vain == 1), self.size, self._after)
         self._plain -= plain
         self._come_back(returns)
-        self._send_back(plain & (self.size > self._low), np.zeros_like(self._lengths))
+        self._send_back(plain & (self.size > self._low), 0.0)
         self._plain[self._returns] = 0
         strays = newton & (self._vain >= PATIENCE) & ~(self.size < self._low)
         if strays.any():
             full = np.full_like(self._lengths, self._damping)
             self._send_back(strays, self._shorter(self._after, full))
 
-    def _send_back(self, samples: np.ndarray, lengths: np.ndarray) -> None:
+    def _send_back(self, samples: np.ndarray, lengths: np.ndarray | float) -> None:
         self._returns |= samples
         self._lengths = np.where(samples, lengths, self._lengths)
         self._tries = np.where(samples, 0, self._tries)

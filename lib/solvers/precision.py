@@ -100,8 +100,8 @@ def solve_in_stages(
     Args:
         f: the map in half precision, on float32 states.
         make_precise: makes the map in float32, for the second stage.
-        solver, z0, threshold, stop_mode, options: as in :mod:`lib.solvers`. The threshold is for
-            both stages together; a budget that a partial sets is for each.
+        threshold: for both stages together; a budget that a partial sets is for each.
+        solver, z0, stop_mode, options: as in :mod:`lib.solvers`.
 
     Returns:
         The solver's dict. The traces (with ``nstep``), the counts of evaluations and products, and

@@ -174,8 +174,7 @@ def start(
 ) -> Solve:
     """The object that keeps a solve, per batch or per sample; ``control`` holds keywords.
 
-    ``needs_all``: the method needs every residual (``check_every`` is 1), and with stop='sample'
-    the rows of finished samples too.
+    ``needs_all``: the method needs every residual and the rows of finished samples.
     """
     options = Control(**control)
     if needs_all:

@@ -25,8 +25,7 @@ def refuse_transforms() -> None:
             "a solve cannot be exported, because its number of steps depends on values: export f "
             "alone (one evaluation) and solve around it"
         )
-    # Check the modes as well: torch.func.linearize and make_fx trace without an interpreter, and
-    # fake tensors have no values.
+    # torch.func.linearize and make_fx trace without an interpreter; fake tensors have no values.
     modes = torch._C._TorchDispatchModeKey
     traced = any(torch._C._get_dispatch_mode(mode) for mode in (modes.PROXY, modes.FAKE))
     if traced or _functorch.peek_interpreter_stack() is not None:
@@ -47,7 +46,7 @@ def outside_of_compiler(function: Callable) -> Callable:
     @functools.wraps(function)
     def called(*args, **kwargs):
         if torch.compiler.is_compiling():  # True only while the compiler traces
-            # It loads the compiler, which is loaded already while it traces.
+            # It loads the compiler, which is in use anyway.
             from lib.solvers.eager import call
 
             return call(function, *args, **kwargs)
