@@ -194,7 +194,8 @@ class DEQ:
                 more than f(z): see :mod:`lib.solvers.maps`.
             z0: the initial guess, (B, ...) of any rank, or a list of (B, ...) tensors.
             f_thres, b_thres: thresholds of the forward and the backward solver.
-            training: return f(z*) (True) or the value of z* (False), with its gradient.
+            training: return f(z*) (True) or the value of z* (False), with the gradient if autograd
+                is recording.
             jac_vecs: number of random vectors for the Jacobian loss; 0 skips it.
             sradius_iters: number of products for the spectral radius at z*; 0 skips it.
             indexing: also return, as ``states``, the states after these numbers of evaluations of

@@ -151,12 +151,12 @@ def _shapes(tree) -> str:
 
 
 def compiled(function: Callable, device: torch.device | str = "cpu") -> Callable:
-    """Return ``function`` compiled by torch.compile, after a check that this works on ``device``.
+    """``function`` compiled by torch.compile, after a check that this works on ``device``.
 
     All tensors that ``function`` uses should be its arguments: only new shapes are compiled again.
 
-    Sizes are constants (``dynamic=False``). Otherwise earlier shapes would decide which sizes
-    become variables, and so the rounding: a resumed run would not repeat an uninterrupted one.
+    Sizes are constants. Otherwise earlier shapes would decide which become variables, and so the
+    rounding: a resumed run would not repeat an uninterrupted one.
 
     Raises:
         InputError: torch.compile does not work here, for example without a C++ compiler.

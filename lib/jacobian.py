@@ -204,9 +204,9 @@ def leading_eigenvalues(
 def contraction_bound(f0: Tensor, z0: Tensor, steps: int = 50) -> Tensor:
     """Spectral norm ||J||_2 per sample: below 1, f is a contraction near z0.
 
-    ||J||_2, the largest singular value, bounds the spectral radius. The estimate is the square root
-    of the largest Ritz value of J'J, from Lanczos' process with full reorthogonalisation, started
-    at the random vector J'u.
+    ||J||_2, the largest singular value, is the Lipschitz constant of f at z0, and bounds the
+    spectral radius. The estimate is the square root of the largest Ritz value of J'J, from Lanczos'
+    process with full reorthogonalisation, started at the random vector J'u.
 
     Up to rounding, the estimate approaches ||J||_2 from below. For u uniform on the sphere in D
     dimensions and any J, it is below sqrt(1 - e) ||J||_2 with a probability of at most

@@ -15,7 +15,8 @@ loses accuracy for nothing.
 While a solver of :class:`lib.deq.DEQ` runs, each weight is computed once and held, without a
 graph. The evaluation of f that carries the gradient computes it again, with its graph. ``unroll``
 and ``reversible`` compute it at each evaluation. (``torch.nn.utils.parametrize.cached()`` does not
-fit around a DEQ: the solver would fill it with weights that have no graph.)
+fit around a DEQ: the solver would fill it with weights that have no graph, and a module and its
+deepcopy share an entry.)
 """
 
 import threading
@@ -154,7 +155,7 @@ def spectral_norm(module: nn.Module, bound: float = 0.9) -> nn.Module:
     Power iteration estimates the norm (Miyato et al. 2018, arXiv 1802.05957): 100 iterations at the
     start, then 5 in training mode after each change of the weight. The estimate comes from below:
     the norm may exceed the bound, in our tests by less than 1 % at the start and by less than 0.1 %
-    after some steps of training. Evaluation changes no buffer.
+    after some steps of training.
 
     The norm of a convolution is that of the operator: the circular convolution of stride 1 on an
     image of side 16, or of the side of the kernel if that is larger. Other strides and zero padding
@@ -198,9 +199,8 @@ def weight_norm_all(module: nn.Module, dim: int = 0) -> nn.Module:
 class ContractiveLayer(nn.Module):
     """A layer to start from: f(z, x) = tanh(W z + U x + b) with ||W||_2 <= bound < 1.
 
-    tanh has slopes of at most 1, so f multiplies distances between states by ``bound`` at most,
-    whatever its parameters become: the fixed point exists, it is unique, and every solver finds it.
-    U and b are free::
+    tanh has slopes of at most 1, so f multiplies distances between states by ``bound`` at most: the
+    fixed point exists, it is unique, and every solver finds it. U and b are free::
 
         >>> import torch
         >>> from lib import DEQ, ContractiveLayer

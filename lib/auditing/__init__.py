@@ -77,8 +77,8 @@ def audit(
 
     The model is called about 20 times per batch, in evaluation mode and without autograd. A batch
     that settles in k evaluations of f, with a threshold t, costs about 15 k + 6 t + 200
-    evaluations; one that never settles, about 40 t. What the model draws at random is the same at
-    each call. ``unroll`` and ``reversible`` count as plain iteration, with their damping.
+    evaluations; one that never settles, about 40 t. Random draws are the same at each call.
+    ``unroll`` and ``reversible`` count as plain iteration, with their damping.
 
     Args:
         model: a module with DEQs among the attributes of its parts; or a DEQ, with ``forward``.
@@ -139,7 +139,7 @@ class Solution:
     z: Tensor  # the state (B, ...), judged by an evaluation of f
     norms: np.ndarray  # ||f(z) - z|| and ||f(z)|| of each sample, (2, B)
     settled: np.ndarray  # residual below the tolerance, (B,)
-    met: bool  # the same over the whole batch
+    met: bool  # the same over the whole batch, as a solver may stop by it
     evaluations: np.ndarray  # (B,)
     counted: bool  # of each sample by itself
     threshold: int  # the model's own, as is eps
@@ -297,7 +297,7 @@ class _Pass:
 def _run(probe: Probe, call, inputs, target, correct, difficulty, request: Request) -> _Pass:
     probe.request, probe.found = request, []
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # of what the model draws at random, such as a start
+        torch.manual_seed(0)  # for a start, for example
         output = call(inputs)
     if not probe.found:
         raise InputError("the model called no DEQ: audit finds nothing to look at")

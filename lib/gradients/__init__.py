@@ -141,6 +141,7 @@ class Phantom(Gradient):
     Unrolled form: the output state is the last h, and backward keeps one evaluation of f per step.
     Neumann form: the output state is f(z*) with y = t sum_{i < steps} B'^i g, B = t J + (1 - t) I,
     and backward keeps one evaluation in all. At an exact fixed point both give the same gradient.
+    One step with t = 1 is ``jfb``.
 
     Args:
         steps: number of steps.
@@ -202,7 +203,7 @@ class Shine(Gradient):
 
     H is Broyden's estimate of the inverse Jacobian of f(z) - z, at the solver's result. A sample
     with ||y|| > ``limit`` ||g||, or with a y that is not finite, takes y = g. The vectors of H are
-    kept until backward.
+    kept until backward: one per iteration, or two per update that ``broyden:memory=...`` stores.
 
     Args:
         limit: the largest accepted ratio ||y|| / ||g||.

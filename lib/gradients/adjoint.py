@@ -86,7 +86,7 @@ class LinearSolve:
         Args:
             product: v -> A v, for each sample separately.
             start: initial guess; None is y = 0.
-            threshold: replaces the default threshold of this object.
+            threshold: replaces that of this object.
             make_precise: returns the product in float32, if ``product`` is in half precision.
         """
         options = {
@@ -258,10 +258,8 @@ class Adjoint:
         """Solve t = J t + v; the products J t are derivatives of u -> J'u."""
         with torch.enable_grad():
             u = torch.zeros_like(self.fz, requires_grad=True)
-            (back,) = torch.autograd.grad(
-                self.fz, self.point, u, create_graph=True, allow_unused=True
-            )
-        if back is None or not back.requires_grad:  # f does not depend on z
+            back = vjp(self.fz, self.point, u, create_graph=True)
+        if not back.requires_grad:  # f does not depend on z
             return v
         return self._solve(lambda t: vjp(back, u, t), v)
 
@@ -311,10 +309,9 @@ class RadiusWatch:
     """Warns once if the spectral radius of J = df/dz at z* exceeds one in training.
 
     At every 100th backward pass, 20 products with J' start from the incoming gradient. The growth
-    of the last 10 estimates the spectral radius per sample, without random numbers. The estimate
-    never exceeds ||J||_2, so a contraction stays silent. It is rough if many eigenvalues have
-    nearly the largest modulus, or if J is far from normal; :func:`lib.jacobian.power_method` is
-    more exact.
+    of the last 10 estimates the spectral radius per sample, without random numbers. It never
+    exceeds ||J||_2, so a contraction stays silent. It is rough if many eigenvalues have nearly the
+    largest modulus, or if J is far from normal (see :func:`lib.jacobian.power_method`).
 
     Several processes that train together get no estimate: their backward passes may communicate,
     and the estimate would have to run in all of them alike.

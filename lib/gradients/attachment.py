@@ -1,9 +1,9 @@
 """Attach an implicit gradient to a state, and refuse the uses of PyTorch that do not fit.
 
 The user's state is a copy of f(z*), and the gradient is a hook on the autograd *node* of that copy.
-So the state is an ordinary tensor, which the user may change in place, hook and differentiate by.
-(A hook on a tensor, a view of f(z*), would be lost by ``z += x``, and would change the result of
-``autograd.grad(L, z)``.)
+So the state is an ordinary tensor: the user may change it in place, put hooks on it, ask for its
+gradient dL/dz, and split a backward pass at it. (A hook on a tensor, a view of f(z*), would be lost
+by ``z += x``, and would change the result of ``autograd.grad(L, z)``.)
 """
 
 import sys
@@ -27,8 +27,8 @@ def attach(
 ) -> Tensor:
     """A copy of f(z*) whose incoming gradient g = dL/dz reaches f as ``change(g)``.
 
-    ``change`` may call autograd.grad on ``fz``, which does not reach the node of the copy: the hook
-    is never removed.
+    ``change`` may call autograd.grad on ``fz``, which does not reach the node of the copy. So the
+    hook is never removed, and any number of forward passes may wait for their backward.
 
     Args:
         fz: f(z*), with its graph. The copy has no forward-mode tangent.

@@ -199,7 +199,6 @@ class _History:
         self._at, self._open, self._values = 0, None, []
 
     def evaluate(self, i: int, point: Tensor) -> Tensor:
-        """f(point)."""
         own = self._evaluations[i] = {"saved": 0, "trained": point.requires_grad}
 
         def count(t: Tensor) -> tuple[int, int]:

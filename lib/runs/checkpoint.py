@@ -37,7 +37,11 @@ _MOST = 2**53  # above it, floats do not count in steps of one
 
 
 def save_atomic(obj, path: str | Path, before_rename: Callable[[], None] | None = None) -> None:
-    """Write tensors and plain containers by :func:`lib.runs.atomic_files.atomic_write`."""
+    """Write tensors and plain containers by :func:`lib.runs.atomic_files.atomic_write`.
+
+    Raises:
+        OSError: as there.
+    """
     with atomic_write(Path(path), before_rename) as file:
         try:
             torch.save(obj, file)
@@ -120,7 +124,7 @@ def _numpy_numbers():
 
 
 def _verify_archive(file: BinaryIO, size: int) -> None:
-    """Raise an error if an archive is damaged, or if torch and Python would read it differently.
+    """Refuse an archive that is damaged, or that torch and Python would read differently.
 
     torch does not compare checksums, so it accepts a flipped bit in the data. It leaves a tensor's
     memory uninitialised if the directory marks the entry as a folder, or gives it too large a size.
@@ -172,7 +176,7 @@ def checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def _holds_code(message: str, file: BinaryIO) -> bool:
-    """Whether torch's unpickler refused the file for its Python objects, not for damage."""
+    """Whether torch refused the file for its Python objects, not for damage."""
     file.seek(0)
     head = file.read(2)
     # A plain pickle of protocol 4 or later begins with an opcode that tensor files never have.

@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def prepare_streams() -> None:
-    """Let the standard streams print any text, and replace those that are closed."""
+    """Let the standard streams print any text; replace closed ones."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # else the next file gets its number
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115

@@ -35,7 +35,7 @@ def deterministic(wanted: bool) -> None:
 
 
 def random_states(rng: random.Random, gpus: Sequence[int]) -> dict:
-    """The states of all generators of a step: ``rng``, PyTorch's, and those of ``gpus``."""
+    """The states of ``rng``, PyTorch's generator, and those of ``gpus``."""
     return {
         "random": rng.getstate(),
         "torch_random": torch.get_rng_state(),
@@ -67,10 +67,7 @@ def check_random_states(states) -> None:
 
 
 def restore_random_states(state: dict, rng: random.Random, gpus: Sequence[int]) -> list[str]:
-    """Restore what :func:`random_states` returned, for the GPUs that exist both then and now.
-
-    Returns a log line if their number differs.
-    """
+    """Restore :func:`random_states`; return a log line if the number of GPUs differs."""
     rng.setstate(state["random"])
     torch.set_rng_state(state["torch_random"])
     saved = state["cuda_random"]

@@ -23,7 +23,7 @@ def stats_state(stats: SolverStats) -> list[dict]:
 
 
 def check_stats(states, processes: int) -> None:
-    """Refuse anything else than :func:`stats_state` of each process."""
+    """Refuse anything else than a list of :func:`stats_state`, one per process."""
     check_form(states, [[..., ...]] * processes, "solver_stats")
     figures = {"nfe": 0, "abs_residual": 0.0, "rel_residual": 0.0, "broken": False}
     for rank, passes in enumerate(states):
@@ -35,7 +35,7 @@ def check_stats(states, processes: int) -> None:
 
 
 def restore_stats(state: list[dict], stats: SolverStats) -> None:
-    """Restore what :func:`stats_state` returned."""
+    """Restore :func:`stats_state`."""
     forward, backward = state
     stats.forward, stats.backward = PassStats(**forward), PassStats(**backward)
 
@@ -66,7 +66,7 @@ def broken_since(before: list[int], stats: SolverStats) -> list[tuple[str, float
 
 
 def report_diverged(found: list[list[tuple]], run: Run, step: int, counts: dict) -> None:
-    """Log, record and count what :func:`broken_since` found in each process."""
+    """Log, record and count :func:`broken_since` of each process."""
     for rank, solves in enumerate(found):
         for which, residual, nfe in solves:
             counts[f"diverged_{which}"] += 1
@@ -104,7 +104,7 @@ def table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
 def solver_rows(records: list[dict], border: int, evaluated: dict) -> list[tuple[str, str, str]]:
     """Rows with residual and nfe: training means after step ``border``, and the evaluation mean.
 
-    A pass without solves, such as the backward pass of some gradients, has no row.
+    A pass without solves has no row.
     """
     found = []
     for which in PASSES:
@@ -141,7 +141,7 @@ def draw_curves(records: list[dict], border: int, path, draw: Callable) -> None:
     A line marks ``border``, the first step at equilibrium. ``draw`` draws the training curves on
     the axes it is given.
     """
-    # Imported here: it is slow, and optional for training.
+    # Here, as it is slow, and optional for training.
     with needs("runs"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -153,7 +153,10 @@ class Processes:
                 raise InputError(f"process {rank}: {text}")
 
     def next(self, items: Iterator[_T]) -> _T | None:
-        """The next item of each process, None at the end; all raise the error of any."""
+        """The next item of each process, None at the end; all have the same number.
+
+        An error of one process is raised in all.
+        """
         item, error = None, None
         try:
             item = next(items, None)

@@ -157,12 +157,12 @@ def peak_memory_mib(device: torch.device) -> float:
 class _Events:
     """A file of TensorBoard events that is written in the thread of the caller.
 
-    SummaryWriter's own thread dies on a full disk, and the run then waits for it for ever. Earlier
-    files' data from ``purge_step`` on are hidden.
+    SummaryWriter's own thread dies on a full disk, and the run then waits for ever. Earlier files'
+    data from ``purge_step`` on are hidden.
     """
 
     def __init__(self, folder: Path, purge_step: int | None):
-        # Imported here: benchmarks write no events and do not need tensorboardX.
+        # Here, as benchmarks do not need it.
         with needs("runs"):
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto.event_pb2 import Event, SessionLog

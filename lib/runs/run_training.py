@@ -95,7 +95,7 @@ def run_training(plan: Plan, build: Callable[[bool], Job], processes: Processes)
     ``build(anew)`` builds the job; ``anew`` is False if a checkpoint gives the weights.
 
     Returns:
-        The run's folder; None in a debug run and in all processes except the first.
+        The run's folder; None in a debug run and in other processes than the first.
 
     Raises:
         InputError: the folder has another owner or holds a run; the checkpoint does not fit.

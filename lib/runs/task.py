@@ -118,7 +118,7 @@ class Task:
         raise NotImplementedError
 
     def fixed(self) -> dict:
-        """Return by name the settings without which a saved state has no meaning."""
+        """Return by name the settings that must not change between a save and a resume."""
         raise NotImplementedError
 
     def fixed_in(self, state: dict) -> dict:

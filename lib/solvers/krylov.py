@@ -34,9 +34,9 @@ def gmres(
 ) -> dict:
     """GMRES: the point of the Krylov space with the least residual (Saad and Schultz 1986).
 
-    The point z = x0 + V c minimises ||r_0 - (I - J) V c||, where V is from Arnoldi's process: a
-    small least-squares problem, solved by Givens rotations. A step costs one product and one stored
-    vector. f need not be a contraction.
+    Arnoldi's process (orthogonalised twice) gives J V = V H. The point z = x0 + V c minimises
+    ||r_0 - (I - J) V c||, a small least-squares problem solved by Givens rotations. A step costs
+    one product and one stored vector. f need not be a contraction.
 
     Args:
         f: an affine map of (B, ...) to the same shape.

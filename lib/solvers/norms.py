@@ -116,7 +116,7 @@ def chunks(size: int) -> int:
 def orthogonalise(vectors: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     """Vectors (B, D) minus their projections on the orthonormal rows of ``basis`` (B, k, D).
 
-    Also the coefficients of the projections, (B, k) in float64.
+    Returns those and the coefficients of the projections, (B, k) in float64.
     """
     coefficients = vectors.new_zeros((), dtype=torch.float64)
     for _ in range(2):  # twice is enough (Giraud et al. 2005)

@@ -52,7 +52,7 @@ class SampleSolve(Solve):
     def evaluate(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """As in a Solve, of the b rows kept so far; returns the rows that the method goes on with.
 
-        ``out`` keeps all b rows: the method drops those of finished samples from what it stores.
+        ``out`` keeps all b rows.
         """
         if self.needs_all:
             x = self._at_rest(x)
