@@ -141,7 +141,7 @@ class Solution:
     settled: np.ndarray  # residual below the tolerance, (B,)
     met: bool  # the same over the whole batch, as a solver may stop by it
     evaluations: np.ndarray  # (B,)
-    counted: bool  # of each sample by itself
+    counted: bool  # are they those of each sample by itself
     threshold: int  # the model's own, as is eps
     eps: float
     radius: np.ndarray  # (B,), zeros if not asked for

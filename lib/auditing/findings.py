@@ -48,7 +48,7 @@ class Audit:
         measure, samples, threshold, eps: the measure's name; the number of samples; the model's
             largest threshold and tolerance. A sample with a residual below ``eps`` has settled.
         budget, patient: the evaluations that a sample may take to settle, and the share that does.
-        enough: see :func:`enough`.
+        enough: the cut from which on the measure is the same as at the model's own threshold.
         cuts: finding 1, a dict for each cut: name, evaluations (mean), measure, residual (relative,
             over all samples), settled (share), met (residual of each batch below eps).
         starts: finding 2, a dict for each start: kind, scale, seed, settled (share), distance (to

@@ -72,13 +72,15 @@ def load(path: str | Path):
         try:
             return _read(file)
         except Exception as error:  # on a damaged file a parser can raise anything
-            why = "is not a readable checkpoint (truncated or damaged): use another copy of it"
             if isinstance(error, pickle.UnpicklingError) and _holds_code(str(error), file):
-                why = (
-                    "holds Python objects besides tensors, which could run code: it was not "
-                    "loaded; save its state_dict() instead"
-                )
-            raise InputError(f"{path} {why}") from error
+                raise InputError(
+                    f"{path} holds Python objects besides tensors, which could run code: it was "
+                    "not loaded; save its state_dict() instead"
+                ) from error
+            raise InputError(
+                f"{path} is not a readable checkpoint (truncated or damaged): use another copy of "
+                "it"
+            ) from error
 
 
 def _read(file: BinaryIO):

@@ -38,10 +38,10 @@ def newton_krylov(
     """Inexact Newton: z+ = z + t d with (I - J(z)) d = f(z) - z by GMRES (Knoll and Keyes 2004).
 
     Products J v are exact: they come from differentiating the vector-Jacobian product u -> J'u,
-    which is linear in u, or from forward-mode differentiation. f
-    is differentiated at every iterate, so all its operations must be differentiable; if f offers
-    ``f.plain``, that map is used. The solve leaves ``torch.inference_mode``. If f holds tensors
-    made in that mode, only forward-mode differentiation gives the products.
+    which is linear in u, or from forward-mode differentiation. f is differentiated at every
+    iterate, so all its operations must be differentiable; if f offers ``f.plain``, that map is
+    used. The solve leaves ``torch.inference_mode``. If f holds tensors made in that mode, only
+    forward-mode differentiation gives the products.
 
     Each sample has its own step length t, at first ``damping``. If five steps in a row do not lower
     its residual, the sample goes back to its lowest point and shortens the step from there.
