@@ -32,9 +32,9 @@ class BalancedDataParallel(DataParallel):
     """DataParallel with ``first`` samples on the first device, which also holds the outputs.
 
     Args:
-        module: the model; its tensor arguments are split along ``dim``.
+        module: the model.
         first: number of samples on device 0; -1 splits the batch evenly.
-        dim: batch dimension of all inputs.
+        dim: batch dimension of all inputs, along which they are split.
         output_dims: batch dimension of each output in the model's list. None is for a mean over
             samples: its parts are averaged with the numbers of samples as weights.
         device_ids: numbers of the GPUs; None means all.
@@ -73,8 +73,7 @@ class BalancedDataParallel(DataParallel):
         wanted = [first, *(d for d in devices if d in others)]
         replicas = replicate(self.module, wanted, detach=not torch.is_grad_enabled())
         autocast = same_autocast(self.src_device_obj)
-        # parallel_apply runs each replica in a thread, and enables autocast there without the
-        # caller's dtype: on a GPU it would be float16, whatever the caller chose.
+        # parallel_apply runs each replica in a thread, with autocast, but not the caller's dtype.
         return [in_context(autocast, replica) for replica in replicas[-len(devices) :]]
 
     def _merge(self, parts: Sequence[Tensor], dim: int | None, sizes: list[int]) -> Tensor:

@@ -25,7 +25,7 @@ Example::
 Under autocast f runs in half precision, states and residuals stay float32, and a solve may finish
 with f in float32: see :func:`~lib.solvers.precision.solve_in_stages`.
 
-A state may be a list of tensors: then f maps a list to a list, and the result is a list.
+If the state is a list of tensors, f maps a list to a list, and the result is a list.
 """
 
 from collections.abc import Callable, Sequence
@@ -127,13 +127,12 @@ class DEQ:
         grad: str | Gradient | Iteration = "ift",
         group: ProcessGroup | None = None,
     ):
-        for mode in (stop_mode, b_stop_mode or stop_mode):
+        self.stop_mode, self.b_stop_mode = stop_mode, b_stop_mode or stop_mode
+        for mode in (self.stop_mode, self.b_stop_mode):
             check_stop_mode(mode)
         self.group = group
         self._grad = get_gradient(grad)
         self.f_solver, self.b_solver = f_solver, b_solver
-        self.stop_mode = stop_mode
-        self.b_stop_mode = b_stop_mode or stop_mode
         self.stats = SolverStats()
         self._said: set[str] = set()  # kinds of warnings already given: each is given once
         self._watch = RadiusWatch()
@@ -192,7 +191,7 @@ class DEQ:
         Args:
             f: the layer, a function of the state alone. Compute what does not depend on z
                 (weights, masks, injections) once, and let f hold it in its closure. f may offer
-                more than f(z): see :mod:`lib.solvers.maps`. The Jacobian loss uses ``f.plain``.
+                more than f(z): see :mod:`lib.solvers.maps`.
             z0: the initial guess, (B, ...) of any rank, or a list of (B, ...) tensors.
             f_thres, b_thres: thresholds of the forward and the backward solver.
             training: return f(z*) (True) or the value of z* (False), with the gradient if autograd
@@ -215,8 +214,7 @@ class DEQ:
             f = self.graphs.of(f)
         shapes = None  # of the tensors in a list
         if not isinstance(z0, Tensor):
-            listed = isinstance(z0, Sequence) and all(isinstance(t, Tensor) for t in z0)
-            check(listed, "z0", type(z0).__name__, "a tensor or a list of tensors")
+            check(_listed(z0), "z0", type(z0).__name__, "a tensor or a list of tensors")
             shapes = [tuple(t.shape[1:]) for t in z0]
             f, z0 = transformed(f, partial(_flattened, shapes)), list2vec(z0)
         recording, half = torch.is_grad_enabled(), half_precision(z0)
@@ -257,7 +255,7 @@ class DEQ:
         )
 
     def _refuse_with_group(self, half: bool, indexing: bool, jac_vecs: int) -> None:
-        """Refuse what lockstep cannot keep equal in all processes, and what shards forbid."""
+        """Refuse what processes would do unequally, and what shards forbid."""
         if half:
             raise InputError(
                 "group: under autocast, processes would change to float32 at different times; let "
@@ -369,18 +367,21 @@ def _gmres_like(f_solver: Callable) -> Callable:
     return partial(gmres, **{name: options[name] for name in options if name in common})
 
 
+def _listed(state: Any) -> bool:
+    return isinstance(state, Sequence) and all(isinstance(t, Tensor) for t in state)
+
+
 def _parts(z: Tensor, shapes: list[tuple[int, ...]] | None) -> Tensor | list[Tensor]:
     """The tensors of a stacked state, as copies: the user may change one. None: z itself."""
     return z if shapes is None else [part.clone() for part in vec2list(z, shapes)]
 
 
 def _flattened(shapes: list[tuple[int, ...]], f: Callable) -> Map:
-    """A map of lists of tensors (B, *shape) as a map of stacked states."""
+    """A map of lists as a map of stacked states."""
 
     def flat_f(z: Tensor) -> Tensor:
         parts = f(vec2list(z, shapes))
-        listed = isinstance(parts, Sequence) and all(isinstance(t, Tensor) for t in parts)
-        gave = [tuple(t.shape[1:]) for t in parts] if listed else type(parts).__name__
+        gave = [tuple(t.shape[1:]) for t in parts] if _listed(parts) else type(parts).__name__
         if gave != shapes:
             raise InputError(
                 f"f must map a list of the shapes {shapes} (without the batch) to the same, but "
@@ -392,10 +393,7 @@ def _flattened(shapes: list[tuple[int, ...]], f: Callable) -> Map:
 
 
 def _watched(f: Map, indexing: Sequence[int]) -> tuple[Map, dict[int, Tensor]]:
-    """f with a recorder, and the dict that it fills: number of an evaluation, from 0 -> point.
-
-    It offers no ``select``, which would record a part of the batch.
-    """
+    """f with a recorder, and the dict that it fills: number of an evaluation, from 0 -> point."""
     visited: dict[int, Tensor] = {}
     count = 0
 
@@ -410,7 +408,7 @@ def _watched(f: Map, indexing: Sequence[int]) -> tuple[Map, dict[int, Tensor]]:
         return watched
 
     out = transformed(f, change)
-    vars(out).pop("select", None)
+    vars(out).pop("select", None)  # it would record a part of the batch
     return out, visited
 
 
@@ -429,11 +427,10 @@ def _of_deq(name: str) -> property:
 
 
 class SolverAttributes:
-    """Mixin for models: ``f_solver``, ``b_solver`` and ``grad`` are those of ``self.deq``.
+    """Mixin for models with the solvers and the gradient of ``self.deq``.
 
-    They may be set at any time. ``b_solver = None`` means the forward solver, as in the published
-    models. Another one has its own tolerance: a smaller one of ``f_solver`` alone does not
-    improve the gradient.
+    ``b_solver = None`` means the forward solver, as in the published models. Another one has its
+    own tolerance: a smaller one of ``f_solver`` alone does not improve the gradient.
     """
 
     deq: DEQ

@@ -10,13 +10,13 @@ from numbers import Real
 class InputError(ValueError):
     """Bad input: a file, flag, setting or argument that cannot be used.
 
-    The message is one line: what is wrong, its value, and what to do. The commands print the
-    message without a traceback and exit with code 2. In a notebook the error is a ``ValueError``.
+    The message is one line: what is wrong, its value, and what to do. The commands print it without
+    a traceback and exit with code 2.
     """
 
 
 class MissingExtra(InputError, ImportError):
-    """A package is not installed; the message names it and the command that installs it."""
+    """A package is not installed; the message names the command that installs it."""
 
 
 class DEQWarning(RuntimeWarning):
@@ -59,7 +59,7 @@ def needs(extra: str) -> Iterator[None]:
 
 @contextmanager
 def command_needs(extra: str, program: str) -> Iterator[None]:
-    """As :func:`needs`, for a command's imports: print one line and exit with code 2."""
+    """As :func:`needs`, for a command: print one line and exit with code 2."""
     try:
         with needs(extra):
             yield

@@ -1,9 +1,9 @@
 """Faster forms of f: compiled by torch.compile, or CUDA graphs of f and of its products J'v.
 
-CUDA graphs are recorded once, then started by one call. A small f is done before the host has
-started its next kernels, and the GPU waits. A graph repeats kernels on the same memory: z is copied
-there for each evaluation, the tensors of ``f.source`` (:mod:`lib.solvers.maps`) once per solve.
-What autograd records runs as ever.
+A small f is done before the host has started its next kernels, and the GPU waits. A CUDA graph is
+started by one call. It repeats kernels on the same memory: z is copied there for each evaluation,
+the tensors of ``f.source`` (:mod:`lib.solvers.maps`) once per solve. What autograd records runs as
+ever.
 """
 
 import warnings
@@ -19,13 +19,13 @@ from lib.solvers.maps import Map, plain, vjp
 
 MOST = 16  # shapes; the graphs of each have their own memory
 
-# Most compiled forms of one function: the shapes of training and evaluation, in two dtypes. With
-# PyTorch's own limit of 8, further shapes would stay uncompiled, with only a warning.
+# Most compiled forms of one function. PyTorch's own limit is 8: further shapes would stay
+# uncompiled, with only a warning.
 MAX_FORMS = 64
 
 
 class Graphs:
-    """The graphs of one DEQ; a copy records its own. Without one f runs, and a DEQWarning says why.
+    """The graphs of one DEQ. Without one f runs, and a DEQWarning says why.
 
     Each is of steps, functions of the inputs (fixed, moving); the last one gives the result.
     """
@@ -36,7 +36,7 @@ class Graphs:
         self._forms: dict[tuple, Callable | None] = {}
 
     def __reduce__(self):
-        return type(self), ()
+        return type(self), ()  # a copy records its own
 
     @staticmethod
     def record(function: Callable[[], None]) -> Callable[[], None]:
@@ -151,13 +151,12 @@ def _shapes(tree) -> str:
 
 
 def compiled(function: Callable, device: torch.device | str = "cpu") -> Callable:
-    """Return ``function`` compiled by torch.compile, after a check that this works on ``device``.
+    """``function`` compiled by torch.compile, after a check that this works on ``device``.
 
-    All tensors that ``function`` uses should be its arguments. Then only new shapes are compiled
-    again, which takes some seconds.
+    All tensors that ``function`` uses should be its arguments: only new shapes are compiled again.
 
-    Sizes are constants (``dynamic=False``). Otherwise earlier shapes would decide which sizes
-    become variables, and so the rounding: a resumed run would not repeat an uninterrupted one.
+    Sizes are constants. Otherwise earlier shapes would decide which become variables, and so the
+    rounding: a resumed run would not repeat an uninterrupted one.
 
     Raises:
         InputError: torch.compile does not work here, for example without a C++ compiler.

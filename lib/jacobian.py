@@ -19,8 +19,8 @@ Example (a rotation, shrunk: eigenvalues 0.8 e^(+-i pi/2), spectral norm 0.8)::
     >>> f"{norm.estimate.item():.2f} +- {norm.standard_error.item():.2f}"
     '1.28 +- 0.00'
 
-The functions keep the graph of f0, so several of them and a training step may use the same f0.
-Only the result of :func:`jac_loss_estimate` can be differentiated.
+The functions keep the graph of f0, for further ones and a training step. Only the result of
+:func:`jac_loss_estimate` can be differentiated.
 """
 
 from collections.abc import Iterator
@@ -95,9 +95,8 @@ def squared_frobenius_norm(
 ) -> HutchinsonEstimate:
     """Hutchinson estimate of ||J||_F^2 per sample, with its standard error.
 
-    The estimate is the mean of ||v'J||^2 over ``vecs`` draws; its standard error is the sample
-    standard deviation of the draws / sqrt(vecs). :func:`jac_loss_estimate` is the mean of this
-    estimate over samples, divided by D.
+    The estimate is the mean of ||v'J||^2 over ``vecs`` draws; its standard error is their standard
+    deviation / sqrt(vecs). :func:`jac_loss_estimate` is its mean over samples, divided by D.
 
     With G = J J', the variance of one draw v'G v is 2 ||G||_F^2 for Gaussian vectors and
     2 (||G||_F^2 - sum_i G_ii^2) for Rademacher vectors: never more, and zero if G is
@@ -128,7 +127,7 @@ def jac_loss_weight_at(
     By default, as in the language models, an interval is completed at each multiple of
     ``increment_every`` after step ``start`` (the end of pre-training). With ``from_start``, as in
     the image models, intervals begin at ``start``. With ``increment_every`` of 0 or less the weight
-    stays ``base``. It depends on the step alone, so a resumed run needs no state.
+    stays ``base``.
     """
     if increment_every <= 0 or step <= start:
         return base
@@ -177,9 +176,9 @@ def leading_eigenvalues(
     (Saad, chapters 3 and 6; see :func:`power_method`). A residual below the rounding error of J
     shows only an error of that size.
 
-    A sample whose Krylov space is exhausted continues from a new random vector. So small, zero and
-    scaled identity Jacobians give all their k eigenvalues. If it is not exhausted, copies of a
-    multiple eigenvalue may be missing.
+    A sample whose Krylov space is exhausted continues from a new random vector, so zero and scaled
+    identity Jacobians give all k eigenvalues. If it is not exhausted, copies of a multiple
+    eigenvalue may be missing.
 
     Args:
         k: number of eigenvalues, from 1 to D. The last one may be half of a conjugate pair.
@@ -205,9 +204,9 @@ def leading_eigenvalues(
 def contraction_bound(f0: Tensor, z0: Tensor, steps: int = 50) -> Tensor:
     """Spectral norm ||J||_2 per sample: below 1, f is a contraction near z0.
 
-    ||J||_2, the largest singular value, is the Lipschitz constant of f at z0 in the Euclidean norm.
-    It bounds the spectral radius. The estimate is the square root of the largest Ritz value of J'J,
-    from Lanczos' process with full reorthogonalisation, started at the random vector J'u.
+    ||J||_2, the largest singular value, is the Lipschitz constant of f at z0, and bounds the
+    spectral radius. The estimate is the square root of the largest Ritz value of J'J, from Lanczos'
+    process with full reorthogonalisation, started at the random vector J'u.
 
     Up to rounding, the estimate approaches ||J||_2 from below. For u uniform on the sphere in D
     dimensions and any J, it is below sqrt(1 - e) ||J||_2 with a probability of at most

@@ -35,7 +35,7 @@ class WeightNorm:
         }
 
     def get(self, module: nn.Module, name: str) -> Tensor:
-        """The held weight if it is still valid, else a newly computed one."""
+        """The held weight if it is still valid, else a new one."""
         version, weight = module.__dict__.get(_HELD, {}).get(name, (None, None))
         if weight is None or version != self._version(module, name):
             return self.compute(module, name)
@@ -170,11 +170,8 @@ class _HeldMask(nn.Module):
 
 
 class VariationalHidDropout(_HeldMask):
-    """One mask value per sample and channel.
-
-    With ``length_first``, x is (B, L, d) and the mask (B, 1, d); else x is (B, d, L) and the mask
-    (B, d, 1).
-    """
+    """One mask value per sample and channel: (B, d, 1) for x (B, d, L), and with ``length_first``
+    (B, 1, d) for x (B, L, d)."""
 
     def __init__(self, dropout: float = 0.0, length_first: bool = False):
         super().__init__(dropout)
@@ -196,8 +193,7 @@ class VariationalAttnDropout(_HeldMask):
 class VariationalHidDropout2d(_HeldMask):
     """Dropout for feature maps (B, d, H, W).
 
-    With ``spatial`` there is one mask value per channel, (B, d, 1, 1); else one per element,
-    (B, d, H, W).
+    With ``spatial`` the mask is (B, d, 1, 1), else (B, d, H, W).
     """
 
     def __init__(self, dropout: float = 0.0, spatial: bool = True):

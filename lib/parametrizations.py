@@ -1,8 +1,7 @@
 r"""Bounded and normalised weights for all layers of a module, in one call.
 
-A layer f settles if df/dz is small enough. These functions replace the weights of the linear and
-convolutional layers of a module by functions of free parameters (see
-:mod:`torch.nn.utils.parametrize`)::
+A layer f settles if df/dz is small enough. These functions replace the weights of linear and
+convolutional layers by functions of free parameters (see :mod:`torch.nn.utils.parametrize`)::
 
     >>> import torch
     >>> from lib import spectral_norm
@@ -14,10 +13,10 @@ Apply them to the part of a model that acts on z, not to a whole model: a bounde
 loses accuracy for nothing.
 
 While a solver of :class:`lib.deq.DEQ` runs, each weight is computed once and held, without a
-graph. The evaluation of f that carries the gradient computes it again, with its graph: twice per
-training step. ``unroll`` and ``reversible`` compute it at each evaluation.
-(``torch.nn.utils.parametrize.cached()`` does not fit around a DEQ: the solver would fill it with
-weights that have no graph, and a module and its deepcopy share an entry.)
+graph. The evaluation of f that carries the gradient computes it again, with its graph. ``unroll``
+and ``reversible`` compute it at each evaluation. (``torch.nn.utils.parametrize.cached()`` does not
+fit around a DEQ: the solver would fill it with weights that have no graph, and a module and its
+deepcopy share an entry.)
 """
 
 import threading
@@ -51,7 +50,7 @@ def weights_held() -> Iterator[None]:
 
 
 class _Parametrization(nn.Module):
-    """A function of the original parameters that a solve computes once."""
+    """A function of parameters that a solve computes once."""
 
     def compute(self, *originals: Tensor) -> Tensor:
         raise NotImplementedError
@@ -84,8 +83,7 @@ class SpectralNorm(_Parametrization):
     """w = v / max(1, ||v||_2 / bound); see :func:`spectral_norm`.
 
     The buffers ``left`` and ``right``, the leading singular vectors, change only in training mode,
-    after the weight has changed: the forward solve, the evaluation that carries the gradient and
-    the adjoint belong to the same weight.
+    after the weight has changed: both passes belong to the same weight.
     """
 
     def __init__(self, weight: Tensor, bound: float, groups: int | None):
@@ -135,10 +133,9 @@ class SpectralNorm(_Parametrization):
     def _adjoint(self, weight: Tensor, left: Tensor) -> Tensor:
         if self.groups is None:
             return weight.t() @ left
-        sides = weight.shape[2:]
         kernel = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
         kernel = kernel.flip(tuple(range(2, kernel.dim())))
-        padding = [p for side in reversed(sides) for p in (side - 1, 0)]
+        padding = [p for side in reversed(weight.shape[2:]) for p in (side - 1, 0)]
         return _convolution(F.pad(left, padding, mode="circular"), kernel, self.groups)
 
 
@@ -158,7 +155,7 @@ def spectral_norm(module: nn.Module, bound: float = 0.9) -> nn.Module:
     Power iteration estimates the norm (Miyato et al. 2018, arXiv 1802.05957): 100 iterations at the
     start, then 5 in training mode after each change of the weight. The estimate comes from below:
     the norm may exceed the bound, in our tests by less than 1 % at the start and by less than 0.1 %
-    after some steps of training. Evaluation changes no buffer.
+    after some steps of training.
 
     The norm of a convolution is that of the operator: the circular convolution of stride 1 on an
     image of side 16, or of the side of the kernel if that is larger. Other strides and zero padding
@@ -167,12 +164,9 @@ def spectral_norm(module: nn.Module, bound: float = 0.9) -> nn.Module:
     k x k, that of the operator is up to sqrt(k k) times larger.)
 
     Args:
-        module: changed in place; each Linear, Conv1d to Conv3d and ConvTranspose in it. The
-            parameter ``weight`` becomes ``parametrizations.weight.original``.
+        module: changed in place and returned; each Linear, Conv1d to Conv3d and ConvTranspose in
+            it. The parameter ``weight`` becomes ``parametrizations.weight.original``.
         bound: the largest spectral norm, positive.
-
-    Returns:
-        The module.
 
     Raises:
         InputError: the bound is not positive, or the module has no such weight, or one that is
@@ -196,9 +190,6 @@ def weight_norm_all(module: nn.Module, dim: int = 0) -> nn.Module:
             ``parametrizations.weight.original0`` (g) and ``original1`` (v).
         dim: each index of this dimension has its own norm.
 
-    Returns:
-        The module.
-
     Raises:
         InputError: as :func:`spectral_norm`.
     """
@@ -208,9 +199,8 @@ def weight_norm_all(module: nn.Module, dim: int = 0) -> nn.Module:
 class ContractiveLayer(nn.Module):
     """A layer to start from: f(z, x) = tanh(W z + U x + b) with ||W||_2 <= bound < 1.
 
-    tanh has slopes of at most 1, so f multiplies distances between states by ``bound`` at most,
-    whatever its parameters become: the fixed point exists, it is unique, and every solver finds it.
-    U and b are free::
+    tanh has slopes of at most 1, so f multiplies distances between states by ``bound`` at most: the
+    fixed point exists, it is unique, and every solver finds it. U and b are free::
 
         >>> import torch
         >>> from lib import DEQ, ContractiveLayer
@@ -220,12 +210,8 @@ class ContractiveLayer(nn.Module):
         torch.Size([2, 64])
 
     Args:
-        inputs: size of x.
-        size: size of z.
-        bound: the largest spectral norm of W, between 0 and 1.
-
-    Raises:
-        InputError: the bound is not between 0 and 1.
+        inputs, size: sizes of x and z.
+        bound: the largest spectral norm of W; an InputError if not between 0 and 1.
     """
 
     def __init__(self, inputs: int, size: int, bound: float = 0.9):

@@ -1,8 +1,8 @@
 r"""Is this model an equilibrium? An audit of any model that holds a :class:`~lib.deq.DEQ`.
 
 A low loss does not show that a model uses its fixed point: the answer may be read from the start,
-the iteration may never settle, or another start may lead to another answer. The audit calls the
-model with its solves skipped, cut, lengthened and started elsewhere, and gives five findings
+the iteration may never settle, or another start may lead to another answer. The audit gives five
+findings
 
 1. the measure when the solver is skipped or ends earlier or later (the solve that need not be
    made: arXiv 2607.11116);
@@ -77,8 +77,8 @@ def audit(
 
     The model is called about 20 times per batch, in evaluation mode and without autograd. A batch
     that settles in k evaluations of f, with a threshold t, costs about 15 k + 6 t + 200
-    evaluations; one that never settles, about 40 t. What the model draws at random is the same at
-    each call. ``unroll`` and ``reversible`` count as plain iteration, with their damping.
+    evaluations; one that never settles, about 40 t. Random draws are the same at each call.
+    ``unroll`` and ``reversible`` count as plain iteration, with their damping.
 
     Args:
         model: a module with DEQs among the attributes of its parts; or a DEQ, with ``forward``.
@@ -104,8 +104,7 @@ def audit(
     for seed in seeds:
         check_count("a number in seeds", seed, 0)
     check(len(scales) > 0 and len(seeds) > 0, "scales and seeds", (scales, seeds), "not empty")
-    rules = rules or Rules()
-    starts = list(product(("displaced", "drawn"), scales, seeds))
+    rules, starts = rules or Rules(), list(product(("displaced", "drawn"), scales, seeds))
     parts: list[dict[Any, _Pass]] = []
     with probing(model, eps) as probe:
         for batch in batches:
@@ -123,8 +122,8 @@ class Request:
     """How the solves of one forward pass differ from the model's own; by default not at all."""
 
     evaluations: int | None = None  # at most so many, with products; 0: the head gets the start
-    times: int = 1  # the model's own threshold so many times,
-    least: int = 0  # and at least so many
+    times: int = 1  # the model's own threshold so many times, but at least
+    least: int = 0
     eps: float | None = None  # times the tolerance: each sample stops by itself; 0: do not stop
     # (kind, scale, seed): noise of scale * rms(z) * N(0, 1), alone ('drawn') or added to z, the
     # solution of the same solve in ``around`` ('displaced').
@@ -135,14 +134,14 @@ class Request:
 
 @dataclass
 class Solution:
-    """One solve. Its state z (B, ...) is judged by an evaluation of f; figures are on the host."""
+    """One solve; figures are on the host."""
 
-    z: Tensor
+    z: Tensor  # the state (B, ...), judged by an evaluation of f
     norms: np.ndarray  # ||f(z) - z|| and ||f(z)|| of each sample, (2, B)
     settled: np.ndarray  # residual below the tolerance, (B,)
     met: bool  # the same over the whole batch, as a solver may stop by it
     evaluations: np.ndarray  # (B,)
-    counted: bool  # whether they are those of each sample by itself
+    counted: bool  # are they those of each sample by itself
     threshold: int  # the model's own, as is eps
     eps: float
     radius: np.ndarray  # (B,), zeros if not asked for
@@ -239,7 +238,7 @@ class _Outlet(Gradient):
 
 @contextmanager
 def probing(model: nn.Module | DEQ, eps: float | None) -> Iterator[Probe]:
-    """A context in which one probe is in all DEQs of a model, in evaluation mode."""
+    """A context with one probe in all DEQs of a model, in evaluation mode."""
     parts = [] if isinstance(model, DEQ) else list(model.modules())
     held = [v for part in parts for v in vars(part).values() if isinstance(v, DEQ)]
     deqs = [model] if isinstance(model, DEQ) else list({id(deq): deq for deq in held}.values())
@@ -283,9 +282,9 @@ class _Pass:
         self.score, self.hard = score, hard
         self.norms = np.stack([s.norms for s in found])  # (solves, 2, N)
         self.residual = relative(self.norms[:, 0], self.norms[:, 1]).max(axis=0)
-        self.settled = np.stack([s.settled for s in found]).all(axis=0)
-        self.evaluations = np.stack([s.evaluations for s in found]).sum(axis=0)
-        self.radius = np.stack([s.radius for s in found]).max(axis=0)
+        self.settled = np.all([s.settled for s in found], axis=0)
+        self.evaluations = np.sum([s.evaluations for s in found], axis=0)
+        self.radius = np.max([s.radius for s in found], axis=0)
         self.met, self.counted = all(s.met for s in found), all(s.counted for s in found)
         self.threshold, self.eps = max(s.threshold for s in found), max(s.eps for s in found)
         # Without another start ``around`` is empty.
@@ -296,10 +295,9 @@ class _Pass:
 
 
 def _run(probe: Probe, call, inputs, target, correct, difficulty, request: Request) -> _Pass:
-    """Call the model on one batch as a request says."""
     probe.request, probe.found = request, []
     with torch.random.fork_rng():
-        torch.manual_seed(0)  # of what the model draws at random, such as a start
+        torch.manual_seed(0)  # for a start, for example
         output = call(inputs)
     if not probe.found:
         raise InputError("the model called no DEQ: audit finds nothing to look at")
@@ -310,8 +308,8 @@ def _run(probe: Probe, call, inputs, target, correct, difficulty, request: Reque
 
 def _row(values: Tensor, name: str) -> np.ndarray:
     """Numbers of the samples as (N,) float64."""
-    fits = isinstance(values, Tensor) and values.ndim == 1
     what = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    fits = isinstance(what, tuple) and len(what) == 1
     check(fits, f"what {name} returns", what, "a tensor of one number per sample, (B,)")
     return values.detach().double().cpu().numpy()
 
@@ -339,14 +337,16 @@ def _passes(run: Callable, probe: Probe, starts: list, rules: Rules) -> dict[Any
 
 
 def _report(parts: list[dict[Any, _Pass]], starts: list, measure: str, rules: Rules) -> Audit:
-    """Put the batches together."""
+
+    def passes(name: Any) -> list[_Pass]:
+        # A batch with a lower threshold has fewer cuts: there it counts as it ended.
+        return [part.get(name, part[OWN]) for part in parts]
 
     def of(name: Any, figure: str) -> np.ndarray:
-        # A batch with a lower threshold has fewer cuts: there it counts as it ended.
-        return np.concatenate([getattr(part.get(name, part[OWN]), figure) for part in parts])
+        return np.concatenate([getattr(p, figure) for p in passes(name)])
 
     def at(name: str) -> dict:
-        norms = [np.concatenate(list(p.get(name, p[OWN]).norms), axis=1) for p in parts]
+        norms = [np.concatenate(list(p.norms), axis=1) for p in passes(name)]
         g, f = np.linalg.norm(np.concatenate(norms, axis=1), axis=1)
         return {
             "name": name,
@@ -354,7 +354,7 @@ def _report(parts: list[dict[Any, _Pass]], starts: list, measure: str, rules: Ru
             "measure": float(of(name, "score").mean()),
             "residual": float(relative(g, f)),
             "settled": float(of(name, "settled").mean()),
-            "met": all(part.get(name, part[OWN]).met for part in parts),
+            "met": all(p.met for p in passes(name)),
         }
 
     def started(start: tuple[str, float, int]) -> dict:
@@ -368,7 +368,7 @@ def _report(parts: list[dict[Any, _Pass]], starts: list, measure: str, rules: Ru
             "change": float((of(start, "score") - of("reference", "score")).mean()),
         }
 
-    threshold = max(part[OWN].threshold for part in parts)
+    threshold = max(p.threshold for p in passes(OWN))
     names = ["skipped", *map(str, _cuts(threshold)), OWN]
     names += [f"{n} x threshold" for n in rules.longer]
     scores = {name: of(name, "score") for name in names}
@@ -379,9 +379,8 @@ def _report(parts: list[dict[Any, _Pass]], starts: list, measure: str, rules: Ru
         figures = radii.mean(), radii.max(), (radii < 1).mean()
         radius = dict(zip(radius, map(float, figures), strict=True))
     radius["samples"] = len(radii)
-    patient = float(of("patient", "settled").mean())
-    spent = of("patient", "evaluations")
-    counted = all(part["patient"].counted for part in parts)
+    settled, spent = of("patient", "settled"), of("patient", "evaluations")
+    patient, counted = float(settled.mean()), all(p.counted for p in passes("patient"))
     hard = None if parts[0][OWN].hard is None else of(OWN, "hard")
     verdict, reason = judge(scores, cuts, others, radius, patient, rules)
     return Audit(
@@ -390,14 +389,14 @@ def _report(parts: list[dict[Any, _Pass]], starts: list, measure: str, rules: Ru
         measure=measure,
         samples=len(scores[OWN]),
         threshold=threshold,
-        eps=max(part[OWN].eps for part in parts),
+        eps=max(p.eps for p in passes(OWN)),
         budget=max(rules.longer[-1] * threshold, rules.least),
         patient=patient,
         enough=enough(scores, rules.tolerance),
         cuts=cuts,
         starts=others,
         correctness=correctness(of(OWN, "residual"), scores[OWN], rules),
-        effort=effort(spent if counted else None, hard, of("patient", "settled"), rules),
+        effort=effort(spent if counted else None, hard, settled, rules),
         radius=radius,
         rules=rules,
     )

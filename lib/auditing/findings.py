@@ -1,4 +1,4 @@
-"""The figures of an audit, its rules, its verdict and its report."""
+"""The figures of an audit, its rules and its verdict."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -30,7 +30,7 @@ class Rules:
     """All thresholds of an audit."""
 
     longer: tuple[int, ...] = (2, 4)  # times the threshold, in finding 1; the last: to settle
-    least: int = 100  # evaluations that a sample may take to settle in any case
+    least: int = 100  # evaluations to settle in any case
     tighter: float = 0.1  # times the tolerance, where points are compared
     samples: int = 20  # fewer give no verdict
     each: int = 5  # fewer right or wrong ones say nothing about the residual
@@ -56,7 +56,7 @@ class Audit:
             more than ``rules.same_point`` away), change (of the measure).
         correctness, effort: findings 3 and 4: said (in words), correlation (rank), auc (the
             probability that a wrong sample has a larger residual than a right one), low and high
-            (the mean residual if right and if wrong; the mean evaluations of the easier and of the
+            (the mean residual if right and if wrong; the mean evaluations of the easier and the
             harder half). None: not known.
         radius: finding 5, of the samples that settled: samples, mean, largest, below_one (share).
     """
@@ -133,8 +133,8 @@ def _columns(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def compare(before: np.ndarray, after: np.ndarray, tolerance: float) -> str:
-    """'same' if paired means differ by at most the tolerance; 'higher' or 'lower' if they differ by
-    more, and by two standard errors of the paired differences; else 'unclear'."""
+    """'same' if paired means differ by at most the tolerance; 'higher' or 'lower' if by more, and
+    by two standard errors of the differences; else 'unclear'."""
     change = after - before
     mean = float(change.mean())
     if abs(mean) <= tolerance:
@@ -166,7 +166,7 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def _told(value: float | None, error: float, less: str, more: str) -> str:
-    """Which of the two, if a figure is more than two standard errors from 0."""
+    """The relation, if a figure is more than two standard errors from 0."""
     value = value or 0
     return "no relation" if abs(value) <= 2 * error else more if value > 0 else less
 
@@ -177,9 +177,7 @@ def correctness(residual: np.ndarray, score: np.ndarray, rules: Rules) -> dict:
     right, wrong = residual[score == 1], residual[score == 0]
     found = _UNKNOWN | {"correlation": rank}
     if len(right) + len(wrong) < n:  # the score is not right or wrong
-        less, more = (
-            f"a {size} residual goes with a higher score" for size in ("smaller", "larger")
-        )
+        less, more = (f"a {s} residual goes with a higher score" for s in ("smaller", "larger"))
         said = f"{_told(rank, 1 / math.sqrt(n), less, more)} (rank correlation {rank or 0:.2f})"
         return found | {"said": said if n >= rules.samples else f"cannot be told from {n} samples"}
     found |= {k: float(v.mean()) for k, v in {"low": right, "high": wrong}.items() if len(v)}
@@ -198,10 +196,7 @@ def correctness(residual: np.ndarray, score: np.ndarray, rules: Rules) -> dict:
 def effort(
     evaluations: np.ndarray | None, hard: np.ndarray | None, settled: np.ndarray, rules: Rules
 ) -> dict:
-    """Finding 4, from the evaluations and the difficulty of each sample (N,) that has settled.
-
-    Another has spent its budget, which says nothing of its difficulty.
-    """
+    """Finding 4, from the samples that settled: another spends its budget, however difficult."""
     if hard is None:
         return _UNKNOWN | {"said": "unknown: no difficulty is given"}
     if evaluations is None:

@@ -37,21 +37,13 @@ from lib.solvers.maps import Map, plain
 
 @dataclass(frozen=True)
 class Solved:
-    """A solved forward pass: the input of every :class:`Gradient`.
+    """A solved forward pass: the input of every :class:`Gradient`."""
 
-    Attributes:
-        f: the layer.
-        fz: f(z*), with its graph.
-        point: z*, detached; the input that gave ``fz``.
-        solution: the forward solver's dict.
-        adjoint: products with J' and solves with I - J' at z*.
-    """
-
-    f: Map
-    fz: Tensor
-    point: Tensor
-    solution: dict
-    adjoint: Adjoint
+    f: Map  # the layer
+    fz: Tensor  # f(z*), with its graph
+    point: Tensor  # z*, detached; the input that gave ``fz``
+    solution: dict  # the forward solver's
+    adjoint: Adjoint  # products with J' and solves with I - J' at z*
 
 
 class Gradient:
@@ -74,11 +66,7 @@ class Gradient:
         raise NotImplementedError
 
     def tangent(self, tangents: Tangents) -> Tensor:
-        """The forward-mode tangent of the output state; this gradient is its transpose.
-
-        Raises:
-            InputError: there is none.
-        """
+        """The forward-mode tangent of the output state, or an InputError if there is none."""
         raise InputError(
             f"grad {type(self).__name__} has no forward mode: take grad ift, jfb or phantom, or "
             "reverse mode (backward)"
@@ -213,10 +201,9 @@ class Phantom(Gradient):
 class Shine(Gradient):
     """y = -H'g with the inverse Jacobian H shared by the forward solver (Ramzi et al. 2021).
 
-    H is Broyden's estimate of the inverse Jacobian of f(z) - z, at the iterate that the solver
-    returns. A sample with ||y|| > ``limit`` ||g||, or with a y that is not finite, takes y = g. The
-    vectors of H are kept until backward: one per iteration, or two per stored update of a
-    ``broyden:memory=...``.
+    H is Broyden's estimate of the inverse Jacobian of f(z) - z, at the solver's result. A sample
+    with ||y|| > ``limit`` ||g||, or with a y that is not finite, takes y = g. The vectors of H are
+    kept until backward: one per iteration, or two per update that ``broyden:memory=...`` stores.
 
     Args:
         limit: the largest accepted ratio ||y|| / ||g||.

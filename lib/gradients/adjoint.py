@@ -1,8 +1,7 @@
 """The linear equations behind the gradient and the forward-mode tangent of an equilibrium.
 
 With J = df/dz at z*, the adjoint y solves y = J'y + g for g = dL/dz. The tangent t of z*, for a
-change dx of x, solves t = J t + J_x dx. The backward solver solves both. :class:`RadiusWatch` sees
-whether J lets plain iteration do so.
+change dx of x, solves t = J t + J_x dx. The backward solver solves both.
 """
 
 import math
@@ -87,7 +86,7 @@ class LinearSolve:
         Args:
             product: v -> A v, for each sample separately.
             start: initial guess; None is y = 0.
-            threshold: replaces the default threshold of this object.
+            threshold: replaces that of this object.
             make_precise: returns the product in float32, if ``product`` is in half precision.
         """
         options = {
@@ -169,7 +168,7 @@ def _column(numbers: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _powers_of_two(vectors: Tensor) -> Tensor:
-    """For each vector (B, ...): the power of two above its norm, or 1 for zero; (B, 1, ...)."""
+    """The power of two above the norm of each vector, or 1 for zero; (B, 1, ...)."""
     exponents = np.clip(np.frexp(sample_norms(vectors))[1], -_MOST_SCALE, _MOST_SCALE)
     return _column(to_device(np.exp2(exponents), vectors), vectors)
 
@@ -222,8 +221,7 @@ class Adjoint:
         fz: f(point), with its graph.
         point: z*, which requires grad.
         solve: the linear solve.
-        again: f, if ``fz`` was computed in half precision: the solve can then finish in float32,
-            provided that f(point) still gives ``fz``.
+        again: f, if ``fz`` was computed in half precision: the solve can then finish in float32.
         watch: called with the product and the right-hand side after each solve.
     """
 
@@ -260,10 +258,8 @@ class Adjoint:
         """Solve t = J t + v; the products J t are derivatives of u -> J'u."""
         with torch.enable_grad():
             u = torch.zeros_like(self.fz, requires_grad=True)
-            (back,) = torch.autograd.grad(
-                self.fz, self.point, u, create_graph=True, allow_unused=True
-            )
-        if back is None or not back.requires_grad:  # f does not depend on z
+            back = vjp(self.fz, self.point, u, create_graph=True)
+        if not back.requires_grad:  # f does not depend on z
             return v
         return self._solve(lambda t: vjp(back, u, t), v)
 
@@ -296,8 +292,8 @@ class Tangents:
     def product(self, v: Tensor) -> Tensor:
         """J v, with the shape and dtype of v.
 
-        Forward mode gives J v + J_x dx, from which J_x dx is subtracted; v is scaled to about the
-        norm of J_x dx, so that the difference keeps its digits.
+        Forward mode gives J v + J_x dx; v is scaled to about the norm of J_x dx, so that the
+        difference keeps its digits.
         """
         scale = self._powers / _powers_of_two(v)
         at = forward_ad.make_dual(self._point, (scale * v).to(self._point.dtype))
@@ -312,13 +308,10 @@ class Tangents:
 class RadiusWatch:
     """Warns once if the spectral radius of J = df/dz at z* exceeds one in training.
 
-    The radius is the largest of a batch, because a few unstable samples can stop a solve early.
-
     At every 100th backward pass, 20 products with J' start from the incoming gradient. The growth
-    of the last 10 estimates the spectral radius per sample, without random numbers. The estimate
-    never exceeds ||J||_2, so a contraction stays silent. It is rough if many eigenvalues have
-    nearly the largest modulus, or if J is far from normal; :func:`lib.jacobian.power_method` is
-    more exact.
+    of the last 10 estimates the spectral radius per sample, without random numbers. It never
+    exceeds ||J||_2, so a contraction stays silent. It is rough if many eigenvalues have nearly the
+    largest modulus, or if J is far from normal (see :func:`lib.jacobian.power_method`).
 
     Several processes that train together get no estimate: their backward passes may communicate,
     and the estimate would have to run in all of them alike.
@@ -345,10 +338,8 @@ class RadiusWatch:
 
 @torch.no_grad()
 def growth(product: Map, start: Tensor) -> float:
-    """The growth per product over their last half, from ``start`` (B, ...): the largest of a batch.
-
-    A start of zero counts as 0; NaN if a product is not finite.
-    """
+    """The growth per product over their last half, from ``start`` (B, ...): the largest of a batch,
+    as a few unstable samples can stop a solve early. 0 for a start of zero; NaN if not finite."""
     dtype = torch.promote_types(start.dtype, torch.float32)
     smallest = torch.finfo(dtype).tiny
 

@@ -76,7 +76,7 @@ def attach(
 
 
 def refuse_derivative(value: Tensor, *anchors: Tensor) -> Tensor:
-    """The value, such that differentiating it raises. An anchor has a graph."""
+    """The value, such that differentiating it raises. The anchors give it a graph."""
     return _Refuse.apply(value, *anchors)
 
 
@@ -124,8 +124,7 @@ def with_tangent(value: Tensor, tangent: Tensor) -> Tensor:
 def own_saved_tensors():
     """A context in which autograd keeps its saved tensors, even inside torch.utils.checkpoint.
 
-    That would drop those of f, which are of one evaluation only, and repeat the whole forward pass,
-    solver included, for each product with the Jacobian.
+    That would repeat the whole forward pass, solver included, for each product with the Jacobian.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)  # pyright: ignore[reportAttributeAccessIssue]
     if hooks is None or getattr(hooks[0], "__module__", None) != "torch.utils.checkpoint":

@@ -38,10 +38,7 @@ class Iteration:
         """Accept any forward solver: it is not used."""
 
     def refuse_threshold(self, evaluations: int, name: str = "f_thres", more: int = 0) -> None:
-        """Raise an InputError if so many ``evaluations``, and ``more``, cannot be differentiated.
-
-        ``name`` is what the message calls ``evaluations``.
-        """
+        """Raise an InputError on ``name`` if backward cannot undo ``evaluations`` and ``more``."""
 
     def run(
         self, f: Map, z0: Tensor, evaluations: int, indexing: Collection[int] = ()
@@ -187,8 +184,8 @@ class _History:
     """What a reversible iteration keeps for backward: the last pair, and the way back from it.
 
     Forward only counts the tensors that autograd would save within f. Backward asks for them, the
-    last evaluation first. At the first request f is evaluated again at the recovered point: the
-    tensors that it saves answer the requests, and its value takes the pair one evaluation back.
+    last evaluation first. At the first request f is evaluated again at the recovered point: this
+    gives the tensors, and the value that takes the pair one evaluation back.
     """
 
     def __init__(self, f: Map, z0: Tensor, damping: float):
@@ -202,7 +199,6 @@ class _History:
         self._at, self._open, self._values = 0, None, []
 
     def evaluate(self, i: int, point: Tensor) -> Tensor:
-        """f(point); the tensors that autograd saves are only counted."""
         own = self._evaluations[i] = {"saved": 0, "trained": point.requires_grad}
 
         def count(t: Tensor) -> tuple[int, int]:
@@ -213,7 +209,6 @@ class _History:
             return checked_value(self._f, point)
 
     def close(self, pair: list[Pair]) -> None:
-        """Keep the last pair."""
         self._end = [(high.detach(), rest) for high, rest in pair]
         self._rewind()
 
@@ -281,7 +276,7 @@ def _norms(z: Tensor, fz: Tensor) -> Tensor:
 
 
 def _solution(z: Tensor, steps: list[Tensor]) -> dict:
-    """A dict like a solver's (see :mod:`lib.solvers`): its result z, and the norms of all steps."""
+    """A dict like a solver's, of the result z and the norms of all steps."""
     norms = torch.stack(steps).double().cpu().numpy()  # (n, 2, B)
     absolute, value = np.linalg.norm(norms, axis=2).T
     ratio, residual = relative(absolute, value), relative(*norms[-1])
@@ -314,8 +309,7 @@ def _solution(z: Tensor, steps: list[Tensor]) -> dict:
 
 
 # Elementwise arithmetic on unevaluated sums hi + lo, with twice the digits of float64: hi is the
-# sum rounded. By error-free transformations: Dekker 1971; Knuth, The Art of Computer Programming,
-# volume 2, section 4.2.2.
+# sum rounded. Dekker 1971; Knuth, The Art of Computer Programming, volume 2, section 4.2.2.
 
 
 def two_sum(a: Tensor, b: Tensor) -> Pair:

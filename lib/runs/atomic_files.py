@@ -23,8 +23,7 @@ def atomic_write(path: Path, before_rename: Callable[[], None] | None = None) ->
     """Open a binary file that replaces ``path`` if the block ends without an error.
 
     The data goes to a temporary file in the same folder, which is flushed to the disk and then
-    renamed: a reader sees the old file or the whole new one, also after a crash.
-    ``before_rename`` is called after the flush, when lack of space can no longer be an error.
+    renamed. ``before_rename`` is called between, when lack of space can no longer be an error.
 
     Raises:
         OSError: the folder cannot be written to, or the disk is full; ``path`` is unchanged.

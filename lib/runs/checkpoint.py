@@ -30,8 +30,8 @@ _ARCHIVE = b"PK\x03\x04"  # the first bytes of a torch.save file since version 1
 _REFUSED = "GLOBAL"  # in torch's message on a Python object
 _NUMBERS = {f"{o}{c}" for o in "<>=|" for c in "b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split()}
 _FOLDER = 0x10  # the attribute that marks an archive entry as a folder
-# Of safetensors files: the key of our checksum in the metadata, and the beginning of its value.
-# Either identifies it: damage to one does not turn our file into a foreign one without a checksum.
+# Key and first words of our checksum in safetensors metadata. Either identifies it: damage to one
+# does not turn our file into a foreign one without a checksum.
 CHECKSUM, _VALUE = "tensors.sha256", "sha256 of the tensors: "
 _MOST = 2**53  # above it, floats do not count in steps of one
 
@@ -40,7 +40,7 @@ def save_atomic(obj, path: str | Path, before_rename: Callable[[], None] | None 
     """Write tensors and plain containers by :func:`lib.runs.atomic_files.atomic_write`.
 
     Raises:
-        OSError: the file cannot be written, for lack of space or permission.
+        OSError: as there.
     """
     with atomic_write(Path(path), before_rename) as file:
         try:
@@ -118,10 +118,7 @@ def _number(dtype: _DType, data: bytes):
 
 
 def _numpy_numbers():
-    """A context in which torch.load reads numbers of NumPy 1 and 2 as Python's.
-
-    A best score can be one. Versions of torch before 2.6 refuse such files.
-    """
+    """A context in which torch.load (from 2.6) reads NumPy's numbers, such as a best score."""
     if torch.__version__ < "2.6":
         return contextlib.nullcontext()
     names = [(_number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -129,7 +126,7 @@ def _numpy_numbers():
 
 
 def _verify_archive(file: BinaryIO, size: int) -> None:
-    """Raise an error if an archive is damaged, or if torch and Python would read it differently.
+    """Refuse an archive that is damaged, or that torch and Python would read differently.
 
     torch does not compare checksums, so it accepts a flipped bit in the data. It leaves a tensor's
     memory uninitialised if the directory marks the entry as a folder, or gives it too large a size.
@@ -157,7 +154,7 @@ def _verify_archive(file: BinaryIO, size: int) -> None:
 
 
 def _read_safetensors(file: BinaryIO) -> dict[str, Tensor]:
-    """Read the tensors of a file; for a moment this needs twice the file's size in memory."""
+    """For a moment this needs twice the file's size in memory."""
     data = file.read()
     tensors = safetensors.torch.load(data)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -181,7 +178,7 @@ def checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def _holds_code(message: str, file: BinaryIO) -> bool:
-    """Whether torch's unpickler refused the file for its Python objects, not for damage."""
+    """Whether torch refused the file for its Python objects, not for damage."""
     file.seek(0)
     head = file.read(2)
     # A plain pickle of protocol 4 or later begins with an opcode that tensor files never have.
@@ -189,11 +186,7 @@ def _holds_code(message: str, file: BinaryIO) -> bool:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Load a file with a state dict into ``model``: published weights, or our own checkpoint.
-
-    Raises:
-        InputError: the file is unreadable, or as for :func:`load_state`.
-    """
+    """Load the state dict in a file: see :func:`read_state` and :func:`load_state`."""
     load_state(model, read_state(path), str(path))
 
 
@@ -225,7 +218,7 @@ def check_tensors(content, source: str | Path) -> None:
 
 
 def check_target(source: str | Path, target: str | Path) -> None:
-    """Refuse to write over the file ``source`` that is read, also by another name of it."""
+    """Refuse to write over the file ``source``, also by another name."""
     if Path(source).exists() and Path(target).exists() and os.path.samefile(source, target):
         raise InputError(f"{target} is the file that is read: give another name for the output")
 
@@ -244,8 +237,8 @@ def load_state(
 ) -> None:
     """Load a state dict whose keys and shapes (``same_dtypes``: and dtypes) are the model's.
 
-    Wrappers' prefixes are removed (:func:`strip_wrappers`). Entries with a prefix in the model's
-    ``ignored_state`` (a tuple) are ignored.
+    Wrappers' prefixes are removed (:func:`strip_wrappers`), and entries with a prefix in the
+    model's ``ignored_state`` (a tuple) ignored.
 
     Raises:
         InputError: something differs (the message lists all), or a tensor holds NaN or Inf. The
@@ -305,8 +298,8 @@ def not_finite(state: dict[str, Tensor]) -> list[str]:
 def check_form(found, own, name: str) -> None:
     """Raise an InputError that begins with ``name``, unless ``found`` has the form of ``own``.
 
-    An undamaged file can hold wrong content, with which a fused optimiser writes outside its
-    memory. Of one form, and so for all entries, are:
+    With wrong content a fused optimiser writes outside its memory. Of one form, and so for all
+    entries, are:
 
     - a tensor: the same shape and dtype, stored as an array, without NaN;
     - a dict: the same keys; a list or tuple: the same length;

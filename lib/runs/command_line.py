@@ -1,4 +1,4 @@
-"""What every command shares: a parser, the standard streams, errors of one line, exit codes."""
+"""What every command shares: a parser, the standard streams, errors, exit codes."""
 
 import argparse
 import contextlib
@@ -47,12 +47,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def prepare_streams() -> None:
-    """Let the standard streams print any text, and replace those that are closed."""
+    """Let the standard streams print any text; replace closed ones."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:  # else the next file gets its number
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        # Not every stream has an encoding that can be changed.
+        # Not every stream can be changed.
         with contextlib.suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")
 
@@ -74,8 +74,8 @@ def exit_code(program: str, action: Callable[[], object]) -> int:
     """Run ``action`` and return the exit code.
 
     An expected error is one line on stderr that begins with ``program``. Bad input or a file error
-    gives code 2, failed training or a lost process 1, :class:`Stopped` its own code, an interrupt
-    130. Any other error is raised. One of several processes is ended by :func:`end_at_once`.
+    gives code 2, failed training or a lost process 1, :class:`Stopped` its own, an interrupt 130.
+    Any other error is raised. One of several processes ends by :func:`end_at_once`.
     """
     prepare_streams()
     code = 0
@@ -100,7 +100,7 @@ def exit_code(program: str, action: Callable[[], object]) -> int:
 
 
 def _explanation(error: BaseException) -> tuple[str, int] | None:
-    """The message and the exit code of an expected error; None for any other error."""
+    """The message and the exit code of an expected error."""
     match error:
         case InputError() | OSError():  # no permission, no space: the message names the file
             return str(error), 2

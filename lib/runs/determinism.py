@@ -18,10 +18,9 @@ def deterministic(wanted: bool) -> None:
     On the same machine, with the same versions and number of processes and threads:
 
     - On the CPU everything repeats bit for bit, whatever ``wanted`` is.
-    - On a GPU everything repeats if ``wanted``: PyTorch avoids kernels that add in random order
-      (atomic additions in the backward pass of indexing and interpolation, some cuDNN
-      convolutions), and cuDNN does not select kernels by measured times. Otherwise runs of one
-      seed first agree to rounding, and the difference grows.
+    - On a GPU everything repeats if ``wanted``: PyTorch avoids kernels that add in random order,
+      and cuDNN does not select kernels by measured times. Otherwise runs of one seed first agree to
+      rounding, and the difference grows.
 
     Call this before any GPU computation: cuBLAS reads its setting once. An operation without a
     deterministic kernel raises a RuntimeError that names it.
@@ -36,7 +35,7 @@ def deterministic(wanted: bool) -> None:
 
 
 def random_states(rng: random.Random, gpus: Sequence[int]) -> dict:
-    """The states of all generators of a step: ``rng``, PyTorch's, and those of ``gpus``."""
+    """The states of ``rng``, PyTorch's generator, and those of ``gpus``."""
     return {
         "random": rng.getstate(),
         "torch_random": torch.get_rng_state(),
@@ -68,10 +67,7 @@ def check_random_states(states) -> None:
 
 
 def restore_random_states(state: dict, rng: random.Random, gpus: Sequence[int]) -> list[str]:
-    """Restore what :func:`random_states` returned, for the GPUs that exist both then and now.
-
-    A log line is returned if their number differs.
-    """
+    """Restore :func:`random_states`; return a log line if the number of GPUs differs."""
     rng.setstate(state["random"])
     torch.set_rng_state(state["torch_random"])
     saved = state["cuda_random"]

@@ -20,10 +20,7 @@ class EvaluationStopped(Exception):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[SolverStats]:
-    """A context of eval mode, no gradients, and solver statistics of its own, which it yields.
-
-    The model's mode and statistics are restored at its end.
-    """
+    """A context of eval mode, no gradients, and solver statistics of its own, which it yields."""
     was_training, stats = model.training, model.deq.stats
     try:
         model.eval()
@@ -50,12 +47,12 @@ def evaluate_batches(
     Args:
         model: what ``measure`` calls.
         batches: those of this process; there may be none.
-        measure: returns numbers or 0-dim tensors by name, the same names for each batch. They are
-            summed in float64, without waiting for the GPU.
+        measure: returns numbers or 0-dim tensors by name, to be summed in float64 without waiting
+            for the GPU.
         stop: called before each batch; True interrupts the evaluation.
 
     Returns:
-        The sums by name, none if there was no batch, and means of the forward solver's statistics.
+        The sums by name (none without a batch), and means of the forward solver's statistics.
 
     Raises:
         EvaluationStopped: in all processes, if ``stop`` returned True in one of them.
@@ -91,8 +88,7 @@ def release_free_memory() -> None:
 
     On its own, glibc returns only the end of its heap. Memory of an evaluation with large batches
     lies below small objects allocated in the meantime, and stays resident: 70 MiB after the first
-    validation of a small segmentation model, 115 MiB after five. The call takes milliseconds; the
-    system maps the pages again when they are used.
+    validation of a small segmentation model, 115 MiB after five. The call takes milliseconds.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)

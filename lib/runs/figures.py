@@ -23,7 +23,7 @@ def stats_state(stats: SolverStats) -> list[dict]:
 
 
 def check_stats(states, processes: int) -> None:
-    """Refuse anything else than a list of what :func:`stats_state` returns, one per process."""
+    """Refuse anything else than a list of :func:`stats_state`, one per process."""
     check_form(states, [[..., ...]] * processes, "solver_stats")
     figures = {"nfe": 0, "abs_residual": 0.0, "rel_residual": 0.0, "broken": False}
     for rank, passes in enumerate(states):
@@ -35,20 +35,17 @@ def check_stats(states, processes: int) -> None:
 
 
 def restore_stats(state: list[dict], stats: SolverStats) -> None:
-    """Restore what :func:`stats_state` returned."""
+    """Restore :func:`stats_state`."""
     forward, backward = state
     stats.forward, stats.backward = PassStats(**forward), PassStats(**backward)
 
 
 def summed_stats(stats: SolverStats, processes: Processes) -> SolverStats:
     """Solver statistics summed over all processes, each of which makes this call."""
-    table = [
-        [s.solves, s.nfe, s.broken, s.abs_residual, s.rel_residual]
-        for s in (stats.forward, stats.backward)
-    ]
+    both = (stats.forward, stats.backward)
+    table = [[s.solves, s.nfe, s.abs_residual, s.rel_residual, s.broken] for s in both]
     sums = processes.sum(torch.tensor(table, dtype=torch.float64)).tolist()
-    passes = [PassStats(int(n), int(nfe), *norms, int(broken)) for n, nfe, broken, *norms in sums]
-    return SolverStats(*passes)
+    return SolverStats(*(PassStats(int(n), int(nfe), a, r, int(b)) for n, nfe, a, r, b in sums))
 
 
 def broken_solves(stats: SolverStats) -> list[int]:
@@ -69,7 +66,7 @@ def broken_since(before: list[int], stats: SolverStats) -> list[tuple[str, float
 
 
 def report_diverged(found: list[list[tuple]], run: Run, step: int, counts: dict) -> None:
-    """Log, record and count what :func:`broken_since` found in each process."""
+    """Log, record and count :func:`broken_since` of each process."""
     for rank, solves in enumerate(found):
         for which, residual, nfe in solves:
             counts[f"diverged_{which}"] += 1
@@ -86,7 +83,7 @@ def report_diverged(found: list[list[tuple]], run: Run, step: int, counts: dict)
 
 
 def solver_figures(stats: SolverStats) -> tuple[dict[str, float], str]:
-    """Means of both passes since the last reset, for metrics and as text for the log."""
+    """Means of both passes, for metrics and as text for the log."""
     values, text = {}, ""
     for which in PASSES:
         passed: PassStats = getattr(stats, which)
@@ -99,7 +96,7 @@ def solver_figures(stats: SolverStats) -> tuple[dict[str, float], str]:
 
 
 def table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Lines of three aligned columns; a row of empty strings is an empty line."""
+    """Lines of three aligned columns."""
     width = max(len(row[0]) for row in rows)
     return [f"{a:<{width}}  {b:>14}  {c:>10}".rstrip() for a, b, c in rows]
 
@@ -107,7 +104,7 @@ def table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
 def solver_rows(records: list[dict], border: int, evaluated: dict) -> list[tuple[str, str, str]]:
     """Rows with residual and nfe: training means after step ``border``, and the evaluation mean.
 
-    A pass without solves, such as the backward pass of some gradients, has no row.
+    A pass without solves has no row.
     """
     found = []
     for which in PASSES:
@@ -142,9 +139,9 @@ def draw_curves(records: list[dict], border: int, path, draw: Callable) -> None:
     """Write a PNG (a path or a file): training and residuals over the steps.
 
     A line marks ``border``, the first step at equilibrium. ``draw`` draws the training curves on
-    the matplotlib axes it is given.
+    the axes it is given.
     """
-    # Imported here: it is slow, and optional for training.
+    # Here, as it is slow, and optional for training.
     with needs("runs"):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

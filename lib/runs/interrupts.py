@@ -1,4 +1,4 @@
-"""Early end of a run: by a signal, a time limit, failed training, or lack of memory."""
+"""Early end of a run: by a signal, a time limit, failed training, lack of memory."""
 
 import math
 import re
@@ -16,7 +16,7 @@ _ECHO = 5.0  # seconds in which further signals are ignored
 
 
 class Stopped(Exception):
-    """The run saved its state and stopped early; ``code`` is the exit code (Stopping.code)."""
+    """The run saved its state and stopped early; ``code`` is the exit code."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -31,8 +31,8 @@ class Stopping:
     """Collects requests to stop from SIGTERM, SIGINT and a time limit (0: none).
 
     Signals are caught in the main thread and a ``with`` block only. The terminal, torchrun and a
-    cluster may all send a signal for one request, so further signals within 5 seconds of the first
-    are ignored. A later signal has the effect that it has outside the block.
+    cluster may all send one for one request, so further signals are ignored for 5 seconds. A later
+    one has the effect that it has outside the block.
 
     Time counts from the creation of the object. A run stops when the time left is less than twice
     the longest stretch of work so far: enough for one more stretch and the save.

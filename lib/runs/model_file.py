@@ -27,8 +27,6 @@ _TYPES = {"kind": str, "settings": dict, "names": list, "figures": dict}
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A trained model as data."""
-
     kind: str
     settings: dict  # of its run
     names: list[str]  # words or classes, by id
@@ -73,7 +71,7 @@ def read_model_file(
 
 
 def find_device(name: str | torch.device) -> torch.device:
-    """The device of this name; an InputError if this machine lacks it."""
+    """The device of this name, or an InputError."""
     try:
         device = torch.device(name)
         torch.empty(1, device=device).tolist()  # not of "meta"

@@ -36,9 +36,9 @@ class Processes:
     def joined(cls) -> Iterator["Processes"]:
         """A context among the processes that torchrun started.
 
-        GPU tensors are sent by NCCL, others by gloo. A process waits $DEQ_TIMEOUT minutes (default
-        15) for another, as a machine without power or network sends no error. The longest normal
-        waits are for files of the first process (WikiText-103: half a minute).
+        A process waits $DEQ_TIMEOUT minutes (default 15) for another, as a machine without power or
+        network sends no error. The longest normal waits are for files of the first process
+        (WikiText-103: half a minute).
 
         After an error the block ends at once, otherwise when all processes have reached its end.
         The process group stays, so a process that joined must exit with :func:`end_at_once`.
@@ -167,9 +167,9 @@ class Processes:
         return item
 
     def in_turn(self, action: Callable[[], _T]) -> _T:
-        """Run ``action`` in every process, on each machine first in that of local rank 0.
+        """Run ``action``, which leaves a cache, on each machine first in local rank 0.
 
-        This is for an action that leaves a cache. An error is raised only where it occurs.
+        An error is raised only where it occurs.
         """
         if self.world_size == 1:
             return action()
@@ -203,8 +203,7 @@ def _settle_buckets(parallel: DistributedDataParallel) -> None:
 
     It rebuilds them once, in the order in which gradients first become ready, which differs between
     the phases of training. With more than two processes, an element's place in its bucket decides
-    the rounding of its sum: a run resumed at equilibrium would round differently. So they are
-    rebuilt here, by a backward pass through the sum of all parameters.
+    the rounding of its sum: a run resumed at equilibrium would round differently.
     """
     model = parallel.module
     model.forward = lambda: sum(p.sum() for p in model.parameters() if p.requires_grad)

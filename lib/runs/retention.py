@@ -1,7 +1,4 @@
-"""The last checkpoints of a run: checkpoint.pt, then checkpoint.1.pt and so on, each older.
-
-If the newest checkpoint is damaged, a resumed run continues from the next older one.
-"""
+"""The last checkpoints of a run: checkpoint.pt, then checkpoint.1.pt and so on, each older."""
 
 import itertools
 import os
@@ -50,8 +47,7 @@ def load_newest(
         path: that of the newest checkpoint.
         check: called with a content and its file; raises an InputError if it is no checkpoint of
             this trainer. Settings are not checked: they are the same in the older files.
-        log: called with a warning line if a file was passed over; the line names each such file,
-            the reason, and the file used.
+        log: called with a warning line if a file was passed over.
 
     Returns:
         The content and its file.
@@ -116,7 +112,7 @@ def _predecessors(path: Path) -> dict[int, Path]:
 
 
 def _rotate(path: Path, keep: int) -> None:
-    """Shift the numbers of the older checkpoints by one, and link ``path`` to number 1."""
+    """Shift the numbers of the older checkpoints, and link ``path`` to number 1."""
     older = _predecessors(path)
     if keep == 1 or not path.is_file():
         return

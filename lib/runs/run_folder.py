@@ -39,8 +39,8 @@ _FLUSH = 120.0  # seconds between flushes of the events
 def own(folder: Path) -> BinaryIO | None:
     """Make this process the one that writes in ``folder``, until the returned file is closed.
 
-    The folder is created if absent. The file, run.lock, names the owner and stays there. Its flock
-    is released by the system when the process ends, however it ends.
+    The file, run.lock, names the owner and stays there. Its flock is released by the system when
+    the process ends, however it ends.
 
     On NFS, Linux passes a flock to the server: it holds between machines, and after a machine's
     failure until its lease ends (NFSv4: 90 seconds by default). With the mount options nolock or
@@ -80,7 +80,7 @@ def own(folder: Path) -> BinaryIO | None:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What tells a file from others, while it is open or exists; None without one."""
+    """What tells a file from others, while it exists; None without one."""
     with contextlib.suppress(OSError):
         found = path.stat()
         return found.st_dev, found.st_ino
@@ -157,12 +157,12 @@ def peak_memory_mib(device: torch.device) -> float:
 class _Events:
     """A file of TensorBoard events that is written in the thread of the caller.
 
-    SummaryWriter's own thread dies on a full disk, and the run then waits for it for ever. Earlier
-    files' data from ``purge_step`` on are hidden.
+    SummaryWriter's own thread dies on a full disk, and the run then waits for ever. Earlier files'
+    data from ``purge_step`` on are hidden.
     """
 
     def __init__(self, folder: Path, purge_step: int | None):
-        # Imported here: benchmarks write no events and do not need tensorboardX.
+        # Here, as benchmarks do not need it.
         with needs("runs"):
             from tensorboardX.event_file_writer import EventsWriter
             from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -198,9 +198,8 @@ class _Events:
 class Run:
     """Writes the log, records and events of a training run.
 
-    The first failed write, such as on a full disk, is the last; :meth:`sync` raises its error (the
-    attribute ``failure``) before the next checkpoint is saved. So all processes learn of it, and no
-    checkpoint is ahead of its records.
+    The first failed write, such as on a full disk, is the last. :meth:`sync` raises its error
+    (``failure``) before the next checkpoint is saved: no checkpoint is ahead of its records.
 
     Args:
         folder: the run's folder, created if absent; None writes no file (a debug run).
@@ -231,11 +230,11 @@ class Run:
         self.failure: OSError | None = None
         if folder is None:
             return
+        self._events_folder = events or folder
         # Both folders before any file: if one cannot be made, no half-begun run is left behind.
-        for place in (events or folder, folder):
+        for place in (self._events_folder, folder):
             place.mkdir(parents=True, exist_ok=True)
         clean_temporaries(folder)
-        self._events_folder = events or folder
         try:
             self._begin((settings, *beside), resume_step)
         except OSError as error:
@@ -273,10 +272,8 @@ class Run:
         return cls(None, ("", ""), quiet=True)
 
     def still_has_its_folder(self) -> bool:
-        """False if the folder was moved or removed, or another run has begun in its place.
-
-        Someone may remove the lock alone, with which another run could begin here.
-        """
+        """False if the folder was moved or removed, or another run has begun in its place."""
+        # Someone may remove the lock alone.
         lock = _identity(self.folder / LOCK)
         return lock == self._lock if lock else (self.folder / LOG).is_file()
 
@@ -307,7 +304,7 @@ class Run:
         self._attempt(self._events_folder, write)
 
     def show(self, step: int, summary) -> None:
-        """Write a summary of tensorboardX, such as a text; not in a run without a folder."""
+        """Write a summary of tensorboardX; not in a run without a folder."""
         self._attempt(self._events_folder, lambda: self._events.add(step, summary=summary))
 
     def sync(self) -> None:
@@ -320,7 +317,7 @@ class Run:
             raise self.failure
 
     def _attempt(self, path: Path, write: Callable[[], object]) -> None:
-        """Do a write to ``path`` and note its error, unless one failed before."""
+        """Write and note an error, unless one failed before."""
         if self.failure is not None:
             return
         try:
@@ -344,10 +341,8 @@ class Run:
 
 @contextmanager
 def warnings_in(log: Callable[[str], None]) -> Iterator[None]:
-    """A context that writes each DEQWarning to the log, every distinct message once.
-
-    Those about unsolved forward passes are left out, as the log has their residuals.
-    """
+    """A context that logs each DEQWarning once, but not those on forward solves: their residuals
+    are in the log."""
     said, show = set(), warnings.showwarning
 
     def logged(message, category, *where) -> None:

@@ -34,9 +34,9 @@ class Plan:
     trainer: type[Trainer]
     folder: Path  # of the run
     checkpoint: Path | None  # the newest of the run to continue; None begins a new run
-    named_by: str  # the option that chose ``checkpoint``, for messages
-    used: str  # advice to a new run whose folder holds a run already
-    anew: bool = False  # a new run may use the folder of a run that saved no checkpoint
+    named_by: str  # the option that chose ``checkpoint``
+    used: str  # advice to a new run whose folder holds a run
+    anew: bool = False  # a new run may use the folder of one without a checkpoint
     unnamed: bool = False  # a new run takes another name if the folder exists
     debug: bool = False  # write nothing
     events: Path | None = None  # folder of the TensorBoard events; None means ``folder``
@@ -55,16 +55,12 @@ class Settings:
     file: str
     content: str
     read: Callable[[Path], dict]  # reads such a file; raises an InputError if it is unreadable
-    free: tuple[str, ...]  # beginnings of names that a resumed run may change without a note
-    first: tuple[str, ...]  # of names that have an effect on a new run only
+    free: tuple[str, ...]  # beginnings of names: a resumed run may change these without a note
+    first: tuple[str, ...]  # these have an effect on a new run only
     beside: tuple[tuple[str, str], ...] = ()  # names and contents of other files of the run
 
     def changes(self, path: Path) -> list[str]:
-        """One line per setting that differs from those in ``path``.
-
-        Raises:
-            InputError: such a setting has an effect on a new run only.
-        """
+        """One line per setting that differs from those in ``path``; an InputError for ``first``."""
         if not path.is_file():
             return [f"{path} is missing, so the settings could not be compared"]
         before = self.read(path)
@@ -96,20 +92,19 @@ class Job:
 def run_training(plan: Plan, build: Callable[[bool], Job], processes: Processes) -> Path | None:
     """Train in a new run, or continue that of a checkpoint. Every process makes this call.
 
-    ``build(anew)`` builds model and trainer; ``anew`` is False if a checkpoint gives the weights.
+    ``build(anew)`` builds the job; ``anew`` is False if a checkpoint gives the weights.
 
     Returns:
-        The run's folder; None in a debug run and in all processes except the first.
+        The run's folder; None in a debug run and in other processes than the first.
 
     Raises:
-        InputError: the folder has another owner or holds a run; the checkpoint is unreadable, or of
-            another model or other settings.
+        InputError: the folder has another owner or holds a run; the checkpoint does not fit.
         Stopped, TrainingError: as :meth:`~lib.runs.trainer.Trainer.train`.
     """
     state, source, lines = None, None, []
     with contextlib.ExitStack() as locks:
         if plan.goes_on:
-            # Before the checkpoint is read: the owner may be about to write a newer one.
+            # First of all: the owner may be about to write a newer checkpoint.
             lines += processes.lead(lambda: _own(plan.folder, locks))
         if plan.checkpoint is not None:
             with naming(plan.named_by):
@@ -127,10 +122,9 @@ def run_training(plan: Plan, build: Callable[[bool], Job], processes: Processes)
             trainer.best = {}  # the best weights are in another run's folder
         step = None if state is None else trainer.step
         begun = processes.lead_keeps(lambda: _begin(plan, settings, source, step, locks))
-        run = begun or Run.silent()
+        run, device = begun or Run.silent(), trainer.device
         locks.callback(run.close)
         try:
-            device = trainer.device
             run.log(f"started {time.strftime('%F %T')}: {shlex.join(sys.argv)}")
             run.log(f"torch {torch.__version__}, Python {sys.version.split()[0]}")
             run.log(job.title)
@@ -152,14 +146,16 @@ def run_training(plan: Plan, build: Callable[[bool], Job], processes: Processes)
             raise Stopped(why + hint, code) from None
         except Exception as error:
             if (lost := lost_contact(error)) and not plan.debug:
-                way_out = f"start all of them again, {trainer.care.resume} continues the run"
-                raise TrainingError(f"lost the other processes ({lost}): {way_out}") from error
+                raise TrainingError(
+                    f"lost the other processes ({lost}): start all of them again, "
+                    f"{trainer.care.resume} continues the run"
+                ) from error
             raise
     return run.folder
 
 
 def _own(folder: Path, locks: contextlib.ExitStack) -> list[str]:
-    """Own ``folder`` until ``locks`` is closed; return lines for the log."""
+    """Own ``folder`` until ``locks`` is closed; return log lines."""
     lock = own(folder)
     if lock is None:
         return [f"warning: {folder} is on a file system without locks: start one run in it"]
@@ -174,7 +170,7 @@ def _begin(
     step: int | None,
     locks: contextlib.ExitStack,
 ) -> Run:
-    """Open the run's folder, as its owner; set aside checkpoints newer than the one read."""
+    """Open the run's folder; set aside checkpoints newer than the one read."""
     kept, folder, lines = (settings.file, settings.content), plan.folder, []
     if plan.debug:
         return Run(None, kept, step)
@@ -195,7 +191,7 @@ def _begin(
 def _read_checkpoint(
     path: Path, trainer: type[Trainer], processes: Processes
 ) -> tuple[dict, Path, list[str]]:
-    """Content and file of the newest good checkpoint, lines for the log; all read one file."""
+    """Content and file of the newest good checkpoint, lines for the log."""
     lines: list[str] = []
     found = processes.lead_keeps(lambda: load_newest(path, trainer.check, lines.append))
     used, lines = processes.lead(lambda: (found[1], lines))

@@ -31,8 +31,7 @@ class Choices:
 class Summands(NamedTuple):
     """What one part of a batch adds to the figures of the whole batch; all are 0-dim tensors.
 
-    So the loss is the part's sum, divided by the size of the whole batch: over all parts and
-    processes the losses add up to the mean.
+    So the loss is the part's sum, divided by the size of the whole batch.
     """
 
     loss: Tensor  # to the mean loss
@@ -73,14 +72,11 @@ class Task:
         raise NotImplementedError
 
     def advance(self, batch: Any, loss: float) -> None:
-        """Move the position in the data past ``batch``.
-
-        Its mean loss over all processes was ``loss``, not finite in a skipped step.
-        """
+        """Move past ``batch``, whose mean loss was ``loss``, not finite in a skipped step."""
         raise NotImplementedError
 
     def forget(self) -> None:
-        """Discard what a skipped step may have spoilt beside weights and buffers: the memory."""
+        """Discard what a skipped step may have spoilt: the memory."""
 
     def jac_weight_of(self, step: int) -> float:
         """Weight of the Jacobian loss in update ``step``."""
@@ -122,10 +118,7 @@ class Task:
         raise NotImplementedError
 
     def fixed(self) -> dict:
-        """Return by name the settings that must not change between a save and a resume.
-
-        With others, the saved data position or optimiser state has no meaning.
-        """
+        """Return by name the settings that must not change between a save and a resume."""
         raise NotImplementedError
 
     def fixed_in(self, state: dict) -> dict:

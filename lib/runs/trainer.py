@@ -54,9 +54,8 @@ class Trainer(Task):
     """Trains a DEQ model (``model.deq``) through both phases (stacked, equilibrium).
 
     A signal or the time limit ends the run after a step, with its state saved: all that the next
-    step depends on, and the running means of the log. So a run that was killed and resumed equals
-    an uninterrupted one bit for bit; on a GPU this needs
-    :func:`~lib.runs.determinism.deterministic`, without which the two agree to rounding.
+    step depends on, and the running means of the log. So a resumed run equals an uninterrupted one
+    bit for bit; on a GPU this needs :func:`~lib.runs.determinism.deterministic`.
 
     Args:
         model, optimizer: the model, on ``device``, and the optimiser of all its parameters.
@@ -95,8 +94,8 @@ class Trainer(Task):
     def update(self, batch: Any) -> bool:
         """Take one optimiser step on this process's share of a batch.
 
-        All processes skip it if its loss or gradient is not finite in any of them. A skipped step
-        leaves model and optimiser unchanged.
+        All processes skip it if its loss or gradient is not finite in any of them: model and
+        optimiser are then unchanged.
 
         Returns:
             Whether the run should stop, the same in all processes.
@@ -145,7 +144,7 @@ class Trainer(Task):
         return stop
 
     def _forward_and_backward(self, batch: Any, choices: Choices) -> Tensor:
-        """Add up the gradients of all parts; return the sums of their summands, float64."""
+        """Add up the gradients of all parts, and their summands in float64."""
         self.optimizer.zero_grad(set_to_none=True)
         parts = self.split(batch)
         sums = torch.zeros(2 + len(self.extra_sums), dtype=torch.float64, device=self.device)
@@ -167,8 +166,7 @@ class Trainer(Task):
     ) -> tuple[dict[str, float], bool, bool, float]:
         """Sums of all processes; whether one wants to stop; whether a solve diverged; the norm.
 
-        ``broken`` counts the diverged solves before the step. All is read at once: the only
-        host-device synchronisation of a step besides the solvers'.
+        All is read at once: the only host-device synchronisation besides the solvers'.
         """
         # After a failed log write too: sync() raises it in all processes at the next save.
         stop = self.stopping.check() or self.run.failure is not None
@@ -227,9 +225,8 @@ class Trainer(Task):
     def train(self, run: Run, finish: Callable[[Run], None] = lambda run: None) -> None:
         """Train up to ``last_step`` updates; log, validate and save when due.
 
-        Before an error of the data, a step or a validation ends the run, the state after the last
-        whole step is saved. ``finish`` is called after the last step; a stop may interrupt an
-        evaluation in it.
+        Before an error ends the run, the state after the last whole step is saved. ``finish`` is
+        called after the last step; a stop may interrupt an evaluation in it.
 
         Raises:
             Stopped: by a signal or the time limit; all the state is saved.
@@ -263,7 +260,7 @@ class Trainer(Task):
                 self._stop()
 
     def try_validation(self) -> None:
-        """Evaluate one batch: an error comes now, and not after hours of training.
+        """Evaluate one batch: an error comes now, not after hours of training.
 
         Raises:
             InputError: a setting or the data does not fit, or the memory is too small.
@@ -282,13 +279,13 @@ class Trainer(Task):
         return random_states(self.rng, self.gpus), stats_state(self.model.deq.stats)
 
     def _put_back(self, before: tuple) -> list[str]:
-        """Restore what :meth:`_own_state` returned; return log lines on what is not restored."""
+        """Restore :meth:`_own_state`; return log lines on what is not restored."""
         restore_stats(before[1], self.model.deq.stats)
         return restore_random_states(before[0], self.rng, self.gpus)
 
     @contextlib.contextmanager
     def _saved_on_error(self, before: tuple, *, alone: bool = False) -> Iterator[None]:
-        """Save the state, with what :meth:`_own_state` returned, if an error ends the block.
+        """Save the state, with ``before`` of :meth:`_own_state`, if an error ends the block.
 
         ``alone``: only this process may have the error, so the others cannot save with it.
         """
@@ -306,7 +303,7 @@ class Trainer(Task):
             raise
 
     def summarise(self, *, finished: bool = True) -> None:
-        """Write the last log line and record of a run."""
+        """Write the run's last record, also as a log line."""
         counts = self.counts
         self.run.log(
             f"{self.step} steps | skipped {counts['skipped']} | diverged solves: forward "
@@ -315,10 +312,7 @@ class Trainer(Task):
         self.run.record("summary", self.step, finished=finished, **counts)
 
     def _finish_step(self, validate: bool, save: bool, stop: bool) -> None:
-        """Validate and save if due, then stop if asked.
-
-        ``unfinished`` says if the stop prevents the validation: the resumed run does it.
-        """
+        """Validate and save if due, then stop if asked."""
         if validate:
             self.unfinished = True
             stop = stop or not self._validate()
@@ -360,7 +354,7 @@ class Trainer(Task):
         self.begin_window()
 
     def _validate(self) -> bool:
-        """Validate, and keep the phase's best weights; False if a stop interrupts it."""
+        """Validate; keep the phase's best weights. False if a stop interrupts it."""
         paused, before = time.perf_counter(), self._own_state()
         try:
             with self._saved_on_error(before), memory_for(self.care.memory_of_validation):

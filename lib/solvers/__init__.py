@@ -43,10 +43,9 @@ What a solver returns
     stop_mode  as given
     ========== ===========================================================================
 
-All solvers take the keywords of :class:`~lib.solvers.arguments.Control`: stop per sample, check the
-residual less often, limit the evaluations or the time. The dict of a solve that stops per sample
-differs: see :mod:`lib.solvers.sample_solve`. A good initial guess ``x0`` saves evaluations; a
-solution costs a single one.
+All solvers take the keywords of :class:`~lib.solvers.arguments.Control`. The dict of a solve that
+stops per sample differs: see :mod:`lib.solvers.sample_solve`. A good initial guess ``x0`` saves
+evaluations; a solution costs a single one.
 
 A solve that does not converge reports so in this dict. Misuse raises an
 :class:`~lib.errors.InputError`. Solvers run under ``torch.no_grad``: :mod:`lib.deq` differentiates
@@ -63,6 +62,7 @@ from lib.solvers.anderson import anderson
 from lib.solvers.arguments import Control, check_damping, choice, unwrapped
 from lib.solvers.broyden import broyden
 from lib.solvers.krylov import bicgstab, gmres
+from lib.solvers.maps import Map
 from lib.solvers.newton_krylov import newton_krylov
 from lib.solvers.sample_solve import start
 from lib.solvers.solve import solver_method
@@ -82,7 +82,7 @@ __all__ = [
 
 @solver_method
 def fixed_point_iteration(
-    f: Callable[[Tensor], Tensor],
+    f: Map,
     x0: Tensor,
     threshold: int = 50,
     eps: float = 1e-3,
@@ -93,8 +93,8 @@ def fixed_point_iteration(
 ) -> dict:
     """Plain (Picard) iteration z_{k+1} = z_k + t (f(z_k) - z_k), t = ``damping`` in (0, 1].
 
-    With t = 1 the iteration converges if f is a contraction. The other arguments and the result are
-    as for :func:`~lib.solvers.anderson.anderson`; ``threshold`` counts evaluations of f.
+    With t = 1 it converges if f is a contraction. The other arguments and the result are as for
+    :func:`~lib.solvers.anderson.anderson`.
     """
     check_damping(damping)
     solve = start(f, x0, threshold, eps, stop_mode, control)

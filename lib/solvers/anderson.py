@@ -1,12 +1,11 @@
 """Anderson acceleration."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from lib.errors import check, check_count, check_number
+from lib.solvers.maps import Map
 from lib.solvers.norms import mask_of, products
 from lib.solvers.sample_solve import start
 from lib.solvers.solve import solver_method
@@ -16,7 +15,7 @@ _CUT = 0.01  # factor on beta after each step that leads far out
 
 @solver_method
 def anderson(
-    f: Callable[[Tensor], Tensor],
+    f: Map,
     x0: Tensor,
     m: int = 6,
     lam: float | None = None,
@@ -41,10 +40,10 @@ def anderson(
     Args:
         f: maps (B, ...) to the same shape. It returns a new tensor at every call.
         x0: initial guess, finite, (B, ...) of any rank and any floating dtype.
-        m: number of past points to mix, at least 1 (1 is plain iteration). Six are enough for
-            contractions and similar maps. If I - J has eigenvalues on both sides of zero
-            (Broyden's tridiagonal and banded systems, adjoints with a spectral radius above 1),
-            six stall; twelve solve, and so does ``restart``.
+        m: number of past points to mix (1 is plain iteration). Six are enough for contractions and
+            similar maps. If I - J has eigenvalues on both sides of zero (Broyden's tridiagonal and
+            banded systems, adjoints with a spectral radius above 1), six stall; twelve solve, and
+            so does ``restart``.
         lam: absolute ridge, as published (1e-4 there). Near the solution it swamps the system.
             The default None takes a ridge of a few rounding errors relative to each ||g_i||^2
             (1.2e-6 in float32, 1e-13 in float64).
@@ -92,7 +91,7 @@ def anderson(
 class _AndersonWindow:
     """The last m points: residuals g_i, values h_i = beta f(z_i) + (1 - beta) z_i, Gram matrix.
 
-    ``residual`` holds m tensors (B, D); the caller writes them in turn.
+    The caller writes the m tensors (B, D) of ``residual`` in turn.
     """
 
     _ABSENT = 1e300  # ||g||^2 in an empty slot: its weight vanishes
@@ -127,12 +126,12 @@ class _AndersonWindow:
         self._unbind()
 
     def keep_value(self, newest: int, fx: Tensor, gx: Tensor) -> None:
-        """Write h = beta f(x) + (1 - beta) x into slot ``newest``."""
+        """Write h into slot ``newest``."""
         plain = not isinstance(self._beta, Tensor) and self._beta == 1
         self.value[newest].copy_(fx if plain else fx - (1 - self._beta) * gx)
 
     def damp(self, samples: np.ndarray) -> None:
-        """Cut beta to a hundredth for ``samples`` (B,), and adapt their stored values h_i."""
+        """Cut beta for ``samples`` (B,), and adapt their stored values h_i."""
         mask = mask_of(samples, self._gram)
         cut = self._values.new_ones(mask.shape).masked_fill_(mask, _CUT)
         after = self._beta * cut
@@ -143,7 +142,7 @@ class _AndersonWindow:
         self._gram.copy_(self._absent)
 
     def renew_gram(self, newest: int, n: int, wide: bool) -> None:
-        """Update the Gram matrix: inner products of residual ``newest`` with the n stored ones."""
+        """Update the inner products of residual ``newest`` with the n stored ones."""
         residuals, row, column = self._residuals, self._row[newest], self._column[newest]
         if n < self.m:
             residuals, row, column = residuals[:n], row[:, :n], column[:, :n]

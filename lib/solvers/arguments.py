@@ -1,7 +1,6 @@
 """Arguments of solvers: the keywords that they share, checks, and texts that choose and set them.
 
-A text is ``name`` or ``name:option=value,option=value``. Texts work in command lines, configuration
-files and notebooks, and need no quotes in a shell.
+A text is ``name`` or ``name:option=value,option=value``: it needs no quotes in a shell.
 """
 
 import ast
@@ -30,9 +29,8 @@ class Control:
             None means the value of ``stop``; stop='sample' refuses best='batch'.
         check_every: check the residual only once in this many evaluations. Between checks a GPU
             does not wait for the host. Up to ``check_every - 1`` evaluations may be wasted, and as
-            many more iterates are held in memory. The best iterate is still returned. With
-            ``check_every`` above the threshold, the host reads once, at the end. A line search and
-            Krylov methods need every residual and ignore ``check_every``.
+            many more iterates are held in memory. The best iterate is still returned. A line
+            search and Krylov methods need every residual and ignore ``check_every``.
         floor: in either ``stop_mode``, also stop once ||f(z) - z|| / ||f(z)|| is below ``floor``,
             such as the level of the rounding of f.
         max_nfe: stop after this many evaluations of f and products with the Jacobian together,
@@ -74,17 +72,14 @@ def check_state(f, x0) -> None:
 
 
 def check_stop_mode(value) -> None:
-    """Refuse a stop mode other than 'abs' and 'rel'."""
     check(value in ("abs", "rel"), "stop_mode", value, "'abs' or 'rel'")
 
 
 def check_finite(x0: Tensor) -> None:
-    """Refuse an initial guess that is not finite."""
     check(bool(torch.isfinite(x0).all()), "x0", "not finite", "finite everywhere")
 
 
 def check_damping(value) -> None:
-    """Refuse a damping outside (0, 1]."""
     check(is_number(value) and 0 < value <= 1, "damping", value, "in (0, 1]")
 
 

@@ -1,6 +1,5 @@
 """Broyden's method."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,12 +9,12 @@ from torch import Tensor
 
 from lib.errors import check, check_count
 from lib.solvers.arguments import check_damping
+from lib.solvers.maps import Map
 from lib.solvers.norms import products, scaled_norms, to_device
 from lib.solvers.sample_solve import start
 from lib.solvers.solve import Solve, solver_method
 
-# Vectors are stored in blocks of so many vectors, or of so many bytes if that holds more: few
-# kernels, little unused memory.
+# Blocks hold so many vectors, or so many bytes if that is more: few kernels, little unused memory.
 _BLOCK_ROWS, _BLOCK_BYTES = 8, 2**20
 
 _TRIALS, _SHORTER = 5, 0.1  # line search: number of trials, ratio of successive step lengths
@@ -23,7 +22,7 @@ _TRIALS, _SHORTER = 5, 0.1  # line search: number of trials, ratio of successive
 
 @solver_method
 def broyden(
-    f: Callable[[Tensor], Tensor],
+    f: Map,
     x0: Tensor,
     threshold: int = 50,
     eps: float = 1e-3,
@@ -132,8 +131,7 @@ class BroydenInverse:
 
         d_j'd_j c_j - sum_{i<j} c_i (d_j'd_{i+1} - (1 - t_i) d_j'd_i) = -d_j'g
 
-    It is solved in float64 from direct inner products: a recurrence for them would read the
-    directions once less, but lose the small residuals.
+    It is solved in float64 from direct inner products: a recurrence would lose small residuals.
 
     The caller writes g at the newest point into ``residual`` (B, D).
     """
@@ -152,7 +150,7 @@ class BroydenInverse:
     def newton_direction(self, length: float | None, wide: bool = False) -> Tensor:
         """-H g, (B, D), overwritten by the next call; g is ``residual``.
 
-        ``length`` is t of the step that led there along the last direction, None at first.
+        ``length`` is t of the step that led there, None at first.
         """
         self._wide |= wide
         if length is None:
@@ -208,7 +206,7 @@ class BroydenInverse:
         self.triangle = self.triangle[rows]
 
     def _store(self, length: float) -> None:
-        """Store the newest direction, and ``length``, t of the step along it."""
+        """Store the newest direction, and t of the step along it."""
         if self._free == 0:
             _, batch, size = self._newest.shape
             fitting = _BLOCK_BYTES // (self.direction.nbytes or 1)
@@ -262,9 +260,9 @@ class LimitedInverse:
 
         H = -I + W M^-1 S',   w_j = s_j + y_j,   M_ij = s_i'w_j for i after j, else s_i'y_j
 
-    So a new update overwrites the oldest vectors, and a row and a column of M. (Without its oldest
-    terms, a sum of rank-one terms would not be Broyden's method: the later ones belong to another
-    H, and the iteration diverges on plain contractions.)
+    So a new update overwrites the oldest vectors, and a row and a column of M. (A sum of rank-one
+    terms without its oldest would diverge on plain contractions: the later ones belong to another
+    H.)
 
     The methods are those of :class:`BroydenInverse`; ``transposed`` uses the stored updates alone.
     """
@@ -301,7 +299,7 @@ class LimitedInverse:
         self._s, self._w = self._s[:, rows], self._w[:, rows]
 
     def _store(self, length: float) -> None:
-        """Store the update from the newest step; ``length`` is its t along the direction."""
+        """Store the update from the newest step, of length t."""
         slot = self.count % self.memory
         self.count += 1
         n = min(self.count, self.memory)
@@ -329,13 +327,13 @@ class LimitedInverse:
 
 @dataclass
 class _Trial:
-    """A trial of the line search: point x, g(x), step length, and index of the evaluation."""
+    """A trial of the line search."""
 
     x: Tensor
     residual: Tensor
     value: float  # ||residual|| over the batch
     length: float
-    evaluation: int
+    evaluation: int  # its index
     accepted: bool
 
 

@@ -10,8 +10,6 @@ the start; ``threshold`` and ``max_nfe`` limit the sum of ``nfe`` and ``products
 as 'stalled' if a cycle lowers no residual, by rounding or because I - J is singular.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ from lib.solvers.solve import Solve, solver_method
 
 @solver_method
 def gmres(
-    f: Callable[[Tensor], Tensor],
+    f: Map,
     x0: Tensor,
     threshold: int = 50,
     eps: float = 1e-3,
@@ -67,8 +65,8 @@ def gmres(
 def gmres_cycle(system, g: Tensor, size: int, x: Tensor | None = None) -> tuple[Tensor, np.ndarray]:
     """One cycle of GMRES, of at most ``size`` products, from x (B, D) with the residual g there.
 
-    One transfer per step brings a column of H to the host, where the least-squares problems are
-    solved. ``system`` has ``product``, ``enough`` and ``solve`` as :class:`System`; x None is zero.
+    One transfer per step brings a column of H to the host. ``system`` has ``product``, ``enough``
+    and ``solve`` as :class:`System`; x None is zero.
 
     Returns:
         The correction V c (B, D), and the samples (B,) whose residual it lowers.
@@ -156,9 +154,9 @@ class _LeastSquares:
 class _Best:
     """The best point of a cycle for each sample: ``residual`` ||g||, ``value`` ||x + correction||.
 
-    If I - J is almost singular, points run far away for a small gain in the residual. So a point
-    more than a thousand times as far away counts only if it halves the residual; and its rounding
-    error must be below the lowest residual so far. All arrays are (B,).
+    If I - J is almost singular, points run far away for a small gain in the residual. So a point a
+    thousand times as far away counts only if it halves the residual; and its rounding error must be
+    below the lowest residual so far. All arrays are (B,).
     """
 
     def __init__(self, residual: np.ndarray, value: np.ndarray, like: Tensor):
@@ -186,13 +184,13 @@ class _Best:
 
 
 def _unit(vectors: Tensor, norms: np.ndarray) -> Tensor:
-    """Vectors (B, D) divided by their norms (B,); zero where the norm is zero."""
+    """Vectors divided by their norms (B,); zero where the norm is zero."""
     return _ratio(vectors, to_device(norms, vectors)[:, None])
 
 
 @solver_method
 def bicgstab(
-    f: Callable[[Tensor], Tensor],
+    f: Map,
     x0: Tensor,
     threshold: int = 50,
     eps: float = 1e-3,
@@ -203,8 +201,8 @@ def bicgstab(
 
     The stabilising steps are the longer ones of Sleijpen and van der Vorst (1995). They change
     nothing if f is a contraction; if not, they help, even for a skew-symmetric I - J. If the
-    recursion breaks down for a sample, it restarts at that sample's current point. Arguments and
-    result are as for :func:`gmres`, which alone has ``restart``.
+    recursion breaks down for a sample, it restarts at the current point. Arguments and result are
+    as for :func:`gmres`, without ``restart``.
     """
     system = System(f, x0, threshold, eps, stop_mode, control)
     while system.goes_on(products=2):
@@ -282,7 +280,7 @@ def _ratio(a: Tensor, b: Tensor, least: Tensor | float = 0.0) -> Tensor:
 
 
 class System:
-    """State of a linear solve: the point x (B, D), f(x), g = f(x) - x, and when to stop."""
+    """State of a linear solve: the point x (B, D), f(x), g = f(x) - x."""
 
     def __init__(self, f, x0: Tensor, threshold: int, eps: float, stop_mode: str, control: dict):
         self.solve = start(f, x0, threshold, eps, stop_mode, control, needs_all=True)

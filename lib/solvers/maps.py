@@ -1,7 +1,7 @@
 """What a map f may offer besides its value f(z), and how f keeps several processes in step.
 
 Solvers and gradients accept any function of the state. A map may offer four more things, which
-wrappers of f (autocast, lists of tensors) preserve with :func:`transformed`, but for the last:
+wrappers of f preserve with :func:`transformed`, but for the last:
 
 - ``f.plain`` is the same map in operations that all have second derivatives. An f of fused kernels
   or compiled code has none itself.
@@ -51,7 +51,7 @@ class Affine:
 
 
 def plain(f: Map) -> Map:
-    """``f.plain`` if f offers it (operations that have second derivatives), else f."""
+    """``f.plain`` if f offers it, else f."""
     return getattr(f, "plain", f)
 
 
@@ -78,8 +78,8 @@ def lockstep(f: Map, point: Tensor, group: "dist.ProcessGroup | None") -> Iterat
     With ``torch.distributed.fsdp.fully_shard`` or tensor parallelism, f and its backward gather
     parameters from all processes. Each process solves for its own samples and stops by itself: the
     others would wait for it forever. So a process that leaves the block evaluates f at ``point``,
-    for nothing, until all have left. Values are those of a single process. Each evaluation costs
-    one more all-reduce, of a single number. Without a group the context gives ``f`` itself.
+    for nothing, until all have left. Each evaluation costs one more all-reduce, of a single number.
+    Without a group the context gives ``f`` itself.
     """
     if group is None:
         yield f

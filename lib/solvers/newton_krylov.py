@@ -1,6 +1,5 @@
 """Newton's method with GMRES for its linear systems."""
 
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -23,7 +22,7 @@ PATIENCE, TRIALS = 5, 5  # steps in a row without a lower residual; then shorter
 
 @solver_method
 def newton_krylov(
-    f: Callable[[Tensor], Tensor],
+    f: Map,
     x0: Tensor,
     threshold: int = 50,
     eps: float = 1e-3,
@@ -38,11 +37,11 @@ def newton_krylov(
 ) -> dict:
     """Inexact Newton: z+ = z + t d with (I - J(z)) d = f(z) - z by GMRES (Knoll and Keyes 2004).
 
-    J is never formed. Its products J v are exact: they come from differentiating the
-    vector-Jacobian product u -> J'u, which is linear in u, or from forward-mode differentiation. f
-    is differentiated at every iterate, so all its operations must be differentiable; if f offers
-    ``f.plain``, that map is used. The solve leaves ``torch.inference_mode``. If f holds tensors
-    made in that mode, only forward-mode differentiation gives the products.
+    Products J v are exact: they come from differentiating the vector-Jacobian product u -> J'u,
+    which is linear in u, or from forward-mode differentiation. f is differentiated at every
+    iterate, so all its operations must be differentiable; if f offers ``f.plain``, that map is
+    used. The solve leaves ``torch.inference_mode``. If f holds tensors made in that mode, only
+    forward-mode differentiation gives the products.
 
     Each sample has its own step length t, at first ``damping``. If five steps in a row do not lower
     its residual, the sample goes back to its lowest point and shortens the step from there.
@@ -50,8 +49,7 @@ def newton_krylov(
     Args:
         f, x0, eps, stop_mode: as for :func:`~lib.solvers.anderson.anderson`.
         threshold: maximum number of evaluations of f and products with J together.
-        inner: maximum number of products per linear system. One system may use up the threshold:
-            choose fewer to prevent this.
+        inner: maximum number of products per linear system, which may use up the threshold.
         inner_eps: relative residual ||g - (I - J) d|| / ||g|| at which a sample's linear system
             counts as solved. Near the solution each step lowers the residual by this factor.
         damping: step length t, in (0, 1], unless a shorter one is needed.
@@ -106,7 +104,7 @@ class _Iterate:
     with its lowest residual) and the step from there. After a plain step in vain it goes back to
     its lowest point; after ``PATIENCE`` Newton steps in vain it also shortens the step from there.
     It does not go back earlier, because the residual of Newton's method often rises before it falls
-    (the watchdog of Chamberlain et al. 1982). Going back costs the other samples nothing.
+    (the watchdog of Chamberlain et al. 1982).
     """
 
     def __init__(self, solve: Solve, warmup: int, damping: float):
@@ -131,7 +129,7 @@ class _Iterate:
         return ~(self._solve.resting | self._returns | (self._plain > 0))
 
     def evaluate(self) -> None:
-        """Move all samples to their next points and evaluate f there."""
+        """Evaluate f at the next points."""
         newton, plain, returns = self.takes_a_step, self._plain > 0, self._returns.copy()
         lower = ~returns & (self._fresh | (self.size < self._low))
         if lower.any():
@@ -156,20 +154,20 @@ class _Iterate:
         self._after = np.where(newton & (self._vain == 1), self.size, self._after)
         self._plain -= plain
         self._come_back(returns)
-        self._send_back(plain & (self.size > self._low), np.zeros_like(self._lengths))
+        self._send_back(plain & (self.size > self._low), 0.0)
         self._plain[self._returns] = 0
         strays = newton & (self._vain >= PATIENCE) & ~(self.size < self._low)
         if strays.any():
             full = np.full_like(self._lengths, self._damping)
             self._send_back(strays, self._shorter(self._after, full))
 
-    def _send_back(self, samples: np.ndarray, lengths: np.ndarray) -> None:
+    def _send_back(self, samples: np.ndarray, lengths: np.ndarray | float) -> None:
         self._returns |= samples
         self._lengths = np.where(samples, lengths, self._lengths)
         self._tries = np.where(samples, 0, self._tries)
 
     def _come_back(self, returns: np.ndarray) -> None:
-        """Release the samples sent back that are low enough, or have used up their trials."""
+        """Release the samples that are low enough, or have used up their trials."""
         if not returns.any():
             return
         there = self._lengths == 0

@@ -1,9 +1,8 @@
 """Norms and inner products of states, per sample, accurate at every scale.
 
 In float32 the square of a number below 1e-19 is zero, and of one above 1e19 infinite: by such norms
-a state would count as "solved" or "not finite" when it is neither. Norms are computed as usual on
-the device and judged on the host. The few that are out of range are recomputed from the vectors
-divided by their largest element.
+a state would count as "solved" or "not finite" when it is neither. The few norms that are out of
+range are recomputed from the vectors divided by their largest element.
 """
 
 import functools
@@ -48,10 +47,7 @@ def least_norm(vectors: Tensor) -> float:
 def corrected_norms(
     found: np.ndarray, vectors: Tensor, counts: np.ndarray | None = None
 ) -> np.ndarray:
-    """``found``, norms (B,) of vectors (B, D), recomputed where they are out of range.
-
-    ``counts`` (B,) are the samples to recompute if needed; None means all.
-    """
+    """``found``, norms (B,) of vectors (B, D), recomputed where out of range, if in ``counts``."""
     fails = ~(np.isfinite(found) & (found >= least_norm(vectors)))
     if counts is not None:
         fails &= counts

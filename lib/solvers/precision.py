@@ -42,8 +42,8 @@ def autocast(amp: str, device: torch.device):
 def allow_tf32(allowed: bool) -> None:
     """Let float32 matrix products and convolutions on the GPU round their factors to TF32.
 
-    TF32 has the 10 mantissa bits of half precision and the range of float32. Products are summed in
-    float32. The setting has no effect on the CPU or on GPUs before Ampere.
+    TF32 has the 10 mantissa bits of half precision and the range of float32. The setting has no
+    effect on the CPU or on GPUs before Ampere.
     """
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     torch.backends.cudnn.allow_tf32 = allowed
@@ -94,15 +94,14 @@ def solve_in_stages(
 ) -> dict:
     """Solve with f in half precision; finish in float32 if the tolerance requires it.
 
-    The first stage ends at the solver's ``eps``, at the threshold, or at a relative residual of
-    :data:`COARSE_EPS`. Only in the last case, if evaluations are left, the second stage starts from
-    its result. A solver without an argument ``floor`` has no second stage.
+    If the first stage ends at a relative residual of :data:`COARSE_EPS`, and evaluations are left,
+    the second starts from its result. A solver without an argument ``floor`` has no second stage.
 
     Args:
         f: the map in half precision, on float32 states.
         make_precise: makes the map in float32, for the second stage.
-        solver, z0, threshold, stop_mode, options: as in :mod:`lib.solvers`. The threshold is for
-            both stages together; a budget that a partial sets is for each.
+        threshold: for both stages together; a budget that a partial sets is for each.
+        solver, z0, stop_mode, options: as in :mod:`lib.solvers`.
 
     Returns:
         The solver's dict. The traces (with ``nstep``), the counts of evaluations and products, and
@@ -154,7 +153,7 @@ def full_products():
 
 
 def callers_products() -> AbstractContextManager:
-    """A context with the caller's setting; without effect outside of a solve."""
+    """A context with the caller's setting."""
     return _setting(_callers) if _solves else nullcontext()
 
 

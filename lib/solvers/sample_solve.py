@@ -13,8 +13,8 @@ at rest. Methods that multiply with the Jacobian of the whole batch keep all row
 The result differs from that of a solve that stops by the batch:
 
 - ``sample_nfe`` is the number of evaluations until the sample was finished.
-- The traces are still norms over the whole batch. A finished sample counts with the residual of
-  its result. ``lowest`` and ``nstep`` are as with best='sample'.
+- In the traces, norms over the whole batch, a finished sample counts with the residual of its
+  result. ``lowest`` and ``nstep`` are as with best='sample'.
 - ``reason``, once all samples are finished, is the worst among them: 'diverged' if any diverged or
   all are lost (see ``finite``), else 'stalled', else 'floor', else 'eps'.
 - ``prot_break`` is True if a sample diverged or was far out at the end, or if all are lost.
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from lib.solvers.arguments import Control, check_finite
+from lib.solvers.maps import Map
 from lib.solvers.norms import corrected_norms, mask_of, relative, to_device, totals
 from lib.solvers.solve import Solve, out_of_range
 
@@ -51,7 +52,7 @@ class SampleSolve(Solve):
     def evaluate(self, x: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """As in a Solve, of the b rows kept so far; returns the rows that the method goes on with.
 
-        ``out`` keeps all b rows: the method drops those of finished samples from what it stores.
+        ``out`` keeps all b rows.
         """
         if self.needs_all:
             x = self._at_rest(x)
@@ -84,8 +85,7 @@ class SampleSolve(Solve):
             return x
         return torch.where(mask_of(self.done, x), self.own.x, x)
 
-    def _restricted(self) -> Callable[[Tensor], Tensor]:
-        """f restricted to the unfinished samples."""
+    def _restricted(self) -> Map:
         rows = to_device(self.rows, self.device)
         select = getattr(self.f, "select", None)
         if select is not None:
@@ -172,10 +172,9 @@ def start(
     *,
     needs_all: bool = False,
 ) -> Solve:
-    """Make the object that keeps a solve, per batch or per sample; ``control`` holds keywords.
+    """The object that keeps a solve, per batch or per sample; ``control`` holds keywords.
 
-    ``needs_all``: the method needs every residual (``check_every`` is 1), and with stop='sample'
-    the rows of finished samples too.
+    ``needs_all``: the method needs every residual and the rows of finished samples.
     """
     options = Control(**control)
     if needs_all:

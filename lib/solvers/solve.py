@@ -45,8 +45,8 @@ class Solve:
     Points are (B, D) tensors in the working dtype: that of ``x0``, or float32 if ``x0`` is in half
     precision, whose inner products are too inaccurate. f sees the shape and dtype of ``x0``.
 
-    Every ``check_every`` evaluations, one transfer brings the norms to the host. There they are
-    judged: on the device, a dozen kernels on a few numbers would cost more than the norms.
+    Every ``check_every`` evaluations, one transfer brings the norms to the host, to be judged: on
+    the device, a dozen kernels on a few numbers would cost more than the norms.
     """
 
     def __init__(
@@ -75,8 +75,7 @@ class Solve:
         self.rel_trace: list[float] = []
         unknown = np.full((3, len(x0)), math.inf)
         self.best = Best(self.x0, unknown[0], unknown[1:], np.asarray(0))
-        # Each sample's best finite iterate: it falls back to it if f is not finite; the result of
-        # best='sample'.
+        # Each sample's best finite iterate: its point if f is not finite, and with best='sample'.
         self.own = replace(self.best, step=np.zeros(len(x0), dtype=np.int64))
         self.wide = False  # whether inner products of residuals may leave the range of float32
         self._least = least_norm(self.x0)
@@ -173,8 +172,8 @@ class Solve:
     def _check(self, forgive: bool = False, newest: tuple[Tensor, Tensor] | None = None) -> bool:
         """Judge the points evaluated since the last check; False if a trial is not finite.
 
-        ``newest`` is g and f at the last point, to recompute norms that are out of range. Those of
-        earlier points are only bounded from below, so that no point counts as solved.
+        ``newest`` is g and f at the last point, to recompute norms out of range. Those of earlier
+        points are only bounded from below, so that none counts as solved.
         """
         points, self._pending = self._pending, []
         # The only synchronisation with the device; (n, 2, B)
@@ -244,14 +243,14 @@ class Solve:
         return True
 
     def lose(self, fails: np.ndarray) -> None:
-        """Mark the samples ``fails`` (B,) as lost: from now on they rest at their best iterate."""
+        """From now on the samples ``fails`` (B,) rest at their best iterate."""
         if fails.any():
             self.lost = self.lost | fails
             self.lost_mask = to_device(self.lost, self.device)
             self.diverged |= bool(self.lost.all())
 
     def stall(self, samples: np.ndarray) -> None:
-        """Note ``samples`` (B,) that the method cannot improve; if all, the solve ends."""
+        """Note samples (B,) that the method cannot improve; if all, the solve ends."""
         self.stalled |= bool(samples.all())
 
     @property
@@ -316,9 +315,7 @@ class Solve:
 def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
     """Decorator of a method: no autograd, and reduced precision inside f only.
 
-    Half precision and TF32 are too coarse for inner products and combinations of states. So
-    autocast and torch's float32 matmul precision apply only inside f and products with its
-    Jacobian.
+    Half precision and TF32 are too coarse for inner products and combinations of states.
     """
 
     @outside_of_compiler
@@ -330,11 +327,10 @@ def solver_method(method: Callable[..., dict]) -> Callable[..., dict]:
         kind = x0.device.type
         with full_products() as callers:
             if callers is not None:
-                f = transformed(f, lambda f: in_context(callers, f))
+                f = transformed(f, functools.partial(in_context, callers))
             if not torch.is_autocast_enabled(kind):
                 return method(f, x0, *args, **options)
-            callers_autocast = same_autocast(x0.device)
-            f = transformed(f, lambda f: in_context(callers_autocast, f))
+            f = transformed(f, functools.partial(in_context, same_autocast(x0.device)))
             with torch.autocast(kind, enabled=False):
                 return method(f, x0, *args, **options)
 
@@ -352,9 +348,8 @@ class Divergence:
     A residual is far out if it is a million times the first residual. Both stop modes measure the
     absolute residual: the relative residual of z -> 3 z stays at 2/3 forever. After a warm start
     the first residual may be rounding error, whose growth means nothing: it counts as at least
-    sqrt(eps) ||f||. A Newton or quasi-Newton step may lead far out once, and the iteration comes
-    back. A diverging iteration keeps rising: far out, it reaches five new highs without coming back
-    in between.
+    sqrt(eps) ||f||. A Newton or quasi-Newton step may lead far out once and come back. A diverging
+    iteration keeps rising: far out, it reaches five new highs without coming back in between.
 
     Args:
         count: n; 1 for the batch as a whole.

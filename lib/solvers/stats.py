@@ -8,8 +8,8 @@ from math import nan
 def solve_figures(solution: dict) -> dict:
     """nfe, both residuals and ``broken`` of one solve, from the solver's dict.
 
-    ``nfe`` includes products with the Jacobian, which cost about as much as evaluations. A user's
-    own solver may return fewer keys than ours; without traces the residuals are NaN.
+    ``nfe`` includes products with the Jacobian. A user's own solver may return fewer keys than
+    ours; without traces the residuals are NaN.
     """
     index = solution.get("nstep", -1)
     absolute, relative = (solution.get(f"{mode}_trace") or [nan] for mode in ("abs", "rel"))
@@ -66,7 +66,7 @@ class PassStats:
             self.last_broken = self.last
 
     def means(self) -> dict[str, float]:
-        """Mean nfe and residuals since the last reset, and the count of broken solves."""
+        """Mean nfe and residuals, and the count of broken solves."""
         n = max(self.solves, 1)
         return {
             "nfe": self.nfe / n,

@@ -1,8 +1,8 @@
 """Detect the PyTorch transforms that a solve runs inside, and refuse or bypass them.
 
-A solver reads residuals to decide how often it calls f, so torch.func, torch.export, batched
-gradients and torch.compile cannot trace it. torch.compile is bypassed; the others are refused.
-Forward-mode differentiation is detected: a tangent needs its own solve.
+A solver reads residuals to decide how often it calls f, so none of them can trace it. torch.compile
+is bypassed; torch.func, torch.export and batched gradients are refused. Forward-mode
+differentiation is detected: a tangent needs its own solve.
 """
 
 import functools
@@ -25,8 +25,7 @@ def refuse_transforms() -> None:
             "a solve cannot be exported, because its number of steps depends on values: export f "
             "alone (one evaluation) and solve around it"
         )
-    # Check the modes as well: torch.func.linearize and make_fx trace without an interpreter, and
-    # fake tensors have no values.
+    # torch.func.linearize and make_fx trace without an interpreter; fake tensors have no values.
     modes = torch._C._TorchDispatchModeKey
     traced = any(torch._C._get_dispatch_mode(mode) for mode in (modes.PROXY, modes.FAKE))
     if traced or _functorch.peek_interpreter_stack() is not None:
@@ -47,7 +46,7 @@ def outside_of_compiler(function: Callable) -> Callable:
     @functools.wraps(function)
     def called(*args, **kwargs):
         if torch.compiler.is_compiling():  # True only while the compiler traces
-            # It loads the compiler, which is loaded already while it traces.
+            # It loads the compiler, which is in use anyway.
             from lib.solvers.eager import call
 
             return call(function, *args, **kwargs)
@@ -68,12 +67,12 @@ def refuse_batched(value: Tensor | None) -> None:
 
 
 def differentiating_forward() -> bool:
-    """Whether forward-mode differentiation is active (a dual level is open)."""
+    """Whether a dual level is open."""
     return forward_ad._current_level >= 0
 
 
 def tangent_of(value: Tensor) -> Tensor | None:
-    """The forward-mode tangent of a tensor; None if it has no tangent."""
+    """The forward-mode tangent of a tensor, if any."""
     if not differentiating_forward():
         return None
     return forward_ad.unpack_dual(value).tangent
