@@ -1,8 +1,8 @@
 r"""Is this model an equilibrium? An audit of any model that holds a :class:`~lib.deq.DEQ`.
 
 A low loss does not show that a model uses its fixed point: the answer may be read from the start,
-the iteration may never settle, or another start may lead to another answer. The audit gives five
-findings
+the iteration may never settle, or another start may lead to another answer. The audit calls the
+model with its solves skipped, cut, lengthened and started elsewhere, and gives five findings
 
 1. the measure when the solver is skipped or ends earlier or later (the solve that need not be
    made: arXiv 2607.11116);

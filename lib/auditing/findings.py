@@ -196,7 +196,7 @@ def correctness(residual: np.ndarray, score: np.ndarray, rules: Rules) -> dict:
 def effort(
     evaluations: np.ndarray | None, hard: np.ndarray | None, settled: np.ndarray, rules: Rules
 ) -> dict:
-    """Finding 4, from the samples that settled: another spends its budget, however difficult."""
+    """Finding 4, from the samples that settled: another spends its budget, easy or hard."""
     if hard is None:
         return _UNKNOWN | {"said": "unknown: no difficulty is given"}
     if evaluations is None:

@@ -298,8 +298,8 @@ def not_finite(state: dict[str, Tensor]) -> list[str]:
 def check_form(found, own, name: str) -> None:
     """Raise an InputError that begins with ``name``, unless ``found`` has the form of ``own``.
 
-    With wrong content a fused optimiser writes outside its memory. Of one form, and so for all
-    entries, are:
+    An undamaged file can hold wrong content: with it a fused optimiser writes outside its memory.
+    Of one form, and so for all entries, are:
 
     - a tensor: the same shape and dtype, stored as an array, without NaN;
     - a dict: the same keys; a list or tuple: the same length;

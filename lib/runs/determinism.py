@@ -18,9 +18,9 @@ def deterministic(wanted: bool) -> None:
     On the same machine, with the same versions and number of processes and threads:
 
     - On the CPU everything repeats bit for bit, whatever ``wanted`` is.
-    - On a GPU everything repeats if ``wanted``: PyTorch avoids kernels that add in random order,
-      and cuDNN does not select kernels by measured times. Otherwise runs of one seed first agree to
-      rounding, and the difference grows.
+    - On a GPU everything repeats if ``wanted``: PyTorch avoids kernels that add in random order
+      (indexing and interpolation backward, some of cuDNN), and cuDNN does not select kernels by
+      measured times. Otherwise runs of one seed first agree to rounding, and the difference grows.
 
     Call this before any GPU computation: cuBLAS reads its setting once. An operation without a
     deterministic kernel raises a RuntimeError that names it.

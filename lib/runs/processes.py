@@ -203,7 +203,8 @@ def _settle_buckets(parallel: DistributedDataParallel) -> None:
 
     It rebuilds them once, in the order in which gradients first become ready, which differs between
     the phases of training. With more than two processes, an element's place in its bucket decides
-    the rounding of its sum: a run resumed at equilibrium would round differently.
+    the rounding of its sum: a run resumed at equilibrium would round differently. So they are
+    rebuilt here, by a backward pass through the sum of all parameters.
     """
     model = parallel.module
     model.forward = lambda: sum(p.sum() for p in model.parameters() if p.requires_grad)

@@ -1,4 +1,7 @@
-"""The last checkpoints of a run: checkpoint.pt, then checkpoint.1.pt and so on, each older."""
+"""The last checkpoints of a run: checkpoint.pt, then checkpoint.1.pt and so on, each older.
+
+If the newest one is damaged, a resumed run continues from the next older one.
+"""
 
 import itertools
 import os

@@ -31,7 +31,8 @@ class Choices:
 class Summands(NamedTuple):
     """What one part of a batch adds to the figures of the whole batch; all are 0-dim tensors.
 
-    So the loss is the part's sum, divided by the size of the whole batch.
+    So the loss is the part's sum, divided by the size of the whole batch: over all parts and
+    processes the losses add up to the mean.
     """
 
     loss: Tensor  # to the mean loss

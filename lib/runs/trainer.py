@@ -314,7 +314,7 @@ class Trainer(Task):
     def _finish_step(self, validate: bool, save: bool, stop: bool) -> None:
         """Validate and save if due, then stop if asked."""
         if validate:
-            self.unfinished = True
+            self.unfinished = True  # if a stop prevents it, the resumed run validates
             stop = stop or not self._validate()
         if validate or save or stop:
             self.save()

@@ -43,9 +43,10 @@ What a solver returns
     stop_mode  as given
     ========== ===========================================================================
 
-All solvers take the keywords of :class:`~lib.solvers.arguments.Control`. The dict of a solve that
-stops per sample differs: see :mod:`lib.solvers.sample_solve`. A good initial guess ``x0`` saves
-evaluations; a solution costs a single one.
+All solvers take the keywords of :class:`~lib.solvers.arguments.Control`: stop per sample, check the
+residual less often, limit the evaluations or the time. The dict of a solve that stops per sample
+differs: see :mod:`lib.solvers.sample_solve`. A good initial guess ``x0`` saves evaluations; a
+solution costs a single one.
 
 A solve that does not converge reports so in this dict. Misuse raises an
 :class:`~lib.errors.InputError`. Solvers run under ``torch.no_grad``: :mod:`lib.deq` differentiates
