@@ -427,7 +427,7 @@ def _of_deq(name: str) -> property:
 
 
 class SolverAttributes:
-    """Mixin for models with the solvers and the gradient of ``self.deq``.
+    """Mixin for models: ``f_solver``, ``b_solver`` and ``grad`` are those of ``self.deq``.
 
     ``b_solver = None`` means the forward solver, as in the published models. Another one has its
     own tolerance: a smaller one of ``f_solver`` alone does not improve the gradient.

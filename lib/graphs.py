@@ -153,7 +153,8 @@ def _shapes(tree) -> str:
 def compiled(function: Callable, device: torch.device | str = "cpu") -> Callable:
     """``function`` compiled by torch.compile, after a check that this works on ``device``.
 
-    All tensors that ``function`` uses should be its arguments: only new shapes are compiled again.
+    All tensors that ``function`` uses should be its arguments: then only new shapes are compiled
+    again.
 
     Sizes are constants. Otherwise earlier shapes would decide which become variables, and so the
     rounding: a resumed run would not repeat an uninterrupted one.

@@ -19,8 +19,8 @@ Example (a rotation, shrunk: eigenvalues 0.8 e^(+-i pi/2), spectral norm 0.8)::
     >>> f"{norm.estimate.item():.2f} +- {norm.standard_error.item():.2f}"
     '1.28 +- 0.00'
 
-The functions keep the graph of f0, for further ones and a training step. Only the result of
-:func:`jac_loss_estimate` can be differentiated.
+The functions keep the graph of f0: several of them and a training step may use it. Only the result
+of :func:`jac_loss_estimate` can be differentiated.
 """
 
 from collections.abc import Iterator
@@ -96,7 +96,7 @@ def squared_frobenius_norm(
     """Hutchinson estimate of ||J||_F^2 per sample, with its standard error.
 
     The estimate is the mean of ||v'J||^2 over ``vecs`` draws; its standard error is their standard
-    deviation / sqrt(vecs). :func:`jac_loss_estimate` is its mean over samples, divided by D.
+    deviation / sqrt(vecs). :func:`jac_loss_estimate` is the mean estimate of all samples, over D.
 
     With G = J J', the variance of one draw v'G v is 2 ||G||_F^2 for Gaussian vectors and
     2 (||G||_F^2 - sum_i G_ii^2) for Rademacher vectors: never more, and zero if G is

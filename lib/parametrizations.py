@@ -199,8 +199,9 @@ def weight_norm_all(module: nn.Module, dim: int = 0) -> nn.Module:
 class ContractiveLayer(nn.Module):
     """A layer to start from: f(z, x) = tanh(W z + U x + b) with ||W||_2 <= bound < 1.
 
-    tanh has slopes of at most 1, so f multiplies distances between states by ``bound`` at most: the
-    fixed point exists, it is unique, and every solver finds it. U and b are free::
+    tanh has slopes of at most 1, so f multiplies distances between states by ``bound`` at most,
+    whatever its parameters become: the fixed point exists, it is unique, and every solver finds it.
+    U and b are free::
 
         >>> import torch
         >>> from lib import DEQ, ContractiveLayer

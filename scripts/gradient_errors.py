@@ -8,7 +8,8 @@ over the batches. With ||.||^2 averaged over the N batches:
     noise           sqrt(N / (N - 1)) ||g_i - mean|| / ||g_i||
     error of mean   || mean of g_i(n) - g_i || / || mean ||
 
-All solves of a batch have the same dropout masks and the same start. All arithmetic is float64.
+All solves of a batch have the same dropout masks and the same start. All arithmetic is float64. The
+Jacobian loss and that of a learned start are left out.
 """
 
 import math
@@ -20,13 +21,14 @@ from functools import partial
 from itertools import zip_longest
 from textwrap import fill
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lib.deq import DEQ
 from lib.errors import DEQWarning, InputError
 from lib.gradients import GRADIENTS, Phantom
-from lib.gradients.iterations import Iteration
+from lib.gradients.iterations import Iteration, Reversible
 from lib.runs.task import Choices
 from lib.runs.trainer import Trainer
 from lib.solvers import anderson, newton_krylov
@@ -39,6 +41,7 @@ LONGEST = 300  # evaluations, or products, of each of them
 SMALL = 0.5  # an error below this part of the noise is called small
 THRESHOLDS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 _SAME = 0.9  # part of an error; one above it is about the same
+_SETTLED = 0.01  # relative residual of a solve that has ended near the fixed point
 _ABOVE = 2  # thresholds above the run's own
 _WIDTH = 98  # of a printed sentence
 
@@ -65,10 +68,12 @@ class Report:
         solver, gradient: the run's own, by name; a gradient with its own iteration has no solver.
         own: its own threshold.
         batches: their number.
-        again: evaluations of f in a step beside those of the solve.
+        graphs: evaluations of f with a graph, beside those of the solve; None: the backward pass
+            repeats those of the solve.
         products: mean products with the Jacobian of f in a backward pass, at its own threshold.
         loss: that at the fixed point.
-        residual, adjoint_residual: the largest relative ones that the exact solves left.
+        residual, adjoint_residual: what the exact solves left, relative: the largest of a batch's
+            means over its parts.
         noise: see above.
         enough: from this threshold on, the error is below ``SMALL`` times the noise; None: nowhere.
     """
@@ -77,7 +82,7 @@ class Report:
     gradient: str
     own: int
     batches: int
-    again: int
+    graphs: int | None
     products: float
     loss: float
     residual: float
@@ -92,18 +97,22 @@ class Report:
         rows = [_finite(row) for row in found.pop("rows")]
         return _finite(found) | {"rows": rows, "said": self.said()}
 
+    def again(self, row: Row) -> float:
+        """Evaluations of f in a step beside those of the solve."""
+        return row.evaluations if self.graphs is None else self.graphs
+
     @property
     def reached(self) -> bool:
         """Whether the exact solves are exact."""
-        return max(self.residual, self.adjoint_residual) <= EXACT
+        return all(r <= EXACT for r in (self.residual, self.adjoint_residual))
 
     def said(self) -> list[str]:
         """What the figures mean, in sentences."""
         own = next(row for row in self.rows if row.threshold == self.own)
         products = f" with {self.products:.1f} products with the Jacobian" * (self.products > 0)
         return [
-            f"A step of training makes {own.evaluations:.1f} evaluations of f in its solve, and "
-            f"{self.again} for its gradient{products}.",
+            f"A training step makes {own.evaluations:.1f} evaluations of f in its solve, and "
+            f"{self.again(own):g} for its gradient{products}.",
             self._hint(own) if self.reached else self._none_found(),
         ]
 
@@ -124,11 +133,15 @@ class Report:
         at_own = f"at its own threshold {self.own} it is {part(own)}"
         if self.enough is None:
             last = self.rows[-1]
-            more = " More evaluations hardly change it: it is an error of the backward pass."
-            return (
+            text = (
                 f"No threshold of the table brings the error of the gradient below {small}: "
                 f"{at_own}, at {last.threshold} {part(last)}."
-            ) + more * (last.error > _SAME * own.error)
+            )
+            if last.threshold == own.threshold or last.error <= _SAME * own.error:
+                return text
+            if last.residual > _SETTLED:
+                return f"{text} There the solves still end at a residual of {last.residual:.1e}."
+            return f"{text} More evaluations hardly change it: it is one of the backward pass."
         first = next(row for row in self.rows if row.threshold == self.enough)
         begin = (
             f"From threshold {self.enough} on, the error of the gradient is below {small}; at "
@@ -138,7 +151,8 @@ class Report:
             return f"{begin}. That is the run's own threshold."
         if self.enough > self.own:
             return f"{begin}, {at_own}."
-        share = (first.evaluations + self.again) / (own.evaluations + self.again)
+        made = [row.evaluations + self.again(row) for row in (first, own)]
+        share = made[0] / made[1]
         return (
             f"{begin}, {at_own}. A hint, no promise: {self.enough} may do, with {share:.0%} of the "
             "evaluations."
@@ -186,21 +200,18 @@ def measure(trainer: Trainer, own: int, batches: Iterator) -> Report:
     model, deq = trainer.model.double().train(), trainer.model.deq
     grad, solver = deq.grad, deq.f_solver
     exact, rows = _Sums(), {n: _Sums() for n in _thresholds(own, grad)}
-    left = dict.fromkeys(("forward", "backward"), 0.0)  # the largest residuals
+    left: dict[str, list[float]] = {"forward": [], "backward": []}  # residuals
     products = 0.0
     for number, batch in enumerate(batches):
         batch = [t.double() if t.is_floating_point() else t for t in batch]
         step = partial(_step, trainer, _learned(model), batch, number)
-        with _exactly(deq), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DEQWarning)
+        with _exactly(deq), _quiet():
             loss, g = step(own)
         for which in left:
-            found = getattr(deq.stats, which).means()["rel_residual"]
-            left[which] = max(left[which], found)
+            left[which].append(getattr(deq.stats, which).means()["rel_residual"])
         exact.add(deq, loss, g)
         for n, sums in rows.items():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DEQWarning)
+            with _quiet():
                 sums.add(deq, *step(n), exact=g)
             if n == own:
                 products += _products(grad, deq)
@@ -213,11 +224,11 @@ def measure(trainer: Trainer, own: int, batches: Iterator) -> Report:
         gradient=next(name for name, kind in GRADIENTS.items() if kind is type(grad)),
         own=own,
         batches=n,
-        again=_again(grad),
+        graphs=_graphs(grad),
         products=products / n,
         loss=exact.loss / n,
-        residual=left["forward"],
-        adjoint_residual=left["backward"],
+        residual=float(np.max(left["forward"])),  # of numbers with NaN it is NaN
+        adjoint_residual=float(np.max(left["backward"])),
         noise=noise,
         enough=_enough(table, SMALL * noise),
         rows=table,
@@ -281,6 +292,14 @@ def _learned(model: torch.nn.Module) -> list[Tensor]:
 
 
 @contextmanager
+def _quiet() -> Iterator[None]:
+    """Solves that end early are in the table: no warnings of them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DEQWarning)
+        yield
+
+
+@contextmanager
 def _exactly(deq: DEQ) -> Iterator[None]:
     """Solve to ``EXACT`` within a ``with`` block, in both passes."""
     grad, f_solver, b_solver = deq.grad, deq.f_solver, deq.b_solver
@@ -320,10 +339,10 @@ def _thresholds(own: int, grad) -> list[int]:
     return allowed
 
 
-def _again(grad) -> int:
-    """Evaluations of f with a graph, beside those of the solve."""
+def _graphs(grad) -> int | None:
+    """Evaluations of f with a graph, beside those of the solve; None: backward repeats these."""
     if isinstance(grad, Iteration):
-        return 0
+        return None if isinstance(grad, Reversible) or grad.checkpointing else 0
     return grad.steps if isinstance(grad, Phantom) and grad.form == "unrolled" else 1
 
 

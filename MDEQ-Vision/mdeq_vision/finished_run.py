@@ -17,7 +17,8 @@ from mdeq_vision.model import MDEQClsNet, MDEQSegNet
 from mdeq_vision.tasks import ClassificationTrainer, SegmentationTrainer
 
 Batch = list[Tensor]
-_OWN = "COMPILE False GRAPH False AMP none WORKERS 0 TRAIN.EXTRA_EPOCH 0 PERCENT 1.0".split()
+# For single steps: nothing is compiled, no workers, one stage, all images.
+_CHANGES = "COMPILE False GRAPH False AMP none WORKERS 0 TRAIN.EXTRA_EPOCH 0 PERCENT 1.0".split()
 
 
 def training_of(
@@ -31,7 +32,7 @@ def training_of(
         InputError: the folder holds no such run, its data are not there or too few, or the weights
             are of another model.
     """
-    cfg = load_config(Namespace(cfg=folder / CONFIG, opts=_OWN))
+    cfg = load_config(Namespace(cfg=folder / CONFIG, opts=_CHANGES))
     of_images = cfg.DATASET.DATASET in CLASSIFICATION
     model = (MDEQClsNet if of_images else MDEQSegNet)(cfg)
     load_weights(model, weights)

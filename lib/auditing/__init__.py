@@ -122,8 +122,8 @@ class Request:
     """How the solves of one forward pass differ from the model's own; by default not at all."""
 
     evaluations: int | None = None  # at most so many, with products; 0: the head gets the start
-    times: int = 1  # the model's own threshold so many times, but at least
-    least: int = 0
+    times: int = 1  # the threshold is the model's own so many times,
+    least: int = 0  # and at least this
     eps: float | None = None  # times the tolerance: each sample stops by itself; 0: do not stop
     # (kind, scale, seed): noise of scale * rms(z) * N(0, 1), alone ('drawn') or added to z, the
     # solution of the same solve in ``around`` ('displaced').

@@ -166,7 +166,7 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def _told(value: float | None, error: float, less: str, more: str) -> str:
-    """The relation, if a figure is more than two standard errors from 0."""
+    """``less`` or ``more``, by the sign of a value more than two standard errors from 0."""
     value = value or 0
     return "no relation" if abs(value) <= 2 * error else more if value > 0 else less
 

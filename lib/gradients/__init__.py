@@ -66,7 +66,7 @@ class Gradient:
         raise NotImplementedError
 
     def tangent(self, tangents: Tangents) -> Tensor:
-        """The forward-mode tangent of the output state, or an InputError if there is none."""
+        """The forward-mode tangent of the output state; raises an InputError without one."""
         raise InputError(
             f"grad {type(self).__name__} has no forward mode: take grad ift, jfb or phantom, or "
             "reverse mode (backward)"

@@ -292,8 +292,8 @@ class Tangents:
     def product(self, v: Tensor) -> Tensor:
         """J v, with the shape and dtype of v.
 
-        Forward mode gives J v + J_x dx; v is scaled to about the norm of J_x dx, so that the
-        difference keeps its digits.
+        Forward mode gives J v + J_x dx, and J_x dx is subtracted; v is scaled to about the norm of
+        J_x dx, so that the difference keeps its digits.
         """
         scale = self._powers / _powers_of_two(v)
         at = forward_ad.make_dual(self._point, (scale * v).to(self._point.dtype))
@@ -339,7 +339,8 @@ class RadiusWatch:
 @torch.no_grad()
 def growth(product: Map, start: Tensor) -> float:
     """The growth per product over their last half, from ``start`` (B, ...): the largest of a batch,
-    as a few unstable samples can stop a solve early. 0 for a start of zero; NaN if not finite."""
+    as a few unstable samples can stop a solve early. 0 for a start of zero; NaN if a product is not
+    finite."""
     dtype = torch.promote_types(start.dtype, torch.float32)
     smallest = torch.finfo(dtype).tiny
 

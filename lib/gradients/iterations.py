@@ -38,7 +38,7 @@ class Iteration:
         """Accept any forward solver: it is not used."""
 
     def refuse_threshold(self, evaluations: int, name: str = "f_thres", more: int = 0) -> None:
-        """Raise an InputError on ``name`` if backward cannot undo ``evaluations`` and ``more``."""
+        """Raise an InputError about ``name`` if so many evaluations cannot be differentiated."""
 
     def run(
         self, f: Map, z0: Tensor, evaluations: int, indexing: Collection[int] = ()

@@ -20,7 +20,7 @@ class EvaluationStopped(Exception):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[SolverStats]:
-    """A context of eval mode, no gradients, and solver statistics of its own, which it yields."""
+    """A context of eval mode, no gradients, and new solver statistics, which it yields."""
     was_training, stats = model.training, model.deq.stats
     try:
         model.eval()
@@ -47,8 +47,8 @@ def evaluate_batches(
     Args:
         model: what ``measure`` calls.
         batches: those of this process; there may be none.
-        measure: returns numbers or 0-dim tensors by name, to be summed in float64 without waiting
-            for the GPU.
+        measure: returns numbers or 0-dim tensors by name, the same names for each batch. They are
+            summed in float64, without waiting for the GPU.
         stop: called before each batch; True interrupts the evaluation.
 
     Returns:

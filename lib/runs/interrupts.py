@@ -31,7 +31,7 @@ class Stopping:
     """Collects requests to stop from SIGTERM, SIGINT and a time limit (0: none).
 
     Signals are caught in the main thread and a ``with`` block only. The terminal, torchrun and a
-    cluster may all send one for one request, so further signals are ignored for 5 seconds. A later
+    cluster may all send a signal for one request: further ones are ignored for 5 seconds. A later
     one has the effect that it has outside the block.
 
     Time counts from the creation of the object. A run stops when the time left is less than twice

@@ -29,7 +29,7 @@ class Muon(torch.optim.AdamW):
 
     Args:
         params: all parameters, or groups of them, as for AdamW.
-        matrices: those of ``params`` that Muon updates; a kernel (n, m, ...) as one (n, m ...).
+        matrices: those of ``params`` that Muon updates; a kernel (n, m, h, w) counts as (n, m h w).
         options: ``lr``, ``weight_decay`` and others of AdamW.
     """
 

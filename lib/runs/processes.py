@@ -167,7 +167,7 @@ class Processes:
         return item
 
     def in_turn(self, action: Callable[[], _T]) -> _T:
-        """Run ``action``, which leaves a cache, on each machine first in local rank 0.
+        """Run ``action``, which leaves a cache, in every process: on each machine first in one.
 
         An error is raised only where it occurs.
         """

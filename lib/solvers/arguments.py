@@ -29,8 +29,8 @@ class Control:
             None means the value of ``stop``; stop='sample' refuses best='batch'.
         check_every: check the residual only once in this many evaluations. Between checks a GPU
             does not wait for the host. Up to ``check_every - 1`` evaluations may be wasted, and as
-            many more iterates are held in memory. The best iterate is still returned. Above
-            the threshold, the host reads once, at the end. A line search and Krylov methods need
+            many more iterates are held in memory. The best iterate is still returned. If it is
+            above the threshold, the host reads once, at the end. A line search and Krylov methods need
             every residual and ignore ``check_every``.
         floor: in either ``stop_mode``, also stop once ||f(z) - z|| / ||f(z)|| is below ``floor``,
             such as the level of the rounding of f.

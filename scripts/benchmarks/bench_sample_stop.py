@@ -3,10 +3,10 @@
     python scripts/benchmarks/bench_sample_stop.py --json docs/data/sample_stop.json
 
 The trained models of docs/models evaluate their test data, as the trainers do: words in 10 streams
-of segments, and token by token in 40 streams; digits and scenes in the batches of their settings.
-"batch" ends a solve when the residual over the batch is below eps. With "sample" each sample leaves
-the solve when its own residual is. "batch, tighter" stops by the batch, with the largest part of
-eps (of TIGHTER) that brings every sample below eps, too.
+of segments; digits and scenes in the batches of their settings. "tokens" are the first 50 words of
+40 streams, one by one. "batch" ends a solve when the residual over the batch is below eps. With
+"sample" each sample leaves the solve when its own residual is. "batch, tighter" stops by the batch,
+with the largest part of eps (of TIGHTER) that brings every sample below eps, too, or the smallest.
 
 All three take turns in one process. On the CPU there is one thread, and its own time counts, so
 that other processes matter less. The time is that of a whole evaluation, with its data.
@@ -98,7 +98,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="what is evaluated")
     add("--rounds", type=int, default=3, help="how often each evaluation is timed")
-    add("--samples", type=int, help="images, or segments of a stream, at most; None: all")
+    add(
+        "--samples",
+        type=int,
+        help="at most so many images, or segments of a stream; default: all; tokens: 50",
+    )
     return parser.parse_args(argv)
 
 

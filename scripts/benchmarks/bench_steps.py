@@ -215,7 +215,7 @@ def measure_solver(row: Row, rounds: int) -> dict[str, dict]:
 
 
 def line(name: str, row: Row, found: dict[str, dict]) -> list[str]:
-    """A row of the table; the second form is ours, or bf16."""
+    """A row of the table; the second form is ours."""
     base, own = (found[form] for form in row.forms)
     medians = [statistics.median(form["seconds"]) for form in (base, own)]
     ratios = [a / b for a, b in zip(base["seconds"], own["seconds"], strict=True)]

@@ -110,33 +110,35 @@ def test_every_figure(own, thresholds):
     assert found.noise == near(noise.item())
     assert found.loss == near(squares.mean().item() / (1 - A) ** 2 / 2)
     assert 0 < found.residual <= 1e-6
-    assert (found.batches, found.again, found.products) == (3, 1, 0)
+    assert (found.batches, found.graphs, found.products) == (3, 1, 0)
 
 
 @pytest.mark.parametrize(
-    ("grad", "again"),
+    ("grad", "graphs"),
     [
         ("ift", 1),
         (NEUMANN, 1),
         ("phantom:steps=3", 3),
         ("unroll", 0),
-        ("reversible:damping=0.8", 0),
+        ("unroll:checkpointing=true", None),
+        ("reversible:damping=0.8", None),
     ],
 )
-def test_gradients(grad, again):
+def test_gradients(grad, graphs):
     """With enough evaluations, none of them but a phantom of three steps has an error left."""
     found = report(grad, 24)
-    assert (found.gradient, found.again) == (grad.partition(":")[0], again)
+    assert (found.gradient, found.graphs) == (grad.partition(":")[0], graphs)
+    assert found.again(found.rows[-1]) == (found.rows[-1].evaluations if graphs is None else graphs)
     assert found.products == pytest.approx({"ift": 2, NEUMANN: 59}.get(grad, 0))
     errors = {row.threshold: row.error for row in found.rows}
-    if again == 3:
+    if graphs == 3:
         assert errors[24] == pytest.approx((1 - 0.5 * (1 - A)) ** 3, rel=1e-4)
         assert "More evaluations hardly change it" in said(found)
     else:
         assert errors[24] < 0.01
         assert found.enough == min(n for n, e in errors.items() if e < found.noise / 2)
     assert max(errors) == (24 if "reversible" in grad else 48)  # it could not undo more
-    assert str(found).startswith("gradient" if again == 0 else "solver fixed_point_iteration, ")
+    assert str(found).startswith("solver fixed_point_iteration, " if graphs else "gradient")
 
 
 def test_the_solver_and_the_gradient_are_put_back():
@@ -176,6 +178,10 @@ def test_what_is_said():
     none = said(of({1: 2.0, 2: 1.5, 4: 0.9}, own=2))
     assert "No threshold of the table brings" in none
     assert none.endswith("threshold 2 it is 1.500 of the noise, at 4 0.900 of the noise.")
+    last = said(of({1: 2.0, 2: 0.9}, own=2))  # no more evaluations were tried
+    assert last.endswith("threshold 2 it is 0.900 of the noise, at 2 0.900 of the noise.")
+    stalled = said(of({1: 2.0, 2: 0.9, 4: 0.9}, own=2))
+    assert stalled.endswith("There the solves still end at a residual of 1.0e-01.")
 
 
 def test_no_hint_without_an_exact_solve():
@@ -183,5 +189,6 @@ def test_no_hint_without_an_exact_solve():
     assert "No hint: the exact solves ended at residuals of nan (fixed point) and 1.0e-07" in said(
         uncertain
     )
+    assert "No hint" in said(of({1: 2.0, 2: 0.4}, own=2, adjoint_residual=math.nan))
     assert uncertain.as_dict()["residual"] is None
     assert json.loads(json.dumps(uncertain.as_dict(), allow_nan=False))["said"] == uncertain.said()

@@ -24,8 +24,8 @@ from mdeq_vision.prediction.overlays import with_legend
 
 Picture = str | Path | Image.Image | Tensor
 ELSEWHERE = 0.01  # relative distance; two ends of solves that are further apart are two equilibria
-# How a frame is solved to find out: to a hundredth of the tolerance, so that two solves of one
-# equilibrium end much nearer to each other than ELSEWHERE.
+# How a frame is solved to find out: towards a hundredth of the tolerance, so that two solves of one
+# equilibrium end much nearer to each other than ELSEWHERE. A solve has settled below the tolerance.
 _TO_THE_END = Request(times=4, least=200, eps=0.01)
 
 
@@ -68,9 +68,9 @@ class Segmentation:
         residual: the largest relative residual of a solve.
         solves: 1; or one for each window, scale and mirror image.
         facts: the names, colours and official labels of the classes.
-        apart: of a frame of a film that was checked: the largest relative distance of a solve's
-            equilibrium from that of a solve from the usual start, NaN if one was not found; else
-            None.
+        apart: None, or for a checked frame of a film: the relative distance between the film's
+            equilibrium and that of a solve from the usual start (the largest of all solves; NaN if
+            a solve did not settle).
     """
 
     picture: np.ndarray
@@ -188,8 +188,8 @@ class TrainedSegmenter(_Trained):
                 own.
             check: find out for every ``check``-th frame whether f has several equilibria, and the
                 film follows another one than a solve from the usual start finds: ``apart`` of the
-                result. Both solves go on to a hundredth of the tolerance, which takes longer than
-                the frame and changes nothing else. 0: for no frame.
+                result. Both solves go on towards a hundredth of the tolerance, which takes longer
+                than the frame and changes nothing else. 0: for no frame.
 
         Raises:
             InputError: f_thres is no positive integer, or check is negative; in a call, the frame
@@ -231,9 +231,10 @@ class TrainedSegmenter(_Trained):
             probe.request = _TO_THE_END
             for start in (state, None):
                 self.model.follow(images, start, self.model.f_thres)
-        (film, own), settled = probe.found, all(s.settled.all() for s in probe.found)
-        distance = (film.z - own.z).norm() / own.z.norm()
-        return distance.item() if settled else float("nan")
+        film, own = probe.found
+        if not (film.settled.all() and own.settled.all()):
+            return float("nan")
+        return ((film.z - own.z).norm() / own.z.norm()).item()
 
     def _segment(self, picture: Picture, forward: Callable[[Tensor], Tensor]) -> Segmentation:
         test, facts = self.settings.TEST, self.facts

@@ -70,8 +70,12 @@ class Task:
             self.model.deq.graphs = Graphs()
 
     def set_solvers(self, forward: str, backward: str) -> None:
-        """Solvers by name, in the form's own implementation. The form's adjoint goes first."""
-        self.methods = forward, backward = forward, self.form.adjoint or backward
+        """Solvers by name, in the form's own implementation.
+
+        The form's own solver of the adjoint replaces ``backward``.
+        """
+        backward = self.form.adjoint or backward
+        self.methods = forward, backward
         self.model.f_solver, self.model.b_solver = self._solver(forward), self._solver(backward)
 
     def _solver(self, name: str):
