@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lib.deq import DEQ
 from lib.errors import DEQWarning, InputError
-from lib.gradients import GRADIENTS, Phantom
+from lib.gradients import GRADIENTS, Phantom, Shine
 from lib.gradients.iterations import Iteration, Reversible
 from lib.runs.task import Choices
 from lib.runs.trainer import Trainer
@@ -351,7 +351,10 @@ def _products(grad, deq: DEQ) -> float:
     if isinstance(grad, Phantom) and grad.form == "neumann":
         return grad.steps - 1
     backward = deq.stats.backward
-    return backward.means()["nfe"] - 1 if backward.solves else 0.0  # that with 0 is known
+    if not backward.solves:
+        return 0.0
+    # A solve begins with the product with 0, which is known; that of SHINE begins elsewhere.
+    return backward.means()["nfe"] - (not isinstance(grad, Shine))
 
 
 def _enough(rows: list[Row], limit: float) -> int | None:

@@ -28,13 +28,14 @@ def load_run(
 ) -> tuple[argparse.Namespace, Corpus | StateStrings, DEQTransformerLM]:
     """The settings of a run, its data, and its model with the weights of a file.
 
-    f is neither compiled nor recorded in graphs: both take longer than a few calls.
+    f is neither compiled nor recorded in graphs: both take longer than a few calls. All is done on
+    one device.
 
     Raises:
         InputError: the folder holds no such run, or the weights are of another model.
     """
     args = read_settings(folder / SETTINGS)
-    args.compile = args.graph = False
+    args.compile = args.graph = args.multi_gpu = False
     states = is_state(args.dataset)
     data = get_state_strings(args.dataset, args.seed) if states else read_corpus(args)
     check_vocabulary(folder, data.vocab)

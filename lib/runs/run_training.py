@@ -60,7 +60,7 @@ class Settings:
     beside: tuple[tuple[str, str], ...] = ()  # names and contents of other files of the run
 
     def changes(self, path: Path) -> list[str]:
-        """One line per setting that differs in ``path``; raises an InputError on those of ``first``."""
+        """One line per setting that differs in ``path``; an error if it is one of ``first``."""
         if not path.is_file():
             return [f"{path} is missing, so the settings could not be compared"]
         before = self.read(path)

@@ -30,8 +30,8 @@ class Control:
         check_every: check the residual only once in this many evaluations. Between checks a GPU
             does not wait for the host. Up to ``check_every - 1`` evaluations may be wasted, and as
             many more iterates are held in memory. The best iterate is still returned. If it is
-            above the threshold, the host reads once, at the end. A line search and Krylov methods need
-            every residual and ignore ``check_every``.
+            above the threshold, the host reads once, at the end. A line search and Krylov methods
+            need every residual and ignore ``check_every``.
         floor: in either ``stop_mode``, also stop once ||f(z) - z|| / ||f(z)|| is below ``floor``,
             such as the level of the rounding of f.
         max_nfe: stop after this many evaluations of f and products with the Jacobian together,
