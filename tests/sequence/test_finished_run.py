@@ -24,7 +24,7 @@ def test_a_trained_run(train, run_folder, capsys):
     assert text.endswith(f"\n{run_folder / 'evaluations.json'}\n")
     found = json.loads((run_folder / "evaluations.json").read_text())
     assert [row["threshold"] for row in found["rows"]] == [1, 2, 3, 4, 6, 8, 12]
-    assert (found["own"], found["batches"], found["again"]) == (6, 2, 1)
+    assert (found["own"], found["batches"], found["graphs"]) == (6, 2, 1)
     assert found["residual"] < 1e-6
     residuals = [row["residual"] for row in found["rows"]]
     assert residuals == sorted(residuals, reverse=True)
