@@ -343,13 +343,27 @@ class _Seen:
 
     def __init__(self, f: Map):
         self._f, self._last = f, None
-        self.plain, self.select = f.plain, f.select
+        self.plain = f.plain
 
     def __call__(self, z: Tensor) -> Tensor:
         fz = self._f(z)
         if not torch.is_grad_enabled():  # a solver's
             self._last = z, fz.detach().clone()
         return fz
+
+    def select(self, rows: Tensor) -> Map:
+        """f on the samples ``rows``, of which the last points are those seen here."""
+        part = self._f.select(rows)
+
+        def evaluated(z: Tensor) -> Tensor:
+            fz = part(z)
+            if self._last is not None and not torch.is_grad_enabled():
+                point, value = self._last
+                self._last = point.index_copy(0, rows, z), value.index_copy(0, rows, fz.detach())
+            return fz
+
+        evaluated.plain, evaluated.select = part.plain, part.select
+        return evaluated
 
     def value_at(self, z: Tensor) -> Tensor:
         """f(z) where z is a sample's last point, else z: the solver found a better one before."""
