@@ -45,7 +45,7 @@ from mdeq_vision.image_trainer import ImageTrainer
 PUBLISHED, BEST = "published", "best"
 _SOLVES = "--grad ift --f_solver anderson --f_thres 12 --b_solver broyden --b_thres 13"
 _FEW = "--f_start learned --f_thres 3 --pretrain_steps 500 --max_step 900"
-_FEW_IMAGES = "TRAIN.OPTIMIZER muon DEQ.F_START learned DEQ.F_SOLVER anderson DEQ.F_THRES 3"
+_FEW_IMAGES = "DEQ.F_START learned DEQ.F_SOLVER anderson DEQ.F_THRES 3"
 # Changes of the settings in deq_sequence/quickstart.py, and of the yaml files.
 OPTIONS = {
     "words": {PUBLISHED: f"{_SOLVES} --optim Adam --lr 0.001", BEST: _FEW},
@@ -53,21 +53,22 @@ OPTIONS = {
     "digits": {
         PUBLISHED: "",
         BEST: f"{_FEW_IMAGES} DEQ.GRAD phantom:steps=3,damping=0.9 "
-        "MODEL.NUM_LAYERS 3 TRAIN.PRETRAIN_STEPS 120 TRAIN.END_EPOCH 13 "
+        "MODEL.NUM_LAYERS 3 TRAIN.PRETRAIN_STEPS 160 TRAIN.END_EPOCH 15 "
         "LOSS.JAC_LOSS_FREQ 0.4 LOSS.JAC_LOSS_WEIGHT 8.0 LOSS.PRETRAIN_JAC_LOSS_WEIGHT 0.0",
     },
     "scenes": {
         PUBLISHED: "",
         BEST: f"{_FEW_IMAGES} DEQ.GRAD phantom:steps=3,damping=0.9,form=neumann "
+        "TRAIN.OPTIMIZER muon "
         "MODEL.NUM_LAYERS 2 TRAIN.PRETRAIN_STEPS 250 TRAIN.END_EPOCH 6 "
         "LOSS.USE_OHEM True LOSS.OHEMKEEP 4000 LOSS.JAC_LOSS_FREQ 0.1 "
         "LOSS.JAC_LOSS_WEIGHT 2.0 LOSS.PRETRAIN_JAC_LOSS_WEIGHT 1.0",
     },
 }
 MUON = "-muon"  # ends the names of tasks in which the published options have Muon, too
-OPTIONS |= {
-    f"{task}{MUON}": {PUBLISHED: "TRAIN.OPTIMIZER muon", BEST: OPTIONS[task][BEST]}
-    for task in ("digits", "scenes")
+OPTIONS[f"scenes{MUON}"] = {
+    PUBLISHED: "TRAIN.OPTIMIZER muon",
+    BEST: OPTIONS["scenes"][BEST],
 }
 FIGURES = {"words": "perplexity", "digits": "top1", "scenes": "mIoU"}
 LOWER_IS_BETTER = ("perplexity",)

@@ -84,7 +84,7 @@ def test_words_are_judged_as_the_published_options_solve(command, tmp_path, monk
 def test_muon_on_both_sides(tmp_path):
     found = {
         (task, name): bench_quality.image_configuration(task, name, 1, tmp_path)[0]
-        for task in ("digits", "digits-muon")
+        for task in ("scenes", "scenes-muon")
         for name in ("published", "best")
     }
     optimizers = [cfg.TRAIN.OPTIMIZER for cfg in found.values()]
