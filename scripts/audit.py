@@ -7,17 +7,15 @@ its test data. The report is printed, and written to audit.json in the run's fol
 elsewhere).
 """
 
-import json
 import sys
 from pathlib import Path
 
 try:
     import torch
 
-    from lib.errors import InputError, check_count
-    from lib.runs.atomic_files import atomic_write
+    from lib.errors import check_count
     from lib.runs.command_line import Parser, exit_code
-    from run_kind import module_for
+    from run_folder_reports import keep, module_for, refuse_existing
 except KeyboardInterrupt:  # the imports take seconds
     sys.exit(130)
 
@@ -35,16 +33,11 @@ def run(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="in place of audit.json there")
     args = parser.parse_args(argv)
     check_count("--samples", args.samples)
-    if args.out is not None and args.out.exists():  # before the work
-        raise InputError(f"--out: {args.out} exists: give another name")
+    refuse_existing(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     audits = module_for(args.folder, "audits")
     report = audits.audit_run(args.folder, args.samples, device)
-    print(report)
-    out = args.out or args.folder / "audit.json"
-    with atomic_write(out) as file:
-        file.write(f"{json.dumps(report.as_dict(), indent=1)}\n".encode())
-    print(f"\n{out}")
+    keep(report, args.out or args.folder / "audit.json")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ data, its loss and its own gradient are compared with those at the exact fixed p
 printed, and written to evaluations.json in the run's folder (--out: elsewhere).
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -15,11 +14,10 @@ try:
     import torch
 
     from gradient_errors import measure
-    from lib.errors import InputError, check_count
-    from lib.runs.atomic_files import atomic_write
+    from lib.errors import check_count
     from lib.runs.command_line import Parser, exit_code
     from lib.runs.run_folder import WEIGHTS
-    from run_kind import module_for
+    from run_folder_reports import keep, module_for, refuse_existing
 except KeyboardInterrupt:  # the imports take seconds
     sys.exit(130)
 
@@ -39,17 +37,12 @@ def run(argv: list[str] | None = None) -> None:
     add("--out", type=Path, metavar="FILE", help="in place of evaluations.json there")
     args = parser.parse_args(argv)
     check_count("--batches", args.batches, least=2)
-    if args.out is not None and args.out.exists():  # before the work
-        raise InputError(f"--out: {args.out} exists: give another name")
+    refuse_existing(args.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     finished = module_for(args.folder, "finished_run")
     weights = args.folder / args.weights
     report = measure(*finished.training_of(args.folder, weights, args.batches, device))
-    print(report)
-    out = args.out or args.folder / "evaluations.json"
-    with atomic_write(out) as file:
-        file.write(f"{json.dumps(report.as_dict(), indent=1)}\n".encode())
-    print(f"\n{out}")
+    keep(report, args.out or args.folder / "evaluations.json")
 
 
 if __name__ == "__main__":

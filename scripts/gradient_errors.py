@@ -151,11 +151,10 @@ class Report:
             return f"{begin}. That is the run's own threshold."
         if self.enough > self.own:
             return f"{begin}, {at_own}."
-        made = [row.evaluations + self.again(row) for row in (first, own)]
-        share = made[0] / made[1]
+        few, all_of_them = (row.evaluations + self.again(row) for row in (first, own))
         return (
-            f"{begin}, {at_own}. A hint, no promise: {self.enough} may do, with {share:.0%} of the "
-            "evaluations."
+            f"{begin}, {at_own}. A hint, no promise: {self.enough} may do, with "
+            f"{few / all_of_them:.0%} of the evaluations."
         )
 
     def __str__(self) -> str:
@@ -201,20 +200,21 @@ def measure(trainer: Trainer, own: int, batches: Iterator) -> Report:
     grad, solver = deq.grad, deq.f_solver
     exact, rows = _Sums(), {n: _Sums() for n in _thresholds(own, grad)}
     left: dict[str, list[float]] = {"forward": [], "backward": []}  # residuals
-    products = 0.0
+    products, parameters = 0.0, _learned(model)
     for number, batch in enumerate(batches):
         batch = [t.double() if t.is_floating_point() else t for t in batch]
-        step = partial(_step, trainer, _learned(model), batch, number)
-        with _exactly(deq), _quiet():
-            loss, g = step(own)
-        for which in left:
-            left[which].append(getattr(deq.stats, which).means()["rel_residual"])
-        exact.add(deq, loss, g)
-        for n, sums in rows.items():
-            with _quiet():
+        step = partial(_step, trainer, parameters, batch, number)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DEQWarning)  # the table has the residuals
+            with _exactly(deq):
+                loss, g = step(own)
+            for which in left:
+                left[which].append(getattr(deq.stats, which).means()["rel_residual"])
+            exact.add(deq, loss, g)
+            for n, sums in rows.items():
                 sums.add(deq, *step(n), exact=g)
-            if n == own:
-                products += _products(grad, deq)
+                if n == own:
+                    products += _products(grad, deq)
     n = exact.count
     squares, mean = exact.squares / n, exact.vector / n
     noise = math.sqrt(max(squares - _dot(mean, mean), 0.0) * n / (n - 1) / squares)
@@ -289,14 +289,6 @@ def _learned(model: torch.nn.Module) -> list[Tensor]:
     start = getattr(model, "start", None)
     own = set() if start is None else set(start.parameters())
     return [p for p in model.parameters() if p not in own]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Solves that end early are in the table: no warnings of them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DEQWarning)
-        yield
 
 
 @contextmanager

@@ -211,15 +211,16 @@ def report(found: dict) -> str:
         base = seconds if row["way"] == BATCH else base
         cells.append(
             [
-                *(
-                    f"{row['task']} ({row['figure_name']})",
-                    str(row["f_thres"]),
-                    f"{row['eps']:g}",
-                    row["way"],
-                ),
-                *(f"{row['evaluations']:.1f}", f"{seconds:.2f}", f"{seconds / base:.2f}"),
+                f"{row['task']} ({row['figure_name']})",
+                str(row["f_thres"]),
+                f"{row['eps']:g}",
+                row["way"],
+                f"{row['evaluations']:.1f}",
+                f"{seconds:.2f}",
+                f"{seconds / base:.2f}",
                 f"{row['figure']:.2f}",
-                *(f"{row['residual']:.1e}", f"{100 * row['above']:.1f} %"),
+                f"{row['residual']:.1e}",
+                f"{100 * row['above']:.1f} %",
             ]
         )
     return f"    {found['machine']}, medians of {found['rounds']} rounds\n\n{table(head, cells)}"

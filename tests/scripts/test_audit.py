@@ -36,11 +36,3 @@ def test_bad_flags(tmp_path, capsys):
         capsys, tmp_path, "--samples", 0
     )
     assert "unknown flag --sample: did you mean --samples?" in fails(capsys, tmp_path, "--sample")
-
-
-def test_a_file_is_not_overwritten(tmp_path, capsys):
-    weights = tmp_path / "model.pt"
-    weights.write_bytes(b"weights")
-    said = fails(capsys, tmp_path, "--out", weights)
-    assert f"--out: {weights} exists: give another name" in said
-    assert weights.read_bytes() == b"weights"

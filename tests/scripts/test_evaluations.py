@@ -42,14 +42,6 @@ def test_bad_flags(tmp_path, capsys):
     assert "did you mean --weights?" in fails(capsys, tmp_path, "--weight", "a")
 
 
-def test_a_file_is_not_overwritten(tmp_path, capsys):
-    weights = tmp_path / "model.pt"
-    weights.write_bytes(b"weights")
-    said = fails(capsys, tmp_path, "--out", weights)
-    assert f"--out: {weights} exists: give another name" in said
-    assert weights.read_bytes() == b"weights"
-
-
 # ---- figures of the equation z = a z + x -------------------------------------------------------
 
 

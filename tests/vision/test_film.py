@@ -167,6 +167,17 @@ def test_the_command_says_how_often_films_follow_another_equilibrium(
     assert last.endswith(f"(relative distance above 0.01){end}")
 
 
+def test_a_film_too_short_for_its_checks(tmp_path, capsys):
+    (tmp_path / "film").mkdir()
+    for number, frame in enumerate(pictures(5, 2)):
+        frame.save(tmp_path / "film" / f"{number}.png")
+    flags = ["--out", str(tmp_path / "out"), "--sequence", "--check", "2"]
+    assert segment([str(SCENES_FILE), str(tmp_path / "film"), *flags]) == 0
+    assert capsys.readouterr().out.endswith("\nno frame was checked: the film has at most 2\n")
+    assert segment([str(SCENES_FILE), str(tmp_path / "gone.png"), *flags]) == 2
+    assert "checked" not in capsys.readouterr().out
+
+
 def test_the_command_follows_a_film_and_leaves_out_what_is_no_picture(tmp_path, capsys):
     film = tmp_path / "film"
     film.mkdir()

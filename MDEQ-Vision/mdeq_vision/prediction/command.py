@@ -141,9 +141,11 @@ def segment(argv: list[str] | None = None) -> int:
 
         try:
             use_each(args.images, use, check)
-        finally:
-            if args.check:
-                print(_said_of(apart, args.check))
+        finally:  # also if a picture could not be read
+            if apart:
+                print(_said_of(apart))
+        if args.check and not apart:
+            print(f"no frame was checked: the film has at most {args.check}")
 
     return exit_code("segment.py", action)
 
@@ -176,10 +178,8 @@ def _solve(found: Classification | Segmentation, solves: str = "") -> str:
     return f"{found.evaluations} evaluations{solves}, residual {found.residual:.1e}"
 
 
-def _said_of(apart: list[float], every: int) -> str:
+def _said_of(apart: list[float]) -> str:
     """What the checked frames of a film showed."""
-    if not apart:
-        return f"no frame was checked: give --check a number below {every}, or a longer film"
     elsewhere, lost = sum(d > ELSEWHERE for d in apart), sum(math.isnan(d) for d in apart)
     text = (
         f"{elsewhere} of {len(apart)} checked frames follow another equilibrium than a solve from "
