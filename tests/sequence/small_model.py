@@ -1,8 +1,10 @@
 """A small language model and text for it; shared by the tests of the model."""
 
+from pathlib import Path
+
 import torch
 
-from deq_sequence import DEQTransformerLM
+from deq_sequence import DEQTransformerLM, command
 
 # Flags of a training run of four steps.
 TINY_RUN = """
@@ -50,3 +52,14 @@ VOCABULARIES = {
 }
 
 STACKED, EQUILIBRIUM = 0, -1  # values of train_step
+
+
+def trained_on_states(place: Path) -> Path:
+    """The folder of a run of one step on strings of Z2, with thresholds that grow with them."""
+    flags = """
+        --dataset state:Z2 --d_model 8 --n_head 1 --d_head 8 --d_inner 8 --local_size 2 --mem_len 0
+        --tgt_len 3 --batch_size 2 --max_step 1 --f_thres 2 --f_thres_per_word 0.34
+        --eval_batch_size 2 --max_eval_steps 1 --num_threads 1 --name run
+    """.split()
+    assert command.main([*flags, "--work_dir", str(place / "runs")]) == 0
+    return place / "runs-state-Z2" / "run"

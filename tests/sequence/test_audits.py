@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from audit import main
-from deq_sequence import command
 from deq_sequence.command import build_model
 from deq_sequence.evaluation import evaluate
 from deq_sequence.own_settings import read_settings
 from deq_sequence.state.evaluation import evaluation_threshold
 from lib.errors import InputError
 from lib.runs.checkpoint import load_weights
+from small_model import trained_on_states
 
 
 @pytest.mark.parametrize("mem_len", [8, 0])
@@ -72,13 +72,7 @@ def test_settings_of_an_older_run(train, run_folder):
 
 def test_a_run_of_state_tracking(tmp_path, capsys):
     """Its strings are those of the run's seed; a longer one is a harder sample."""
-    flags = """
-        --dataset state:Z2 --d_model 8 --n_head 1 --d_head 8 --d_inner 8 --local_size 2 --mem_len 0
-        --tgt_len 3 --batch_size 2 --max_step 1 --f_thres 2 --f_thres_per_word 0.34
-        --eval_batch_size 2 --max_eval_steps 1 --num_threads 1 --name run
-    """.split()
-    assert command.main([*flags, "--work_dir", str(tmp_path / "runs")]) == 0
-    folder = tmp_path / "runs-state-Z2" / "run"
+    folder = trained_on_states(tmp_path)
     assert main([str(folder), "--samples", "3"]) == 0
     found = json.loads((folder / "audit.json").read_text())
     assert (found["samples"], found["measure"]) == (4, "whole strings right")

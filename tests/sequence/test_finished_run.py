@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import gradient_errors
-from deq_sequence import command
 from deq_sequence.finished_run import training_of
 from evaluations import main
 from gradient_errors import measure
+from small_model import trained_on_states
 
 SETTLED = "--pre_lnorm --init_std 0.05 --inject own"  # so that f settles without training
 CPU = torch.device("cpu")
@@ -77,13 +77,7 @@ def test_segments_lie_apart_and_have_a_memory(train, run_folder, capsys):
 
 def test_state_tracking(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gradient_errors, "LONGEST", 20)  # f of so short a run hardly settles
-    flags = """
-        --dataset state:Z2 --d_model 8 --n_head 1 --d_head 8 --d_inner 8 --local_size 2 --mem_len 0
-        --tgt_len 3 --batch_size 2 --max_step 1 --f_thres 2 --f_thres_per_word 0.34
-        --eval_batch_size 2 --max_eval_steps 1 --num_threads 1 --name run
-    """.split()
-    assert command.main([*flags, "--work_dir", str(tmp_path / "runs")]) == 0
-    folder = tmp_path / "runs-state-Z2" / "run"
+    folder = trained_on_states(tmp_path)
     assert main([str(folder), "--batches", "3"]) == 0
     found = json.loads((folder / "evaluations.json").read_text())
     assert (found["own"], found["batches"]) == (3, 3)  # 2 + 3 * 0.34
