@@ -52,9 +52,9 @@ OPTIONS = {
     "words-muon": {PUBLISHED: _SOLVES, BEST: "--f_start learned --f_thres 3"},
     "digits": {
         PUBLISHED: "",
-        BEST: f"{_FEW_IMAGES} DEQ.GRAD phantom:steps=3,damping=0.9 "
-        "MODEL.NUM_LAYERS 3 TRAIN.PRETRAIN_STEPS 160 TRAIN.END_EPOCH 15 "
-        "LOSS.JAC_LOSS_FREQ 0.4 LOSS.JAC_LOSS_WEIGHT 8.0 LOSS.PRETRAIN_JAC_LOSS_WEIGHT 0.0",
+        BEST: f"{_FEW_IMAGES} DEQ.GRAD phantom:steps=3,damping=0.9,form=neumann "
+        "TRAIN.OPTIMIZER muon MODEL.INIT_WEIGHTS True TRAIN.PRETRAIN_STEPS 0 TRAIN.END_EPOCH 12 "
+        "LOSS.JAC_LOSS_FREQ 0.2 LOSS.JAC_LOSS_WEIGHT 1.5",
     },
     "scenes": {
         PUBLISHED: "",
