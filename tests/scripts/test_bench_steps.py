@@ -33,7 +33,9 @@ def test_bf16_beside_float32(tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore::lib.deq.DEQWarning")
-@pytest.mark.parametrize("row", ["plain-small", "plain-cifar", "gmres-cifar"])
+@pytest.mark.parametrize(
+    "row", ["plain-small", pytest.param("plain-cifar", marks=pytest.mark.slow), "gmres-cifar"]
+)
 def test_beside_the_plain_form(row, tmp_path, capsys):
     path = tmp_path / "figures.json"
     assert bench_steps.main(["--rows", row, "--repeats", "1", "--json", str(path)]) == 0
