@@ -45,21 +45,24 @@ from mdeq_vision.image_trainer import ImageTrainer
 PUBLISHED, BEST = "published", "best"
 _SOLVES = "--grad ift --f_solver anderson --f_thres 12 --b_solver broyden --b_thres 13"
 _FEW = "--f_start learned --f_thres 3 --pretrain_steps 500 --max_step 900"
-_FEW_IMAGES = "DEQ.F_START learned DEQ.F_SOLVER anderson DEQ.F_THRES 3"
+_FEW_IMAGES = (
+    "TRAIN.OPTIMIZER muon DEQ.F_START learned DEQ.F_SOLVER anderson DEQ.F_THRES 3 "
+    "DEQ.GRAD phantom:steps=3,damping=0.9,form=neumann"
+)
 # Changes of the settings in deq_sequence/quickstart.py, and of the yaml files.
 OPTIONS = {
     "words": {PUBLISHED: f"{_SOLVES} --optim Adam --lr 0.001", BEST: _FEW},
     "words-muon": {PUBLISHED: _SOLVES, BEST: "--f_start learned --f_thres 3"},
     "digits": {
         PUBLISHED: "",
-        BEST: f"{_FEW_IMAGES} DEQ.GRAD phantom:steps=3,damping=0.9,form=neumann "
-        "TRAIN.OPTIMIZER muon MODEL.INIT_WEIGHTS True TRAIN.PRETRAIN_STEPS 0 TRAIN.END_EPOCH 12 "
+        BEST: f"{_FEW_IMAGES} "
+        "MODEL.INIT_WEIGHTS True TRAIN.PRETRAIN_STEPS 0 TRAIN.END_EPOCH 12 "
         "LOSS.JAC_LOSS_FREQ 0.2 LOSS.JAC_LOSS_WEIGHT 1.5",
     },
     "scenes": {
         PUBLISHED: "",
-        BEST: f"{_FEW_IMAGES} DEQ.GRAD phantom:steps=3,damping=0.9,form=neumann "
-        "TRAIN.OPTIMIZER muon MODEL.NUM_LAYERS 2 TRAIN.PRETRAIN_STEPS 250 TRAIN.END_EPOCH 6 "
+        BEST: f"{_FEW_IMAGES} "
+        "MODEL.NUM_LAYERS 2 TRAIN.PRETRAIN_STEPS 250 TRAIN.END_EPOCH 6 "
         "LOSS.USE_OHEM True LOSS.OHEMKEEP 4000 LOSS.JAC_LOSS_FREQ 0.1 "
         "LOSS.JAC_LOSS_WEIGHT 2.0 LOSS.PRETRAIN_JAC_LOSS_WEIGHT 1.0",
     },
